@@ -1,0 +1,99 @@
+# The image of every service, a target each; gateway and controller have no torch. No BuildKit is needed.
+#   docker build --target gateway --tag helios-gateway .
+# Any base with Python 3.11, venv and pip: the Python images, or a Debian bookworm with python3-venv.
+ARG BASE_IMAGE=python:3.11-slim-bookworm
+
+# What is to be installed, by itself: other changes of pyproject.toml do not install it again.
+FROM ${BASE_IMAGE} AS requirements
+COPY pyproject.toml /
+RUN python3 -c 'import tomllib; \
+project = tomllib.load(open("/pyproject.toml", "rb"))["project"]; \
+engine = project["optional-dependencies"]["engine"]; \
+torch = [one for one in engine if one.startswith("torch==")]; \
+print(*project["dependencies"], sep="\n", file=open("/core.txt", "w")); \
+print(*torch, sep="\n", file=open("/torch.txt", "w")); \
+print(*engine, sep="\n", file=open("/engine.txt", "w"))'
+
+FROM ${BASE_IMAGE} AS core-dependencies
+# For networks without the public package index; pip reads them. Unset otherwise.
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_CERT
+RUN python3 -m venv /opt/helios
+ENV PATH=/opt/helios/bin:$PATH
+WORKDIR /build
+# What a folder `wheels` holds lands here, where pip looks too; it may be missing, hence the pattern.
+COPY LICENSE wheel[s] ./
+COPY --from=requirements /core.txt ./
+RUN pip install --no-cache-dir --find-links . --requirement core.txt
+
+# Our own code, apart: it changes often and is small, while the dependencies' layer is large and stays.
+FROM core-dependencies AS code
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_CERT
+COPY pyproject.toml README.md ./
+COPY helios helios
+COPY services services
+RUN pip install --no-cache-dir --find-links . --no-deps --prefix /code .
+
+FROM ${BASE_IMAGE} AS runtime
+RUN useradd --uid 10001 --create-home helios
+ENV PATH=/opt/helios/bin:$PATH \
+    PYTHONUNBUFFERED=1
+USER 10001:10001
+WORKDIR /home/helios
+STOPSIGNAL SIGTERM
+
+FROM runtime AS core
+COPY --from=core-dependencies /opt/helios /opt/helios
+COPY --from=code /code /opt/helios
+
+FROM core AS gateway
+ENV HELIOS_GATEWAY_ADDRESS=0.0.0.0:50051 \
+    HELIOS_TARGET=127.0.0.1:50051
+EXPOSE 50051
+HEALTHCHECK --interval=10s --timeout=8s --start-period=20s --retries=3 \
+  CMD ["python", "-m", "helios.health", "127.0.0.1:50051"]
+ENTRYPOINT ["python", "-m", "services.gateway"]
+
+FROM core AS controller
+ENV HELIOS_CONTROLLER_ADDRESS=0.0.0.0:50071
+EXPOSE 50071
+HEALTHCHECK --interval=10s --timeout=8s --start-period=20s --retries=3 \
+  CMD ["python", "-m", "helios.health", "127.0.0.1:50071"]
+ENTRYPOINT ["python", "-m", "services.controller"]
+
+FROM core-dependencies AS engine-dependencies
+ARG PIP_INDEX_URL
+ARG PIP_EXTRA_INDEX_URL
+ARG PIP_CERT
+# Where torch comes from when not from the package index, whose build for Linux carries CUDA (several GB):
+# PyTorch's index of CPU builds makes a small image, that of another CUDA or of ROCm one for such devices.
+ARG TORCH_INDEX_URL
+COPY --from=requirements /torch.txt /engine.txt ./
+RUN pip install --no-cache-dir --find-links . ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} \
+    --requirement torch.txt
+RUN pip install --no-cache-dir --find-links . --requirement engine.txt
+
+FROM runtime AS engine
+COPY --from=engine-dependencies /opt/helios /opt/helios
+COPY models /models
+COPY --from=code /code /opt/helios
+ENV HELIOS_MODELS_DIR=/models \
+    NUMBA_CACHE_DIR=/tmp/numba
+
+FROM engine AS worker
+ENV HELIOS_WORKER_ADDRESS=0.0.0.0:50061
+EXPOSE 50061
+# Loading a large model takes its time: a longer start period is a matter of `docker run --health-start-period`.
+HEALTHCHECK --interval=10s --timeout=8s --start-period=120s --retries=3 \
+  CMD ["python", "-m", "helios.health", "127.0.0.1:50061"]
+ENTRYPOINT ["python", "-m", "services.worker"]
+
+FROM engine AS profiler
+ENV HELIOS_PROFILER_ADDRESS=0.0.0.0:50081
+EXPOSE 50081
+HEALTHCHECK --interval=10s --timeout=8s --start-period=120s --retries=3 \
+  CMD ["python", "-m", "helios.health", "127.0.0.1:50081"]
+ENTRYPOINT ["python", "-m", "services.profiler"]

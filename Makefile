@@ -1,0 +1,57 @@
+# Every command a person runs is the command CI runs.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+GENERATED := helios/v1
+
+.PHONY: setup run test lint format protos check-protos docs clean
+
+setup: $(STAMP)
+
+# torch first and alone: its pinned CPU build is taken where pip finds one.
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --editable '.[engine,local,training,dev]'
+	touch $(STAMP)
+
+run: setup
+	$(BIN)/helios up
+
+test: setup lint
+	$(BIN)/pytest
+
+lint: setup check-protos
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+protos: setup
+	rm -f $(GENERATED)/*_pb2*
+	$(BIN)/python -m grpc_tools.protoc -Iprotos --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \
+	  --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
+	  --python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. protos/helios/v1/*.proto
+
+# The checked-in stubs are what the protos generate.
+check-protos: setup
+	rm -rf $(VENV)/protos && mkdir -p $(VENV)/protos
+	$(BIN)/python -m grpc_tools.protoc -Iprotos --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \
+	  --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
+	  --python_out=$(VENV)/protos --grpc_python_out=$(VENV)/protos \
+	  --mypy_out=$(VENV)/protos --mypy_grpc_out=$(VENV)/protos protos/helios/v1/*.proto
+	diff -r --exclude=__init__.py --exclude=__pycache__ $(VENV)/protos/helios/v1 $(GENERATED)
+
+# The tables of docs/settings.md, from the settings themselves.
+docs: setup
+	$(BIN)/python scripts/settings_reference.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,74 @@
+"""A stack of its own for a bench, started and stopped with the command that a person uses."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from helios import stack_state
+from helios.errors import UnavailableError
+from helios.stack_state import StackState
+from helios.tether import tethered
+
+_POLL_SECONDS = 0.05
+_CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@contextlib.contextmanager
+def local_stack(*options: str) -> Iterator[StackState]:
+    """Runs `helios up` with the options, on a free port, apart from any other stack.
+
+    Without profiler and controller, unless the options ask for them: nothing changes what is measured.
+
+    Raises UnavailableError with what it said when it does not start.
+    """
+    with tempfile.TemporaryDirectory(prefix="helios-bench-") as name, tempfile.TemporaryFile("w+") as said:
+        command = [
+            *(sys.executable, "-P", "-m", "helios.cli", "up", "--gateway", "127.0.0.1:0"),
+            *("--no-profiler", "--controller", "none", *options),
+        ]
+        # Not the Redis that another stack is told to use.
+        environment = {key: value for key, value in os.environ.items() if key != "HELIOS_REDIS_URL"}
+        environment["HELIOS_STATE_DIR"] = name
+        # Tethered: a bench that is killed leaves no stack behind.
+        process = subprocess.Popen(
+            tethered(command),
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            text=True,
+        )
+        assert process.stdout is not None
+        try:
+            is_ready = process.stdout.readline() != ""
+            state = stack_state.read(Path(name))
+            if not is_ready or state is None:
+                process.wait()
+                said.seek(0)
+                raise UnavailableError(said.read().strip().removeprefix("error: "))
+            while not _is_whole(state):
+                # Profiler and controller are started once the rest serves.
+                time.sleep(_POLL_SECONDS)
+                state = stack_state.read(Path(name)) or state
+            yield state
+        finally:
+            process.terminate()
+            process.wait()
+            process.stdout.close()
+
+
+def _is_whole(state: StackState) -> bool:
+    """Whether everything that belongs to the stack has a process."""
+    beside = {"profiler": state.profiler, "controller": state.controller}
+    return all(part in state.processes for part, address in beside.items() if address)
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time, user and system, that a process has used so far (proc(5), stat fields 14 and 15)."""
+    after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(after_name[11]) + int(after_name[12])) / _CLOCK_TICKS

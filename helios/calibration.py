@@ -1,0 +1,29 @@
+"""The confidence from which an exit's tokens can be trusted."""
+
+from collections.abc import Sequence
+
+# Share of tokens that shall agree with the last layer, unless the operator says otherwise.
+TARGET_AGREEMENT = 0.9
+
+
+def calibrated_threshold(
+    confidences: Sequence[float],
+    counts: Sequence[int],
+    agreements: Sequence[int],
+    target: float = TARGET_AGREEMENT,
+) -> float:
+    """The lowest confidence from which on at least `target` of the tokens agree with the last layer.
+
+    confidences: ascending, the levels of a histogram (a bin's lower edge) or single values. counts and
+    agreements: at each of them the tokens, and those whose top token is the last layer's. A level without
+    tokens is never the answer. 1.0 when there is no such confidence.
+    """
+    threshold, tokens, agreeing = 1.0, 0, 0
+    for confidence, count, agreement in zip(
+        reversed(confidences), reversed(counts), reversed(agreements), strict=True
+    ):
+        tokens += count
+        agreeing += agreement
+        if count and agreeing / tokens >= target:
+            threshold = confidence
+    return threshold

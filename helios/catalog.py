@@ -1,0 +1,283 @@
+"""The models that a models directory holds, and what is known of their exits. Free of torch."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Self, cast
+
+import helios
+from helios.errors import CheckpointError, SettingsError, UnknownDepthError, UnknownModelError
+from helios.model_config import ModelConfig, read_json_object
+from helios.weight_map import WeightMap
+
+FACTS_FILE = "helios.json"
+EXITS_FILE = "exits.safetensors"
+TOKENIZER_FILE = "tokenizer.json"
+# What a checkpoint from the hub has instead of tokenizer.json.
+SLOW_TOKENIZER_FILES = ("vocab.json", "merges.txt")
+TOKENIZER_FILES = (
+    TOKENIZER_FILE,
+    *SLOW_TOKENIZER_FILES,
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+MODELS_DIR_VARIABLE = "HELIOS_MODELS_DIR"
+FORMAT_VERSION = 1
+
+ExitHeadKind = Literal["shared", "norm", "linear"]
+_EXIT_HEAD_KINDS = ("shared", "norm", "linear")
+
+
+@dataclass(frozen=True, slots=True)
+class EarlyExitFacts:
+    """What helios.json says beside the weights (docs/early-exit-facts.md).
+
+    exit_layers: layers after which a token may be read out, ascending; the last is the model's last.
+    exit_head: shared, all exits through the model's final norm; norm, each through its own; linear, a
+    square projection after the own norm. thresholds: confidence that lets a token leave, by exit layer.
+    """
+
+    exit_layers: tuple[int, ...]
+    exit_head: ExitHeadKind
+    default_depth: int
+    thresholds: Mapping[int, float] = field(default_factory=dict)
+    tokenizer_id: str | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the whole model."""
+        return self.exit_layers[-1]
+
+    @classmethod
+    def read(cls, path: Path, num_layers: int) -> Self:
+        """The facts of a checkpoint directory; without helios.json only the last layer is an exit.
+
+        Raises CheckpointError naming the file and the field that is wrong.
+        """
+        file = path / FACTS_FILE
+        if not file.exists():
+            return cls(exit_layers=(num_layers,), exit_head="shared", default_depth=num_layers)
+        return cls._from_fields(read_json_object(file), file, num_layers)
+
+    @classmethod
+    def _from_fields(cls, fields: Mapping[str, Any], file: Path, num_layers: int) -> Self:
+        def error(name: str, problem: str) -> CheckpointError:
+            return CheckpointError(f"{file}: {name} {problem}, not {fields.get(name)!r}")
+
+        if fields.get("format_version") != FORMAT_VERSION:
+            raise error("format_version", f"must be {FORMAT_VERSION}")
+        layers = fields.get("exit_layers")
+        if (
+            not isinstance(layers, list)
+            or not all(_is_whole(layer) for layer in layers)
+            or any(low >= high for low, high in zip([0, *layers], layers, strict=False))
+            or layers[-1:] != [num_layers]
+        ):
+            raise error("exit_layers", f"must ascend from at least 1 to the last layer ({num_layers})")
+        if fields.get("exit_head") not in _EXIT_HEAD_KINDS:
+            raise error("exit_head", f"must be one of {', '.join(_EXIT_HEAD_KINDS)}")
+        default_depth = fields.get("default_depth", num_layers)
+        if not _is_whole(default_depth) or default_depth not in layers:
+            raise error("default_depth", f"must be one of exit_layers {layers}")
+        thresholds = fields.get("thresholds", {})
+        if not isinstance(thresholds, dict) or not all(
+            key in map(str, layers) and _is_probability(value) for key, value in thresholds.items()
+        ):
+            raise error("thresholds", f"must map exit_layers {layers} to confidences from 0 to 1")
+        tokenizer_id = fields.get("tokenizer_id")
+        if tokenizer_id is not None and not isinstance(tokenizer_id, str):
+            raise error("tokenizer_id", "must be the tokenizer's SHA-256 in hexadecimal")
+        training = fields.get("training", {})
+        if not isinstance(training, dict):
+            raise error("training", "must be an object")
+        return cls(
+            exit_layers=tuple(layers),
+            exit_head=cast("ExitHeadKind", fields["exit_head"]),
+            default_depth=default_depth,
+            thresholds={int(key): float(value) for key, value in thresholds.items()},
+            tokenizer_id=tokenizer_id,
+            training=training,
+        )
+
+    def check_depth(self, depth: int, model: str) -> None:
+        """Raises UnknownDepthError, naming the valid ones, unless `depth` is an exit layer."""
+        if depth in self.exit_layers:
+            return
+        if len(self.exit_layers) == 1:
+            raise UnknownDepthError(
+                f"{model} has no early exits, so its only depth is {self.num_layers}, not {depth}; "
+                "add exits with `helios models add-exits`"
+            )
+        depths = ", ".join(map(str, self.exit_layers))
+        raise UnknownDepthError(f"{model} has no exit after layer {depth}; its depths are {depths}")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelEntry:
+    """A model that can be loaded."""
+
+    name: str
+    path: Path
+    config: ModelConfig
+    facts: EarlyExitFacts
+    tokenizer_id: str | None  # SHA-256 of tokenizer.json; None: it has the slow files instead
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the whole model."""
+        return self.config.num_layers
+
+    @property
+    def exit_layers(self) -> tuple[int, ...]:
+        """The depths it can be loaded at."""
+        return self.facts.exit_layers
+
+    @property
+    def has_exits(self) -> bool:
+        """Whether it can be served at less than full depth."""
+        return len(self.facts.exit_layers) > 1
+
+    @property
+    def default_depth(self) -> int:
+        """The depth to load when nobody asks for another."""
+        return self.facts.default_depth
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the whole model without exit heads, tied weights counted once."""
+        return self.config.parameters()
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids that it knows."""
+        return self.config.vocab_size
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens of prompt and output together at most."""
+        return self.config.context_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class BrokenModel:
+    """A directory that cannot be loaded as a model, and why."""
+
+    name: str
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Catalog:
+    """What a models directory holds, by name."""
+
+    models: tuple[ModelEntry, ...]
+    broken: tuple[BrokenModel, ...]
+
+
+def read_model(path: Path) -> ModelEntry:
+    """The catalog's entry of a checkpoint directory, without reading its weights.
+
+    Raises CheckpointError naming the file that is missing or wrong.
+    """
+    config = ModelConfig.read(path)
+    facts = EarlyExitFacts.read(path, config.num_layers)
+    WeightMap.read(path)
+    if facts.exit_head != "shared" and not (path / EXITS_FILE).is_file():
+        raise CheckpointError(
+            f"{path / EXITS_FILE} is missing though {FACTS_FILE} says that exits have heads; fetch it"
+        )
+    return ModelEntry(path.name, path, config, facts, _tokenizer_id(path))
+
+
+def read_catalog(models_dir: Path) -> Catalog:
+    """All models of a directory, and the directories in it that are none, with the reason.
+
+    Raises SettingsError when the directory does not exist.
+    """
+    models, broken = [], []
+    for path in _model_paths(models_dir):
+        try:
+            models.append(read_model(path))
+        except CheckpointError as error:
+            broken.append(BrokenModel(path.name, path, error.message))
+    return Catalog(tuple(models), tuple(broken))
+
+
+def list_models(models_dir: Path) -> list[ModelEntry]:
+    """The loadable models of a directory, by name. Raises SettingsError when it does not exist."""
+    return list(read_catalog(models_dir).models)
+
+
+def find_model(models_dir: Path, name: str) -> ModelEntry:
+    """The named model.
+
+    Raises UnknownModelError naming the available ones, CheckpointError when the model is broken.
+    """
+    # Compared with what is there, never joined to a path: a name cannot reach outside.
+    paths = {path.name: path for path in _model_paths(models_dir)}
+    if name not in paths:
+        available = ", ".join(paths) or "none; fetch one with `helios models pull`"
+        raise UnknownModelError(f"no model {name!r} in {models_dir}; available: {available}")
+    return read_model(paths[name])
+
+
+def find_models_dir(models_dir: Path | None = None) -> Path:
+    """`models_dir` if given, else $HELIOS_MODELS_DIR, else ./models, else those beside the package.
+
+    Raises SettingsError when it does not exist.
+    """
+    chosen = models_dir or os.environ.get(MODELS_DIR_VARIABLE)
+    if chosen:
+        candidates = [Path(chosen)]
+    else:
+        candidates = [Path("models").absolute(), Path(helios.__file__).parent.parent / "models"]
+    for path in candidates:
+        if path.is_dir():
+            return path
+    tried = " and ".join(map(str, candidates))
+    raise SettingsError(
+        f"no models directory at {tried}; name one with --models-dir or {MODELS_DIR_VARIABLE}"
+    )
+
+
+def checkpoint_id(entry: ModelEntry) -> str:
+    """Another one whenever a file of the checkpoint is: from names, sizes and times, without reading them."""
+    digest = hashlib.sha256()
+    for file in sorted(path for path in entry.path.iterdir() if path.is_file()):
+        facts = file.stat()
+        digest.update(f"{file.name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _model_paths(models_dir: Path) -> list[Path]:
+    try:
+        paths = sorted(models_dir.iterdir())
+    except OSError as error:
+        raise SettingsError(
+            f"the models directory {models_dir} cannot be read ({error.strerror}); choose another with "
+            f"--models-dir or {MODELS_DIR_VARIABLE}"
+        ) from error
+    return [path for path in paths if path.is_dir() and not path.name.startswith(".")]
+
+
+def _tokenizer_id(path: Path) -> str | None:
+    file = path / TOKENIZER_FILE
+    if file.is_file():
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    if all((path / name).is_file() for name in SLOW_TOKENIZER_FILES):
+        return None
+    slow = " and ".join(SLOW_TOKENIZER_FILES)
+    raise CheckpointError(f"{path} holds no tokenizer: neither {TOKENIZER_FILE} nor {slow}; fetch it")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_probability(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1

@@ -1,0 +1,53 @@
+"""The `helios` command."""
+
+import sys
+
+import click
+
+from helios import __version__
+from helios.cli.lazy_group import LazyGroup
+from helios.errors import HeliosError
+
+_COMMANDS = {
+    "up": "helios.cli.up:up",
+    "down": "helios.cli.up:down",
+    "generate": "helios.cli.generate:generate",
+    "status": "helios.cli.status:status",
+    "top": "helios.cli.top:top",
+    "slo": "helios.cli.slo:slo",
+    "pin": "helios.cli.pin:pin",
+    "unpin": "helios.cli.pin:unpin",
+    "decisions": "helios.cli.decisions:decisions",
+    "profile": "helios.cli.profile:profile",
+    "models": "helios.cli.models:models",
+    "bench": "helios.cli.bench:bench",
+    "demo": "helios.cli.demo:demo",
+}
+_OWN_PACKAGES = ("helios", "services", "training", "bench")
+
+
+@click.command(cls=LazyGroup, commands_at=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="helios")
+def cli() -> None:
+    """Serves early-exit language models from the fewest layers that keep their quality."""
+
+
+def main() -> None:
+    """Runs the command line and exits: 0, 1 after an error, 2 after wrong usage, 130 after Ctrl-C."""
+    try:
+        status = cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except click.Abort:
+        sys.exit(130)
+    except ModuleNotFoundError as error:
+        if (error.name or "helios").partition(".")[0] in _OWN_PACKAGES:
+            raise
+        extras = "helios-serving[engine,local,training]"
+        click.echo(f"error: {error.name} is not installed: `pip install '{extras}'`", err=True)
+        sys.exit(1)
+    except HeliosError as error:
+        click.echo(f"error: {error.message}", err=True)
+        sys.exit(1)
+    sys.exit(status or 0)

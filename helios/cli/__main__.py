@@ -1,0 +1,5 @@
+"""`python -m helios.cli` is `helios`."""
+
+from helios.cli import main
+
+main()

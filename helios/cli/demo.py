@@ -1,0 +1,183 @@
+"""`helios demo`: traffic drifts, model and depth follow; then a timeline, and a table against baselines."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from helios import stack_state
+
+if TYPE_CHECKING:
+    from rich.console import Console, Group
+    from rich.table import Table
+
+    from bench.demo import Outcome, Progress
+
+_DECISIONS = 5
+
+
+@click.command()
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=1),
+    default=150.0,
+    show_default=True,
+    help="Of traffic, all systems together; starting them and measuring quality come on top.",
+)
+@click.option(
+    "--picture",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("helios-demo.png"),
+    show_default=True,
+    help="Where the timeline is drawn, as PNG.",
+)
+@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write it here.")
+def demo(*, seconds: float, picture: Path, json_path: Path | None) -> None:
+    """Serve prose, then technical prompts, then a mix, and watch model and depth follow.
+
+    Uses the running stack, whose controller must be active, and puts its objective and pins back as they
+    were; without one it starts a stack of its own. Then the same prompts are served with all layers (full)
+    and with an exit for each token (dynamic), by workers of their own, for the table at the end.
+    """
+    from rich.console import Console
+
+    from bench import demo as bench
+    from bench import timeline
+
+    console = Console(highlight=False)
+    running = stack_state.read(stack_state.state_dir())
+    if running is not None:
+        running = stack_state.find_serving()
+        console.print(f"On the running stack, gateway {running.gateway}. Objective and pins are put back.")
+    else:
+        console.print("No stack is running: the demo starts one of its own, and stops it at the end.")
+    view = _View(console)
+    with view:
+        outcome = bench.run(running, seconds, view.show)
+    if json_path is not None:
+        outcome.report().write(json_path)
+    for line in timeline.as_text(outcome.timeline, min(console.width, 120)):
+        console.print(line, markup=False, overflow="crop", no_wrap=True)
+    console.print(_table(outcome, bench.ALL))
+    _explain(console, outcome, bench.SYSTEMS, bench.STREAMS)
+    try:
+        timeline.draw(outcome.timeline, picture)
+    except ModuleNotFoundError as error:
+        console.print(f"no picture: {error.name} is not installed: pip install 'helios-serving[training]'")
+    except OSError as error:
+        raise click.ClickException(f"the picture cannot be written to {picture}: {error.strerror}") from error
+    else:
+        console.print(f"picture: {picture}", soft_wrap=True)
+
+
+class _View:
+    """What goes on, drawn anew on a terminal; elsewhere a line for each stage and decision."""
+
+    def __init__(self, console: "Console") -> None:
+        from rich.live import Live
+
+        self._console = console
+        self._live = Live(console=console, transient=True, auto_refresh=False)
+        self._stage = ""
+        self._said: set[int] = set()
+
+    def __enter__(self) -> "_View":
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def show(self, progress: "Progress") -> None:
+        """Shows it; decisions stay on the screen."""
+        if progress.stage != self._stage:
+            self._stage = progress.stage
+            self._console.print(f"[bold]{time.strftime('%H:%M:%S')} {progress.stage}[/]")
+        for mark in progress.marks:
+            if mark.number not in self._said:
+                self._said.add(mark.number)
+                what = "" if mark.moves else "stays: "
+                self._console.print(
+                    f"  {mark.seconds:5.1f} s, {mark.trigger}: {what}{mark.plan}",
+                    style="green" if mark.moves else "dim",
+                )
+        if self._console.is_terminal:
+            self._live.update(_live(progress), refresh=True)
+
+
+def _live(progress: "Progress") -> "Group":
+    from rich import box
+    from rich.console import Group
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    from helios.rates import WINDOW_TOKENS
+
+    bar = ProgressBar(total=progress.total_seconds or None, completed=progress.seconds, width=60)
+    if not progress.samples:
+        return Group(Text(progress.stage), bar)
+    sample = progress.samples[-1]
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("worker", "model", "depth", f"CBC/{WINDOW_TOKENS}", "tokens/s"):
+        table.add_column(name, justify="left" if name in ("worker", "model") else "right")
+    for worker in sample.workers:
+        cbc = "-" if worker.cbc is None else f"{worker.cbc:.0f}"
+        table.add_row(
+            worker.worker_id, worker.model, str(worker.depth), cbc, f"{worker.tokens_per_second:.0f}"
+        )
+    total = Text(
+        f"{sample.tokens_per_second:.0f} tokens/s, perplexity {sample.perplexity_increase:+.1%} over the "
+        f"best candidate, agreement {sample.agreement:.0%}"
+    )
+    return Group(bar, table, total)
+
+
+def _table(outcome: "Outcome", every: str) -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    for name in ("phase", "system"):
+        table.add_column(name)
+    for name in ("tokens/s", "vs full", "TTFT ms", "TPOT ms", "ppl", "agree", "in bound"):
+        table.add_column(name, justify="right")
+    for phase in (every, *outcome.followed_after):
+        rows = [row for row in outcome.rows if row.phase == phase]
+        full = next(row.tokens_per_second for row in rows if row.system == "full")
+        for row in rows:
+            table.add_row(
+                row.phase,
+                row.system,
+                f"{row.tokens_per_second:.0f}",
+                f"{row.tokens_per_second / full:.2f}x" if full else "-",
+                f"{row.ttft_ms.p50:.0f}/{row.ttft_ms.p99:.0f}",
+                f"{row.tpot_ms.p50:.1f}/{row.tpot_ms.p99:.1f}",
+                f"{row.perplexity_increase:+.1%}",
+                f"{row.agreement:.0%}",
+                f"{row.within_bound:.0%}",
+                style="bold" if phase == every else "",
+                end_section=row is rows[-1],
+            )
+    return table
+
+
+def _explain(console: "Console", outcome: "Outcome", systems: dict[str, str], streams: int) -> None:
+    for name, what in systems.items():
+        console.print(f"{name}: {what}")
+    console.print(
+        f"{streams} streams open at once, {outcome.workers} workers each. TTFT, TPOT: P50/P99; "
+        "ppl: perplexity of held-out text of the phase under what was served, over the best candidate at "
+        "full depth; agree: tokens equal to the own last layer's there; in bound: tokens from plans within "
+        "the perplexity bound."
+    )
+    for phase, seconds in outcome.followed_after.items():
+        when = "never" if seconds is None else "from the start" if not seconds else f"after {seconds:.0f} s"
+        console.print(f"{phase}: within the perplexity bound {when}")
+    for row in outcome.rows:
+        if row.failed and row.phase in outcome.followed_after:
+            said = f"{row.system}, {row.phase}: {row.failed} streams failed: {'; '.join(row.errors)}"
+            console.print(said, style="red", markup=False)

@@ -1,0 +1,123 @@
+"""`helios generate`: a text, streamed to the terminal."""
+
+import json
+import sys
+import time
+
+import click
+from google.protobuf.json_format import MessageToDict
+
+from helios.client import Client, Event, generate_request
+from helios.errors import InvalidRequestError
+from helios.stack_state import find_gateway
+from helios.v1 import generation_pb2
+
+
+@click.command()
+@click.argument("prompt")
+@click.option("--max-tokens", type=click.IntRange(min=0), help="Tokens to generate at most.")
+@click.option("--temperature", type=float, help="0, the default, is greedy.")
+@click.option("--top-k", type=click.IntRange(min=0), help="Sample among the k most likely tokens.")
+@click.option("--top-p", type=float, help="Sample among the tokens that make up this probability.")
+@click.option("--repetition-penalty", type=float, help="Above 1: what was said already becomes less likely.")
+@click.option("--seed", type=click.IntRange(min=0, max=(1 << 64) - 1), help="Same seed, same text.")
+@click.option("--stop", multiple=True, help="End before this string. Can be given several times.")
+@click.option("--ignore-eos", is_flag=True, help="Go on after the model's end of text.")
+@click.option("--model", default="", help="Default: any model that is being served.")
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds it may take.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per event.")
+@click.option("--target", envvar="HELIOS_TARGET", metavar="HOST:PORT", help="Default: the running stack.")
+def generate(
+    *,
+    prompt: str,
+    max_tokens: int | None,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    repetition_penalty: float | None,
+    seed: int | None,
+    stop: tuple[str, ...],
+    ignore_eos: bool,
+    model: str,
+    timeout: float | None,
+    as_json: bool,
+    target: str | None,
+) -> None:
+    """Continue PROMPT, token by token. `-` reads it from stdin, without its last newline."""
+    sampling = generation_pb2.SamplingParams(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=[_text(string, "--stop") for string in stop],
+        ignore_eos=ignore_eos,
+    )
+    request = generate_request(_read_prompt(prompt), model=model, sampling=sampling)
+    show = _show_json if as_json else _show_text
+    started = time.monotonic()
+    token_times = []
+    token = generation_pb2.Token()
+    with Client(find_gateway(target)) as client:
+        for event in client.generate(request, timeout):
+            show(event)
+            if isinstance(event, generation_pb2.Token):
+                token_times.append(time.monotonic() - started)
+                token = event
+            elif not as_json and sys.stderr.isatty():
+                click.secho(_summary(token, event, token_times), dim=True, err=True)
+
+
+def _read_prompt(argument: str) -> str:
+    if argument != "-":
+        return _text(argument, "the prompt")
+    try:
+        return sys.stdin.buffer.read().decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(f"the prompt on stdin is not UTF-8: {error}") from error
+
+
+def _text(argument: str, name: str) -> str:
+    # Bytes of the command line that are not UTF-8 arrive as lone surrogates.
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequestError(f"{name} is not UTF-8") from None
+    return argument
+
+
+def _show_text(event: Event) -> None:
+    if isinstance(event, generation_pb2.Token):
+        click.echo(event.text, nl=False)
+        sys.stdout.flush()
+    else:
+        click.echo()
+
+
+def _show_json(event: Event) -> None:
+    fields = MessageToDict(event, preserving_proto_field_name=True, always_print_fields_with_no_presence=True)
+    fields = {field.name: fields[field.name] for field in event.DESCRIPTOR.fields}
+    if isinstance(event, generation_pb2.Finish):
+        fields = {"event": "finish", **fields, "reason": _reason(event)}
+    else:
+        fields = {"event": "token", **fields}
+    click.echo(json.dumps(fields, ensure_ascii=False))
+    sys.stdout.flush()
+
+
+def _reason(finish: generation_pb2.Finish) -> str:
+    name = generation_pb2.FinishReason.Name(finish.reason)
+    return name.removeprefix("FINISH_REASON_").lower()
+
+
+def _summary(token: generation_pb2.Token, finish: generation_pb2.Finish, token_times: list[float]) -> str:
+    """One line on a stream that has ended; `token` is its last."""
+    parts = [f"{finish.completion_tokens} tokens ({_reason(finish)})"]
+    if token_times:
+        parts.append(f"{len(token_times) / token_times[-1]:.0f} tokens/s")
+        parts.append(f"first after {token_times[0] * 1000:.0f} ms")
+        parts.append(f"{token.model}, {token.exit_layer} layers")
+    if finish.resumed:
+        parts.append(f"went on with another worker {finish.resumed} times")
+    return " · ".join(parts)

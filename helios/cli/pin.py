@@ -1,0 +1,41 @@
+"""`helios pin` and `helios unpin`: an operator holds what workers serve, or gives it back."""
+
+from collections.abc import Iterable
+
+import click
+
+from helios.controller_client import connect
+from helios.v1 import controller_pb2
+
+_TARGET = click.option(
+    "--target",
+    envvar="HELIOS_CONTROLLER_TARGET",
+    metavar="HOST:PORT",
+    help="A controller. Default: the running stack's.",
+)
+
+
+@click.command()
+@click.option("--model", required=True, help="Name of a model in the workers' models directory.")
+@click.option("--depth", required=True, type=click.IntRange(min=1), help="Layers to load, an exit layer.")
+@click.option("--worker", "worker_id", default="", metavar="ID", help="Default: every worker.")
+@_TARGET
+def pin(*, model: str, depth: int, worker_id: str, target: str | None) -> None:
+    """Reload to a model and depth and hold it; returns once it serves."""
+    with connect(target) as controller:
+        _show(controller.pin(model, depth, worker_id).plans)
+
+
+@click.command()
+@click.option("--worker", "worker_id", default="", metavar="ID", help="Default: every worker.")
+@_TARGET
+def unpin(*, worker_id: str, target: str | None) -> None:
+    """Give plans back to the controller."""
+    with connect(target) as controller:
+        _show(controller.unpin(worker_id).plans)
+
+
+def _show(plans: Iterable[controller_pb2.WorkerPlan]) -> None:
+    for plan in plans:
+        held = " (pinned)" if plan.pinned else ""
+        click.echo(f"{plan.worker_id}: {plan.model} at depth {plan.depth}{held}")

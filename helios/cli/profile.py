@@ -1,0 +1,155 @@
+"""`helios profile`: measure every exit of the candidates on recent prompts."""
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import click
+
+from helios.errors import HeliosError, UnavailableError
+from helios.history import ModelProfile
+from helios.stack_state import find_profiler
+from helios.v1 import profiler_pb2, profiler_pb2_grpc
+
+if TYPE_CHECKING:
+    import grpc
+
+# A profiler that has just been started still imports its engine.
+_CONNECT_SECONDS = 60.0
+
+
+class _Names(click.ParamType[tuple[str, ...]]):
+    name = "names"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[str, ...]:
+        names = tuple(name.strip() for name in str(value).split(","))
+        if not all(names):
+            self.fail(f"{value!r} is not a list of names such as first,second", param, ctx)
+        return names
+
+
+@click.command()
+@click.option("--models", type=_Names(), metavar="NAME,NAME", help="Default: the shortlist.")
+@click.option("--requests", type=click.IntRange(min=1), help="Recent requests. Default: the profiler's.")
+@click.option("--history", is_flag=True, help="Show the last results; measure nothing.")
+@click.option("--json", "as_json", is_flag=True, help="As a JSON list.")
+@click.option(
+    "--target",
+    envvar="HELIOS_PROFILER_TARGET",
+    metavar="HOST:PORT",
+    help="A profiler. Default: the running stack's.",
+)
+def profile(
+    *, models: tuple[str, ...] | None, requests: int | None, history: bool, as_json: bool, target: str | None
+) -> None:
+    """Run recent prompts through the candidates, reading every exit: quality, speed, memory, energy.
+
+    Without traffic the bundled prompts are taken. Results are kept in Redis, for the controller.
+    """
+    import grpc
+
+    from helios.client import error_from
+    from helios.server import CHANNEL_OPTIONS
+
+    address, names = find_profiler(target), models or ()
+    profiles: list[ModelProfile] = []
+    failure: HeliosError | None = None
+    with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+        _await_ready(channel, address)
+        stub = profiler_pb2_grpc.ProfilerServiceStub(channel)
+        try:
+            if history:
+                answer = stub.GetHistory(profiler_pb2.GetHistoryRequest(models=names))
+                profiles += map(ModelProfile.from_proto, answer.profiles)
+            else:
+                request = profiler_pb2.EvaluateRequest(models=names, requests=requests)
+                # One by one: those before a failure are shown.
+                for one in _with_progress(stub.Evaluate(request)):
+                    profiles.append(one)
+        except grpc.RpcError as error:
+            failure = error_from(error, address)
+    if as_json:
+        click.echo(json.dumps([one.model_dump(mode="json") for one in profiles], indent=2))
+    else:
+        for one in profiles:
+            _show(one)
+    if failure is not None:
+        raise failure
+
+
+def _await_ready(channel: "grpc.Channel", address: str) -> None:
+    import grpc
+
+    try:
+        grpc.channel_ready_future(channel).result(_CONNECT_SECONDS)
+    except grpc.FutureTimeoutError:
+        raise UnavailableError(
+            f"the profiler at {address} has not answered for {_CONNECT_SECONDS:g} s; is it running?"
+        ) from None
+
+
+def _with_progress(responses: Iterator[profiler_pb2.EvaluateResponse]) -> Iterator[ModelProfile]:
+    """The results, with a bar per model on stderr, so that stdout stays the command's answer."""
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+    bars: dict[str, TaskID] = {}
+    progress = Progress(console=Console(stderr=True))
+    try:
+        for response in responses:
+            if response.HasField("result"):
+                yield ModelProfile.from_proto(response.result)
+                continue
+            stage = response.progress
+            if stage.model not in bars:
+                progress.start()
+                bars[stage.model] = progress.add_task(stage.model, total=stage.requests_total)
+            progress.update(bars[stage.model], completed=stage.requests_done)
+    finally:
+        # One that never started would leave an empty line.
+        if bars:
+            progress.stop()
+
+
+def _show(measured: ModelProfile) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    full = measured.full
+    columns = ["depth", "TH", "sure", "agree", "ppl", "", *(f"x{speed.batch} ms" for speed in full.decode)]
+    columns += ["TTFT ms", "MB", "KV kB"]
+    if full.joules_per_token is not None:
+        columns.append("J/token")
+    # Narrow: all of it fits 80 columns.
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0), pad_edge=False, title=measured.model)
+    for column in columns:
+        table.add_column(column, justify="right")
+    for one in measured.exits:
+        cells = [
+            str(one.depth),
+            f"{one.threshold:.2f}",
+            f"{one.share_above(one.threshold):.0%}",
+            f"{one.agreement:.0%}",
+            f"{one.perplexity:.1f}",
+            f"{one.perplexity / full.perplexity - 1:+.1%}",
+            *(f"{1e3 * speed.step_seconds:.2f}" for speed in one.decode),
+            f"{1e3 * one.ttft_seconds:.1f}",
+            f"{one.weight_bytes / 1e6:,.1f}",
+            f"{one.kv_bytes_per_token / 1e3:,.1f}",
+        ]
+        if one.joules_per_token is not None:
+            cells.append(f"{one.joules_per_token:.3g}")
+        table.add_row(*cells)
+    console = Console()
+    console.print(table)
+    facts = measured.provenance
+    console.print(
+        f"{measured.requests} {facts.get('prompts', 'given')} prompts, {measured.tokens:,} tokens; took "
+        f"{measured.wall_seconds:.1f} s, {measured.cpu_seconds:.1f} s of CPU; steps timed in "
+        f"{facts.get('clock', 'seconds')}; power: {facts.get('power', 'unknown')}",
+        style="dim",
+        highlight=False,
+    )

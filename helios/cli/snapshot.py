@@ -1,0 +1,205 @@
+"""What gateway, controller and profiler say of a stack at one moment: what `helios status` and `top` show."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import grpc
+
+from helios import stack_state
+from helios.client import Client, error_from
+from helios.controller_client import ControllerClient, connect
+from helios.errors import HeliosError
+from helios.rates import Rates, rates
+from helios.server import CHANNEL_OPTIONS
+from helios.slo import Slo
+from helios.v1 import controller_pb2, inference_pb2, profiler_pb2, profiler_pb2_grpc, worker_pb2
+
+if TYPE_CHECKING:
+    from helios.history import ExitProfile, ModelProfile
+
+_TIMEOUT_SECONDS = 5.0
+# Profiles change when the controller reassesses, every so many requests.
+_PROFILES_SECONDS = 5.0
+# Columns of a histogram, and its heights.
+_BARS = 10
+_HEIGHTS = " ▁▂▃▄▅▆▇█"
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What is known at one moment. What could not be asked is None or empty, and among the problems."""
+
+    gateway: str
+    status: inference_pb2.GetServingStatusResponse
+    plan: controller_pb2.GetPlanResponse | None
+    decisions: Sequence[controller_pb2.Decision]
+    profiles: "Mapping[str, ModelProfile]"
+    problems: Sequence[str]
+    # Telemetry of the snapshot before, by worker.
+    before: Mapping[str, worker_pb2.Telemetry]
+
+    @property
+    def workers(self) -> list[inference_pb2.WorkerState]:
+        """All known workers, in the order of their ids."""
+        return sorted(self.status.workers, key=lambda worker: worker.worker_id)
+
+    @property
+    def mode(self) -> str:
+        """The controller's mode, or none."""
+        return self.plan.mode if self.plan is not None else "none"
+
+    @property
+    def slo(self) -> Slo | None:
+        """The objective and its bounds; None without a controller."""
+        return Slo.from_proto(self.plan.slo) if self.plan is not None else None
+
+    def is_pinned(self, worker_id: str) -> bool:
+        """Whether an operator holds the worker's plan."""
+        return self.plan is not None and any(
+            one.pinned for one in self.plan.plans if one.worker_id == worker_id
+        )
+
+    def rates(self, worker: inference_pb2.WorkerState) -> Rates:
+        """What the worker did since the snapshot before."""
+        return rates(worker.telemetry, self.before.get(worker.worker_id))
+
+    def exit_profile(self, worker: inference_pb2.WorkerState) -> "ExitProfile | None":
+        """What was measured of the exit at which the worker reads its tokens out."""
+        profile = self.profiles.get(worker.telemetry.model)
+        exits = profile.exits if profile is not None else ()
+        return next((one for one in exits if one.depth == worker.telemetry.depth), None)
+
+    def worker_as_dict(self, worker: inference_pb2.WorkerState) -> dict[str, Any]:
+        """A worker as JSON has it, with the histogram of its exit."""
+        one, profile = self.exit_profile(worker), self.profiles.get(worker.telemetry.model)
+        histogram = None
+        if one is not None and profile is not None:
+            histogram = {
+                "threshold": one.threshold,
+                "confidence_counts": list(one.confidence_counts),
+                "agreement_counts": list(one.agreement_counts),
+                "agreement": one.agreement,
+                "exit_share": one.share_above(one.threshold),
+                "perplexity": one.perplexity,
+                "profiled": profile.time,
+                "requests": profile.requests,
+            }
+        return {
+            "worker_id": worker.worker_id,
+            "address": worker.address,
+            "ready": worker.ready,
+            "reason": worker.reason,
+            "pinned": self.is_pinned(worker.worker_id),
+            "open_streams": worker.open_streams,
+            # Not MessageToDict: it makes strings of 64-bit counters.
+            **{
+                field.name: getattr(worker.telemetry, field.name)
+                for field in worker.telemetry.DESCRIPTOR.fields
+                if field.name != "worker_id"
+            },
+            "exit_histogram": histogram,
+        }
+
+
+class Observer:
+    """Looks at a stack again and again. Only its gateway must answer."""
+
+    def __init__(
+        self,
+        gateway: str,
+        client: Client,
+        controller: ControllerClient | None,
+        profiler: profiler_pb2_grpc.ProfilerServiceStub | None,
+        profiler_address: str,
+    ) -> None:
+        self._gateway = gateway
+        self._client = client
+        self._controller = controller
+        self._profiler = profiler
+        self._profiler_address = profiler_address
+        self._before: dict[str, worker_pb2.Telemetry] = {}
+        self._profiles: dict[str, ModelProfile] = {}
+        self._profiles_problem = ""
+        self._profiles_due = 0.0
+
+    def look(self, decisions: int = 0) -> Snapshot:
+        """The stack now, with the last so many decisions. Raises HeliosError when the gateway is gone."""
+        status = self._client.status(_TIMEOUT_SECONDS)
+        problems = list(status.problems)
+        plan: controller_pb2.GetPlanResponse | None = None
+        made: list[controller_pb2.Decision] = []
+        if self._controller is not None:
+            try:
+                plan = self._controller.get_plan()
+                problems += plan.problems
+                made = list(self._controller.decisions(decisions, follow=False)) if decisions else []
+            except HeliosError as error:
+                problems.append(f"controller: {error.message}; the last plan stays")
+        if self._profiler is not None and time.monotonic() >= self._profiles_due:
+            self._read_profiles(self._profiler)
+        problems += [self._profiles_problem] if self._profiles_problem else []
+        before = self._before
+        self._before = {one.worker_id: one.telemetry for one in status.workers}
+        # Both controller and gateway may say that they cannot reach Redis.
+        return Snapshot(
+            self._gateway, status, plan, made, self._profiles, list(dict.fromkeys(problems)), before
+        )
+
+    def _read_profiles(self, profiler: profiler_pb2_grpc.ProfilerServiceStub) -> None:
+        from helios.history import ModelProfile
+
+        self._profiles_due = time.monotonic() + _PROFILES_SECONDS
+        try:
+            answer = profiler.GetHistory(profiler_pb2.GetHistoryRequest(), timeout=_TIMEOUT_SECONDS)
+        except grpc.RpcError as error:
+            said = error_from(error, self._profiler_address).message
+            self._profiles_problem = f"profiler: {said}; decisions rest on the last profiles"
+            return
+        self._profiles = {one.model: ModelProfile.from_proto(one) for one in answer.profiles}
+        self._profiles_problem = ""
+
+
+@contextlib.contextmanager
+def observe(target: str | None, controller: str | None, profiler: str | None) -> Iterator[Observer]:
+    """Connects to the running stack; or to the gateway `target` and what is named beside it.
+
+    Raises UnavailableError when there is no stack.
+    """
+    gateway = stack_state.find_gateway(target)
+    if target is None:
+        state = stack_state.find_serving()
+        controller, profiler = controller or state.controller, profiler or state.profiler
+    with contextlib.ExitStack() as open_ones:
+        client = open_ones.enter_context(Client(gateway))
+        deciding = open_ones.enter_context(connect(controller)) if controller else None
+        measuring = None
+        if profiler:
+            channel = grpc.insecure_channel(profiler, options=CHANNEL_OPTIONS)
+            measuring = profiler_pb2_grpc.ProfilerServiceStub(open_ones.enter_context(channel))
+        yield Observer(gateway, client, deciding, measuring, profiler or "")
+
+
+def histogram(counts: Sequence[int]) -> str:
+    """Tokens by confidence, from 0 to 1, as bars."""
+    parts = _parts(counts)
+    return _bars(parts, max(*parts, 1))
+
+
+def agreement_bars(counts: Sequence[int], agreeing: Sequence[int]) -> str:
+    """Of the tokens of each bar of `histogram`, the share that equals the last layer's."""
+    pairs = zip(_parts(agreeing), _parts(counts), strict=True)
+    return _bars([part / whole if whole else 0.0 for part, whole in pairs], 1.0)
+
+
+def _parts(counts: Sequence[int]) -> list[int]:
+    width = -(-len(counts) // _BARS)
+    return [sum(counts[start : start + width]) for start in range(0, len(counts), width)]
+
+
+def _bars(values: Sequence[float], most: float) -> str:
+    steps = len(_HEIGHTS) - 1
+    # What is there at all has a bar.
+    return "".join(_HEIGHTS[max(value > 0, round(value / most * steps))] for value in values)

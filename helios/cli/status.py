@@ -1,0 +1,149 @@
+"""`helios status`: what is being served and how sure it is, under which objective, and what is amiss."""
+
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from helios.cli import slo
+from helios.cli.snapshot import Snapshot, agreement_bars, histogram, observe
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
+@click.option("--target", envvar="HELIOS_TARGET", metavar="HOST:PORT", help="Default: the running stack.")
+@click.option(
+    "--controller",
+    envvar="HELIOS_CONTROLLER_TARGET",
+    metavar="HOST:PORT",
+    help="Default: the running stack's.",
+)
+@click.option(
+    "--profiler",
+    envvar="HELIOS_PROFILER_TARGET",
+    metavar="HOST:PORT",
+    help="Default: the running stack's.",
+)
+def status(*, as_json: bool, target: str | None, controller: str | None, profiler: str | None) -> None:
+    """Show workers, models, depths, confidence, load, objective, limits and problems."""
+    with observe(target, controller, profiler) as stack:
+        snapshot = stack.look()
+    if as_json:
+        click.echo(json.dumps(_as_json(snapshot), indent=2))
+    else:
+        _show(snapshot)
+
+
+def _as_json(snapshot: Snapshot) -> dict[str, Any]:
+    answer, limits, plan = snapshot.status, snapshot.status.limits, snapshot.plan
+    return {
+        "gateway": snapshot.gateway,
+        "workers": [snapshot.worker_as_dict(worker) for worker in snapshot.workers],
+        "open_streams": answer.open_streams,
+        "queued_streams": answer.queued_streams,
+        "limits": {field.name: getattr(limits, field.name) for field in limits.DESCRIPTOR.fields},
+        "controller": (
+            None
+            if plan is None
+            else {"mode": plan.mode, "leading": plan.leading, "next_assessment": plan.next_assessment}
+        ),
+        "slo": None if snapshot.slo is None else slo.as_dict(snapshot.slo),
+        "problems": list(snapshot.problems),
+    }
+
+
+def _show(snapshot: Snapshot) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+
+    console = Console(highlight=False)
+    console.print(_workers(snapshot))
+    if any(snapshot.exit_profile(worker) for worker in snapshot.workers):
+        console.print(_exits(snapshot))
+    objective = slo.in_words(snapshot.slo) if snapshot.slo is not None else "unknown"
+    console.print(f"objective: {objective}; controller: {_controller(snapshot)}")
+    if snapshot.plan is not None and snapshot.plan.next_assessment:
+        console.print(f"candidates are evaluated again {escape(snapshot.plan.next_assessment)}")
+    answer, limits = snapshot.status, snapshot.status.limits
+    console.print(
+        f"gateway {snapshot.gateway}: {answer.open_streams} streams open (at most "
+        f"{limits.max_open_streams}), {answer.queued_streams} wait for their first token (at most "
+        f"{limits.max_queued_streams})"
+    )
+    console.print(
+        f"limits: prompt {limits.max_prompt_tokens} tokens, output {limits.max_tokens} tokens, "
+        f"{limits.max_request_seconds:g} s a request"
+    )
+    for problem in snapshot.problems:
+        console.print(f"[red]problem:[/] {escape(problem)}")
+
+
+def _controller(snapshot: Snapshot) -> str:
+    if snapshot.plan is None:
+        return "none that answers, plans stay as they are"
+    says = {
+        "active": "chooses model and depth",
+        "advisory": "decides and records, changes nothing",
+        "off": "only obeys `helios pin`",
+    }
+    leads = "" if snapshot.plan.leading else "; it stands by, another one leads"
+    return f"{snapshot.mode} ({says.get(snapshot.mode, 'of another version')}){leads}"
+
+
+def _workers(snapshot: Snapshot) -> "Table":
+    from rich.markup import escape
+
+    table = _table("worker", "address", "state", "model", "depth", "running", "waiting", "KV", "tokens")
+    for worker in snapshot.workers:
+        load = worker.telemetry
+        state = "[green]ready[/]" if worker.ready else f"[red]{escape(worker.reason) or 'not ready'}[/]"
+        used = load.blocks_total - load.blocks_free
+        table.add_row(
+            escape(worker.worker_id),
+            escape(worker.address),
+            state + (" [yellow]pinned[/]" if snapshot.is_pinned(worker.worker_id) else ""),
+            escape(load.model),
+            str(load.depth),
+            str(load.running),
+            str(load.waiting),
+            f"{used / load.blocks_total:.0%}" if load.blocks_total else "-",
+            f"{load.generated_tokens:,}",
+        )
+    return table
+
+
+def _exits(snapshot: Snapshot) -> "Table":
+    """The exits that are being served, as they were profiled last."""
+    from rich.markup import escape
+
+    table = _table("exit", "confidence 0-1", "", "agree", "sure", "profiled")
+    served = {}
+    for worker in snapshot.workers:
+        if (one := snapshot.exit_profile(worker)) is not None:
+            served[worker.telemetry.model, one.depth] = one
+    for (model, depth), one in sorted(served.items()):
+        profile = snapshot.profiles[model]
+        table.add_row(
+            escape(f"{model} {depth}"),
+            f"{histogram(one.confidence_counts)}\n"
+            f"[green]{agreement_bars(one.confidence_counts, one.agreement_counts)}[/]",
+            "tokens\nagreeing",
+            f"{one.agreement:.0%}",
+            f"{one.share_above(one.threshold):.0%} (>= {one.threshold:.2f})",
+            f"{max(0.0, time.time() - profile.time):.0f} s ago",
+        )
+    return table
+
+
+def _table(*columns: str) -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    table = Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 0), pad_edge=False)
+    for column in table.columns:
+        column.overflow = "fold"
+    return table

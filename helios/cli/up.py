@@ -1,0 +1,257 @@
+"""`helios up` and `helios down`: the local stack."""
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from helios import stack_state
+from helios.errors import SettingsError, UnavailableError, UnknownModelError
+from helios.stack_state import StackState
+
+if TYPE_CHECKING:
+    from helios.catalog import ModelEntry
+    from helios.stack import StackSettings
+
+_DEFAULT_WORKERS = 2
+_DEFAULT_GATEWAY = "127.0.0.1:50051"
+_STOP_SECONDS = 60.0
+_POLL_SECONDS = 0.05
+
+
+@click.command()
+@click.option("--workers", type=click.IntRange(min=1), help="Worker processes. Default: 2, or 1 on one core.")
+@click.option(
+    "--threads", type=click.IntRange(min=1), help="Threads of each worker. Default: cores divided by workers."
+)
+@click.option("--models-dir", type=click.Path(path_type=Path), help="Default: the bundled models.")
+@click.option("--model", help="Default: the first of the models directory.")
+@click.option(
+    "--depth",
+    type=click.IntRange(min=1),
+    help="Layers to load. Default: the model's own choice; all, unless the mode is greedy.",
+)
+@click.option(
+    "--exit-mode",
+    type=click.Choice(["full", "dynamic", "greedy"]),
+    help="How tokens leave: all at the depth (greedy, the default), each at its own exit (dynamic), never "
+    "early (full).",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16", "int8"]),
+    default="auto",
+    show_default=True,
+    help="Numbers computed in. auto: int8 on a CPU with AVX-512 VNNI, bfloat16 on a GPU, else float32.",
+)
+@click.option(
+    "--gateway",
+    metavar="HOST:PORT",
+    default=_DEFAULT_GATEWAY,
+    show_default=True,
+    help="Where clients connect; port 0 is any free one.",
+)
+@click.option(
+    "--redis",
+    "redis_url",
+    envvar="HELIOS_REDIS_URL",
+    metavar="URL",
+    help="Use this Redis; with a password better in HELIOS_REDIS_URL, which `ps` does not show. Default: "
+    "start one, on a loopback port.",
+)
+@click.option(
+    "--profiler/--no-profiler",
+    default=True,
+    show_default=True,
+    help="Measure models beside serving, when `helios profile` or a controller asks for it.",
+)
+@click.option(
+    "--controller",
+    type=click.Choice(["active", "advisory", "off", "none"]),
+    help="Model and depth follow: a controller, you with its advice, you alone with `helios pin`, or nobody. "
+    "Default: active, or advisory when you say what to serve (--model, --depth, --exit-mode).",
+)
+@click.option("--detach", is_flag=True, help="Return once the stack serves; `helios down` stops it.")
+@click.option("--verbose", is_flag=True, help="Show what the processes log.")
+def up(
+    *,
+    workers: int | None,
+    threads: int | None,
+    models_dir: Path | None,
+    model: str | None,
+    depth: int | None,
+    exit_mode: str | None,
+    precision: str,
+    gateway: str,
+    redis_url: str | None,
+    profiler: bool,
+    controller: str | None,
+    detach: bool,
+    verbose: bool,
+) -> None:
+    """Start Redis, workers, a gateway, a profiler and a controller, and serve until Ctrl-C.
+
+    Prints `ready gateway=HOST:PORT ...` once the gateway reports all workers as ready. State and logs are
+    kept in $HELIOS_STATE_DIR, by default ~/.local/state/helios.
+    """
+    if controller is None:
+        controller = _default_controller([("--model", model), ("--depth", depth), ("--exit-mode", exit_mode)])
+    if detach:
+        _start_detached(controller)
+        return
+    from helios import catalog, stack
+
+    exit_mode = exit_mode or "greedy"
+    directory = catalog.find_models_dir(models_dir)
+    entry = catalog.find_model(directory, model) if model else _first_model(directory)
+    if depth is not None:
+        entry.facts.check_depth(depth, entry.name)
+    cores = len(os.sched_getaffinity(0))
+    workers = workers or min(_DEFAULT_WORKERS, cores)
+    settings = stack.StackSettings(
+        models_dir=directory.resolve(),
+        model=entry.name,
+        # Only greedy leaves with all tokens at the depth; the others need every layer.
+        depth=depth or (entry.default_depth if exit_mode == "greedy" else entry.num_layers),
+        exit_mode=exit_mode,
+        precision=precision,
+        workers=workers,
+        threads=threads or max(1, cores // workers),
+        gateway=gateway,
+        redis_url=redis_url,
+        profiler=profiler,
+        controller=controller,
+    )
+    _log_to_stderr()
+    was_ready = False
+    with _spinner(f"starting {settings.workers} x {settings.model}, {settings.depth} layers") as end_spinner:
+
+        def on_ready(state: StackState) -> None:
+            nonlocal was_ready
+            was_ready = True
+            end_spinner()
+            click.echo(_ready_line(settings, state))
+
+        asyncio.run(stack.serve(settings, stack_state.state_dir(), on_ready, follow_logs=verbose))
+    if not was_ready:
+        raise click.Abort
+
+
+@click.command()
+def down() -> None:
+    """Stop the stack that `helios up` has started."""
+    directory = stack_state.state_dir()
+    state = stack_state.read(directory)
+    if state is None:
+        click.echo("no stack is running", err=True)
+        return
+    with contextlib.suppress(ProcessLookupError):  # It may be ending by itself.
+        os.kill(state.pid, signal.SIGTERM)
+    deadline = time.monotonic() + _STOP_SECONDS
+    while stack_state.is_held(directory):
+        if time.monotonic() > deadline:
+            # Its processes are tethered to it and end with it.
+            os.kill(state.pid, signal.SIGKILL)
+            raise UnavailableError(f"the stack (pid {state.pid}) did not stop in time and was killed")
+        time.sleep(_POLL_SECONDS)
+    click.echo("stopped", err=True)
+
+
+def _default_controller(asked: Sequence[tuple[str, object]]) -> str:
+    """Who says what to serve keeps it, and is told so."""
+    named = " and ".join(option for option, value in asked if value is not None)
+    if not named:
+        return "active"
+    click.echo(
+        f"{named} given: the controller only advises; let it choose with --controller active", err=True
+    )
+    return "advisory"
+
+
+def _first_model(models_dir: Path) -> "ModelEntry":
+    from helios import catalog
+
+    found = catalog.read_catalog(models_dir)
+    if not found.models:
+        problems = "; ".join(f"{model.name}: {model.reason}" for model in found.broken)
+        raise UnknownModelError(
+            f"no model to serve in {models_dir}{f' ({problems})' if problems else ''}: "
+            "fetch one with `helios models pull`, or choose another directory with --models-dir"
+        )
+    return found.models[0]
+
+
+def _ready_line(settings: "StackSettings", state: StackState) -> str:
+    from helios.settings import without_passwords
+
+    return (
+        f"ready gateway={state.gateway} workers={settings.workers} model={settings.model} "
+        f"depth={settings.depth} exit-mode={settings.exit_mode} controller={settings.controller} "
+        f"redis={without_passwords(state.redis_url)}"
+    )
+
+
+def _start_detached(controller: str) -> None:
+    """Runs this command again without --detach, in a session of its own, and waits for its ready line.
+
+    Exits as the other one did, showing what it said, when it ends instead.
+    """
+    directory = stack_state.logs_dir(stack_state.state_dir())
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        log = (directory / "up.log").open("ab")
+    except OSError as error:
+        raise SettingsError(
+            f"cannot write to {directory}: {error.strerror}; name another directory with HELIOS_STATE_DIR"
+        ) from error
+    arguments = [argument for argument in sys.argv[1:] if argument != "--detach"]
+    arguments += ["--controller", controller]
+    with log, _spinner("starting"):
+        said_before = log.tell()
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "helios.cli", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            start_new_session=True,
+            text=True,
+        )
+        assert process.stdout is not None
+        try:
+            line = process.stdout.readline()
+        except KeyboardInterrupt:
+            process.terminate()
+            raise
+    if line:
+        click.echo(line, nl=False)
+        return
+    status = process.wait()
+    with Path(log.name).open("rb") as said:
+        said.seek(said_before)
+        click.echo(said.read().decode(errors="replace"), nl=False, err=True)
+    sys.exit(status or 1)
+
+
+@contextlib.contextmanager
+def _spinner(text: str) -> Iterator[Callable[[], None]]:
+    """Shows that something goes on, on a terminal; yields what ends it early."""
+    from rich.console import Console
+
+    status = Console(stderr=True).status(text)
+    with status:
+        yield status.stop
+
+
+def _log_to_stderr() -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])

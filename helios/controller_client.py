@@ -1,0 +1,77 @@
+"""Calls to a controller, for the commands that ask or tell it something."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import grpc
+
+from helios.client import error_from
+from helios.server import CHANNEL_OPTIONS
+from helios.stack_state import find_controller
+from helios.v1 import controller_pb2, controller_pb2_grpc
+
+_Answer = TypeVar("_Answer")
+
+# A pin returns once it serves, and a large model loads for minutes.
+_ORDER_SECONDS = 600.0
+_ANSWER_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class ControllerClient:
+    """A connection to one controller. Every failure is an error of helios/errors.py."""
+
+    target: str
+    stub: controller_pb2_grpc.ControllerServiceStub
+
+    def get_plan(self, patience_seconds: float = 0.0) -> controller_pb2.GetPlanResponse:
+        """What each worker serves, the SLO, and what is amiss. With patience, of one that still starts."""
+        request, patient = controller_pb2.GetPlanRequest(), patience_seconds > 0
+        timeout = max(patience_seconds, _ANSWER_SECONDS)
+        return self._call(lambda: self.stub.GetPlan(request, timeout=timeout, wait_for_ready=patient))
+
+    def set_slo(self, slo: controller_pb2.Slo) -> controller_pb2.Slo:
+        """Changes the objective."""
+        request = controller_pb2.SetSloRequest(slo=slo)
+        return self._call(lambda: self.stub.SetSlo(request, timeout=_ORDER_SECONDS)).slo
+
+    def pin(self, model: str, depth: int, worker_id: str) -> controller_pb2.PinResponse:
+        """Holds a plan; returns once it serves. An empty id is every worker."""
+        request = controller_pb2.PinRequest(model=model, depth=depth, worker_id=worker_id)
+        return self._call(lambda: self.stub.Pin(request, timeout=_ORDER_SECONDS))
+
+    def unpin(self, worker_id: str) -> controller_pb2.UnpinResponse:
+        """Gives plans back to the policy. An empty id is every worker."""
+        request = controller_pb2.UnpinRequest(worker_id=worker_id)
+        return self._call(lambda: self.stub.Unpin(request, timeout=_ANSWER_SECONDS))
+
+    def decisions(self, history: int, *, follow: bool) -> Iterator[controller_pb2.Decision]:
+        """The last decisions; with `follow` then new ones, and each again when its outcome is known."""
+        request = controller_pb2.WatchDecisionsRequest(history=history, once=not follow)
+        call = self.stub.WatchDecisions(request, timeout=None if follow else _ANSWER_SECONDS)
+        try:
+            for response in call:
+                yield response.decision
+        except grpc.RpcError as error:
+            raise error_from(error, self.target) from error
+        finally:
+            call.cancel()
+
+    def _call(self, call: Callable[[], _Answer]) -> _Answer:
+        try:
+            return call()
+        except grpc.RpcError as error:
+            raise error_from(error, self.target) from error
+
+
+@contextmanager
+def connect(target: str | None) -> Iterator[ControllerClient]:
+    """A connection to the target, or to the running stack's controller.
+
+    Raises UnavailableError when there is neither.
+    """
+    address = find_controller(target)
+    with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+        yield ControllerClient(address, controller_pb2_grpc.ControllerServiceStub(channel))

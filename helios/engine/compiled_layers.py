@@ -1,0 +1,85 @@
+"""A model's decoder layers in int8 as one compiled call: no Python between their products."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+
+from helios.engine import kernels
+from helios.engine.batch import Batch
+from helios.engine.checkpoint import Norm
+from helios.engine.kv_cache import KVCache
+from helios.engine.linear import Int8Linear, Linear
+from helios.engine.team import TEAM
+from helios.model_config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A layer's weights as the step uses them: query, key and value in one product."""
+
+    attn_norm: Norm
+    qkv: Linear
+    out: Linear
+    ffn_norm: Norm
+    fc1: Linear
+    fc2: Linear
+
+
+class CompiledLayers:
+    """What `kernels.layers` needs of a model's layers: the addresses of their tensors, kept alive here."""
+
+    def __init__(self, config: ModelConfig, layers: Sequence[Layer]) -> None:
+        """layers: with int8 linears."""
+        self._config = config
+        self._tensors = [
+            [
+                *_affine(layer.attn_norm, config.hidden_size),
+                *_affine(layer.ffn_norm, config.hidden_size),
+                *(tensor for part in (layer.qkv, layer.out, layer.fc1, layer.fc2) for tensor in part.tensors),
+            ]
+            for layer in layers
+        ]
+        self._parts = np.array([[tensor.data_ptr() for tensor in layer] for layer in self._tensors])
+
+    @classmethod
+    def of(cls, config: ModelConfig, layers: Sequence[Layer]) -> Self | None:
+        """None where the layers are not what the kernels compute."""
+        int8 = all(isinstance(part, Int8Linear) for layer in layers for part in (layer.qkv, layer.fc1))
+        return cls(config, layers) if int8 and config.activation == "relu" else None
+
+    def __call__(
+        self, hidden: torch.Tensor, batch: Batch, cache: KVCache, first: int, last: int
+    ) -> torch.Tensor:
+        """The layers first..last of hidden, float32 [T, hidden]; writes the rows' KV."""
+        config, rows = self._config, len(hidden)
+        size = kernels.layers_scratch(rows, config.hidden_size, config.ffn_dim)
+        scratch = torch.empty(size, dtype=torch.uint8)
+        keys, values = cache.addresses
+        hidden = hidden.clone(memory_format=torch.contiguous_format)
+        TEAM.run(
+            kernels.layers,
+            self._parts,
+            first,
+            last,
+            hidden.data_ptr(),
+            rows,
+            config.hidden_size,
+            config.ffn_dim,
+            config.num_heads,
+            config.norm_before,
+            keys,
+            values,
+            cache.block_tokens,
+            batch.addresses,
+            scratch.data_ptr(),
+        )
+        return hidden
+
+
+def _affine(norm: Norm, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of a norm that may have neither."""
+    weight = torch.ones(width) if norm.weight is None else norm.weight
+    return weight, torch.zeros(width) if norm.bias is None else norm.bias

@@ -1,0 +1,483 @@
+"""The engine: submit, cancel, reload, telemetry, around one loop: schedule, run, deliver."""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from helios.engine.batch import build_batch
+from helios.engine.detokenizer import Detokenizer
+from helios.engine.exits import ExitMode, run_dynamic, run_static
+from helios.engine.kv_cache import BlockPool, KVCache
+from helios.engine.memory import device_budget
+from helios.engine.plan import Plan, Progress, load_plan
+from helios.engine.sampler import Row, Sampled, sample
+from helios.engine.scheduler import Scheduler
+from helios.engine.sequence import FinishReason, GeneratedToken, Output, Sequence
+from helios.engine.settings import EngineSettings
+from helios.errors import (
+    CancelledError,
+    DeadlineExceededError,
+    HeliosError,
+    InvalidRequestError,
+    OutOfMemoryError,
+    OverloadedError,
+    SettingsError,
+    UnavailableError,
+)
+from helios.sampling import SamplingParams
+
+log = logging.getLogger(__name__)
+
+Sink = Callable[[Output], None]
+
+# How long an idle loop sleeps at most, seconds.
+_IDLE_SECONDS = 0.1
+
+
+@dataclass(slots=True)
+class Counters:
+    """What an engine has done since it started."""
+
+    steps: int = 0
+    prefill_tokens: int = 0
+    generated_tokens: int = 0
+    finished_sequences: int = 0
+    # Tokens whose confidence was below their exit's threshold (high-exit tokens, HT).
+    high_exit_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Telemetry:
+    """An engine's load at one moment. `step_age` is in seconds."""
+
+    model: str
+    depth: int
+    running: int
+    waiting: int
+    blocks_total: int
+    blocks_free: int
+    counters: Counters
+    preemptions: int
+    step_age: float
+
+
+@dataclass(frozen=True, slots=True)
+class Reloaded:
+    """What a reload did: bytes read, sequences that go on under the new plan, seconds without a step."""
+
+    bytes_read: int
+    sequences_moved: int
+    stall_seconds: float
+
+
+@dataclass(slots=True)
+class _Swap:
+    """A plan that waits for the end of a step."""
+
+    plan: Plan
+    done: threading.Event = field(default_factory=threading.Event)
+    result: Reloaded | HeliosError = field(
+        default_factory=lambda: UnavailableError("the engine stopped before the new plan could serve")
+    )
+
+
+class Engine:
+    """Serves one partial model to many sequences.
+
+    `submit`, `cancel`, `reload` and `telemetry` may be called from any thread. Either one thread calls
+    `step` (as `generate` does), or `start` runs the loop in a thread of its own.
+    """
+
+    def __init__(self, plan: Plan, settings: EngineSettings) -> None:
+        self.settings = settings
+        self.plan = plan
+        self._lock = threading.Condition()
+        self._submitted: deque[Sequence] = deque()
+        self._cancelled: dict[str, HeliosError] = {}
+        self._swap: _Swap | None = None
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+        self._sequences: dict[str, Sequence] = {}
+        self._counters = Counters()
+        self._last_step = time.monotonic()
+        self._scheduler, self._cache = self._allocate(plan)
+        self._reload_lock = threading.Lock()
+
+    @classmethod
+    def load(cls, path: str | Path, depth: int | None = None, settings: EngineSettings | None = None) -> Self:
+        """Loads the first `depth` layers (None: all) of the checkpoint directory `path`.
+
+        Raises CheckpointError, UnknownDepthError, OutOfMemoryError, SettingsError.
+        """
+        settings = settings or EngineSettings()
+        if settings.memory_bytes is None:
+            settings = replace(settings, memory_bytes=device_budget(torch.device(settings.device)))
+        return cls(load_plan(Path(path), depth, settings), settings)
+
+    # -- requests ---------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        request_id: str,
+        prompt_ids: list[int],
+        sampling: SamplingParams,
+        sink: Sink,
+        *,
+        emitted_ids: list[int] | None = None,
+        deadline: float | None = None,
+    ) -> Sequence:
+        """Queues a sequence. `sink` gets every Output, on the engine's thread, and must not block.
+
+        `emitted_ids` were generated before (elsewhere, perhaps): the sequence goes on after them.
+        `deadline` is on the clock of time.monotonic.
+        Raises InvalidRequestError, OverloadedError, UnavailableError.
+        """
+        emitted = emitted_ids or []
+        sampling = self._check(prompt_ids, emitted, sampling)
+        sequence = Sequence(
+            request_id=request_id,
+            token_ids=[*prompt_ids, *emitted],
+            prompt_tokens=len(prompt_ids),
+            sampling=sampling,
+            detokenizer=Detokenizer(self.plan.tokenizer, sampling.stop),
+            sink=sink,
+            deadline=deadline,
+        )
+        ended = self._replay(sequence, emitted)
+        with self._lock:
+            if self._stopping:
+                raise UnavailableError("the engine is stopping; send the request to another worker")
+            if request_id in self._sequences:
+                raise InvalidRequestError(f"request_id {request_id!r} is already running; use another")
+            if ended is None:
+                waiting = len(self._submitted) + len(self._scheduler.waiting)
+                if waiting >= self.settings.max_waiting:
+                    raise OverloadedError(
+                        f"{waiting} sequences are waiting, the limit is {self.settings.max_waiting}",
+                        retry_after_seconds=1.0,
+                    )
+                self._sequences[request_id] = sequence
+                self._submitted.append(sequence)
+                self._lock.notify_all()
+        if ended is not None:
+            sink(Output(finish=sequence.finish(ended)))
+        return sequence
+
+    def cancel(self, request_id: str, error: HeliosError | None = None) -> None:
+        """Ends a sequence before the next step; its sink gets `error`. Unknown ids are ignored."""
+        with self._lock:
+            if request_id in self._sequences:
+                self._cancelled[request_id] = error or CancelledError("the request was cancelled")
+                self._lock.notify_all()
+
+    def generate(
+        self, prompt: str | list[int], sampling: SamplingParams | None = None
+    ) -> Iterator[GeneratedToken]:
+        """Tokens of one prompt as they come; steps the engine itself. Raises HeliosError."""
+        if self._thread is not None:
+            raise SettingsError("the engine's loop runs in a thread: use submit")
+        ids = self.plan.tokenizer.encode(prompt).ids if isinstance(prompt, str) else prompt
+        outputs: deque[Output] = deque()
+        request_id = f"generate-{id(outputs)}"
+        self.submit(request_id, ids, sampling or SamplingParams(), outputs.append)
+        try:
+            while True:
+                while not outputs:
+                    self.step()
+                output = outputs.popleft()
+                yield from output.tokens
+                if output.error is not None:
+                    raise output.error
+                if output.finish is not None:
+                    return
+        finally:
+            self.cancel(request_id)
+
+    @property
+    def running(self) -> bool:
+        """Whether the loop started with `start` is alive."""
+        return self._thread is not None and self._thread.is_alive()
+
+    # -- the loop ---------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Runs the loop in a thread until `stop`."""
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the loop; sequences still there get UnavailableError."""
+        with self._lock:
+            self._stopping = True
+            self._lock.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """Schedules, runs and delivers one step. False: there was nothing to do."""
+        self._take_inbox()
+        self._expire()
+        scheduled = self._scheduler.schedule()
+        if not scheduled:
+            self._last_step = time.monotonic()
+            return False
+        now = time.time_ns()
+        for seq, _ in scheduled:
+            seq.times.scheduled = seq.times.scheduled or now
+        batch, readers = build_batch(scheduled, self.settings.block_tokens, self.plan.model.device)
+        if self.settings.exit_mode is ExitMode.DYNAMIC:
+            logits, exits = run_dynamic(self.plan.model, batch, self._cache, self.plan.thresholds)
+        else:
+            logits, exits = run_static(self.plan.model, batch, self._cache)
+        for seq, count in scheduled:
+            seq.computed += count
+        self._counters.prefill_tokens += len(batch.token_ids) - batch.decode_rows
+        if readers:
+            rows = [Row(seq.sampling, len(seq.token_ids), seq.token_ids) for seq in readers]
+            self._deliver(readers, sample(logits, rows), exits)
+        self._counters.steps += 1
+        self._last_step = time.monotonic()
+        return True
+
+    def _loop(self) -> None:
+        try:
+            while not self._stopping:
+                if not self.step():
+                    self._wait()
+        except Exception as error:
+            log.exception("the engine's loop failed")
+            self._fail_all(HeliosError(f"the engine failed: {type(error).__name__}; see the worker's log"))
+            raise
+        self._fail_all(UnavailableError("the worker is stopping"))
+
+    def _wait(self) -> None:
+        """Sleeps until there is something to do, but for short: telemetry shows that the loop lives."""
+        with self._lock:
+            if not (self._submitted or self._cancelled or self._swap or self._stopping):
+                self._lock.wait(timeout=_IDLE_SECONDS)
+
+    def _take_inbox(self) -> None:
+        """Takes in, at the edge between two steps, what other threads asked for."""
+        with self._lock:
+            submitted, self._submitted = self._submitted, deque()
+            cancelled, self._cancelled = self._cancelled, {}
+            swap, self._swap = self._swap, None
+        for sequence in submitted:
+            self._admit(sequence)
+        for request_id, error in cancelled.items():
+            if (found := self._sequences.get(request_id)) is not None:
+                self._end(found, Output(error=error))
+        if swap is not None:
+            self._apply(swap)
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        late = [seq for seq in self._scheduler if seq.deadline is not None and seq.deadline <= now]
+        for seq in late:
+            error = DeadlineExceededError(
+                f"the deadline passed after {seq.completion_tokens} of {seq.sampling.max_tokens} tokens"
+            )
+            self._end(seq, Output(error=error))
+
+    def _deliver(self, readers: list[Sequence], sampled: Sampled, exits: list[int]) -> None:
+        # One transfer to the host for the whole batch.
+        columns = torch.stack(
+            [sampled.token_ids.double(), sampled.logprobs.double(), sampled.confidences.double()]
+        ).tolist()
+        now = time.time_ns()
+        for seq, token, logprob, certainty, exit_layer in zip(readers, *columns, exits, strict=True):
+            token_id = int(token)
+            index = seq.completion_tokens
+            seq.token_ids.append(token_id)
+            seq.times.first_token = seq.times.first_token or now
+            text = seq.detokenizer.push(token_id)
+            reason = self._reason(seq, token_id)
+            if reason is not None:
+                text += seq.detokenizer.flush()
+            generated = GeneratedToken(
+                index, token_id, text, logprob, certainty, exit_layer, self.plan.entry.name
+            )
+            self._counters.generated_tokens += 1
+            self._counters.high_exit_tokens += certainty < self.plan.thresholds.get(exit_layer, 0.0)
+            if reason is None:
+                seq.sink(Output(tokens=(generated,)))
+            else:
+                self._end(seq, Output(tokens=(generated,), finish=seq.finish(reason)))
+
+    def _end(self, seq: Sequence, output: Output) -> None:
+        self._scheduler.finish(seq)
+        seq.times.finished = time.time_ns()
+        with self._lock:
+            del self._sequences[seq.request_id]
+        self._counters.finished_sequences += 1
+        seq.sink(output)
+
+    def _fail_all(self, error: HeliosError) -> None:
+        with self._lock:
+            self._stopping = True
+            if self._swap is not None:
+                self._swap.done.set()
+                self._swap = None
+        self._take_inbox()
+        for seq in list(self._scheduler):
+            self._end(seq, Output(error=error))
+
+    def _reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
+        """Whether, and why, a sequence ends with the token it just got."""
+        if seq.detokenizer.stopped:
+            return FinishReason.STOP
+        if token_id in self.plan.model.config.eos_token_ids and not seq.sampling.ignore_eos:
+            return FinishReason.EOS
+        if seq.completion_tokens >= seq.sampling.max_tokens:
+            return FinishReason.LENGTH
+        return None
+
+    # -- the plan ---------------------------------------------------------------------------------
+
+    def reload(
+        self,
+        path: str | Path,
+        depth: int | None = None,
+        progress: Progress | None = None,
+        threshold: float | None = None,
+    ) -> Reloaded:
+        """Loads another plan beside the running one, in the caller's thread, and swaps between two steps.
+
+        Sequences in flight go on under the new plan: computed again, or, if it is the same model with fewer
+        layers, with the KV they have. `threshold` goes before the settings' own. On an error the running plan
+        stays as it was.
+        Raises CheckpointError, UnknownDepthError, OutOfMemoryError, InvalidRequestError.
+        """
+        with self._reload_lock:
+            plan = load_plan(Path(path), depth, self.settings, progress, threshold)
+            if plan.tokenizer_id != self.plan.tokenizer_id:
+                raise InvalidRequestError(
+                    f"{plan.entry.name} has another tokenizer than {self.plan.entry.name}: sequences in "
+                    "flight cannot move to it; start a worker for it instead"
+                )
+            swap = _Swap(plan)
+            with self._lock:
+                if self._stopping:
+                    raise UnavailableError("the engine is stopping")
+                self._swap = swap
+                self._lock.notify_all()
+            if self._thread is None:
+                self.step()
+            swap.done.wait()
+            if isinstance(swap.result, HeliosError):
+                raise swap.result
+            return swap.result
+
+    def _apply(self, swap: _Swap) -> None:
+        began = time.monotonic()
+        scheduler, old, new = self._scheduler, self.plan, swap.plan
+        moved = len(scheduler.running)
+        try:
+            if new.checkpoint_id == old.checkpoint_id and new.depth <= old.depth:
+                # What the lower layers have cached stays valid; only the upper layers' KV goes.
+                scheduler.pool.grow(self._cache.shrink(new.depth, new.memory.num_blocks))
+                self.plan = new
+            else:
+                self._replace(new)
+            swap.result = Reloaded(new.bytes_read, moved, time.monotonic() - began)
+        except HeliosError as error:
+            swap.result = error
+        finally:
+            # Whoever waits for the reload hears of its end even if it takes the loop down.
+            swap.done.set()
+
+    def _replace(self, new: Plan) -> None:
+        """Makes the pool anew for another plan, under which all running sequences are recomputed."""
+        old = self._scheduler
+        old.preempt_all()
+        # The old pool goes before the new one comes: both together would break the budget.
+        del self._cache
+        try:
+            self._scheduler, self._cache = self._allocate(new)
+            self.plan = new
+        except RuntimeError as error:  # torch's allocator
+            self._scheduler, self._cache = self._allocate(self.plan)
+            raise OutOfMemoryError(f"no memory for the KV pool of the new plan: {error}") from error
+        finally:
+            self._scheduler.preemptions = old.preemptions
+            for seq in old.waiting:
+                self._admit(seq)
+
+    def _admit(self, seq: Sequence) -> None:
+        """Queues a sequence; one that the plan in force cannot hold is handed back to its owner."""
+        self._scheduler.add(seq)
+        needed = seq.prompt_tokens + seq.sampling.max_tokens
+        # The pool holds at least one full context (memory.plan_memory).
+        if needed > self.plan.model.config.context_tokens:
+            message = f"{self.plan.entry.name} at depth {self.plan.depth} cannot hold {needed} tokens"
+            self._end(seq, Output(error=UnavailableError(message + "; another worker may")))
+
+    def telemetry(self) -> Telemetry:
+        """The engine's load now."""
+        with self._lock:
+            submitted = len(self._submitted)
+        scheduler = self._scheduler
+        return Telemetry(
+            model=self.plan.entry.name,
+            depth=self.plan.depth,
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting) + submitted,
+            blocks_total=scheduler.pool.num_blocks,
+            blocks_free=scheduler.pool.free_blocks,
+            counters=self._counters,
+            preemptions=scheduler.preemptions,
+            step_age=time.monotonic() - self._last_step,
+        )
+
+    def _allocate(self, plan: Plan) -> tuple[Scheduler, KVCache]:
+        settings, config = self.settings, plan.model.config
+        pool = BlockPool(plan.memory.num_blocks, settings.block_tokens)
+        cache = KVCache(
+            plan.depth,
+            plan.memory.num_blocks,
+            settings.block_tokens,
+            config.num_heads,
+            config.head_dim,
+            plan.model.kv_dtype,
+            plan.model.device,
+        )
+        return Scheduler(pool, settings.max_running, settings.step_token_budget), cache
+
+    def _check(self, prompt_ids: list[int], emitted: list[int], sampling: SamplingParams) -> SamplingParams:
+        """The sampling with max_tokens cut to what the context leaves, or InvalidRequestError."""
+        config = self.plan.model.config
+        if not prompt_ids:
+            raise InvalidRequestError("the prompt is empty; send at least one token")
+        for token_id in (*prompt_ids, *emitted):
+            if not 0 <= token_id < config.vocab_size:
+                raise InvalidRequestError(
+                    f"token id {token_id} is outside the vocabulary of {config.vocab_size}"
+                )
+        room = config.context_tokens - len(prompt_ids)
+        if room < 1:
+            raise InvalidRequestError(
+                f"the prompt has {len(prompt_ids)} tokens; {self.plan.entry.name} knows "
+                f"{config.context_tokens} positions, and at least one must be left for the output"
+            )
+        max_tokens = min(sampling.max_tokens, room)
+        if len(emitted) > max_tokens:
+            raise InvalidRequestError(f"{len(emitted)} tokens are emitted, more than max_tokens {max_tokens}")
+        return sampling.capped(max_tokens)
+
+    def _replay(self, sequence: Sequence, emitted: list[int]) -> FinishReason | None:
+        """Brings the text up to the emitted ids; the reason if the sequence had already ended."""
+        reason = None
+        for token_id in emitted:
+            sequence.detokenizer.push(token_id)
+            reason = self._reason(sequence, token_id)
+        if reason is not None:
+            sequence.detokenizer.flush()
+        return reason

@@ -1,0 +1,128 @@
+"""Paged KV: one pool of fixed-size blocks, and the tensors that hold their keys and values."""
+
+import logging
+from collections import deque
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from helios.errors import OutOfMemoryError
+
+log = logging.getLogger(__name__)
+
+
+class BlockPool:
+    """Hands out block numbers. Who holds a block frees it exactly once."""
+
+    def __init__(self, num_blocks: int, block_tokens: int) -> None:
+        self.num_blocks = num_blocks
+        self.block_tokens = block_tokens
+        self._free = deque(range(num_blocks))
+        self._held = [False] * num_blocks
+
+    @property
+    def free_blocks(self) -> int:
+        """Blocks that nobody holds."""
+        return len(self._free)
+
+    def blocks_for(self, tokens: int) -> int:
+        """Blocks that hold this many tokens."""
+        return -(-tokens // self.block_tokens)
+
+    def allocate(self, count: int) -> list[int]:
+        """Takes `count` blocks. Raises OutOfMemoryError, and takes none, when fewer are free."""
+        if count > len(self._free):
+            raise OutOfMemoryError(f"{count} KV blocks asked, {len(self._free)} of {self.num_blocks} free")
+        blocks = [self._free.popleft() for _ in range(count)]
+        for block in blocks:
+            self._held[block] = True
+        return blocks
+
+    def grow(self, num_blocks: int) -> None:
+        """Adds blocks up to `num_blocks` in all; those handed out stay as they are."""
+        self._free.extend(range(self.num_blocks, num_blocks))
+        self._held += [False] * (num_blocks - self.num_blocks)
+        self.num_blocks = num_blocks
+
+    def free(self, blocks: list[int]) -> None:
+        """Gives blocks back. Raises ValueError for a block that is not held."""
+        for block in blocks:
+            if not self._held[block]:
+                raise ValueError(f"KV block {block} is freed but was not held")
+            self._held[block] = False
+            self._free.append(block)
+
+
+def kv_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Of keys and values beside activations of `dtype`: on a CPU float32, as compiled attention reads."""
+    return torch.float32 if device.type == "cpu" else dtype
+
+
+class KVCache:
+    """Keys and values of every slot; slot = block * block_tokens + offset in the block.
+
+    A block's tokens lie side by side in each dimension of each head: [blocks, heads, head_dim, block_tokens],
+    so that attention takes as many tokens at once as a register has lanes.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_tokens: int,
+        num_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.block_tokens = block_tokens
+        shape = (num_blocks, num_heads, head_dim, block_tokens)
+        # Zeros, not empty: the pages are committed here, ahead of serving.
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.addresses = self._locate()
+
+    def _locate(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where the keys and the values of each layer lie, for compiled code."""
+        keys, values = (
+            np.array([tensor.data_ptr() for tensor in tensors], dtype=np.int64)
+            for tensors in (self.keys, self.values)
+        )
+        return keys, values
+
+    def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Stores keys and values [tokens, heads, head_dim] at slots [tokens]."""
+        blocks, offsets = slots // self.block_tokens, slots % self.block_tokens
+        for tensor, new in ((self.keys[layer], keys), (self.values[layer], values)):
+            tensor[blocks, :, :, offsets] = new.to(tensor.dtype)
+
+    def gather(self, layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of blocks [rows, blocks], each [rows, heads, blocks * block_tokens, head_dim]."""
+        rows, width = blocks.shape
+
+        def of(tensor: torch.Tensor) -> torch.Tensor:
+            whole = tensor.index_select(0, blocks.flatten()).view(rows, width, *tensor.shape[1:])
+            # [rows, blocks, heads, head_dim, tokens] -> [rows, heads, blocks, tokens, head_dim]
+            return whole.permute(0, 2, 1, 4, 3).flatten(2, 3)
+
+        return of(self.keys[layer]), of(self.values[layer])
+
+    def shrink(self, num_layers: int, num_blocks: int) -> int:
+        """Drops the layers above `num_layers` and gives the others `num_blocks` blocks, no fewer than before.
+
+        Layer by layer, so that no more than one layer is held twice. Returns the blocks that all layers have
+        now: those of before when there is no memory for more.
+        """
+        del self.keys[num_layers:], self.values[num_layers:]
+        try:
+            for tensors in (self.keys, self.values):
+                for layer, old in enumerate(tensors):
+                    if num_blocks > len(old):
+                        grown = torch.zeros((num_blocks, *old.shape[1:]), dtype=old.dtype, device=old.device)
+                        grown[: len(old)] = old
+                        tensors[layer] = grown
+        except RuntimeError as error:  # torch's allocator
+            log.warning("the KV pool stays as large as it was, there is no memory for more: %s", error)
+        self.addresses = self._locate()
+        return min(map(len, (*self.keys, *self.values)))

@@ -1,0 +1,90 @@
+"""The memory budget: weights + activations + KV pool, planned before anything is allocated."""
+
+from dataclasses import dataclass
+
+import torch
+
+from helios.engine.model import Model
+from helios.errors import OutOfMemoryError
+from helios.hardware import available_memory
+from helios.model_config import ModelConfig
+
+# Of the memory that is free when an engine starts; the rest is left to the system, to other workers and
+# to reloads, which hold the new weights beside the old ones for a moment.
+_CPU_SHARE = 0.4
+_GPU_SHARE = 0.9
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes of each part of the budget, and the KV blocks they make."""
+
+    weight_bytes: int
+    activation_bytes: int
+    kv_bytes_per_token: int
+    num_blocks: int
+
+
+def plan_memory(
+    model: Model, budget: int, max_running: int, step_token_budget: int, block_tokens: int
+) -> MemoryPlan:
+    """Fits a loaded model into `budget` bytes.
+
+    The pool never exceeds what `max_running` sequences of full context can use.
+    Raises OutOfMemoryError when not even one such sequence fits, with the bytes that would do.
+    """
+    return share_memory(
+        model.config,
+        model.depth,
+        model.dtype,
+        model.kv_dtype,
+        model.weight_bytes,
+        budget,
+        max_running,
+        step_token_budget,
+        block_tokens,
+    )
+
+
+def share_memory(
+    config: ModelConfig,
+    depth: int,
+    dtype: torch.dtype,
+    kv: torch.dtype,
+    weights: int,
+    budget: int,
+    max_running: int,
+    step_token_budget: int,
+    block_tokens: int,
+) -> MemoryPlan:
+    """The same for a shape that is not loaded, of `weights` bytes. Raises OutOfMemoryError.
+
+    dtype: of activations; kv: of keys and values.
+    """
+    kv_per_token = kv_bytes_per_token(config, depth, kv)
+    # The widest moment of a step: states, the fused projections or the feed-forward, and float32 logits.
+    widest = 4 * config.hidden_size + max(config.ffn_dim, 3 * config.hidden_size)
+    activations = step_token_budget * widest * dtype.itemsize + 3 * max_running * config.vocab_size * 4
+    blocks_per_context = -(-config.context_tokens // block_tokens)
+    block_bytes = kv_per_token * block_tokens
+    num_blocks = min((budget - weights - activations) // block_bytes, max_running * blocks_per_context)
+    if num_blocks < blocks_per_context:
+        needed = weights + activations + blocks_per_context * block_bytes
+        raise OutOfMemoryError(
+            f"a memory budget of {budget:,} bytes cannot hold {depth} layers ({weights:,} bytes), "
+            f"activations ({activations:,}) and one full context of KV "
+            f"({blocks_per_context * block_bytes:,}); give at least {needed:,} or load fewer layers"
+        )
+    return MemoryPlan(weights, activations, kv_per_token, num_blocks)
+
+
+def kv_bytes_per_token(config: ModelConfig, depth: int, dtype: torch.dtype) -> int:
+    """Bytes of a token's keys and values in `depth` layers."""
+    return 2 * depth * config.hidden_size * dtype.itemsize
+
+
+def device_budget(device: torch.device) -> int:
+    """Bytes that an engine may take of a device by default."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * _GPU_SHARE)
+    return int(available_memory() * _CPU_SHARE)

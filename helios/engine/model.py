@@ -1,0 +1,191 @@
+"""The first layers of an OPT model (Zhang et al. 2022), over paged KV.
+
+All variants: norm before each block, or after it without a final norm (opt-350m); embeddings of another
+width projected in and out; with and without biases; tied and untied LM heads. Which precision its linears
+have, the model does not know.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch.nn import functional as F
+
+from helios.engine.batch import Batch
+from helios.engine.checkpoint import LayerWeights, LinearWeights, ModelWeights, Norm
+from helios.engine.compiled_layers import CompiledLayers, Layer
+from helios.engine.kv_cache import KVCache, kv_dtype
+from helios.engine.linear import Linear, linear, quantize
+from helios.engine.paged_attention import attend, reads_in_place
+from helios.model_config import POSITION_OFFSET, ModelConfig
+
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"relu": F.relu, "gelu": F.gelu}
+
+
+class Model:
+    """A partial model: embeddings, `depth` layers, the exit heads among them and the LM head."""
+
+    def __init__(self, config: ModelConfig, weights: ModelWeights) -> None:
+        self.config = config
+        self.depth = len(weights.layers)
+        self.quantized = any(layer.fc1.scales is not None for layer in weights.layers)
+        # Of activations.
+        self.dtype = torch.float32 if self.quantized else weights.embed_tokens.dtype
+        self._embed_tokens = weights.embed_tokens
+        self._embed_positions = weights.embed_positions
+        self._project_in = _optional(weights.project_in)
+        self._project_out = _optional(weights.project_out)
+        self._final_norm = weights.final_norm
+        self._exits = {layer: (head.norm, _optional(head.linear)) for layer, head in weights.exits.items()}
+        head, scales = quantize(weights.lm_head) if self.quantized else (weights.lm_head, None)
+        self._lm_head = linear(LinearWeights(head, None, scales))
+        self._activation = _ACTIVATIONS[config.activation]
+        self._layers: list[Layer] = []
+        while weights.layers:
+            # Taken off one by one, so that the parts are freed as they are fused.
+            self._layers.append(_fuse(weights.layers.pop(0)))
+        # The layers in one call, where their precision has one.
+        self._compiled = CompiledLayers.of(config, self._layers)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self._embed_tokens.device
+
+    @property
+    def precision(self) -> str:
+        """Numbers that its products are computed in."""
+        return "int8" if self.quantized else str(self.dtype).removeprefix("torch.")
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """Of keys and values."""
+        return kv_dtype(self.dtype, self.device)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all loaded weights, shared ones once."""
+        tensors = [self._embed_tokens, self._embed_positions]
+        linears = [self._project_in, self._project_out, self._lm_head]
+        norms = [self._final_norm]
+        for layer in self._layers:
+            linears += [layer.qkv, layer.out, layer.fc1, layer.fc2]
+            norms += [layer.attn_norm, layer.ffn_norm]
+        for norm, projection in self._exits.values():
+            norms.append(norm)
+            linears.append(projection)
+        for part in linears:
+            tensors += [] if part is None else part.tensors
+        for norm in filter(None, norms):
+            tensors += [tensor for tensor in (norm.weight, norm.bias) if tensor is not None]
+        unique = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
+        return sum(unique.values())
+
+    def embed(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Hidden states before the first layer: [T] -> [T, hidden]."""
+        hidden = F.embedding(token_ids, self._embed_tokens).to(self.dtype)
+        if self._project_in is not None:
+            hidden = self._project_in(hidden)
+        return hidden + F.embedding(positions + POSITION_OFFSET, self._embed_positions)
+
+    def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
+        """Hidden states after the last loaded layer: [T, hidden]. Writes the rows' KV."""
+        hidden = self.embed(batch.token_ids, batch.positions)
+        if self._compiled is not None and reads_in_place(cache):
+            return self._compiled(hidden, batch, cache, 0, self.depth)
+        for index in range(self.depth):
+            hidden = self.layer(index, hidden, batch, cache)
+        return hidden
+
+    def layer(self, index: int, hidden: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
+        """One layer: [T, hidden] -> [T, hidden]. Writes the rows' KV."""
+        if self._compiled is not None and reads_in_place(cache):
+            return self._compiled(hidden, batch, cache, index, index + 1)
+        layer = self._layers[index]
+        before = self.config.norm_before
+        x = _norm(hidden, layer.attn_norm) if before else hidden
+        attended = _attention(layer.qkv(x), batch, cache, index, self.config.num_heads)
+        hidden = hidden + layer.out(attended)
+        if not before:
+            hidden = _norm(hidden, layer.attn_norm)
+        x = _norm(hidden, layer.ffn_norm) if before else hidden
+        hidden = hidden + layer.fc2(self._activation(layer.fc1(x)))
+        return hidden if before else _norm(hidden, layer.ffn_norm)
+
+    def propagate(self, index: int, hidden: torch.Tensor, slots: torch.Tensor, cache: KVCache) -> None:
+        """State propagation (Elbayad et al. 2020): KV of a layer that exited rows skip.
+
+        hidden: their states where they exited, [rows, hidden]; slots: [rows].
+        """
+        layer = self._layers[index]
+        x = _norm(hidden, layer.attn_norm) if self.config.norm_before else hidden
+        key_value = layer.qkv.from_channel(x, self.config.hidden_size)
+        key, value = key_value.view(len(x), 2, self.config.num_heads, -1).unbind(1)
+        cache.write(index, slots, key, value)
+
+    def read_out(self, hidden: torch.Tensor, exit_layer: int) -> torch.Tensor:
+        """Logits at the exit after `exit_layer` layers: [rows, hidden] -> [rows, vocabulary]."""
+        norm, projection = self._exits.get(exit_layer, (self._final_norm, None))
+        if norm is not None:
+            hidden = _norm(hidden, norm)
+        if projection is not None:
+            hidden = projection(hidden)
+        if self._project_out is not None:
+            hidden = self._project_out(hidden)
+        return self._lm_head(hidden)
+
+
+def _optional(weights: LinearWeights | None) -> Linear | None:
+    return None if weights is None else linear(weights)
+
+
+def _norm(x: torch.Tensor, part: Norm) -> torch.Tensor:
+    return F.layer_norm(x, x.shape[-1:], part.weight, part.bias)
+
+
+def _attention(qkv: torch.Tensor, batch: Batch, cache: KVCache, layer: int, num_heads: int) -> torch.Tensor:
+    """Stores the rows' KV, and each row looks at its own context: [T, 3 * hidden] -> [T, hidden]."""
+    if reads_in_place(cache):
+        return attend(qkv.float(), batch, cache, layer).to(qkv.dtype)
+    # three times [T, heads, head_dim]
+    query, key, value = qkv.view(len(qkv), 3, num_heads, -1).unbind(1)
+    cache.write(layer, batch.slots, key, value)
+    query, key, value = (part.to(cache.keys[layer].dtype) for part in (query, key, value))
+    parts = []
+    if batch.decode_rows:
+        decode = slice(batch.decode_rows)
+        # [rows, heads, context, head_dim]
+        context_keys, context_values = cache.gather(layer, batch.decode_blocks)
+        attended = F.scaled_dot_product_attention(
+            query[decode, :, None], context_keys, context_values, attn_mask=batch.decode_mask
+        )
+        parts.append(attended[:, :, 0])
+    for chunk in batch.prefills:
+        rows = slice(chunk.start, chunk.end)
+        # [1, heads, rows or context, head_dim]
+        if chunk.mask is None:
+            chunk_keys, chunk_values = key[rows].transpose(0, 1)[None], value[rows].transpose(0, 1)[None]
+        else:
+            chunk_keys, chunk_values = cache.gather(layer, chunk.context_blocks)
+        attended = F.scaled_dot_product_attention(
+            query[rows].transpose(0, 1)[None],
+            chunk_keys,
+            chunk_values,
+            attn_mask=chunk.mask,
+            is_causal=chunk.mask is None,
+        )[0]
+        parts.append(attended.transpose(0, 1))
+    # [T, heads, head_dim] -> [T, hidden]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1).to(qkv.dtype)
+
+
+def _fuse(layer: LayerWeights) -> Layer:
+    parts = (layer.q, layer.k, layer.v)
+    biases = [part.bias for part in parts if part.bias is not None]
+    scales = [part.scales for part in parts if part.scales is not None]
+    qkv = LinearWeights(
+        torch.cat([part.weight for part in parts]),
+        torch.cat(biases) if biases else None,
+        torch.cat(scales) if scales else None,
+    )
+    out, fc1, fc2 = linear(layer.out), linear(layer.fc1), linear(layer.fc2)
+    return Layer(layer.attn_norm, linear(qkv), out, layer.ffn_norm, fc1, fc2)

@@ -1,0 +1,28 @@
+"""Work that lets others go first: it rests after each piece, and stops when it is told to."""
+
+import threading
+import time
+
+from helios.errors import CancelledError
+
+
+class Pace:
+    """Keeps one thread's work to a share of a CPU. `stop` may be called from any thread."""
+
+    def __init__(self, cpu_share: float = 1.0) -> None:
+        """cpu_share: in (0, 1]; 1 never rests."""
+        self._rest_per_second = 1 / cpu_share - 1
+        self._stopped = threading.Event()
+        self._worked: float | None = None
+
+    def rest(self) -> None:
+        """Sleeps in proportion to the CPU time since the last rest. Raises CancelledError once stopped."""
+        worked = time.thread_time()
+        since = 0.0 if self._worked is None else worked - self._worked
+        if self._stopped.wait(since * self._rest_per_second):
+            raise CancelledError("the work was cancelled before it ended")
+        self._worked = worked
+
+    def stop(self) -> None:
+        """Ends the work at its next rest."""
+        self._stopped.set()

@@ -1,0 +1,130 @@
+"""The next token of every row of a batch.
+
+A row's draw depends on its logits and on (seed, position) alone: not on the batch, nor on history
+(but for the repetition penalty, which is defined by it). So a resumed stream continues as it would have.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from helios.engine import kernels
+from helios.engine.team import TEAM
+from helios.sampling import SamplingParams
+
+_MASK64 = (1 << 64) - 1
+# A nucleus is looked for among this many top tokens before the whole vocabulary is sorted.
+_NUCLEUS_CANDIDATES = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What decides one row's token: its parameters, the position it will take, the ids before it."""
+
+    sampling: SamplingParams
+    position: int
+    token_ids: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """Per row: token ids (int64), natural log-probabilities and confidences, all [rows]."""
+
+    token_ids: torch.Tensor
+    logprobs: torch.Tensor
+    confidences: torch.Tensor
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) that depends on (seed, position) only (splitmix64, Steele et al. 2014)."""
+    x = (seed * 0xD1342543DE82EF95 + (position + 1) * 0x9E3779B97F4A7C15) & _MASK64
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = ((x ^ (x >> shift)) * factor) & _MASK64
+    return ((x ^ (x >> 31)) >> 11) * 2.0**-53
+
+
+def sample(logits: torch.Tensor, rows: Sequence[Row]) -> Sampled:
+    """Chooses a token for each row of logits [rows, vocabulary]."""
+    logits = logits.float()
+    # Of the model itself, before penalties and temperature.
+    chosen, peaks, normalizer = _summarized(logits)
+    confidences = (peaks - normalizer).exp()
+    scores = _penalized(logits, rows)
+    if scores is not logits:
+        chosen = scores.argmax(dim=-1)
+    drawn = [index for index, row in enumerate(rows) if row.sampling.temperature > 0]
+    if drawn:
+        index = torch.tensor(drawn, device=logits.device)
+        chosen[index] = _draw(scores[index], [rows[i] for i in drawn])
+    logprobs = logits.gather(1, chosen[:, None])[:, 0] - normalizer
+    return Sampled(chosen, logprobs, confidences)
+
+
+def _summarized(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of each row the index of its largest logit, that logit, and log-sum-exp."""
+    if logits.device.type != "cpu":
+        peaks, best = logits.max(dim=-1)
+        return best, peaks, logits.logsumexp(dim=-1)
+    logits = logits.contiguous()
+    rows, width = logits.shape
+    best, summaries = torch.empty(rows, dtype=torch.int64), torch.empty(rows, 2)
+    TEAM.run(kernels.summarize, logits.data_ptr(), rows, width, best.data_ptr(), summaries.data_ptr())
+    return best, summaries[:, 0], summaries[:, 1]
+
+
+def _penalized(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    """Logits after the repetition penalty (Keskar et al. 2019)."""
+    penalized = [i for i, row in enumerate(rows) if row.sampling.repetition_penalty != 1]
+    if not penalized:
+        return logits
+    logits = logits.clone()
+    for i in penalized:
+        seen = torch.tensor(sorted(set(rows[i].token_ids)), device=logits.device)
+        values = logits[i, seen]
+        penalty = rows[i].sampling.repetition_penalty
+        logits[i, seen] = torch.where(values > 0, values / penalty, values * penalty)
+    return logits
+
+
+def _draw(scores: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    """Draws from scores [rows, vocabulary] by inverting the cumulative distribution in id order.
+
+    Id order, not order of likelihood: two tokens of nearly equal score cannot change places.
+    """
+    device = scores.device
+    temperature = torch.tensor([row.sampling.temperature for row in rows], device=device)
+    # The maximum is taken off first, so that a tiny temperature cannot overflow.
+    scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature[:, None]
+    scores = _limited(scores, rows)
+    cumulative = scores.double().softmax(dim=-1).cumsum(dim=-1)
+    numbers = [uniform(row.sampling.seed, row.position) for row in rows]
+    target = torch.tensor(numbers, dtype=torch.float64, device=device)[:, None] * cumulative[:, -1:]
+    # The first id whose cumulative probability exceeds the number; such an id has probability > 0.
+    drawn = torch.searchsorted(cumulative, target, right=True)[:, 0]
+    return drawn.clamp_(max=scores.shape[-1] - 1)
+
+
+def _limited(scores: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    """Scores outside a row's top-k, then outside its nucleus (Holtzman et al. 2020), are -inf."""
+    vocabulary = scores.shape[-1]
+    top_k = [min(row.sampling.top_k or vocabulary, vocabulary) for row in rows]
+    largest = max((k for k in top_k if k < vocabulary), default=0)
+    if largest:
+        values = scores.topk(largest, dim=-1).values
+        kth = torch.tensor([min(k, largest) - 1 for k in top_k], device=scores.device)
+        threshold = values.gather(1, kth[:, None])
+        unlimited = torch.tensor([k == vocabulary for k in top_k], device=scores.device)
+        threshold[unlimited] = float("-inf")
+        scores = scores.masked_fill(scores < threshold, float("-inf"))
+    if any(row.sampling.top_p < 1 for row in rows):
+        top_p = torch.tensor([row.sampling.top_p for row in rows], device=scores.device)[:, None]
+        probabilities = scores.softmax(dim=-1)
+        ordered = probabilities.topk(min(_NUCLEUS_CANDIDATES, vocabulary), dim=-1).values
+        if bool(((ordered.sum(dim=-1, keepdim=True) < top_p) & (top_p < 1)).any()):
+            ordered = probabilities.sort(dim=-1, descending=True).values
+        # A token belongs to the nucleus while those before it have not reached top_p.
+        outside = ordered.cumsum(dim=-1) - ordered >= top_p
+        threshold = ordered.masked_fill(outside, float("inf")).amin(dim=-1, keepdim=True)
+        scores = scores.masked_fill((probabilities < threshold) & (top_p < 1), float("-inf"))
+    return scores

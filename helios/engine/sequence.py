@@ -1,0 +1,110 @@
+"""A sequence: one request inside the engine, from its submission to its last token."""
+
+import enum
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from helios.engine.detokenizer import Detokenizer
+from helios.errors import HeliosError
+from helios.sampling import SamplingParams
+
+_arrivals = itertools.count()
+
+
+class FinishReason(enum.Enum):
+    """Why a sequence ended by itself."""
+
+    LENGTH = "length"
+    EOS = "eos"
+    STOP = "stop"
+
+
+class SequenceState(enum.Enum):
+    """Where a sequence is: in the queue, in the batch, or done (its blocks are free)."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedToken:
+    """One token as it leaves the engine.
+
+    `index` counts generated tokens from 0; `logprob` is natural, before temperature and penalties;
+    `confidence` is the top probability at the exit; `exit_layer` the layers that computed it.
+    """
+
+    index: int
+    token_id: int
+    text: str
+    logprob: float
+    confidence: float
+    exit_layer: int
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The end of a sequence. `text` is the whole generated text, emitted tokens included."""
+
+    reason: FinishReason
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one step did for one sequence: tokens, then its end or its failure if there was one."""
+
+    tokens: tuple[GeneratedToken, ...] = ()
+    finish: Finish | None = None
+    error: HeliosError | None = None
+
+
+@dataclass(slots=True)
+class PhaseTimes:
+    """When a sequence passed each phase, nanoseconds since the Unix epoch; 0: not yet."""
+
+    submitted: int = field(default_factory=time.time_ns)
+    scheduled: int = 0
+    first_token: int = 0
+    finished: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """State of one request. `token_ids` is the prompt and every token generated so far."""
+
+    request_id: str
+    token_ids: list[int]
+    prompt_tokens: int
+    sampling: SamplingParams
+    detokenizer: Detokenizer
+    sink: Callable[[Output], None]
+    # On the clock of time.monotonic.
+    deadline: float | None = None
+    arrival: int = field(default_factory=lambda: next(_arrivals))
+    state: SequenceState = SequenceState.WAITING
+    blocks: list[int] = field(default_factory=list)
+    # Tokens whose KV is in the cache.
+    computed: int = 0
+    preemptions: int = 0
+    times: PhaseTimes = field(default_factory=PhaseTimes)
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens generated so far, those emitted before a resume included."""
+        return len(self.token_ids) - self.prompt_tokens
+
+    @property
+    def pending(self) -> int:
+        """Tokens that must still be computed before the next one can be sampled."""
+        return len(self.token_ids) - self.computed
+
+    def finish(self, reason: FinishReason) -> Finish:
+        """The closing event of this sequence."""
+        return Finish(reason, self.detokenizer.text, self.prompt_tokens, self.completion_tokens)

@@ -1,0 +1,39 @@
+"""Limits and modes of an engine."""
+
+from dataclasses import dataclass
+
+from helios.engine.exits import ExitMode
+from helios.engine.precision import Precision
+from helios.errors import SettingsError
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """Limits of an engine. Tokens and sequences are counts, memory is bytes."""
+
+    exit_mode: ExitMode = ExitMode.GREEDY
+    # One confidence for every exit; None: each exit's calibrated threshold.
+    threshold: float | None = None
+    device: str = "cpu"
+    precision: str = "float32"
+    # Weights, activations and KV together. None: a share of what the device has free at the start.
+    memory_bytes: int | None = None
+    max_running: int = 64
+    max_waiting: int = 256
+    step_token_budget: int = 512
+    block_tokens: int = 16
+
+    def __post_init__(self) -> None:
+        """Raises SettingsError naming the setting that is out of range."""
+        for name in ("max_running", "max_waiting", "step_token_budget", "block_tokens"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name} must be at least 1")
+        if self.step_token_budget < self.max_running:
+            raise SettingsError(
+                f"step_token_budget ({self.step_token_budget}) must be at least max_running "
+                f"({self.max_running}), so that every running sequence gets its token in each step"
+            )
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
+            raise SettingsError(f"threshold must be a probability, not {self.threshold}")
+        if self.precision not in list(Precision):
+            raise SettingsError(f"precision {self.precision} is unknown; use one of {', '.join(Precision)}")

@@ -1,0 +1,64 @@
+"""Threads that compute one compiled call together.
+
+Not torch's OpenMP threads: what is compiled cannot reach them on every machine, and a team meets at
+barriers inside the call, so it is woken once a call instead of once a product.
+"""
+
+import threading
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+
+Kernel = Callable[..., None]
+
+
+class Team:
+    """`threads` threads, the caller's own among them (`threads.lend`). One call at a time."""
+
+    def __init__(self) -> None:
+        self.threads = 1
+        self._lock = threading.Lock()
+        self._members: list[_Member] = []
+        # Where the threads meet (`kernels._meet`): how many have come, and how often they met.
+        self._meeting = np.zeros(2, dtype=np.int64)
+
+    def run(self, kernel: Kernel, *arguments: Any) -> None:
+        """Calls kernel(thread, threads, team, *arguments) on every thread; returns when all are done."""
+        threads = self.threads
+        if threads == 1:
+            kernel(0, 1, 0, *arguments)
+            return
+        with self._lock:
+            while len(self._members) < threads - 1:
+                self._members.append(_Member(len(self._members) + 1))
+            team = self._meeting.ctypes.data
+            for member in self._members[: threads - 1]:
+                member.begin(kernel, threads, team, arguments)
+            kernel(0, threads, team, *arguments)
+            for member in self._members[: threads - 1]:
+                member.done.get()
+
+
+class _Member:
+    """A thread that waits for its part of the next call."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+        self._calls: SimpleQueue[tuple[Kernel, int, int, tuple[Any, ...]]] = SimpleQueue()
+        self.done: SimpleQueue[None] = SimpleQueue()
+        threading.Thread(target=self._work, name=f"team-{number}", daemon=True).start()
+
+    def begin(self, kernel: Kernel, threads: int, team: int, arguments: tuple[Any, ...]) -> None:
+        """Hands over a call; `done` gets an entry at its end."""
+        self._calls.put((kernel, threads, team, arguments))
+
+    def _work(self) -> None:
+        while True:
+            kernel, threads, team, arguments = self._calls.get()
+            kernel(self._number, threads, team, *arguments)
+            self.done.put(None)
+
+
+TEAM = Team()

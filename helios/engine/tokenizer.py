@@ -1,0 +1,76 @@
+"""The tokenizer of a checkpoint."""
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple, cast
+
+from tokenizers import Tokenizer, processors
+
+from helios.catalog import FACTS_FILE, SLOW_TOKENIZER_FILES, TOKENIZER_FILE, EarlyExitFacts
+from helios.errors import CheckpointError
+from helios.model_config import ModelConfig
+
+
+class LoadedTokenizer(NamedTuple):
+    """A tokenizer and what tells it from others: the SHA-256 of its tokenizer.json, in hexadecimal."""
+
+    tokenizer: Tokenizer
+    tokenizer_id: str
+    tokenizer_json: bytes
+
+
+def load_tokenizer(path: Path, facts: EarlyExitFacts) -> LoadedTokenizer:
+    """The tokenizer of a checkpoint directory: tokenizer.json, else vocab.json with merges.txt.
+
+    Encoding puts `</s>` in front of a text, as OPT was trained. Nothing is truncated or padded.
+
+    Raises CheckpointError when there is none, it is corrupt, or not the one that `facts` name.
+    """
+    file = path / TOKENIZER_FILE
+    if file.is_file():
+        content = file.read_bytes()
+    elif all((path / name).is_file() for name in SLOW_TOKENIZER_FILES):
+        content = _convert(path).to_str().encode()
+    else:
+        raise CheckpointError(
+            f"{path} holds neither {TOKENIZER_FILE} nor {' and '.join(SLOW_TOKENIZER_FILES)}; fetch them"
+        )
+    tokenizer_id = hashlib.sha256(content).hexdigest()
+    if facts.tokenizer_id not in (None, tokenizer_id):
+        raise CheckpointError(
+            f"{file} is not the tokenizer that the model was trained with: its SHA-256 is {tokenizer_id}, "
+            f"{FACTS_FILE} asks for {facts.tokenizer_id}; fetch the model again"
+        )
+    try:
+        tokenizer = Tokenizer.from_buffer(content)
+    # The tokenizers library raises plain Exception and ValueError.
+    except Exception as error:
+        raise CheckpointError(f"{file} is corrupt ({error}); fetch it again") from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return LoadedTokenizer(tokenizer, tokenizer_id, content)
+
+
+def _convert(path: Path) -> Tokenizer:
+    """The slow tokenizer files of an OPT checkpoint as from the hub, as a fast tokenizer."""
+    # Only these checkpoints need transformers, whose import takes seconds.
+    from transformers import AutoTokenizer  # noqa: PLC0415
+
+    try:
+        slow = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    # transformers raises many kinds for files that it cannot make sense of.
+    except Exception as error:
+        raise CheckpointError(
+            f"{path}: {' and '.join(SLOW_TOKENIZER_FILES)} are not a tokenizer ({error}); fetch them again"
+        ) from error
+    tokenizer = cast("Tokenizer", slow.backend_tokenizer)
+    start_id = ModelConfig.read(path).bos_token_id
+    if slow.bos_token_id != start_id:
+        raise CheckpointError(
+            f"{path}: the tokenizer starts texts with id {slow.bos_token_id}, config.json's bos_token_id is "
+            f"{start_id}; fetch tokenizer_config.json and special_tokens_map.json"
+        )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{slow.bos_token} $A", special_tokens=[(slow.bos_token, start_id)]
+    )
+    return tokenizer

@@ -1,0 +1,176 @@
+"""The performance history table (PHT): what profiling measured of each candidate (spec/helios.md, Terms).
+
+One JSON document per model in Redis, under the schema of `helios.redis_schema`.
+"""
+
+import math
+from collections.abc import Mapping
+
+from google.protobuf.json_format import MessageToDict, ParseDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from redis.asyncio import Redis
+
+from helios.redis_schema import PROFILE_PATTERN, PROFILE_PREFIX
+from helios.v1 import profiler_pb2
+
+CONFIDENCE_BINS = 50
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DecodeSpeed(_Record):
+    """Seconds of one decode step of `batch` sequences."""
+
+    batch: int = Field(ge=1)
+    step_seconds: float = Field(gt=0)
+
+
+class ExitProfile(_Record):
+    """One exit of a candidate. Fields as in profiler.proto."""
+
+    depth: int = Field(ge=1)
+    threshold: float = Field(ge=0, le=1)
+    confidence_counts: tuple[int, ...]
+    agreement_counts: tuple[int, ...]
+    nats_per_byte: float = Field(ge=0)
+    perplexity: float = Field(ge=1)
+    decode: tuple[DecodeSpeed, ...] = Field(min_length=1)
+    prefill_tokens_per_second: float = Field(gt=0)
+    ttft_seconds: float = Field(gt=0)
+    weight_bytes: int = Field(gt=0)
+    kv_bytes_per_token: int = Field(gt=0)
+    load_seconds: float = Field(ge=0)
+    joules_per_token: float | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens in the histogram."""
+        return sum(self.confidence_counts)
+
+    @property
+    def agreement(self) -> float:
+        """Share of tokens that equal the last layer's; 1 for an empty histogram."""
+        return sum(self.agreement_counts) / self.tokens if self.tokens else 1.0
+
+    def share_above(self, threshold: float) -> float:
+        """Share of tokens whose confidence bin begins at or above `threshold`: the low-exit tokens."""
+        first = math.ceil(threshold * len(self.confidence_counts) - 1e-9)
+        return sum(self.confidence_counts[first:]) / self.tokens if self.tokens else 1.0
+
+    def step_seconds(self, batch: int) -> float:
+        """Seconds of a decode step at any batch size: between measured ones by interpolation, beyond the
+        largest by its slope."""
+        points = self.decode
+        if len(points) == 1 or batch <= points[0].batch:
+            return points[0].step_seconds
+        upper = next((i for i, point in enumerate(points) if point.batch >= batch), len(points) - 1)
+        low, high = points[upper - 1], points[upper]
+        slope = (high.step_seconds - low.step_seconds) / (high.batch - low.batch)
+        return max(low.step_seconds + slope * (batch - low.batch), low.step_seconds)
+
+
+class RequestSample(_Record):
+    """What one request's prompt says of a candidate: bytes of text, and their nats at each exit."""
+
+    id: str
+    text_bytes: int = Field(ge=0)
+    nats: tuple[float, ...]
+
+
+class ModelProfile(_Record):
+    """What profiling measured of one candidate, with time and provenance."""
+
+    model: str
+    time: float
+    requests: int = Field(ge=0)
+    tokens: int = Field(ge=0)
+    exits: tuple[ExitProfile, ...] = Field(min_length=1)
+    wall_seconds: float
+    cpu_seconds: float
+    tokenizer_id: str
+    bytes_per_token: float = Field(gt=0)
+    provenance: Mapping[str, str]
+    once_cpu_seconds: float = 0.0
+    samples: tuple[RequestSample, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ModelProfile":
+        depths = [one.depth for one in self.exits]
+        if depths != sorted(set(depths)):
+            raise ValueError(f"exits must be ascending, not {depths}")
+        if any(len(sample.nats) != len(depths) for sample in self.samples):
+            raise ValueError(f"every sample must have the nats of all {len(depths)} exits")
+        return self
+
+    @classmethod
+    def from_proto(cls, message: profiler_pb2.ModelProfile) -> "ModelProfile":
+        """Raises pydantic.ValidationError for a message that is no profile."""
+        # The fields have the same names.
+        fields = MessageToDict(
+            message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+        )
+        return cls.model_validate(fields)
+
+    def to_proto(self) -> profiler_pb2.ModelProfile:
+        """The profile as a message."""
+        fields = self.model_dump(mode="json", exclude_none=True)
+        return ParseDict(fields, profiler_pb2.ModelProfile())
+
+    @property
+    def full(self) -> ExitProfile:
+        """The last exit: the whole model."""
+        return self.exits[-1]
+
+    def at(self, depth: int) -> ExitProfile:
+        """The exit after `depth` layers. Raises KeyError when there is none."""
+        for one in self.exits:
+            if one.depth == depth:
+                return one
+        raise KeyError(f"{self.model} was not profiled at depth {depth}")
+
+
+async def write(redis: Redis, profile: ModelProfile) -> None:
+    """Replaces a model's document. Raises redis.RedisError when Redis cannot be reached."""
+    await redis.set(PROFILE_PREFIX + profile.model, profile.model_dump_json())
+
+
+async def find(redis: Redis, model: str) -> ModelProfile | None:
+    """A model's document; None when there is none, or none of this version.
+
+    Raises redis.RedisError when Redis cannot be reached.
+    """
+    document = await redis.get(PROFILE_PREFIX + model)
+    try:
+        return None if document is None else ModelProfile.model_validate_json(document)
+    except ValidationError:
+        return None
+
+
+async def read(redis: Redis) -> tuple[dict[str, ModelProfile], dict[str, str]]:
+    """The table, by model; and what was ignored, by key, with the reason.
+
+    Raises redis.RedisError when Redis cannot be reached.
+    """
+    profiles, ignored = {}, {}
+    keys = sorted([key.decode() async for key in redis.scan_iter(match=PROFILE_PATTERN, count=100)])
+    for key in keys:
+        if not key.startswith(PROFILE_PREFIX):
+            ignored[key] = "written by another version of Helios"
+            continue
+        document = await redis.get(key)
+        if document is None:
+            continue
+        try:
+            profile = ModelProfile.model_validate_json(document)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the document"
+            ignored[key] = f"not a profile of this version of Helios: {where}: {first['msg']}"
+            continue
+        if key == PROFILE_PREFIX + profile.model:
+            profiles[profile.model] = profile
+        else:
+            ignored[key] = f"holds the profile of {profile.model}"
+    return profiles, ignored

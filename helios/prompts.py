@@ -1,0 +1,83 @@
+"""Recent prompts, as token ids: a capped stream in Redis, written by gateways, read by the profiler.
+
+A prompt is kept for a lifetime and as one of the last so many; the whole stream expires a lifetime after
+its last prompt. An entry has the fields `tokenizer_id` and `ids` (a JSON list).
+"""
+
+import json
+import logging
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias, cast
+
+from redis.asyncio import Redis
+from redis.typing import EncodableT, FieldT
+
+from helios.redis_schema import PROMPTS
+
+log = logging.getLogger(__name__)
+
+_PAGE = 64
+
+_Entries: TypeAlias = list[tuple[bytes, dict[bytes, bytes]]]
+
+
+@dataclass(frozen=True, slots=True)
+class RecentPrompt:
+    """Token ids, and the SHA-256 of the tokenizer that they are of."""
+
+    tokenizer_id: str
+    ids: tuple[int, ...]
+
+
+async def write(redis: Redis, prompts: Sequence[RecentPrompt], kept: int, lifetime_seconds: float) -> None:
+    """Appends prompts and drops those beyond the `kept` last or the lifetime.
+
+    Raises redis.RedisError when Redis cannot be reached.
+    """
+    milliseconds = int(lifetime_seconds * 1000)
+    # Redis's clock, which also numbers the entries.
+    seconds, microseconds = await redis.time()
+    oldest = int(seconds) * 1000 + int(microseconds) // 1000 - milliseconds
+    async with redis.pipeline(transaction=False) as pipeline:
+        for prompt in prompts:
+            fields: dict[FieldT, EncodableT] = {
+                "tokenizer_id": prompt.tokenizer_id,
+                "ids": json.dumps(prompt.ids),
+            }
+            pipeline.xadd(PROMPTS, fields, maxlen=kept, approximate=False)
+        pipeline.xtrim(PROMPTS, minid=max(oldest, 0), approximate=False)
+        if prompts:
+            pipeline.pexpire(PROMPTS, milliseconds)
+        await pipeline.execute()
+
+
+async def recent(redis: Redis, tokenizer_ids: Collection[str], count: int) -> list[RecentPrompt]:
+    """The newest prompts of these tokenizers, newest first; fewer than `count` when there are no more.
+
+    Raises redis.RedisError when Redis cannot be reached.
+    """
+    found: list[RecentPrompt] = []
+    before = "+"
+    while len(found) < count:
+        # Without decode_responses, which is how Helios connects, everything is bytes.
+        entries = cast("_Entries", await redis.xrevrange(PROMPTS, max=before, count=_PAGE))
+        for _, fields in entries:
+            prompt = _parsed(fields)
+            if prompt is not None and prompt.tokenizer_id in tokenizer_ids:
+                found.append(prompt)
+        if len(entries) < _PAGE:
+            break
+        before = f"({entries[-1][0].decode()}"
+    return found[:count]
+
+
+def _parsed(fields: dict[bytes, bytes]) -> RecentPrompt | None:
+    try:
+        ids = json.loads(fields[b"ids"])
+        if not ids or not all(isinstance(one, int) for one in ids):
+            raise ValueError("ids must be a list of whole numbers")
+        return RecentPrompt(fields[b"tokenizer_id"].decode(), tuple(ids))
+    except (KeyError, TypeError, ValueError) as error:
+        log.warning("an entry of %s is no prompt and is ignored: %s", PROMPTS, error)
+        return None

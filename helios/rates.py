@@ -1,0 +1,33 @@
+"""What a worker did between two messages of its telemetry."""
+
+from dataclasses import dataclass
+
+from helios.v1 import worker_pb2
+
+# The window of the confidence breach counter, in tokens, unless it is configured.
+WINDOW_TOKENS = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Tokens a second, seconds per token of a stream, share of unsure tokens; None: nothing was generated."""
+
+    tokens: int = 0
+    tokens_per_second: float = 0.0
+    tpot_seconds: float | None = None
+    high_exit_share: float | None = None
+
+    @property
+    def cbc(self) -> float | None:
+        """Unsure tokens in a window as long as the controller's."""
+        return None if self.high_exit_share is None else self.high_exit_share * WINDOW_TOKENS
+
+
+def rates(now: worker_pb2.Telemetry, before: worker_pb2.Telemetry | None) -> Rates:
+    """From two messages of one worker; those of different processes have nothing in common."""
+    if before is None or now.time <= before.time or now.generated_tokens <= before.generated_tokens:
+        return Rates()
+    tokens, seconds = now.generated_tokens - before.generated_tokens, now.time - before.time
+    running = max(1, (now.running + before.running) / 2)
+    unsure = now.high_exit_tokens - before.high_exit_tokens
+    return Rates(tokens, tokens / seconds, running * seconds / tokens, unsure / tokens)

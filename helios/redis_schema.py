@@ -1,0 +1,28 @@
+"""Everything Helios keeps in Redis: the keys, what is under them, and the version. This module owns it.
+
+| key | type | what |
+| --- | --- | --- |
+| `helios:v1:worker:<id>` | string, JSON, expires | a worker's lease (`helios.registry`) |
+| `helios:v1:prompts` | stream, capped, entries expire | ids of recent prompts, sampled by gateways |
+| `helios:v1:profile:<model>` | string, JSON | performance history, a document a model (`helios.history`) |
+| `helios:v1:decisions` | stream, capped, append-only | the controller's decision record |
+| `helios:v1:controller:state` | hash | SLO, pins and plan: what a controller resumes from |
+| `helios:v1:controller:leader` | string, expires | the leading controller and its fencing number |
+| `helios:v1:controller:fence` | integer | the last fencing number given out |
+
+Another layout gets another version in its keys, so that old and new never read each other's.
+"""
+
+VERSION = 1
+
+_ROOT = f"helios:v{VERSION}:"
+
+WORKER_PREFIX = _ROOT + "worker:"
+PROFILE_PREFIX = _ROOT + "profile:"
+# Of this version and of others, to tell that there are any.
+PROFILE_PATTERN = "helios:v*:profile:*"
+PROMPTS = _ROOT + "prompts"
+DECISIONS = _ROOT + "decisions"
+CONTROLLER_STATE = _ROOT + "controller:state"
+CONTROLLER_LEADER = _ROOT + "controller:leader"
+CONTROLLER_FENCE = _ROOT + "controller:fence"

@@ -1,0 +1,90 @@
+"""What every gRPC server of Helios has: health, reflection, keepalive, a graceful stop on SIGTERM."""
+
+import asyncio
+import logging
+import signal
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from helios.errors import HeliosError, SettingsError, trailing_metadata
+
+log = logging.getLogger(__name__)
+
+SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.so_reuseport", 0),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.http2.max_ping_strikes", 0),
+)
+CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    # A worker that restarts on the same address is reached again soon.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+)
+
+
+class Server:
+    """A grpc.aio server with health and reflection for the named services."""
+
+    def __init__(self, service_names: Sequence[str], options: Sequence[tuple[str, int]] = ()) -> None:
+        self.grpc_server = grpc.aio.server(options=(*SERVER_OPTIONS, *options))
+        self._service_names = tuple(service_names)
+        self._health = health.aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc_server)
+        names = (*service_names, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self.grpc_server)
+
+    async def set_serving(self, serving: bool) -> None:
+        """What the health service answers for every service, and for the empty name."""
+        answer = health_pb2.HealthCheckResponse
+        status = answer.SERVING if serving else answer.NOT_SERVING
+        for name in ("", *self._service_names):
+            await self._health.set(name, status)
+
+    def bind(self, address: str) -> int:
+        """Takes host:port (port 0: any free one) and returns the port.
+
+        Raises SettingsError when the address cannot be bound.
+        """
+        try:
+            return self.grpc_server.add_insecure_port(address)
+        except RuntimeError as error:
+            raise SettingsError(f"cannot listen on {address}: {error}; choose another port") from error
+
+    async def start(self) -> None:
+        """Serves, and says so to health checks. Services are added before."""
+        await self.grpc_server.start()
+        await self.set_serving(True)
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Refuses new calls, gives running ones the grace, then cancels them."""
+        await self._health.enter_graceful_shutdown()
+        await self.grpc_server.stop(grace_seconds)
+
+
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: HeliosError) -> NoReturn:
+    """Ends a call with the error's status and details."""
+    await context.abort(error.code, error.message, trailing_metadata(error))
+
+
+async def wait_for_signal() -> None:
+    """Returns at SIGTERM or SIGINT. A second signal ends the process at once."""
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await stop.wait()
+    log.info("stopping")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_DFL)

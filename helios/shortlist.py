@@ -1,0 +1,77 @@
+"""Which models are worth profiling (spec/helios.md, The loop, 1), from offline facts alone. Free of torch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from helios.catalog import ModelEntry
+from helios.slo import Objective
+
+# The paper's TopK.
+TOP_K = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Shortlist:
+    """The candidates, best first, and why each other model is none."""
+
+    candidates: tuple[ModelEntry, ...]
+    refused: Mapping[str, str]
+
+
+def shortlist(
+    models: Sequence[ModelEntry],
+    objective: Objective,
+    memory_bytes: int,
+    item_bytes: int,
+    top_k: int = TOP_K,
+) -> Shortlist:
+    """The `top_k` models for an objective that fit into memory whole, with KV of one context.
+
+    Offline facts are coarse: a model is taken to be as fast, and as cheap, as its first exit is small, and
+    as accurate as it is large; of two as large the one with fewer bits per byte in its training's
+    evaluation. The most accurate one is always among them, since bounds on quality are relative to it.
+
+    memory_bytes: of the device. item_bytes: of a weight as it is loaded.
+    """
+    refused = {}
+    fitting = []
+    for model in models:
+        needed = item_bytes * (
+            model.parameters + 2 * model.num_layers * model.config.hidden_size * model.context_tokens
+        )
+        if needed <= memory_bytes:
+            fitting.append(model)
+        else:
+            refused[model.name] = f"needs {needed:,} bytes at full depth, the budget is {memory_bytes:,}"
+    by_accuracy = sorted(fitting, key=_inaccuracy)
+    ordered = by_accuracy
+    if objective is not Objective.ACCURACY:
+        ordered = sorted(fitting, key=lambda model: model.config.parameters(model.exit_layers[0]))
+    chosen = ordered[:top_k]
+    if by_accuracy and by_accuracy[0] not in chosen:
+        chosen[-1] = by_accuracy[0]
+    for model in fitting:
+        if model not in chosen:
+            refused[model.name] = f"{len(chosen)} others promise more for the objective {objective}"
+    return Shortlist(tuple(chosen), refused)
+
+
+def offline_bits_per_byte(model: ModelEntry) -> float | None:
+    """Mean over all domains that helios.json's training evaluation has for the last layer; None without."""
+    table = model.facts.training.get("evaluation")
+    last = str(model.num_layers)
+    domains = list(table.values()) if isinstance(table, dict) else []
+    found = [_field(_field(domain, last), "bits_per_byte") for domain in domains]
+    known = [float(value) for value in found if isinstance(value, int | float)]
+    return fmean(known) if known else None
+
+
+def _inaccuracy(model: ModelEntry) -> tuple[float, ...]:
+    bits = offline_bits_per_byte(model)
+    return -model.parameters, float("inf") if bits is None else bits
+
+
+def _field(value: Any, name: str) -> Any:
+    return value.get(name) if isinstance(value, dict) else None

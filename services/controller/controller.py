@@ -1,0 +1,593 @@
+"""The loop around the policy: watch, decide, record, roll out (spec/helios.md, The loop)."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from helios import catalog, telemetry
+from helios.errors import (
+    HeliosError,
+    InvalidRequestError,
+    UnavailableError,
+    UnknownWorkerError,
+)
+from helios.shortlist import shortlist
+from helios.slo import Slo
+from services.controller import record, state
+from services.controller.allowance import Allowance
+from services.controller.assessment import Assessment, evaluate
+from services.controller.decision import WorkerPlan
+from services.controller.fleet import Fleet, Worker
+from services.controller.history import History, read_history
+from services.controller.leader import Leadership, find_leader
+from services.controller.measurement import Measurement
+from services.controller.metrics import decision_counter, observe_fleet
+from services.controller.policy import contradiction, decide, is_breached, is_suspicious
+from services.controller.record import DecisionEntry
+from services.controller.rollout import Rollout, WorkerLostError, next_to_move, reload
+from services.controller.settings import ControllerSettings
+from services.controller.situation import Bar, Plan, Situation, Trigger
+from services.controller.state import EVERY_WORKER, ControllerState
+
+log = logging.getLogger(__name__)
+
+# Requests from which their mean length is taken over.
+_ENOUGH_REQUESTS = 10
+_RENEWALS_PER_LEASE = 3
+# Between two attempts to get a first history.
+_RETRY_SECONDS = 10.0
+
+
+class Controller:
+    """Decides for a fleet while it leads; stands by while another replica does."""
+
+    def __init__(self, redis: Redis, settings: ControllerSettings, leadership: Leadership) -> None:
+        self._redis = redis
+        self._settings = settings
+        self._policy = settings.policy
+        self._leadership = leadership
+        self.fleet = Fleet(redis, settings)
+        self.state = ControllerState(slo=settings.slo)
+        self._history = History()
+        self._decided_on: Mapping[str, float] = {}
+        self._problems: dict[str, str] = {}
+        # The term of leadership for which the state was resumed.
+        self._resumed_term = 0
+        self._started = False
+        self._rollout = Rollout()
+        self._rollout_lock = asyncio.Lock()
+        self._decide_lock = asyncio.Lock()
+        self._assessment: asyncio.Task[Assessment] | None = None
+        self._assessed_at = 0
+        self._allowance = Allowance(settings.profiling_share)
+        # Since when a reassessment is put off; and for how long the last one was.
+        self._delayed_since: float | None = None
+        self._delayed_seconds = 0.0
+        # Finished requests at which a breach or a suspicion asks for another look; None: neither has.
+        self._breach_due_at: int | None = None
+        self._retry_at = 0.0
+        self._moved_at: int | None = None
+        self._breaches_answered: set[Plan] = set()
+        self._mean_prompt = settings.prompt_tokens
+        self._mean_output = settings.output_tokens
+        self._measuring: Measurement | None = None
+        self._catalog: list[catalog.ModelEntry] | None = None
+        self._decisions = decision_counter()
+        observe_fleet(self.fleet, leadership)
+
+    async def run(self) -> None:
+        """Watches, and leads when nobody else does, until cancelled. Ends only by a fault of its own."""
+        async with asyncio.TaskGroup() as tasks:
+            for loop in (self.fleet.run(), self._lead(), self._watch(), self._roll_out()):
+                tasks.create_task(loop)
+
+    async def close(self) -> None:
+        """After `run`: the lock is given up; what is being reloaded ends by itself."""
+        if self._assessment is not None:
+            self._assessment.cancel()
+            await asyncio.gather(self._assessment, return_exceptions=True)
+        await self.fleet.close()
+        try:
+            await self._leadership.resign()
+        except (RedisError, OSError) as error:
+            log.warning("the leader's lock ends by itself: %s", error)
+
+    @property
+    def is_leading(self) -> bool:
+        """Whether this replica decides."""
+        return self._leadership.is_held and self._resumed_term == self._leadership.terms
+
+    def problems(self) -> list[str]:
+        """What is amiss at the moment, in words."""
+        silent = [
+            f"{worker.worker_id} at {worker.address} does not answer"
+            for worker in self.fleet.workers
+            if worker.is_silent
+        ]
+        found = [self.fleet.problem, *self._problems.values(), *self._history.problems, *silent]
+        return [problem for problem in (*found, self._rollout.halted) if problem]
+
+    def plans(self) -> list[WorkerPlan]:
+        """What each worker serves."""
+        return [
+            WorkerPlan(
+                worker_id=worker.worker_id,
+                model=plan.model,
+                depth=plan.depth,
+                pinned=self.state.pin_of(worker.worker_id) is not None,
+            )
+            for worker in self.fleet.workers
+            if (plan := worker.plan) is not None
+        ]
+
+    async def set_slo(self, slo: Slo) -> None:
+        """Changes the objective and decides anew.
+
+        Raises InvalidRequestError naming bounds that contradict each other, UnavailableError when this
+        replica cannot act.
+        """
+        await self._check_leading()
+        async with self._decide_lock:
+            situation = self._situation(Trigger.SLO).model_copy(update={"slo": slo})
+            if (why := contradiction(situation, self._policy)) is not None:
+                raise InvalidRequestError(why)
+            await self._save(self.state.model_copy(update={"slo": slo}))
+        if self._settings.mode != "off":
+            await self._decide(Trigger.SLO)
+
+    async def pin(self, plan: Plan, worker_id: str) -> None:
+        """Brings one worker, or every one, to a plan and holds it there. Returns once it serves.
+
+        Raises UnknownWorkerError, UnknownModelError, UnknownDepthError and what else a worker refuses with;
+        UnavailableError when this replica cannot act or a worker is lost on the way.
+        """
+        await self._check_leading()
+        targets = self._targets(worker_id)
+        pins = dict(self.state.pins) if worker_id else {}
+        async with self._rollout_lock:
+            for worker in targets:
+                if worker.plan != plan:
+                    await reload(worker, plan, self._settings.reload_timeout_seconds, self._threshold(plan))
+            await self._save(self.state.model_copy(update={"pins": pins | {worker_id: plan}}))
+        self._rollout = Rollout()
+        await self._decide_for_operator()
+
+    async def unpin(self, worker_id: str) -> None:
+        """Gives one worker, or every one, back to the policy.
+
+        Raises UnknownWorkerError, UnavailableError when this replica cannot act.
+        """
+        await self._check_leading()
+        pins = dict(self.state.pins)
+        if worker_id:
+            if worker_id not in pins:
+                self._targets(worker_id)
+            held = pins.pop(EVERY_WORKER, None)
+            if held is not None:
+                pins = {worker.worker_id: held for worker in self.fleet.workers} | pins
+            pins.pop(worker_id, None)
+        else:
+            pins = {}
+        await self._save(self.state.model_copy(update={"pins": pins}))
+        self._rollout = Rollout()
+        await self._decide_for_operator()
+
+    def _targets(self, worker_id: str) -> list[Worker]:
+        if not worker_id:
+            if not self.fleet.serving:
+                raise UnavailableError("no worker serves; start one")
+            return self.fleet.serving
+        worker = self.fleet.find(worker_id)
+        if worker is None:
+            names = ", ".join(worker.worker_id for worker in self.fleet.workers) or "none"
+            raise UnknownWorkerError(f"no worker {worker_id!r}; known: {names}")
+        if not worker.is_serving:
+            raise UnavailableError(f"worker {worker_id} does not serve at the moment; try again when it does")
+        return [worker]
+
+    async def _check_leading(self) -> None:
+        if self.is_leading:
+            return
+        try:
+            leader = await find_leader(self._redis)
+        except (RedisError, OSError) as error:
+            raise UnavailableError(f"Redis cannot be reached, so nothing can be changed: {error}") from error
+        if leader is None or leader.controller_id == self._leadership.controller_id:
+            raise UnavailableError("no controller leads at the moment; try again in a few seconds")
+        raise UnavailableError(f"this controller stands by; the one at {leader.address} leads, ask it")
+
+    async def _save(self, new: ControllerState) -> None:
+        try:
+            await state.save(self._leadership, new)
+        except (RedisError, OSError) as error:
+            raise UnavailableError(f"Redis cannot be reached, so nothing can be changed: {error}") from error
+        self.state = new
+
+    # Leading.
+
+    async def _lead(self) -> None:
+        """Keeps the lock, or tries to get it; a new leader resumes what the last one saved."""
+        while True:
+            try:
+                leading = await self._leadership.campaign()
+                if leading and not self.is_leading:
+                    await self._resume()
+                elif not leading:
+                    leader = await find_leader(self._redis)
+                    where = f" at {leader.address}" if leader else ""
+                    self._problems["leader"] = f"this controller stands by: another one{where} leads"
+                    self.state = await state.load(self._redis) or self.state
+                self._problems.pop("redis", None)
+            except (RedisError, OSError) as error:
+                self._problems["redis"] = f"Redis cannot be reached, the last plan stays: {error}"
+            except HeliosError as error:
+                self._problems["state"] = error.message
+            await asyncio.sleep(self._settings.lease_seconds / _RENEWALS_PER_LEASE)
+
+    async def _resume(self) -> None:
+        saved = await state.load(self._redis)
+        if saved is None:
+            # Redis is new, or has lost everything; what this replica knows is the best there is.
+            await state.save(self._leadership, self.state)
+        self.state = saved or self.state
+        self._problems.pop("leader", None)
+        self._problems.pop("state", None)
+        self._started = False
+        self._resumed_term = self._leadership.terms
+        log.info("leading with %s", self.state.model_dump_json())
+
+    # Deciding.
+
+    async def _watch(self) -> None:
+        """Looks whether there is something to decide, as often as telemetry comes."""
+        history_due = 0.0
+        while True:
+            try:
+                now = time.monotonic()
+                if now >= history_due:
+                    history_due = now + self._settings.discovery_seconds
+                    await self._read_history()
+                if self.is_leading and self._settings.mode != "off" and self.fleet.is_settled:
+                    await self._look()
+            except (RedisError, OSError, HeliosError) as error:
+                self._problems["decide"] = f"no decision can be made, the last plan stays: {error}"
+            else:
+                self._problems.pop("decide", None)
+            await asyncio.sleep(self._settings.telemetry_seconds)
+
+    async def _read_history(self) -> None:
+        self._history = await read_history(self._redis, self._loadable())
+        self._problems["timing"] = self._mistimed()
+
+    def _mistimed(self) -> str:
+        """Which profiles' speeds were measured with other threads than workers have, in words."""
+        facts = [profile.provenance for profile in self._history.profiles.values()]
+        timed = {one["threads"] for one in facts if "threads" in one}
+        for worker in self.fleet.serving:
+            others = sorted(threads for threads in timed if threads != str(worker.threads))
+            if others:
+                return (
+                    f"speeds were measured with {', '.join(others)} CPU thread(s), {worker.worker_id} has "
+                    f"{worker.threads}; start the profiler with --timing-threads {worker.threads}"
+                )
+        return ""
+
+    async def _look(self) -> None:
+        finished = self.fleet.totals.finished
+        measuring = self._measuring
+        if measuring is not None and measuring.requests(self.fleet.totals) >= self._policy.reassess_requests:
+            await self._record_outcome()
+        if self._assessment is not None and not self._assessment.done():
+            await self._look_for_breach()
+        elif self._assessment is not None:
+            assessment, self._assessment = self._assessment, None
+            done = assessment.result()
+            self._problems["profiler"] = done.problem
+            self._allowance.spend(done.cpu_seconds, self.fleet.threads)
+            await self._read_history()
+            if self._history.profiles:
+                await self._decide(Trigger.REASSESSMENT if self._started else Trigger.START)
+        elif not self._started and self._history.profiles:
+            await self._decide(Trigger.START)
+            # What an earlier controller went by may be old.
+            self._assess()
+        elif not self._history.profiles:
+            if time.monotonic() >= self._retry_at:
+                self._assess()
+        elif finished >= self._assessment_due_at and self._is_affordable():
+            self._breach_due_at = None
+            self._assess()
+            if self._assessment is None:
+                await self._decide(Trigger.REASSESSMENT)
+        elif self._history.times != self._decided_on:
+            # Somebody else has asked the profiler.
+            await self._decide(Trigger.REASSESSMENT)
+        else:
+            await self._look_for_breach()
+
+    @property
+    def _assessment_due_at(self) -> int:
+        """Finished requests at which the candidates are evaluated again."""
+        regular = self._assessed_at + self._policy.reassess_requests
+        return regular if self._breach_due_at is None else min(regular, self._breach_due_at)
+
+    def _is_affordable(self) -> bool:
+        """Whether the reassessment that is due may begin; after a breach it goes first."""
+        if self._settings.profiler is None:
+            return True
+        urgent = self._breach_due_at is not None and self.fleet.totals.finished >= self._breach_due_at
+        now = time.monotonic()
+        if not self._allowance.permits(urgent=urgent):
+            self._delayed_since = self._delayed_since or now
+            return False
+        self._delayed_seconds = 0.0 if self._delayed_since is None else now - self._delayed_since
+        self._delayed_since = None
+        return True
+
+    def next_assessment(self) -> str:
+        """When the candidates are evaluated again, in words; empty without a profiler."""
+        if self._settings.profiler is None or self._settings.mode == "off":
+            return ""
+        if self._assessment is not None and not self._assessment.done():
+            return "now"
+        requests = self._assessment_due_at - self.fleet.totals.finished
+        wait = self._allowance.wait_seconds
+        cap = f"so that profiling takes at most {self._settings.profiling_share:.1%} of the workers' CPU"
+        if requests > 0:
+            return f"in {requests} requests" + (f", and not within {wait:.0f} s, {cap}" if wait else "")
+        return f"in {wait:.0f} s: it is due, and put off {cap}" if wait else "now"
+
+    def _assess(self) -> None:
+        """Asks the profiler, where there is one, to evaluate the candidates beside everything else."""
+        if self._settings.profiler is None:
+            if not self._history.profiles:
+                self._problems["profile"] = (
+                    "no model has been profiled and no profiler is configured, so the plans stay; "
+                    "run `helios profile`"
+                )
+            return
+        self._assessed_at = self.fleet.totals.finished
+        self._retry_at = time.monotonic() + _RETRY_SECONDS
+        self._assessment = asyncio.create_task(self._evaluate(self._settings.profiler))
+
+    async def _evaluate(self, profiler: str) -> Assessment:
+        # One that has just been started still imports its engine; with a history there is no need to wait.
+        patience = self._settings.evaluate_timeout_seconds
+        if self._history.profiles:
+            patience = self._settings.worker_timeout_seconds
+        return await evaluate(
+            profiler,
+            await self._candidates(),
+            connect_seconds=patience,
+            timeout_seconds=self._settings.evaluate_timeout_seconds,
+        )
+
+    async def _look_for_breach(self) -> None:
+        if self._rollout.halted or self._to_move() is not None or not self._history.profiles:
+            return
+        breached = [
+            worker
+            for worker in self.fleet.serving
+            if self.state.pin_of(worker.worker_id) is None
+            and (view := worker.view(pinned=False)).plan not in self._breaches_answered
+            and is_breached(view, self._history.profiles.get(view.model), self._policy)
+        ]
+        if not breached:
+            self._look_for_drift()
+            return
+        view = breached[0].view(pinned=False)
+        self._breaches_answered.add(view.plan)
+        bar = Bar(
+            model=view.model,
+            depth=view.depth,
+            time=time.time(),
+            reason=f"confidence breach: {view.window_high_exit_tokens} of the last {view.window_tokens} "
+            "tokens were unsure",
+            shallower=True,
+        )
+        await self._decide(Trigger.BREACH, bar)
+        # The breach was answered from what was measured before the traffic changed.
+        self._breach_due_at = self.fleet.totals.finished + self._settings.breach_reassess_requests
+
+    def _look_for_drift(self) -> None:
+        """Brings the next reassessment forward when a worker's tokens are not what was profiled."""
+        if self._breach_due_at is not None or self._settings.profiler is None:
+            return
+        for worker in self.fleet.serving:
+            view = worker.view(pinned=False)
+            profile = self._history.profiles.get(view.model)
+            if profile is not None and is_suspicious(view, profile, self._policy):
+                log.info(
+                    "%s: %d of the last %d tokens were unsure, more than was profiled",
+                    worker.worker_id,
+                    view.window_high_exit_tokens,
+                    view.window_tokens,
+                )
+                self._breach_due_at = self.fleet.totals.finished + self._settings.breach_reassess_requests
+                return
+
+    async def _candidates(self) -> tuple[str, ...]:
+        """The shortlist (TopK), from offline facts; without any, every model that workers can load."""
+        serving = self.fleet.serving
+        loadable = self._loadable()
+        if self._settings.models_dir is None or not serving:
+            return tuple(sorted(loadable))
+        if self._catalog is None:
+            self._catalog = await asyncio.to_thread(catalog.list_models, self._settings.models_dir)
+        served = serving[0].model
+        tokenizers = (None, served.tokenizer_id)
+        movable = [
+            entry for entry in self._catalog if entry.name in loadable and entry.tokenizer_id in tokenizers
+        ]
+        numbers = [2 * one.config.hidden_size * served.depth for one in movable if one.name == served.name]
+        chosen = shortlist(
+            movable,
+            self.state.slo.objective,
+            min(worker.memory_bytes for worker in serving),
+            served.kv_bytes_per_token // numbers[0] if numbers else 1,
+            self._settings.top_k,
+        )
+        return tuple(entry.name for entry in chosen.candidates)
+
+    def _loadable(self) -> frozenset[str]:
+        return frozenset().union(*(worker.models for worker in self.fleet.serving))
+
+    def _situation(self, trigger: Trigger, candidates: tuple[str, ...] | None = None) -> Situation:
+        profiles = self._history.profiles
+        names = tuple(sorted(profiles)) if candidates is None else candidates
+        finished = self.fleet.totals.finished
+        return Situation(
+            trigger=trigger,
+            slo=self.state.slo,
+            history={name: profiles[name] for name in names if name in profiles},
+            candidates=names,
+            workers=tuple(
+                worker.view(pinned=self.state.pin_of(worker.worker_id) is not None)
+                for worker in self.fleet.serving
+            ),
+            plan=self.state.plan if self._settings.mode == "active" else None,
+            bars=self.state.bars,
+            requests_since_assessment=finished - self._assessed_at,
+            delayed_seconds=self._delayed_seconds if trigger is Trigger.REASSESSMENT else 0.0,
+            requests_since_move=None if self._moved_at is None else finished - self._moved_at,
+            prompt_tokens=self._mean_prompt,
+            output_tokens=self._mean_output,
+        )
+
+    async def _decide_for_operator(self) -> None:
+        if self._settings.mode != "off":
+            await self._decide(Trigger.OPERATOR)
+
+    async def _decide(self, trigger: Trigger, bar: Bar | None = None) -> None:
+        """One decision: recorded first, then made the plan in force.
+
+        Raises StaleLeaderError, redis.RedisError; nothing has changed then.
+        """
+        async with self._decide_lock:
+            await self._record_outcome()
+            candidates = await self._candidates()
+            bars = [one for one in (*self.state.bars, *([bar] if bar else [])) if self._still_holds(one)]
+            self.state = self.state.model_copy(update={"bars": tuple(bars)})
+            situation = self._situation(trigger, candidates)
+            with telemetry.span("Decide", attributes={"helios.trigger": str(trigger)}) as span:
+                decision = decide(situation, self._policy)
+                entry = DecisionEntry(
+                    time=time.time(),
+                    mode=self._settings.mode,
+                    situation=situation,
+                    settings=self._policy,
+                    decision=decision,
+                )
+                number = await record.append(self._leadership, entry, keep=self._settings.record_entries)
+                # Without options nothing was chosen, and the operator's plan is not made the policy's.
+                if self._settings.mode == "active" and decision.options:
+                    await self._save(self.state.model_copy(update={"plan": decision.plan}))
+                span.set_attributes(
+                    {
+                        "helios.decision": number,
+                        "helios.plan": str(decision.plan),
+                        "helios.moves": decision.moves,
+                        "helios.reason": decision.reason,
+                    }
+                )
+            self._decisions.add(1, {"helios.trigger": str(trigger)})
+            log.info("decision %d (%s): %s", number, trigger, decision.reason)
+            totals = self.fleet.totals
+            self._measuring = Measurement(number, totals, len(self.fleet.serving))
+            self._rollout = Rollout()
+            if trigger in (Trigger.START, Trigger.REASSESSMENT):
+                self._started = True
+                self._assessed_at = totals.finished
+                self._decided_on = self._history.times
+                self._breaches_answered.clear()
+                self._delayed_seconds = 0.0
+            if decision.moves and self._settings.mode == "active":
+                self._moved_at = totals.finished
+            if decision.options:
+                self._problems.pop("profile", None)
+
+    def _still_holds(self, bar: Bar) -> bool:
+        profile = self._history.profiles.get(bar.model)
+        return profile is None or profile.time <= bar.time
+
+    async def _record_outcome(self) -> None:
+        """Appends what was measured since the last decision, once."""
+        measuring, self._measuring = self._measuring, None
+        if measuring is None:
+            return
+        since = measuring.since(self.fleet.totals)
+        if since.finished >= _ENOUGH_REQUESTS and since.prefilled and since.generated:
+            self._mean_prompt = since.prefilled / since.finished
+            self._mean_output = since.generated / since.finished
+        if since.generated or self._rollout.reload_seconds or self._rollout.halted:
+            outcome = measuring.outcome(self.fleet.totals, self._rollout)
+            keep = self._settings.record_entries
+            await record.append(self._leadership, outcome, number=measuring.number, keep=keep)
+
+    # Rolling out.
+
+    def _wanted(self, worker_id: str) -> Plan | None:
+        # Operators are obeyed in every mode.
+        if self._settings.mode == "active":
+            return self.state.wanted(worker_id)
+        return self.state.pin_of(worker_id)
+
+    def _to_move(self) -> Worker | None:
+        if not self.is_leading:
+            return None
+        return next_to_move(self.fleet.workers, self._wanted, self._settings.min_ready)
+
+    async def _roll_out(self) -> None:
+        """Brings workers to their plans, one after the other, for as long as none fails."""
+        while True:
+            lost = self.fleet.find(self._rollout.lost)
+            if self._rollout.halted and lost is not None and lost.is_serving:
+                log.info("%s answers again, the rollout goes on", lost.worker_id)
+                self._rollout.halted = self._rollout.lost = ""
+            moved = False
+            if not self._rollout.halted:
+                async with self._rollout_lock:
+                    moved = await self._move_next()
+            if not moved:
+                await asyncio.sleep(self._settings.telemetry_seconds)
+
+    def _threshold(self, plan: Plan) -> float | None:
+        """The confidence that the plan's exit was calibrated to on recent requests; None: not profiled."""
+        profile = self._history.profiles.get(plan.model)
+        exits = profile.exits if profile is not None else ()
+        return next((one.threshold for one in exits if one.depth == plan.depth), None)
+
+    async def _move_next(self) -> bool:
+        worker = self._to_move()
+        plan = self._wanted(worker.worker_id) if worker is not None else None
+        if worker is None or plan is None:
+            return False
+        try:
+            moved = await reload(worker, plan, self._settings.reload_timeout_seconds, self._threshold(plan))
+        except HeliosError as error:
+            self._rollout.halt(worker, plan, error)
+            await self._after_halt(worker, plan, error)
+            return False
+        self._rollout.add(moved)
+        return True
+
+    async def _after_halt(self, worker: Worker, plan: Plan, error: HeliosError) -> None:
+        """Tells the record; a plan that a worker refused is out, and another one is looked for."""
+        try:
+            if self._measuring is not None:
+                measuring = self._measuring
+                await self._record_outcome()
+                self._measuring = measuring
+            refused = not isinstance(error, WorkerLostError)
+            if refused and self.state.pin_of(worker.worker_id) is None:
+                why = f"{worker.worker_id} could not load it: {error.message}"
+                bar = Bar(model=plan.model, depth=plan.depth, time=time.time(), reason=why)
+                await self._decide(Trigger.FAILURE, bar)
+                if self.state.plan == plan:
+                    self._rollout.halt(worker, plan, error)
+        except (RedisError, OSError, HeliosError) as unrecorded:
+            log.warning("the halt could not be recorded: %s", unrecorded)

@@ -1,0 +1,122 @@
+"""One leader among the replicas of the controller: a lock in Redis that expires, with a fencing number.
+
+The number grows with each leader. Every write of a leader carries it and is refused once a newer leader
+exists, so one that stood still and wakes up late harms nothing (Kleppmann, "How to do distributed locking").
+"""
+
+import json
+import time
+from dataclasses import dataclass
+
+from redis.asyncio import Redis
+
+from helios.errors import UnavailableError
+from helios.redis_schema import CONTROLLER_FENCE, CONTROLLER_LEADER
+
+# KEYS: leader, fence. ARGV: id, address, milliseconds.
+_ACQUIRE = """
+if redis.call('EXISTS', KEYS[1]) == 1 then return 0 end
+local fence = redis.call('INCR', KEYS[2])
+local holder = cjson.encode({controller_id = ARGV[1], address = ARGV[2], fence = fence})
+redis.call('SET', KEYS[1], holder, 'PX', ARGV[3])
+return fence
+"""
+
+# KEYS: leader. ARGV: id, fence, milliseconds (0: give it up).
+_RENEW = """
+local held = redis.call('GET', KEYS[1])
+if not held then return 0 end
+local holder = cjson.decode(held)
+if holder.controller_id ~= ARGV[1] or holder.fence ~= tonumber(ARGV[2]) then return 0 end
+return redis.call('PEXPIRE', KEYS[1], ARGV[3])
+"""
+
+# In front of a leader's writes. KEYS: leader, fence, ...; ARGV: id, fence, ...
+_GUARD = """
+local held = redis.call('GET', KEYS[1])
+if redis.call('GET', KEYS[2]) ~= ARGV[2] then return false end
+if held and cjson.decode(held).controller_id ~= ARGV[1] then return false end
+"""
+
+
+class StaleLeaderError(UnavailableError):
+    """This replica leads no longer; another one does, or Redis has lost who does."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leader:
+    """The replica that leads; `address` is host:port as others reach it."""
+
+    controller_id: str
+    address: str
+    fence: int
+
+
+async def find_leader(redis: Redis) -> Leader | None:
+    """Who leads now. Raises redis.RedisError when Redis cannot be reached."""
+    held = await redis.get(CONTROLLER_LEADER)
+    return Leader(**json.loads(held)) if held else None
+
+
+class Leadership:
+    """This replica's claim to lead."""
+
+    def __init__(self, redis: Redis, controller_id: str, address: str, lease_seconds: float) -> None:
+        """`controller_id` is unlike that of every other process, restarted ones included."""
+        self.controller_id = controller_id
+        # How often this replica has taken the lock.
+        self.terms = 0
+        self._redis = redis
+        self._address = address
+        self._lease_seconds = lease_seconds
+        self._fence: int | None = None
+        self._valid_until = 0.0
+
+    @property
+    def is_held(self) -> bool:
+        """Whether this replica leads. Ends by itself when the lock was not renewed in time."""
+        return self._fence is not None and time.monotonic() < self._valid_until
+
+    async def campaign(self) -> bool:
+        """Renews the lock, or takes it when nobody holds it; call it several times in a lease.
+
+        Raises redis.RedisError when Redis cannot be reached.
+        """
+        asked_at = time.monotonic()
+        milliseconds = int(self._lease_seconds * 1000)
+        if self._fence is not None:
+            renewed = await self._redis.eval(
+                _RENEW, 1, CONTROLLER_LEADER, self.controller_id, self._fence, milliseconds
+            )
+            if not renewed:
+                self._fence = None
+        if self._fence is None:
+            keys = (CONTROLLER_LEADER, CONTROLLER_FENCE)
+            fence = await self._redis.eval(
+                _ACQUIRE, 2, *keys, self.controller_id, self._address, milliseconds
+            )
+            self._fence = int(fence) or None
+            self.terms += 1 if self._fence else 0
+        self._valid_until = asked_at + self._lease_seconds
+        return self.is_held
+
+    async def resign(self) -> None:
+        """Gives the lock up, so that another replica need not wait for its end."""
+        if self._fence is not None:
+            fence, self._fence = self._fence, None
+            await self._redis.eval(_RENEW, 1, CONTROLLER_LEADER, self.controller_id, fence, 0)
+
+    async def write(self, script: str, keys: tuple[str, ...], values: tuple[str | int, ...]) -> object:
+        """Runs a Lua script whose KEYS and ARGV begin at 3, as the leader. Returns what it returns.
+
+        Raises StaleLeaderError when this replica does not lead; nothing is written then.
+        """
+        all_keys = (CONTROLLER_LEADER, CONTROLLER_FENCE, *keys)
+        result = None
+        if self._fence is not None:
+            result = await self._redis.eval(
+                _GUARD + script, len(all_keys), *all_keys, self.controller_id, self._fence, *values
+            )
+        if result is None:
+            raise StaleLeaderError("this controller does not lead any longer; ask the one that does")
+        return result

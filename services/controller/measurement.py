@@ -1,0 +1,52 @@
+"""What is measured after a decision, for the record."""
+
+import time
+from dataclasses import replace
+
+from services.controller.fleet import Totals
+from services.controller.record import OutcomeEntry
+from services.controller.rollout import Rollout
+
+
+class Measurement:
+    """Counters at the moment of a decision."""
+
+    def __init__(self, number: int, totals: Totals, workers: int) -> None:
+        self.number = number
+        self._workers = workers
+        self._began = time.monotonic()
+        self._before = replace(totals)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the decision."""
+        return max(time.monotonic() - self._began, 1e-6)
+
+    def requests(self, totals: Totals) -> int:
+        """Requests finished since the decision."""
+        return totals.finished - self._before.finished
+
+    def since(self, totals: Totals) -> Totals:
+        """What was done since the decision."""
+        before = self._before
+        return Totals(
+            totals.finished - before.finished,
+            totals.prefilled - before.prefilled,
+            totals.generated - before.generated,
+            totals.high_exit - before.high_exit,
+        )
+
+    def outcome(self, totals: Totals, rollout: Rollout) -> OutcomeEntry:
+        """What became of the decision until now."""
+        since, seconds = self.since(totals), self.seconds
+        return OutcomeEntry(
+            time=time.time(),
+            seconds=seconds,
+            requests=since.finished,
+            tokens_per_second=since.generated / seconds / max(1, self._workers),
+            high_exit_share=since.high_exit / since.generated if since.generated else 0.0,
+            reload_seconds=rollout.reload_seconds,
+            stall_seconds=rollout.stall_seconds,
+            sequences_moved=rollout.sequences_moved,
+            halted=rollout.halted,
+        )

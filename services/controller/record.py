@@ -1,0 +1,129 @@
+"""The decision record: an append-only, capped stream in Redis (helios.redis_schema).
+
+An entry has the fields `kind` ("decision" or "outcome"), `number` and `json`. A decision's JSON holds the
+situation and the settings it was made with, so `decide` can be run on it again; an outcome follows later as
+an entry of its own, under the number of its decision.
+"""
+
+from collections.abc import AsyncIterator
+from typing import Literal, TypeAlias, cast
+
+from pydantic import Field
+from redis.asyncio import Redis
+
+from helios.redis_schema import CONTROLLER_STATE, DECISIONS
+from services.controller.decision import Decision
+from services.controller.leader import Leadership
+from services.controller.policy import PolicySettings, decide
+from services.controller.situation import Record, Situation
+
+# KEYS 3, 4: record, state. ARGV 3..6: kind, number (0: the next one), JSON, entries kept.
+_APPEND = """
+local number = tonumber(ARGV[4])
+if number == 0 then number = redis.call('HINCRBY', KEYS[4], 'decisions', 1) end
+redis.call('XADD', KEYS[3], 'MAXLEN', '~', ARGV[6], '*', 'kind', ARGV[3], 'number', number, 'json', ARGV[5])
+return number
+"""
+_PAGE = 100
+# Entries as Redis gives them: position and fields.
+_Entries: TypeAlias = list[tuple[bytes, dict[bytes, bytes]]]
+
+
+class DecisionEntry(Record):
+    """A decision with all that it rests on. `time` is in seconds since the Unix epoch."""
+
+    kind: Literal["decision"] = "decision"
+    time: float
+    mode: str
+    situation: Situation
+    settings: PolicySettings
+    decision: Decision
+
+    def replay(self) -> Decision:
+        """What the policy decides on the same input today."""
+        return decide(self.situation, self.settings)
+
+
+class OutcomeEntry(Record):
+    """What was measured after a decision. Fields as in controller.proto."""
+
+    kind: Literal["outcome"] = "outcome"
+    time: float
+    seconds: float = Field(ge=0)
+    requests: int
+    tokens_per_second: float
+    high_exit_share: float
+    reload_seconds: float = 0.0
+    stall_seconds: float = 0.0
+    sequences_moved: int = 0
+    halted: str = ""
+
+
+class NumberedDecision(Record):
+    """A decision as it is read back, with its outcome once there is one."""
+
+    number: int
+    entry: DecisionEntry
+    outcome: OutcomeEntry | None = None
+
+
+async def append(
+    leadership: Leadership, entry: DecisionEntry | OutcomeEntry, *, number: int = 0, keep: int
+) -> int:
+    """Appends an entry and returns its number; an outcome takes the number of its decision.
+
+    About the last `keep` entries stay. Raises StaleLeaderError, redis.RedisError.
+    """
+    values = (entry.kind, number, entry.model_dump_json(), keep)
+    written = await leadership.write(_APPEND, (DECISIONS, CONTROLLER_STATE), values)
+    return int(str(written))
+
+
+async def read_last(redis: Redis, count: int) -> tuple[list[NumberedDecision], str]:
+    """The last decisions, oldest first, and the position from which `follow` goes on."""
+    position, before = "0-0", "+"
+    outcomes: dict[int, OutcomeEntry] = {}
+    found: list[NumberedDecision] = []
+    while True:
+        page = cast(_Entries, await redis.xrevrange(DECISIONS, max=before, count=_PAGE))
+        for entry_id, fields in page:
+            position = max(position, entry_id.decode(), key=_order)
+            number, entry = _parse(fields)
+            if isinstance(entry, OutcomeEntry):
+                outcomes.setdefault(number, entry)
+            elif len(found) < count:
+                found.append(NumberedDecision(number=number, entry=entry, outcome=outcomes.get(number)))
+        if len(page) < _PAGE or len(found) >= count:
+            return found[::-1], position
+        before = f"({page[-1][0].decode()}"
+
+
+async def follow(redis: Redis, position: str, block_seconds: float) -> AsyncIterator[NumberedDecision]:
+    """Decisions as they are made, and again when their outcome comes, until the caller ends it."""
+    decisions: dict[int, DecisionEntry] = {}
+    while True:
+        answer = await redis.xread({DECISIONS: position}, block=int(block_seconds * 1000))
+        for _, entries in cast("list[tuple[bytes, _Entries]]", answer or []):
+            for entry_id, fields in entries:
+                position = entry_id.decode()
+                number, entry = _parse(fields)
+                if isinstance(entry, DecisionEntry):
+                    # The one before may still get its outcome; older ones have it.
+                    decisions = {key: value for key, value in decisions.items() if key >= number - 1}
+                    decisions[number] = entry
+                    yield NumberedDecision(number=number, entry=entry)
+                    continue
+                if number not in decisions:
+                    decisions |= {one.number: one.entry for one in (await read_last(redis, _PAGE))[0]}
+                if number in decisions:
+                    yield NumberedDecision(number=number, entry=decisions[number], outcome=entry)
+
+
+def _parse(fields: dict[bytes, bytes]) -> tuple[int, DecisionEntry | OutcomeEntry]:
+    kind = DecisionEntry if fields[b"kind"] == b"decision" else OutcomeEntry
+    return int(fields[b"number"]), kind.model_validate_json(fields[b"json"])
+
+
+def _order(position: str) -> tuple[int, int]:
+    milliseconds, _, sequence = position.partition("-")
+    return int(milliseconds), int(sequence)

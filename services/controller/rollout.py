@@ -1,0 +1,114 @@
+"""Bringing workers to their plans: one at a time, halting at the first that does not come along."""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import grpc
+
+from helios.client import error_from
+from helios.errors import HeliosError, UnavailableError
+from helios.v1 import worker_pb2
+from services.controller.fleet import Worker
+from services.controller.situation import Plan
+
+log = logging.getLogger(__name__)
+
+_CHECK_SECONDS = 0.1
+# Statuses that tell of the worker or the way to it, not of what was asked.
+_LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
+
+
+class WorkerLostError(UnavailableError):
+    """The worker stopped answering during its reload."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reloaded:
+    """What a reload did, as the worker reports it."""
+
+    seconds: float
+    stall_seconds: float
+    sequences_moved: int
+
+
+async def reload(
+    worker: Worker, plan: Plan, timeout_seconds: float, threshold: float | None = None
+) -> Reloaded:
+    """Reloads one worker; returns once its telemetry shows the plan.
+
+    `threshold` is the confidence below which it counts a token as unsure; None: its own.
+
+    Raises WorkerLostError when it stops answering, else the worker's own refusal: its old plan serves then.
+    """
+    reading = asyncio.create_task(_read_stages(worker, plan, timeout_seconds, threshold))
+    try:
+        while not reading.done():
+            await asyncio.wait({reading}, timeout=_CHECK_SECONDS)
+            if worker.is_silent:
+                raise WorkerLostError(f"{worker.worker_id} stopped answering while it loaded {plan}")
+        done = reading.result()
+    except grpc.aio.AioRpcError as error:
+        if error.code() in _LOST:
+            raise WorkerLostError(f"{worker.worker_id} was lost: {error.details()}") from error
+        raise error_from(error, worker.address) from error
+    finally:
+        reading.cancel()
+    while worker.plan != plan:
+        if worker.is_silent:
+            raise WorkerLostError(f"{worker.worker_id} stopped answering after it had loaded {plan}")
+        await asyncio.sleep(_CHECK_SECONDS)
+    log.info("%s serves %s after %.2f s", worker.worker_id, plan, done.seconds)
+    return Reloaded(done.seconds, done.stall_seconds, done.sequences_moved)
+
+
+async def _read_stages(
+    worker: Worker, plan: Plan, timeout_seconds: float, threshold: float | None
+) -> worker_pb2.ReloadResponse:
+    request = worker_pb2.ReloadRequest(model=plan.model, depth=plan.depth, threshold=threshold)
+    stages = [stage async for stage in worker.stub.Reload(request, timeout=timeout_seconds)]
+    if not stages or stages[-1].stage != worker_pb2.RELOAD_STAGE_DONE:
+        raise WorkerLostError(f"{worker.worker_id} ended its reload without a result")
+    return stages[-1]
+
+
+def next_to_move(
+    workers: Sequence[Worker], wanted: Callable[[str], Plan | None], min_ready: int
+) -> Worker | None:
+    """The serving worker that should be reloaded next, or None.
+
+    A worker serves while it reloads, but it may fail: `min_ready` others must serve, as far as there are any.
+    """
+    serving = [worker for worker in workers if worker.is_serving]
+    if len(serving) - 1 < min(min_ready, len(workers) - 1):
+        return None
+    for worker in serving:
+        plan = wanted(worker.worker_id)
+        if plan is not None and worker.plan != plan:
+            return worker
+    return None
+
+
+@dataclass(slots=True)
+class Rollout:
+    """How far the last plan has got."""
+
+    reload_seconds: float = 0.0
+    stall_seconds: float = 0.0
+    sequences_moved: int = 0
+    # Where and why it halted; empty while it goes on. `lost` is the worker whose return lets it go on.
+    halted: str = ""
+    lost: str = ""
+
+    def add(self, moved: Reloaded) -> None:
+        """Counts one worker's reload."""
+        self.reload_seconds += moved.seconds
+        self.stall_seconds = max(self.stall_seconds, moved.stall_seconds)
+        self.sequences_moved += moved.sequences_moved
+
+    def halt(self, worker: Worker, plan: Plan, error: HeliosError) -> None:
+        """Stops here, saying why."""
+        self.halted = f"the rollout of {plan} halted at {worker.worker_id}: {error.message}"
+        self.lost = worker.worker_id if isinstance(error, WorkerLostError) else ""
+        log.warning("%s", self.halted)

@@ -1,0 +1,104 @@
+"""What a decision rests on. JSON both ways, so that it can be replayed from the decision record."""
+
+import enum
+from collections.abc import Mapping
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from helios.history import ModelProfile
+from helios.slo import Slo
+
+
+class Record(BaseModel):
+    """Base of what is kept: immutable, and refuses fields of another version."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Trigger(enum.StrEnum):
+    """What made the controller look."""
+
+    START = "start"
+    REASSESSMENT = "reassessment"
+    BREACH = "confidence breach"
+    SLO = "SLO"
+    OPERATOR = "operator"
+    FAILURE = "failed reload"
+
+
+class Plan(Record):
+    """A model and the layers of it to load."""
+
+    model: str
+    depth: int = Field(ge=1)
+
+    def __str__(self) -> str:
+        return f"{self.model} at depth {self.depth}"
+
+
+class Bar(Record):
+    """A plan that failed in service and is out until its model is profiled anew."""
+
+    model: str
+    depth: int
+    time: float
+    reason: str
+    shallower: bool = False
+    """Whether all shallower depths are out, too."""
+
+    def covers(self, profile: ModelProfile, depth: int) -> bool:
+        """Whether it keeps this depth of this profile out."""
+        hit = depth == self.depth or (self.shallower and depth < self.depth)
+        return self.model == profile.model and hit and profile.time <= self.time
+
+
+class WorkerView(Record):
+    """One worker as the policy sees it."""
+
+    worker_id: str
+    model: str
+    depth: int
+    tokenizer_id: str
+    pinned: bool = False
+    running: int = 0
+    waiting: int = 0
+    tokens_in_flight: int = 0
+    window_tokens: int = 0
+    """Generated tokens in the breach counter's window, and those of them that were unsure."""
+    window_high_exit_tokens: int = 0
+    threshold: float | None = None
+    """Confidence below which the worker counts a token as unsure; None: the profile's."""
+    max_running: int = Field(ge=1)
+    memory_bytes: int | None = None
+    """Bytes for weights and KV together; None: more than its present plan can use."""
+
+    @property
+    def plan(self) -> Plan:
+        """What it serves."""
+        return Plan(model=self.model, depth=self.depth)
+
+
+class Situation(Record):
+    """Everything a decision rests on."""
+
+    trigger: Trigger
+    slo: Slo
+    history: Mapping[str, ModelProfile]
+    candidates: tuple[str, ...]
+    workers: tuple[WorkerView, ...]
+    plan: Plan | None = None
+    """The plan in force of the workers that are not pinned; None: none was ever chosen."""
+    bars: tuple[Bar, ...] = ()
+    requests_since_assessment: int = 0
+    delayed_seconds: float = 0.0
+    """For which this reassessment was put off, so that profiling stays within its share of the CPU."""
+    requests_since_move: int | None = None
+    """None: the plan has never been moved."""
+    prompt_tokens: float = Field(gt=0)
+    """Tokens of a mean request: prompt, and generated."""
+    output_tokens: float = Field(gt=0)
+
+    @property
+    def free(self) -> tuple[WorkerView, ...]:
+        """Workers that no operator holds."""
+        return tuple(worker for worker in self.workers if not worker.pinned)

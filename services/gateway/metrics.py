@@ -1,0 +1,38 @@
+"""What a gateway measures of itself: the streams it holds, and how they ended."""
+
+from opentelemetry.metrics import CallbackOptions, Observation
+
+from helios import telemetry
+from services.gateway.admission import Admission
+
+
+class StreamMetrics:
+    """Counts of streams; without metrics asked for, recording does nothing."""
+
+    def __init__(self, admission: Admission) -> None:
+        meter = telemetry.meter()
+
+        def open_streams(_: CallbackOptions) -> list[Observation]:
+            return [Observation(admission.open_streams)]
+
+        def queued_streams(_: CallbackOptions) -> list[Observation]:
+            return [Observation(admission.queued_streams)]
+
+        meter.create_observable_gauge(
+            "helios.gateway.open_streams", [open_streams], "{stream}", "Admitted and not ended"
+        )
+        meter.create_observable_gauge(
+            "helios.gateway.queued_streams", [queued_streams], "{stream}", "Waiting for their first token"
+        )
+        self._streams = meter.create_counter("helios.gateway.streams", "{stream}", "Streams that have ended")
+        self._resumes = meter.create_counter(
+            "helios.gateway.resumes", "{resume}", "Times that a stream went on at another worker"
+        )
+
+    def ended(self, status: str) -> None:
+        """One stream has ended, with this gRPC status."""
+        self._streams.add(1, {"helios.status": status})
+
+    def resumed(self, times: int) -> None:
+        """A stream that has ended was resumed so many times."""
+        self._resumes.add(times)

@@ -1,0 +1,59 @@
+"""Samples prompts for the profiler, beside the data path: a stream never waits for it or for Redis."""
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections import deque
+from collections.abc import Sequence
+
+from redis.asyncio import Redis
+
+from helios import prompts
+from helios.prompts import RecentPrompt
+from helios.redis_outage import RedisOutage
+from services.gateway.settings import GatewaySettings
+
+log = logging.getLogger(__name__)
+
+# Between two writes, seconds; what comes in between beyond `prompts_per_second` pushes older ones out.
+_WRITE_SECONDS = 1.0
+
+
+class PromptSampler:
+    """A bounded queue and a task that writes it to Redis. Prompts are lost while Redis is down."""
+
+    def __init__(self, settings: GatewaySettings) -> None:
+        self._settings = settings
+        self._queue: deque[RecentPrompt] = deque(maxlen=settings.prompts_per_second)
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Writes from now on, if there is a Redis and prompts are to be sampled."""
+        if self._settings.redis_url and self._settings.prompt_share > 0:
+            self._task = asyncio.create_task(self._write(self._settings.redis_url))
+
+    async def close(self) -> None:
+        """Ends the writing; what has not been written is lost."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+
+    def offer(self, tokenizer_id: str, ids: Sequence[int]) -> None:
+        """Takes the prompt if its lot falls so. Returns at once."""
+        if self._task is not None and random.random() < self._settings.prompt_share:
+            self._queue.append(RecentPrompt(tokenizer_id, tuple(ids)))
+
+    async def _write(self, redis_url: str) -> None:
+        settings = self._settings
+        timeout = settings.worker_timeout_seconds
+        outage = RedisOutage(log, "prompts cannot be sampled for the profiler", "prompts are sampled again")
+        async with Redis.from_url(redis_url, socket_timeout=timeout, socket_connect_timeout=timeout) as redis:
+            while True:
+                await asyncio.sleep(_WRITE_SECONDS)
+                taken = list(self._queue)
+                self._queue.clear()
+                # Also without new ones: old ones go when their time is over.
+                with outage.bridged():
+                    await prompts.write(redis, taken, settings.prompts_kept, settings.prompt_lifetime_seconds)

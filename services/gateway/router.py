@@ -1,0 +1,80 @@
+"""The choice of a worker for a stream: a pure function of what is known of the workers."""
+
+from collections.abc import Iterable, Set
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a worker serves: a model, and how many of its layers."""
+
+    model: str
+    depth: int
+
+    def __str__(self) -> str:
+        return f"{self.model} with {self.depth} layers"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A ready worker as the router sees it.
+
+    `sequences` is its load: streams of this gateway and of others. `free_share` is the free part of its
+    KV blocks, 0 to 1.
+    """
+
+    address: str
+    plan: Plan
+    tokenizer_id: str
+    context_tokens: int
+    sequences: int
+    free_share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a stream needs of a worker. Empty or 0: anything will do."""
+
+    models: frozenset[str] = frozenset()
+    tokenizer_id: str = ""
+    context_tokens: int = 0
+
+    def met_by(self, worker: Candidate) -> bool:
+        """Whether the worker can compute this stream."""
+        return (
+            (not self.models or worker.plan.model in self.models)
+            and self.tokenizer_id in ("", worker.tokenizer_id)
+            and self.context_tokens <= worker.context_tokens
+        )
+
+
+def choose(
+    workers: Iterable[Candidate],
+    needs: Needs,
+    *,
+    prefer: Plan | None = None,
+    avoid: Set[str] = frozenset(),
+    exclude: Set[str] = frozenset(),
+) -> Candidate | None:
+    """The worker to take a stream, or None when none can.
+
+    `avoid` and `exclude` are addresses: an avoided worker is taken if there is no other, an excluded one
+    never. A stream that goes on after a loss names the plan it ran under in `prefer`, because only the
+    same model and depth continue it with the tokens it would have had; a new stream goes to the least
+    loaded.
+    """
+
+    def cost(worker: Candidate) -> tuple[bool, int, int, float, str]:
+        distance = 0
+        if prefer is not None and worker.plan != prefer:
+            distance = 1 if worker.plan.model == prefer.model else 2
+        return (
+            worker.address in avoid,
+            distance,
+            worker.sequences,
+            -worker.free_share,
+            worker.address,
+        )
+
+    able = (worker for worker in workers if worker.address not in exclude and needs.met_by(worker))
+    return min(able, key=cost, default=None)

@@ -1,0 +1,217 @@
+"""One stream's way through the gateway: relayed from a worker, and from the next one when that is lost."""
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import Awaitable, Callable
+
+import grpc
+from opentelemetry import trace
+
+from helios.errors import HeliosError, OverloadedError, UnavailableError
+from helios.sampling import SamplingParams
+from helios.v1 import generation_pb2, worker_pb2
+from services.gateway.router import Needs, Plan
+from services.gateway.settings import GatewaySettings
+from services.gateway.worker_call import WorkerLostError
+from services.gateway.worker_pool import Worker, WorkerPool
+
+log = logging.getLogger(__name__)
+
+# What the request itself has caused: another worker would say the same.
+_REQUEST_FAULTS = frozenset({grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION})
+
+
+class _PlanChangedError(WorkerLostError):
+    """A worker has changed its model since it was chosen, and has not begun the stream."""
+
+
+class _WorkerFullError(Exception):
+    """A worker has no place for the stream."""
+
+    def __init__(self, refusal: HeliosError) -> None:
+        super().__init__(refusal.message)
+        self.refusal = refusal
+
+
+class Stream:
+    """A request that the gateway owns until it ends: what was asked, and what was emitted so far."""
+
+    def __init__(
+        self,
+        pool: WorkerPool,
+        settings: GatewaySettings,
+        *,
+        request_id: str,
+        prompt_ids: list[int],
+        sampling: SamplingParams,
+        needs: Needs,
+        write: Callable[[bytes], Awaitable[None]],
+        on_first_token: Callable[[], None],
+    ) -> None:
+        self._pool = pool
+        self._settings = settings
+        self._request_id = request_id
+        self._prompt_ids = prompt_ids
+        self._sampling = sampling
+        self._needs = needs
+        self._write = write
+        self._on_first_token = on_first_token
+        self.emitted_ids: list[int] = []
+        self.resumed = 0
+        # Since the last token: workers lost, their addresses, and those that had no place.
+        self._losses = 0
+        self._failed: set[str] = set()
+        self._full: set[str] = set()
+        self._refusal: HeliosError | None = None
+        self._refused_since: float | None = None
+        # The model of the last token, and what the lost worker served: the same plan goes on with the
+        # same tokens.
+        self.model = ""
+        self._plan: Plan | None = None
+
+    async def run(self, deadline: float) -> generation_pb2.Finish:
+        """Relays until the finish is written, and returns it. `deadline` is the event loop's time.
+
+        Raises UnavailableError when no worker can be had or too many are lost, OverloadedError when all
+        are full, the worker's own error when the request is at fault, and TimeoutError when a worker
+        sees the deadline pass first.
+        """
+        while True:
+            worker = await self._next_worker()
+            try:
+                return await self._relay(worker, deadline)
+            except WorkerLostError as loss:
+                await self._note_loss(worker, loss)
+            except _WorkerFullError as full:
+                self._note_refusal(worker, full.refusal)
+
+    @property
+    def _under_way(self) -> bool:
+        """Whether ending the stream would lose something."""
+        return self.resumed > 0 or bool(self.emitted_ids)
+
+    async def _next_worker(self) -> Worker:
+        while True:
+            worker = self._pool.choose(self._needs, prefer=self._plan, avoid=self._failed, exclude=self._full)
+            if worker is not None:
+                return worker
+            if self._refusal is None:
+                return await self._pool.wait_for(
+                    self._needs, prefer=self._plan, avoid=self._failed, under_way=self._under_way
+                )
+            await self._wait_for_place(self._refusal)
+
+    async def _wait_for_place(self, refusal: HeliosError) -> None:
+        """After every worker has refused: a new stream is refused, one under way waits rather than ends."""
+        now = asyncio.get_running_loop().time()
+        since = now if self._refused_since is None else self._refused_since
+        if not self._under_way or now - since >= self._settings.worker_wait_seconds:
+            raise refusal
+        self._refused_since = since
+        hint = refusal.retry_after_seconds if isinstance(refusal, OverloadedError) else 0
+        await asyncio.sleep(max(hint, self._settings.resume_backoff_seconds))
+        self._full.clear()
+        self._refusal = None
+
+    async def _relay(self, worker: Worker, deadline: float) -> generation_pb2.Finish:
+        request = worker_pb2.WorkerServiceGenerateRequest(
+            request_id=self._request_id,
+            prompt_ids=self._prompt_ids,
+            emitted_ids=self.emitted_ids,
+            sampling=self._sampling.to_proto(),
+            # Named even if the client named none: the ids are those of this model's tokenizer.
+            model=worker.plan.model,
+        )
+        timeout = max(0.0, deadline - asyncio.get_running_loop().time())
+        with worker.attempt(request, timeout) as attempt:
+            try:
+                while True:
+                    response = await attempt.read()
+                    if response.HasField("finish"):
+                        finish = self._checked(response.finish)
+                        await self._write(response.SerializeToString())
+                        return finish
+                    await self._forward(response)
+            except HeliosError as error:
+                raise self._judged(worker, error) from error
+
+    async def _forward(self, response: worker_pb2.WorkerServiceGenerateResponse) -> None:
+        """Writes a worker's tokens as they came, without those that the client has."""
+        first, ids = len(self.emitted_ids), list[int]()
+        tokens = response.chunk.tokens
+        for token in tokens:
+            if token.index == first + len(ids):
+                ids.append(token.token_id)
+            elif ids or token.index > first:
+                raise WorkerLostError(f"its tokens leave a gap after index {first + len(ids) - 1}")
+        if not ids:
+            return
+        if len(ids) < len(tokens):
+            del tokens[: -len(ids)]
+        self._on_first_token()
+        await self._write(response.SerializeToString())
+        self.emitted_ids.extend(ids)
+        self.model = tokens[-1].model
+        if self._losses or self._refused_since is not None:
+            self._losses, self._refused_since = 0, None
+            self._failed.clear()
+            self._full.clear()
+
+    def _checked(self, finish: generation_pb2.Finish) -> generation_pb2.Finish:
+        if finish.completion_tokens != len(self.emitted_ids):
+            raise WorkerLostError(
+                f"it finished after {finish.completion_tokens} tokens of which {len(self.emitted_ids)} came"
+            )
+        finish.resumed = self.resumed
+        return finish
+
+    def _judged(self, worker: Worker, error: HeliosError) -> Exception:
+        """What a worker's error means for the stream."""
+        code = error.code
+        if code in _REQUEST_FAULTS:
+            return error
+        if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+            return TimeoutError()
+        if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return _WorkerFullError(error)
+        reason = f"{code.name}, {error.message}"
+        # Gone, draining or on another model by now: the next telemetry tells. Other errors concern
+        # this stream only, and its neighbours' worker stays.
+        if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND):
+            self._pool.suspect(worker, f"it ended a stream with {reason}")
+        return _PlanChangedError(reason) if code is grpc.StatusCode.NOT_FOUND else WorkerLostError(reason)
+
+    async def _note_loss(self, worker: Worker, loss: WorkerLostError) -> None:
+        reason = str(loss)
+        log.warning(
+            "stream %s lost worker %s at %s after %d tokens: %s",
+            self._request_id,
+            worker.worker_id,
+            worker.address,
+            len(self.emitted_ids),
+            reason,
+        )
+        trace.get_current_span().add_event(
+            "resume",
+            {"worker": worker.address, "reason": reason, "emitted_tokens": len(self.emitted_ids)},
+        )
+        self._losses += 1
+        self._failed.add(worker.address)
+        if not isinstance(loss, _PlanChangedError):
+            self.resumed += 1
+            self._plan = worker.plan
+        if self._needs.models and self.model:
+            # A reload may have moved the stream to another model than it named; it may go on there.
+            self._needs = dataclasses.replace(self._needs, models=self._needs.models | {self.model})
+        if self._losses > self._settings.max_resumes:
+            raise UnavailableError(
+                f"{self._losses} workers in a row were lost without a token between, "
+                f"the last one at {worker.address}: {reason}"
+            )
+        if self._losses > 1:
+            await asyncio.sleep(self._settings.resume_backoff_seconds * 2 ** (self._losses - 2))
+
+    def _note_refusal(self, worker: Worker, refusal: HeliosError) -> None:
+        self._full.add(worker.address)
+        self._refusal = refusal

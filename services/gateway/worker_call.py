@@ -1,0 +1,147 @@
+"""The call that carries all of a gateway's streams on one worker: a message per step, not per stream."""
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+
+import grpc
+from google.protobuf.message import DecodeError
+from google.rpc import status_pb2
+
+from helios import telemetry
+from helios.client import error_from, error_of
+from helios.errors import HeliosError, UnavailableError
+from helios.v1 import worker_pb2, worker_pb2_grpc
+
+
+class WorkerLostError(Exception):
+    """A worker failed under a stream. Never leaves the gateway: the stream goes on elsewhere."""
+
+
+class Attempt:
+    """One stream on one worker.
+
+    Bounded by the request's max_tokens: the tokens of a slow client gather here and leave in one message, so
+    it slows only itself.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self._gathered: worker_pb2.WorkerServiceGenerateResponse | None = None
+        self._end: worker_pb2.WorkerServiceGenerateResponse | Exception | None = None
+        self._filled = asyncio.Event()
+
+    @property
+    def ended(self) -> bool:
+        """Whether no more will come than it has."""
+        return self._end is not None
+
+    async def read(self) -> worker_pb2.WorkerServiceGenerateResponse:
+        """The tokens that have come since the last call; when there are no more, the finish.
+
+        Raises the HeliosError with which the worker ended the sequence, and WorkerLostError when the pool
+        has given the worker up.
+        """
+        await self._filled.wait()
+        if self._gathered is not None:
+            gathered, self._gathered = self._gathered, None
+            if self._end is None:
+                self._filled.clear()
+            return gathered
+        if isinstance(self._end, Exception):
+            raise self._end
+        assert self._end is not None
+        return self._end
+
+    def take(self, response: worker_pb2.WorkerServiceGenerateResponse) -> None:
+        """Takes in what one step gave."""
+        if response.HasField("finish"):
+            self.end(response)
+            return
+        if self._gathered is None:
+            self._gathered = response
+        else:
+            self._gathered.chunk.MergeFrom(response.chunk)
+        self._filled.set()
+
+    def end(self, end: worker_pb2.WorkerServiceGenerateResponse | Exception) -> None:
+        """Takes in how it ended, unless it has ended already: no more will come."""
+        if self._end is None:
+            self._end = end
+            self._filled.set()
+
+
+class WorkerCall:
+    """One GenerateMany call, open until it breaks or is closed; its streams end with it."""
+
+    def __init__(self, stub: "worker_pb2_grpc.WorkerServiceAsyncStub", address: str) -> None:
+        self._address = address
+        self._numbers = itertools.count()
+        self._attempts: dict[int, Attempt] = {}
+        self._unsent: asyncio.Queue[worker_pb2.GenerateManyRequest | None] = asyncio.Queue()
+        self._call = stub.GenerateMany(self._requests())
+        self._reading = asyncio.create_task(self._read())
+
+    @property
+    def ended(self) -> bool:
+        """Whether it can carry no more streams."""
+        return self._reading.done()
+
+    def start(self, request: worker_pb2.WorkerServiceGenerateRequest, timeout_seconds: float) -> Attempt:
+        """Begins a sequence, in the current trace."""
+        attempt = Attempt(next(self._numbers))
+        self._attempts[attempt.number] = attempt
+        start = worker_pb2.SequenceStart(
+            sequence=attempt.number,
+            request=request,
+            timeout_seconds=timeout_seconds,
+            trace_context=dict(telemetry.inject()),
+        )
+        self._unsent.put_nowait(worker_pb2.GenerateManyRequest(start=start))
+        return attempt
+
+    def forget(self, attempt: Attempt) -> None:
+        """Ends a sequence, wherever it stands."""
+        if self._attempts.pop(attempt.number, None) is not None:
+            self._unsent.put_nowait(worker_pb2.GenerateManyRequest(cancel=attempt.number))
+
+    def close(self, error: Exception) -> None:
+        """Ends the call; its streams get the error."""
+        self._end(error)
+        self._call.cancel()
+
+    async def _requests(self) -> AsyncIterator[worker_pb2.GenerateManyRequest]:
+        while (request := await self._unsent.get()) is not None:
+            yield request
+
+    async def _read(self) -> None:
+        error: HeliosError = UnavailableError("it ended the call that carries its streams")
+        try:
+            async for response in self._call:
+                for output in response.outputs:
+                    self._take(output)
+        except grpc.aio.AioRpcError as broken:
+            error = error_from(broken, self._address)
+        except DecodeError as unreadable:
+            error = HeliosError(f"it sent what is no response: {unreadable}")
+            self._call.cancel()
+        finally:
+            self._end(error)
+
+    def _take(self, output: worker_pb2.SequenceOutput) -> None:
+        attempt = self._attempts.get(output.sequence)
+        # Of a sequence that was cancelled, something may still have been on its way.
+        if attempt is None:
+            return
+        if output.HasField("status"):
+            attempt.end(error_of(status_pb2.Status.FromString(output.status)))
+        else:
+            attempt.take(output.response)
+        if attempt.ended:
+            del self._attempts[attempt.number]
+
+    def _end(self, error: Exception) -> None:
+        attempts, self._attempts = self._attempts, {}
+        for attempt in attempts.values():
+            attempt.end(error)
+        self._unsent.put_nowait(None)

@@ -1,0 +1,312 @@
+"""ProfilerService: evaluates candidates one after the other, and keeps what it measured in Redis."""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import grpc
+from opentelemetry.trace import SpanKind, StatusCode
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+from tokenizers import Tokenizer
+
+from helios import catalog, history, telemetry
+from helios.drift import pooled
+from helios.engine.evaluation import EvaluationSettings, evaluate
+from helios.engine.pace import Pace
+from helios.engine.threads import set_threads
+from helios.errors import (
+    CheckpointError,
+    HeliosError,
+    InvalidRequestError,
+    OutOfMemoryError,
+    OverloadedError,
+    UnavailableError,
+    UnknownModelError,
+)
+from helios.history import ModelProfile
+from helios.server import abort
+from helios.shortlist import shortlist
+from helios.v1 import profiler_pb2, profiler_pb2_grpc
+from services.profiler.candidates import Candidates
+from services.profiler.prompt_set import PromptSet, Tokenizers, choose
+from services.profiler.settings import ProfilerSettings
+
+log = logging.getLogger(__name__)
+
+_Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+
+# What one candidate can fail with while the others go on.
+_CandidateErrors = (CheckpointError, OutOfMemoryError, InvalidRequestError)
+# Retry hint while no evaluation has ended yet.
+_FIRST_RETRY_SECONDS = 5.0
+
+
+class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
+    """One evaluation at a time, in a thread of its own. `redis` None: nothing is kept."""
+
+    def __init__(self, settings: ProfilerSettings, models_dir: Path, redis: Redis | None) -> None:
+        self._settings = settings
+        self._models_dir = models_dir
+        self._redis = redis
+        self._evaluation = EvaluationSettings(
+            target_agreement=settings.target_agreement,
+            threshold=settings.threshold,
+            max_prompt_tokens=settings.max_prompt_tokens,
+            generated_tokens=settings.generated_tokens,
+            batches=settings.batches,
+            repetitions=settings.repetitions,
+            device=settings.device,
+            precision=settings.precision,
+            memory_bytes=settings.memory_bytes,
+            power_watts=settings.power_watts,
+            timing_threads=settings.timing_threads,
+        )
+        # torch's thread count is a thread's own.
+        self._thread = ThreadPoolExecutor(1, initializer=set_threads, initargs=(settings.threads,))
+        self._tokenizers = Tokenizers()
+        # What is free now: later on, what is kept loaded counts as taken.
+        self._budget = self._evaluation.budget
+        self._candidates = Candidates(self._evaluation, self._budget)
+        self._turn = asyncio.Lock()
+        self._waiting = 0
+        self._last_seconds = _FIRST_RETRY_SECONDS
+        # The last profile of each model, for when there is no Redis that holds it.
+        self._last: dict[str, ModelProfile] = {}
+
+    def close(self) -> None:
+        """Waits for the thread, whose evaluation has been cancelled, to end."""
+        self._thread.shutdown()
+
+    async def Evaluate(  # type: ignore[override]  # a coroutine that writes, which grpc.aio takes as well
+        self, request: profiler_pb2.EvaluateRequest, context: _Context
+    ) -> None:
+        """Evaluates the named models, or the shortlist; results are sent and stored one by one.
+
+        A model that cannot be evaluated does not stop the others: the call ends with its status when all
+        have had their turn. UNAVAILABLE after the results: they could not be stored. RESOURCE_EXHAUSTED:
+        too many evaluations wait.
+        """
+        parent = telemetry.extract(context.invocation_metadata())
+        with telemetry.span("Evaluate", parent, SpanKind.SERVER) as span:
+            failure = await self._evaluate_in_turn(request, context)
+            if failure is not None:
+                span.set_status(StatusCode.ERROR, failure.message)
+                log.warning("evaluation failed: %s", failure.message)
+        if failure is not None:
+            await abort(context, failure)
+
+    async def GetHistory(
+        self, request: profiler_pb2.GetHistoryRequest, context: _Context
+    ) -> profiler_pb2.GetHistoryResponse:
+        """What Redis holds of the models of the models directory; the rest is ignored and logged."""
+        try:
+            profiles = await self._history()
+        except HeliosError as error:
+            await abort(context, error)
+        wanted = set(request.models) or set(profiles)
+        return profiler_pb2.GetHistoryResponse(
+            profiles=[profile.to_proto() for name, profile in profiles.items() if name in wanted]
+        )
+
+    async def _history(self) -> dict[str, ModelProfile]:
+        if self._redis is None:
+            raise UnavailableError("without a Redis there is no history; start the profiler with --redis-url")
+        try:
+            profiles, ignored = await history.read(self._redis)
+        except (RedisError, OSError) as error:
+            raise UnavailableError(f"the history cannot be read from Redis: {error}") from error
+        known = {entry.name for entry in catalog.list_models(self._models_dir)}
+        ignored |= {name: "the model is gone" for name in profiles if name not in known}
+        for what, reason in ignored.items():
+            log.warning("ignored in the performance history: %s: %s", what, reason)
+        return {name: profile for name, profile in profiles.items() if name in known}
+
+    def _shortlist(self) -> list[str]:
+        """Raises UnknownModelError when there is nothing to evaluate."""
+        found = catalog.read_catalog(self._models_dir)
+        for model in found.broken:
+            log.warning("%s cannot be evaluated: %s", model.name, model.reason)
+        chosen = shortlist(
+            found.models,
+            self._settings.objective,
+            self._budget,
+            self._evaluation.weight_item_bytes,
+            self._settings.top_k,
+        )
+        for name, reason in chosen.refused.items():
+            log.info("not on the shortlist: %s: %s", name, reason)
+        if not chosen.candidates:
+            reasons = [f"{model.name}: {model.reason}" for model in found.broken]
+            reasons += [f"{name}: {reason}" for name, reason in chosen.refused.items()]
+            raise UnknownModelError(
+                f"no model to evaluate in {self._models_dir} ({'; '.join(reasons) or 'it is empty'}); "
+                "fetch one with `helios models pull`"
+            )
+        return [entry.name for entry in chosen.candidates]
+
+    def _check_known(self, name: str) -> None:
+        try:
+            catalog.find_model(self._models_dir, name)
+        except CheckpointError:
+            # It is there; what is wrong with it is said in its turn.
+            return
+
+    @asynccontextmanager
+    async def _take_turn(self) -> AsyncIterator[None]:
+        """Raises OverloadedError when too many wait already."""
+        if self._turn.locked() and self._waiting >= self._settings.max_waiting:
+            raise OverloadedError(
+                f"an evaluation runs and {self._waiting} wait; come back later", self._last_seconds
+            )
+        self._waiting += 1
+        try:
+            await self._turn.acquire()
+        finally:
+            self._waiting -= 1
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._last_seconds = time.monotonic() - began
+            self._turn.release()
+
+    async def _evaluate_in_turn(
+        self, request: profiler_pb2.EvaluateRequest, context: _Context
+    ) -> HeliosError | None:
+        """Returns the error to end the call with, if any."""
+        try:
+            if request.HasField("requests") and not request.requests:
+                raise InvalidRequestError("requests must be at least 1; leave it unset for the default")
+            names = list(dict.fromkeys(request.models)) or self._shortlist()
+            for name in names:
+                self._check_known(name)
+            async with self._take_turn():
+                failures = await self._evaluate_all(names, request, context)
+        except HeliosError as error:
+            return error
+        return _joined(failures) if failures else None
+
+    async def _evaluate_all(
+        self, names: Sequence[str], request: profiler_pb2.EvaluateRequest, context: _Context
+    ) -> list[HeliosError]:
+        loop = asyncio.get_running_loop()
+        known = await loop.run_in_executor(self._thread, self._known_tokenizers)
+        settings = self._settings
+        prompts = await choose(self._redis, known, request.requests or settings.requests, settings.min_tokens)
+        failures: list[HeliosError] = []
+        for name in names:
+            try:
+                profile = await self._evaluate(name, prompts, known, context, remeasure=request.remeasure)
+            except _CandidateErrors as error:
+                failures.append(error)
+                continue
+            await context.write(profiler_pb2.EvaluateResponse(result=profile.to_proto()))
+            log.info(
+                "evaluated %s on %d %s requests (%d pooled) in %.2f s (%.2f s of CPU, %.2f s of it once)",
+                name,
+                len(prompts.prompts),
+                prompts.source,
+                profile.requests,
+                profile.wall_seconds,
+                profile.cpu_seconds,
+                profile.once_cpu_seconds,
+            )
+            if self._redis is None:
+                continue
+            try:
+                await history.write(self._redis, profile)
+            except (RedisError, OSError) as error:
+                failures.append(UnavailableError(f"{name} was evaluated but not stored in Redis: {error}"))
+        return failures
+
+    async def _evaluate(
+        self,
+        name: str,
+        prompts: PromptSet,
+        known: dict[str, Tokenizer],
+        context: _Context,
+        *,
+        remeasure: bool,
+    ) -> ModelProfile:
+        """One candidate, in the thread; what it reports is sent on. Cancelled when the call is."""
+        entry = catalog.find_model(self._models_dir, name)
+        before = await self._before(name)
+        loop = asyncio.get_running_loop()
+        stages: asyncio.Queue[tuple[int, int] | None] = asyncio.Queue()
+        pace = Pace(self._settings.cpu_share)
+
+        def progress(done: int, total: int) -> None:
+            loop.call_soon_threadsafe(stages.put_nowait, (done, total))
+
+        def run() -> ModelProfile:
+            ids = prompts.ids_for(entry, known, self._tokenizers.of(entry))
+            candidate, is_fresh = self._candidates.take(entry, ids)
+            timed = None if remeasure else before
+            profile = evaluate(candidate, ids, self._evaluation, progress, pace, timed, prompts.names)
+            provenance = {**profile.provenance, "prompts": prompts.source}
+            update: dict[str, object] = {"provenance": provenance}
+            if is_fresh:
+                update["wall_seconds"] = profile.wall_seconds + candidate.load_seconds
+                update["cpu_seconds"] = profile.cpu_seconds + candidate.load_cpu_seconds
+                update["once_cpu_seconds"] = profile.once_cpu_seconds + candidate.load_cpu_seconds
+            return profile.model_copy(update=update)
+
+        task = loop.run_in_executor(self._thread, run)
+        task.add_done_callback(lambda _: stages.put_nowait(None))
+        try:
+            while (stage := await stages.get()) is not None:
+                message = profiler_pb2.EvaluationProgress(
+                    model=name, requests_done=stage[0], requests_total=stage[1]
+                )
+                await context.write(profiler_pb2.EvaluateResponse(progress=message))
+            profile = await task
+        finally:
+            pace.stop()
+            await asyncio.wait({task})
+        # Only recent requests are of the same traffic, and only of the same weights are they of one model.
+        if before is not None and _is_poolable(before, profile):
+            target = self._settings.target_agreement if self._settings.threshold is None else None
+            profile = pooled(before, profile, self._settings.pooled_requests, target)
+        self._last[name] = profile
+        return profile
+
+    async def _before(self, name: str) -> ModelProfile | None:
+        """The model's last profile: what Redis holds, or what this process remembers without one."""
+        if self._redis is None:
+            return self._last.get(name)
+        try:
+            return await history.find(self._redis, name)
+        except (RedisError, OSError) as error:
+            log.warning("the history cannot be read from Redis: %s", error)
+            return self._last.get(name)
+
+    def _known_tokenizers(self) -> dict[str, Tokenizer]:
+        """Those of the models directory, by id: prompts of others cannot be read."""
+        found = {}
+        for entry in catalog.list_models(self._models_dir):
+            try:
+                loaded = self._tokenizers.of(entry)
+            except CheckpointError as error:
+                log.warning("prompts of %s cannot be read: %s", entry.name, error)
+            else:
+                found[loaded.tokenizer_id] = loaded.tokenizer
+        return found
+
+
+def _is_poolable(before: ModelProfile, now: ModelProfile) -> bool:
+    return all(
+        before.provenance.get(name) == now.provenance[name] for name in ("prompts", "checkpoint", "precision")
+    )
+
+
+def _joined(failures: Sequence[HeliosError]) -> HeliosError:
+    """One status for all: the first's."""
+    if len(failures) == 1:
+        return failures[0]
+    return type(failures[0])("; ".join(error.message for error in failures))

@@ -1,0 +1,115 @@
+"""`python -m services.worker`: one engine behind gRPC."""
+
+import asyncio
+import logging
+import socket
+import sys
+from pathlib import Path
+
+from redis.asyncio import Redis
+
+from helios import catalog, registry, service_process
+from helios.engine import Engine, EngineSettings, ExitMode
+from helios.engine.threads import set_threads
+from helios.errors import SettingsError
+from helios.server import Server, wait_for_signal
+from helios.v1 import worker_pb2_grpc
+from services.worker.lease import keep_announced
+from services.worker.service import WorkerService
+from services.worker.settings import WorkerSettings
+
+log = logging.getLogger(__name__)
+
+# How often the process looks whether its engine's loop lives, seconds.
+_WATCH_SECONDS = 0.5
+
+
+def main() -> int:
+    """Runs the worker until SIGTERM. Exit code 1: it could not start, or its engine failed."""
+    return service_process.run(
+        "worker",
+        WorkerSettings,
+        _serve,
+        instance=lambda settings: settings.worker_id or settings.advertise,
+    )
+
+
+async def _serve(settings: WorkerSettings) -> int:
+    models_dir = catalog.find_models_dir(settings.models_dir)
+    entry = _choose(models_dir, settings.model)
+    depth = settings.depth
+    if depth is None:
+        depth = entry.default_depth if settings.exit_mode == "greedy" else entry.num_layers
+    set_threads(settings.threads)
+    engine = Engine.load(entry.path, depth, _engine_settings(settings))
+    log.info("loaded %s depth %d, %s", entry.name, depth, engine.plan.memory)
+
+    server = Server(["helios.v1.WorkerService"])
+    port = server.bind(settings.address)
+    address = _advertised(settings, port)
+    worker_id = settings.worker_id or address
+    service = WorkerService(engine, settings, models_dir, worker_id)
+    worker_pb2_grpc.add_WorkerServiceServicer_to_server(service, server.grpc_server)
+    engine.start()
+    await server.start()
+    background = [asyncio.create_task(_watch(engine))]
+    if settings.redis_url is not None:
+        redis = Redis.from_url(settings.redis_url)
+        lease = registry.WorkerLease(worker_id, address)
+        background.append(asyncio.create_task(keep_announced(redis, lease, settings.lease_seconds)))
+    service_process.say_ready(address)
+    stop = asyncio.create_task(wait_for_signal())
+    await asyncio.wait({stop, background[0]}, return_when=asyncio.FIRST_COMPLETED)
+
+    failed = background[0].done()
+    stop.cancel()
+    # Gateways stop choosing this worker before its streams end.
+    for task in background:
+        task.cancel()
+    await asyncio.gather(*background, stop, return_exceptions=True)
+    await service.drain(settings.drain_seconds)
+    await asyncio.to_thread(engine.stop)
+    await server.stop(grace_seconds=1.0)
+    return 1 if failed else 0
+
+
+async def _watch(engine: Engine) -> None:
+    """Returns when the engine's loop has died, so that the process ends and can be started anew."""
+    while engine.running:
+        await asyncio.sleep(_WATCH_SECONDS)
+
+
+def _choose(models_dir: Path, name: str | None) -> catalog.ModelEntry:
+    if name is not None:
+        return catalog.find_model(models_dir, name)
+    models = catalog.list_models(models_dir)
+    if not models:
+        raise SettingsError(f"no model in {models_dir}; fetch one with `helios models pull`")
+    return models[0]
+
+
+def _engine_settings(settings: WorkerSettings) -> EngineSettings:
+    return EngineSettings(
+        exit_mode=ExitMode(settings.exit_mode),
+        threshold=settings.threshold,
+        device=settings.device,
+        precision=settings.precision,
+        memory_bytes=settings.memory_bytes,
+        max_running=settings.max_running,
+        max_waiting=settings.max_waiting,
+        step_token_budget=settings.step_token_budget,
+        block_tokens=settings.block_tokens,
+    )
+
+
+def _advertised(settings: WorkerSettings, port: int) -> str:
+    """host:port under which gateways reach this worker."""
+    if settings.advertise is not None:
+        return settings.advertise if ":" in settings.advertise else f"{settings.advertise}:{port}"
+    host = settings.address.rpartition(":")[0]
+    # A wildcard is no address that others can dial.
+    return f"{socket.gethostname() if host in ('', '0.0.0.0', '[::]') else host}:{port}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""What a worker measures of itself: the engine's load, read when it is sent, and each sequence's latency."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from opentelemetry.metrics import CallbackOptions, Observation
+from opentelemetry.util.types import AttributeValue
+
+from helios import telemetry
+from helios.engine import Engine
+from helios.engine.engine import Telemetry
+from helios.engine.sequence import PhaseTimes
+
+_NANOSECONDS = 1e9
+# Bounds of the histograms' buckets, seconds.
+_TTFT_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_TPOT_BOUNDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Figure:
+    """One figure of the load, under its name after `helios.worker.`; `unit` counts things, as in UCUM."""
+
+    name: str
+    unit: str
+    description: str
+    read: Callable[[Telemetry], int]
+
+
+_GAUGES = (
+    _Figure("running", "{sequence}", "Sequences in the running batch", lambda load: load.running),
+    _Figure("waiting", "{sequence}", "Sequences that wait for a place in it", lambda load: load.waiting),
+    _Figure("kv_blocks", "{block}", "KV blocks in the pool", lambda load: load.blocks_total),
+    _Figure("kv_blocks_free", "{block}", "KV blocks that are free", lambda load: load.blocks_free),
+)
+_COUNTERS = (
+    _Figure("steps", "{step}", "Engine steps", lambda load: load.counters.steps),
+    _Figure("prefill_tokens", "{token}", "Tokens prefilled", lambda load: load.counters.prefill_tokens),
+    _Figure("generated_tokens", "{token}", "Tokens generated", lambda load: load.counters.generated_tokens),
+    _Figure(
+        "high_exit_tokens",
+        "{token}",
+        "Generated tokens whose confidence was below the exit's threshold",
+        lambda load: load.counters.high_exit_tokens,
+    ),
+    _Figure(
+        "finished_sequences",
+        "{sequence}",
+        "Sequences that came to their end",
+        lambda load: load.counters.finished_sequences,
+    ),
+    _Figure(
+        "preemptions", "{preemption}", "Sequences put back for want of KV", lambda load: load.preemptions
+    ),
+)
+
+
+def observe_load(engine: Engine, worker_id: str) -> None:
+    """Has the engine's load read whenever metrics are sent; never, when none are."""
+    meter = telemetry.meter()
+    worker: dict[str, AttributeValue] = {"helios.worker": worker_id}
+
+    def observe(figure: _Figure) -> Callable[[CallbackOptions], list[Observation]]:
+        return lambda _: [Observation(figure.read(engine.telemetry()), worker)]
+
+    def depth(_: CallbackOptions) -> list[Observation]:
+        load = engine.telemetry()
+        return [Observation(load.depth, worker | {"helios.model": load.model})]
+
+    meter.create_observable_gauge("helios.worker.depth", [depth], "{layer}", "Layers loaded of the model")
+    for one in _GAUGES:
+        meter.create_observable_gauge(f"helios.worker.{one.name}", [observe(one)], one.unit, one.description)
+    for one in _COUNTERS:
+        meter.create_observable_counter(
+            f"helios.worker.{one.name}", [observe(one)], one.unit, one.description
+        )
+
+
+class Latency:
+    """Time to the first token and per further token of the sequences served."""
+
+    def __init__(self) -> None:
+        histogram = telemetry.meter().create_histogram
+        self._ttft = histogram(
+            "helios.worker.ttft",
+            "s",
+            "From a sequence's arrival to its first token",
+            explicit_bucket_boundaries_advisory=_TTFT_BOUNDS,
+        )
+        self._tpot = histogram(
+            "helios.worker.tpot",
+            "s",
+            "Time per token after the first, a sequence's mean",
+            explicit_bucket_boundaries_advisory=_TPOT_BOUNDS,
+        )
+
+    def record(self, times: PhaseTimes, tokens: int, model: str, depth: int) -> None:
+        """Takes in a sequence that came to its end here after `tokens` tokens; others do not count."""
+        if not times.first_token or not times.finished:
+            return
+        plan: dict[str, AttributeValue] = {"helios.model": model, "helios.depth": depth}
+        self._ttft.record((times.first_token - times.submitted) / _NANOSECONDS, plan)
+        if tokens > 1:
+            self._tpot.record((times.finished - times.first_token) / _NANOSECONDS / (tokens - 1), plan)

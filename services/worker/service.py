@@ -1,0 +1,434 @@
+"""WorkerService: one engine over gRPC."""
+
+import asyncio
+import itertools
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import grpc
+from opentelemetry.context import Context
+from opentelemetry.trace import Span, SpanKind, StatusCode
+
+from helios import catalog, telemetry
+from helios.engine import Engine, Finish, FinishReason, Output, SamplingParams
+from helios.engine.engine import Reloaded
+from helios.engine.sequence import PhaseTimes
+from helios.errors import HeliosError, InvalidRequestError, UnavailableError, UnknownModelError, status_of
+from helios.server import abort
+from helios.v1 import generation_pb2, worker_pb2, worker_pb2_grpc
+from services.worker.metrics import Latency, observe_load
+from services.worker.outbox import Delivery, Outbox
+from services.worker.settings import WorkerSettings
+
+log = logging.getLogger(__name__)
+
+_Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
+
+_REASONS = {
+    FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
+    FinishReason.EOS: generation_pb2.FINISH_REASON_EOS,
+    FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
+}
+_MIN_TELEMETRY_SECONDS = 0.05
+_DEFAULT_TELEMETRY_SECONDS = 0.5
+_DEFAULT_DRAIN_SECONDS = 30.0
+
+
+class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
+    """Serves `engine`, whose loop runs in its own thread. Made on the event loop."""
+
+    def __init__(self, engine: Engine, settings: WorkerSettings, models_dir: Path, worker_id: str) -> None:
+        self._engine = engine
+        self._settings = settings
+        self._models_dir = models_dir
+        self._worker_id = worker_id
+        self._delivery = Delivery()
+        self._numbers = itertools.count()
+        self._streams: set[str] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._draining = False
+        self._latency = Latency()
+        observe_load(engine, worker_id)
+
+    async def Generate(  # type: ignore[override]  # a coroutine that writes, which grpc.aio takes as well
+        self, request: worker_pb2.WorkerServiceGenerateRequest, context: _Context
+    ) -> None:
+        """One sequence, from its prompt and the tokens already emitted to its end."""
+        outbox = Outbox()
+        parent = telemetry.extract(context.invocation_metadata())
+        try:
+            with self._sequence(
+                request, context.time_remaining(), parent, partial(self._delivery.send, outbox, 0)
+            ):
+                while True:
+                    outputs = [output for _, output in await outbox.take()]
+                    response = worker_pb2.WorkerServiceGenerateResponse()
+                    for output in outputs:
+                        _add_tokens(response.chunk, output)
+                    if response.chunk.tokens:
+                        await context.write(response)
+                    end = outputs[-1]
+                    if end.error is not None:
+                        raise end.error
+                    if end.finish is not None:
+                        await context.write(_finish(end.finish))
+                        return
+        except HeliosError as error:
+            failure = error
+        await abort(context, failure)
+
+    async def GenerateMany(  # type: ignore[override]  # as Generate
+        self, request_iterator: AsyncIterator[worker_pb2.GenerateManyRequest], context: _Context
+    ) -> None:
+        """Many sequences, of which those that go on in a step get their tokens in one message."""
+        outbox = Outbox()
+        ends: dict[int, asyncio.Future[HeliosError | None]] = {}
+        async with asyncio.TaskGroup() as writing:
+            writer = writing.create_task(_write(outbox, ends, context))
+            async with asyncio.TaskGroup() as sequences:
+                async for request in request_iterator:
+                    number = request.start.sequence if request.HasField("start") else request.cancel
+                    if (running := ends.pop(number, None)) is not None:
+                        running.cancel()
+                    if request.HasField("start"):
+                        ends[number] = asyncio.get_running_loop().create_future()
+                        sequences.create_task(self._run(request.start, outbox, ends[number]))
+            writer.cancel()
+
+    async def _run(
+        self,
+        start: worker_pb2.SequenceStart,
+        outbox: Outbox,
+        end: "asyncio.Future[HeliosError | None]",
+    ) -> None:
+        """One sequence of a call, until its end has been sent or it is cancelled."""
+        parent = telemetry.extract(start.trace_context.items())
+        seconds = start.timeout_seconds if start.HasField("timeout_seconds") else None
+        try:
+            with self._sequence(
+                start.request, seconds, parent, partial(self._delivery.send, outbox, start.sequence)
+            ):
+                if (error := await end) is not None:
+                    raise error
+        except HeliosError as error:
+            if not end.done():
+                outbox.put(start.sequence, Output(error=error))
+        except Exception:
+            log.exception("sequence %s failed", start.request.request_id)
+            failure = HeliosError(f"the worker failed on {start.request.request_id}; its log has the cause")
+            outbox.put(start.sequence, Output(error=failure))
+
+    @contextmanager
+    def _sequence(
+        self,
+        request: worker_pb2.WorkerServiceGenerateRequest,
+        seconds: float | None,
+        parent: Context,
+        sink: Callable[[Output], None],
+    ) -> Iterator[None]:
+        """A sequence in the engine and its span, both ended with the block.
+
+        `seconds` is the time until its deadline. Raises the HeliosError with which it is refused.
+        """
+        failure: HeliosError | None = None
+        attributes = {"helios.request_id": request.request_id}
+        with telemetry.span("Generate", parent, SpanKind.SERVER, attributes) as span:
+            try:
+                with self._submitted(request, seconds, span, sink):
+                    yield
+            except HeliosError as error:
+                failure = error
+                span.set_status(StatusCode.ERROR, error.message)
+        if failure is not None:
+            raise failure
+
+    @contextmanager
+    def _submitted(
+        self,
+        request: worker_pb2.WorkerServiceGenerateRequest,
+        seconds: float | None,
+        span: Span,
+        sink: Callable[[Output], None],
+    ) -> Iterator[None]:
+        if self._draining:
+            raise UnavailableError(f"worker {self._worker_id} is draining; send the request to another")
+        served = self._engine.plan.entry.name
+        if request.model and request.model != served:
+            raise UnknownModelError(f"model {request.model!r} is not served here; {served!r} is")
+        if not request.sampling.HasField("max_tokens") or not request.sampling.HasField("seed"):
+            raise InvalidRequestError(
+                "sampling.max_tokens and sampling.seed must be set on a worker's request"
+            )
+        sampling = SamplingParams.from_proto(request.sampling, default_max_tokens=0, default_seed=0)
+        # Callers may reuse a request id; inside the engine each sequence has its own.
+        name = f"{request.request_id}#{next(self._numbers)}"
+        sequence = self._engine.submit(
+            name,
+            list(request.prompt_ids),
+            sampling,
+            sink,
+            emitted_ids=list(request.emitted_ids),
+            deadline=None if seconds is None else time.monotonic() + seconds,
+        )
+        self._streams.add(name)
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            # A client that went away or a deadline reaches this too; the engine frees the KV at once.
+            self._engine.cancel(name)
+            self._streams.discard(name)
+            if not self._streams:
+                self._idle.set()
+            _record_phases(sequence.times, sequence.preemptions)
+            tokens = sequence.completion_tokens - len(request.emitted_ids)
+            self._latency.record(sequence.times, tokens, served, self._engine.plan.depth)
+            span.set_attributes(
+                {
+                    "helios.prompt_tokens": sequence.prompt_tokens,
+                    "helios.emitted_before": len(request.emitted_ids),
+                    "helios.completion_tokens": sequence.completion_tokens,
+                    "helios.model": served,
+                    "helios.depth": self._engine.plan.depth,
+                }
+            )
+            log.info(
+                "sequence %s ended, %d of %d tokens",
+                name,
+                sequence.completion_tokens,
+                sampling.max_tokens,
+            )
+
+    async def Reload(
+        self, request: worker_pb2.ReloadRequest, context: _Context
+    ) -> AsyncIterator[worker_pb2.ReloadResponse]:
+        """Loads another model or depth in a thread beside the serving loop, and reports its stages."""
+        began = time.monotonic()
+        loop = asyncio.get_running_loop()
+        stages: asyncio.Queue[tuple[int, int]] = asyncio.Queue()
+
+        def progress(loaded: int, total: int) -> None:
+            loop.call_soon_threadsafe(stages.put_nowait, (loaded, total))
+
+        def reload() -> Reloaded:
+            entry = catalog.find_model(self._models_dir, request.model)
+            threshold = request.threshold if request.HasField("threshold") else None
+            if threshold is not None and not 0 <= threshold <= 1:
+                raise InvalidRequestError(f"threshold must be in [0, 1], not {threshold}")
+            return self._engine.reload(entry.path, request.depth or entry.num_layers, progress, threshold)
+
+        task = asyncio.ensure_future(asyncio.to_thread(reload))
+        loaded = total = 0
+        while not task.done() or not stages.empty():
+            stage = asyncio.ensure_future(stages.get())
+            await asyncio.wait({task, stage}, return_when=asyncio.FIRST_COMPLETED)
+            if not stage.done():
+                stage.cancel()
+                continue
+            loaded, total = stage.result()
+            yield worker_pb2.ReloadResponse(
+                stage=(
+                    worker_pb2.RELOAD_STAGE_LOADING if loaded < total else worker_pb2.RELOAD_STAGE_SWAPPING
+                ),
+                layers_loaded=loaded,
+                layers_total=total,
+                seconds=time.monotonic() - began,
+            )
+        try:
+            result = task.result()
+        except HeliosError as error:
+            log.warning("reload to %s depth %d failed: %s", request.model, request.depth, error)
+            await abort(context, error)
+        log.info("serving %s depth %d", self._engine.plan.entry.name, self._engine.plan.depth)
+        yield worker_pb2.ReloadResponse(
+            stage=worker_pb2.RELOAD_STAGE_DONE,
+            layers_loaded=loaded,
+            layers_total=total,
+            seconds=time.monotonic() - began,
+            bytes_read=result.bytes_read,
+            sequences_moved=result.sequences_moved,
+            stall_seconds=result.stall_seconds,
+        )
+
+    async def GetStatus(
+        self, request: worker_pb2.GetStatusRequest, context: _Context
+    ) -> worker_pb2.GetStatusResponse:
+        """The plan, the limits and the load."""
+        plan, settings = self._engine.plan, self._engine.settings
+        config = plan.model.config
+        models = await asyncio.to_thread(catalog.list_models, self._models_dir)
+        return worker_pb2.GetStatusResponse(
+            telemetry=self._telemetry(),
+            model=worker_pb2.ModelInfo(
+                name=plan.entry.name,
+                depth=plan.depth,
+                num_layers=config.num_layers,
+                exit_layers=plan.entry.exit_layers,
+                vocab_size=config.vocab_size,
+                context_tokens=config.context_tokens,
+                tokenizer_id=plan.tokenizer_id,
+                weight_bytes=plan.memory.weight_bytes,
+                kv_bytes_per_token=plan.memory.kv_bytes_per_token,
+                threshold=plan.thresholds.get(plan.depth),
+            ),
+            exit_mode=settings.exit_mode.value,
+            models=[entry.name for entry in models],
+            max_running=settings.max_running,
+            max_waiting=settings.max_waiting,
+            step_token_budget=settings.step_token_budget,
+            block_tokens=settings.block_tokens,
+            device=settings.device,
+            precision=plan.model.precision,
+            threads=self._settings.threads,
+            bytes_read=plan.bytes_read,
+            resident_bytes=_resident_bytes(),
+            memory_bytes=(settings.memory_bytes or 0) - plan.memory.activation_bytes,
+        )
+
+    async def WatchTelemetry(
+        self, request: worker_pb2.WatchTelemetryRequest, context: _Context
+    ) -> AsyncIterator[worker_pb2.WatchTelemetryResponse]:
+        """The load, at an interval, until the caller goes away."""
+        interval = _DEFAULT_TELEMETRY_SECONDS
+        if request.HasField("interval_seconds"):
+            interval = request.interval_seconds
+        if not interval >= _MIN_TELEMETRY_SECONDS:
+            message = f"interval_seconds must be at least {_MIN_TELEMETRY_SECONDS}, not {interval}"
+            await abort(context, InvalidRequestError(message))
+        while True:
+            yield worker_pb2.WatchTelemetryResponse(telemetry=self._telemetry())
+            await asyncio.sleep(interval)
+
+    async def GetTokenizer(
+        self, request: worker_pb2.GetTokenizerRequest, context: _Context
+    ) -> worker_pb2.GetTokenizerResponse:
+        """The tokenizer of the plan, for gateways."""
+        plan = self._engine.plan
+        return worker_pb2.GetTokenizerResponse(
+            tokenizer_id=plan.tokenizer_id, tokenizer_json=plan.tokenizer_json
+        )
+
+    async def Drain(self, request: worker_pb2.DrainRequest, context: _Context) -> worker_pb2.DrainResponse:
+        """Stops taking sequences and waits for the running ones."""
+        grace = request.grace_seconds if request.HasField("grace_seconds") else _DEFAULT_DRAIN_SECONDS
+        if not grace >= 0:
+            await abort(context, InvalidRequestError(f"grace_seconds must be at least 0, not {grace}"))
+        finished, handed_back = await self.drain(grace)
+        return worker_pb2.DrainResponse(finished=finished, handed_back=handed_back)
+
+    async def drain(self, grace_seconds: float) -> tuple[int, int]:
+        """Stops taking sequences; after the grace hands back those that still run.
+
+        Returns (ended by themselves, handed back).
+        """
+        self._draining = True
+        streams = len(self._streams)
+        try:
+            await asyncio.wait_for(self._idle.wait(), grace_seconds)
+        except TimeoutError:
+            log.info("handing back %d sequences", len(self._streams))
+        handed_back = list(self._streams)
+        for name in handed_back:
+            error = UnavailableError(f"worker {self._worker_id} is draining; go on with another")
+            self._engine.cancel(name, error)
+        await self._idle.wait()
+        return streams - len(handed_back), len(handed_back)
+
+    def _telemetry(self) -> worker_pb2.Telemetry:
+        load = self._engine.telemetry()
+        return worker_pb2.Telemetry(
+            worker_id=self._worker_id,
+            model=load.model,
+            depth=load.depth,
+            running=load.running,
+            waiting=load.waiting,
+            blocks_total=load.blocks_total,
+            blocks_free=load.blocks_free,
+            steps=load.counters.steps,
+            prefill_tokens=load.counters.prefill_tokens,
+            generated_tokens=load.counters.generated_tokens,
+            finished_sequences=load.counters.finished_sequences,
+            preemptions=load.preemptions,
+            step_age_seconds=load.step_age,
+            draining=self._draining,
+            time=time.time(),
+            high_exit_tokens=load.counters.high_exit_tokens,
+        )
+
+
+async def _write(
+    outbox: Outbox, ends: "dict[int, asyncio.Future[HeliosError | None]]", context: _Context
+) -> None:
+    """Sends what comes of a call's sequences, and resolves a sequence's future when its end is sent."""
+    while True:
+        response = worker_pb2.GenerateManyResponse()
+        ended: list[tuple[asyncio.Future[HeliosError | None], HeliosError | None]] = []
+        for number, output in await outbox.take():
+            # The caller cancelled it.
+            if number not in ends:
+                continue
+            if output.tokens:
+                _add_tokens(response.outputs.add(sequence=number).response.chunk, output)
+            if output.finish is not None:
+                response.outputs.add(sequence=number, response=_finish(output.finish))
+            elif output.error is not None:
+                response.outputs.add(sequence=number, status=status_of(output.error).SerializeToString())
+            else:
+                continue
+            ended.append((ends.pop(number), output.error))
+        try:
+            if response.outputs:
+                await context.write(response)
+        except grpc.aio.InternalError:
+            # A caller that is gone; gRPC cancels the call.
+            return
+        for end, error in ended:
+            end.set_result(error)
+
+
+def _add_tokens(chunk: generation_pb2.Chunk, output: Output) -> None:
+    for token in output.tokens:
+        chunk.tokens.add(
+            index=token.index,
+            token_id=token.token_id,
+            text=token.text,
+            logprob=token.logprob,
+            confidence=token.confidence,
+            exit_layer=token.exit_layer,
+            model=token.model,
+        )
+
+
+def _finish(finish: Finish) -> worker_pb2.WorkerServiceGenerateResponse:
+    return worker_pb2.WorkerServiceGenerateResponse(
+        finish=generation_pb2.Finish(
+            reason=_REASONS[finish.reason],
+            text=finish.text,
+            prompt_tokens=finish.prompt_tokens,
+            completion_tokens=finish.completion_tokens,
+        )
+    )
+
+
+def _record_phases(times: PhaseTimes, preemptions: int) -> None:
+    """The phases of a sequence that are over, as spans: three per request, none per token."""
+    now = times.finished or time.time_ns()
+    telemetry.record_span("queue", None, times.submitted, times.scheduled or now)
+    if times.scheduled:
+        telemetry.record_span("prefill", None, times.scheduled, times.first_token or now)
+    if times.first_token:
+        attributes = {"helios.preemptions": preemptions}
+        telemetry.record_span("decode", None, times.first_token, now, attributes)
+
+
+def _resident_bytes() -> int:
+    """Resident memory of this process (proc(5), statm)."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,52 @@
+"""Settings of a worker: environment HELIOS_WORKER_*, or flags."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import SettingsConfigDict
+
+from helios.settings import RedisUrl, ServiceSettings
+
+
+class WorkerSettings(ServiceSettings):
+    """A worker's settings."""
+
+    model_config = SettingsConfigDict(env_prefix="HELIOS_WORKER_", cli_prog_name="python -m services.worker")
+
+    address: str = Field("127.0.0.1:50061", description="host:port to listen on; port 0 takes a free one")
+    advertise: str | None = Field(
+        None,
+        description="host:port or host as gateways reach this worker; default: the address it listens on",
+    )
+    worker_id: str | None = Field(None, description="name of this worker; default: the advertised address")
+    redis_url: RedisUrl | None = Field(
+        None, description="Redis to announce this worker in; none: a static worker"
+    )
+    lease_seconds: float = Field(3.0, gt=0, description="life of the announcement without a heartbeat")
+    models_dir: Path | None = Field(None, description="folder of model folders; default: the bundled models")
+    model: str | None = Field(None, description="name of the model to serve; default: the first one")
+    depth: int | None = Field(
+        None, ge=1, description="layers to load, an exit layer; default: the model's default depth"
+    )
+    exit_mode: Literal["full", "dynamic", "greedy"] = Field(
+        "greedy", description="how tokens leave the model"
+    )
+    threshold: float | None = Field(
+        None, ge=0, le=1, description="one confidence threshold for all exits; default: the calibrated ones"
+    )
+    device: str = Field("cpu", description="torch device: cpu, cuda, cuda:1, ...")
+    precision: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
+        "auto", description="numbers computed in; auto: int8 on a CPU with AVX-512 VNNI, bfloat16 on a GPU"
+    )
+    threads: int = Field(1, ge=1, description="CPU threads of the engine")
+    memory_bytes: int | None = Field(
+        None, ge=1, description="budget for weights, activations and KV; default: 40 % of the free memory"
+    )
+    max_running: int = Field(64, ge=1, description="sequences in the running batch")
+    max_waiting: int = Field(256, ge=1, description="sequences that may wait for a place in the batch")
+    step_token_budget: int = Field(512, ge=1, description="tokens computed in one step, prefill and decode")
+    block_tokens: int = Field(16, ge=1, description="tokens in a KV block")
+    drain_seconds: float = Field(
+        10.0, ge=0, description="time that running sequences get to end when the worker is told to stop"
+    )

@@ -1,0 +1,56 @@
+"""Fixtures for every test: tiny models, Redis, and factories for workers and gateways as processes."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from tests.stack import Process, Stack, start_redis, write_tiny_models
+
+# Tiny products gain nothing from a second thread, and lose much when the cores are busy. Read when torch
+# is first imported, so it is set before the test modules are.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# How long an example takes says nothing on a machine that others use.
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
+
+# A shell ignores SIGINT in what it runs in the background, and children would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A models directory with the random models `tiny`, `other` and `long` (tests/stack.py)."""
+    return write_tiny_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def redis_url(tmp_path: Path) -> Iterator[str]:
+    """The URL of a real Redis server that lives as long as the test."""
+    process, url = start_redis(tmp_path)
+    yield url
+    process.kill()
+
+
+@pytest.fixture
+def stack(tmp_path: Path, tiny_models: Path) -> Iterator[Stack]:
+    """A stack without parts; every process that the test starts is ended with it."""
+    parts = Stack(tmp_path, tiny_models)
+    yield parts
+    parts.close()
+
+
+@pytest.fixture
+def start_worker(stack: Stack) -> Callable[..., Process]:
+    """Starts a worker: `start_worker(model="tiny", depth=4, **settings)`."""
+    return stack.start_worker
+
+
+@pytest.fixture
+def start_gateway(stack: Stack) -> Callable[..., Process]:
+    """Starts a gateway: `start_gateway(workers=[worker.address], **settings)`."""
+    return stack.start_gateway

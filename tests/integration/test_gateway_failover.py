@@ -1,0 +1,305 @@
+"""What a worker may do wrong without a client noticing more than a pause."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import grpc
+import pytest
+
+from helios.client import AsyncClient, generate_request
+from helios.errors import (
+    CancelledError,
+    HeliosError,
+    InvalidRequestError,
+    OverloadedError,
+    UnavailableError,
+    UnknownModelError,
+)
+from helios.v1 import inference_pb2, inference_pb2_grpc
+from helios.v1.generation_pb2 import SamplingParams
+from tests.scripted_worker import (
+    Request,
+    Response,
+    Script,
+    chunk,
+    finish,
+    scripted_workers,
+    well_behaved,
+)
+from tests.stack import Stack
+from tests.streams import Streamed, stream, until
+
+SIX = generate_request([2, 7], request_id="six", sampling=SamplingParams(max_tokens=6))
+IDS = [100, 101, 102, 103, 104, 105]
+
+
+async def run(stack: Stack, *scripts: Script, **settings: object) -> tuple[Streamed, list[list[Request]]]:
+    """Streams six tokens over workers with these scripts; also returns the requests each worker got."""
+    async with scripted_workers(*scripts) as workers:
+        gateway = stack.start_gateway([worker.address for worker in workers], **settings)
+        async with AsyncClient(gateway.address) as client:
+            await until(lambda: all_ready(client), "the workers to be ready")
+            whole = await stream(client, SIX)
+        assert "Traceback" not in gateway.log
+        return whole, [worker.requests for worker in workers]
+
+
+async def all_ready(client: AsyncClient) -> bool:
+    workers = (await client.status()).workers
+    return bool(workers) and all(worker.ready for worker in workers)
+
+
+async def dies_after_three(request: Request, seconds: float) -> AsyncIterator[Response]:
+    yield chunk(0, 1, 2)
+    raise UnavailableError("gone")
+
+
+async def hands_back_with_internal(request: Request, seconds: float) -> AsyncIterator[Response]:
+    yield chunk(0, 1, 2)
+    raise HeliosError("a bug in the worker")
+
+
+async def ends_without_finish(request: Request, seconds: float) -> AsyncIterator[Response]:
+    yield chunk(0, 1, 2)
+
+
+async def leaves_a_gap(request: Request, seconds: float) -> AsyncIterator[Response]:
+    yield chunk(0, 1, 2)
+    yield chunk(4, 5)
+    yield finish(6)
+
+
+async def finishes_before_all_came(request: Request, seconds: float) -> AsyncIterator[Response]:
+    yield chunk(0, 1, 2)
+    yield finish(6)
+
+
+async def cancels(request: Request, seconds: float) -> AsyncIterator[Response]:
+    yield chunk(0, 1, 2)
+    raise CancelledError("the worker's own doing")
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        dies_after_three,
+        hands_back_with_internal,
+        ends_without_finish,
+        leaves_a_gap,
+        finishes_before_all_came,
+        cancels,
+    ],
+)
+async def test_a_stream_goes_on_elsewhere_whatever_the_worker_does(stack: Stack, script: Script) -> None:
+    whole, (first, second) = await run(stack, script, well_behaved)
+    assert whole.ids == IDS
+    assert whole.finish.resumed == 1
+    assert [len(first), len(second)] == [1, 1]
+    assert list(second[0].prompt_ids) == [2, 7]
+    assert list(second[0].emitted_ids) == IDS[:3]
+    assert second[0].sampling == first[0].sampling, "the seed that was drawn stays"
+
+
+async def test_tokens_that_the_client_has_are_not_sent_again(stack: Stack) -> None:
+    async def starts_over(request: Request, seconds: float) -> AsyncIterator[Response]:
+        yield chunk(0, 1)
+        yield chunk(2, 3, 4)
+        yield chunk(5)
+        yield finish(6)
+
+    whole, _ = await run(stack, dies_after_three, starts_over)
+    assert whole.ids == IDS
+
+
+async def test_a_worker_lost_before_its_finish_costs_only_the_finish(stack: Stack) -> None:
+    async def dies_at_the_end(request: Request, seconds: float) -> AsyncIterator[Response]:
+        yield chunk(*range(6))
+        raise UnavailableError("gone")
+
+    whole, (_, second) = await run(stack, dies_at_the_end, well_behaved)
+    assert whole.finish.resumed == 1
+    assert list(second[0].emitted_ids) == IDS
+
+
+async def test_a_full_worker_is_passed_over(stack: Stack) -> None:
+    async def full(request: Request, seconds: float) -> AsyncIterator[Response]:
+        raise OverloadedError("queue full", 7)
+        yield finish(0)
+
+    whole, (refused, taken) = await run(stack, full, well_behaved)
+    assert whole.finish.resumed == 0
+    assert [len(refused), len(taken)] == [1, 1]
+
+    with pytest.raises(OverloadedError, match="queue full") as caught:
+        await run(stack, full, full)
+    assert caught.value.retry_after_seconds == 7
+
+
+async def test_a_stream_under_way_waits_for_a_place_instead_of_ending(stack: Stack) -> None:
+    refusals = 0
+
+    async def full_twice(request: Request, seconds: float) -> AsyncIterator[Response]:
+        nonlocal refusals
+        if refusals < 2:
+            refusals += 1
+            raise OverloadedError("queue full", 0.05)
+        async for response in well_behaved(request, seconds):
+            yield response
+
+    async def fails_once(request: Request, seconds: float) -> AsyncIterator[Response]:
+        if request.emitted_ids:
+            raise OverloadedError("queue full", 0.05)
+        async for response in dies_after_three(request, seconds):
+            yield response
+
+    whole, _ = await run(stack, fails_once, full_twice)
+    assert whole.ids == IDS
+    assert whole.finish.resumed == 1
+    assert refusals == 2
+
+
+async def test_what_the_request_caused_is_passed_on_and_not_retried(stack: Stack) -> None:
+    async def objects(request: Request, seconds: float) -> AsyncIterator[Response]:
+        raise InvalidRequestError("not with this model")
+        yield finish(0)
+
+    async with scripted_workers(objects, objects) as workers:
+        gateway = stack.start_gateway([worker.address for worker in workers])
+        async with AsyncClient(gateway.address) as client:
+            with pytest.raises(InvalidRequestError, match="not with this model"):
+                await stream(client, SIX)
+        assert sum(len(worker.requests) for worker in workers) == 1
+
+
+async def test_a_stream_that_kills_worker_after_worker_ends_with_the_reason(stack: Stack) -> None:
+    async def crashes(request: Request, seconds: float) -> AsyncIterator[Response]:
+        raise HeliosError("poisoned")
+        yield finish(0)
+
+    async with scripted_workers(crashes, crashes) as workers:
+        gateway = stack.start_gateway([worker.address for worker in workers], max_resumes=3)
+        async with AsyncClient(gateway.address) as client:
+            with pytest.raises(UnavailableError, match="4 workers in a row were lost") as caught:
+                await stream(client, SIX)
+            assert "Traceback" not in caught.value.message
+            assert await all_ready(client), "one stream's fault takes no worker from its neighbours"
+        assert sum(len(worker.requests) for worker in workers) == 4
+
+
+async def test_progress_resets_the_count_of_losses(stack: Stack) -> None:
+    async def one_token_each(request: Request, seconds: float) -> AsyncIterator[Response]:
+        done = len(request.emitted_ids)
+        if done < 6:
+            yield chunk(done)
+            raise HeliosError("one token is all")
+        yield finish(6)
+
+    whole, _ = await run(stack, one_token_each, max_resumes=1)
+    assert whole.ids == IDS
+    assert whole.finish.resumed == 6
+
+
+async def test_a_worker_that_changed_its_model_is_asked_again_under_the_new_one(stack: Stack) -> None:
+    async def reloads(request: Request, seconds: float) -> AsyncIterator[Response]:
+        if request.model == "tiny":
+            workers[0].telemetry.model = "other"
+            raise UnknownModelError("model tiny is not served")
+        async for response in well_behaved(request, seconds):
+            yield response
+
+    async with scripted_workers(reloads) as workers:
+        gateway = stack.start_gateway([workers[0].address], telemetry_seconds=0.05)
+        async with AsyncClient(gateway.address) as client:
+            whole = await stream(client, SIX)
+        assert [request.model for request in workers[0].requests] == ["tiny", "other"]
+        assert whole.finish.resumed == 0
+
+
+async def test_streams_leave_a_worker_whose_engine_hangs(stack: Stack) -> None:
+    async def hangs(request: Request, seconds: float) -> AsyncIterator[Response]:
+        yield chunk(0, 1, 2)
+        workers[0].telemetry.running = 1
+        workers[0].telemetry.step_age_seconds = 9
+        await asyncio.Event().wait()
+
+    async with scripted_workers(hangs, well_behaved) as workers:
+        gateway = stack.start_gateway(
+            [worker.address for worker in workers], telemetry_seconds=0.05, engine_timeout_seconds=5
+        )
+        async with AsyncClient(gateway.address) as client:
+            await until(lambda: all_ready(client), "the workers to be ready")
+            whole = await stream(client, SIX)
+            assert whole.ids == IDS
+            assert whole.finish.resumed == 1
+            reasons = {worker.worker_id: worker.reason for worker in (await client.status()).workers}
+        assert reasons == {"a": "its engine hangs: no step for 9.0 s with 1 sequences", "b": ""}
+
+
+async def test_cancellation_and_deadline_reach_the_worker(stack: Stack) -> None:
+    remaining: list[float] = []
+    ended = asyncio.Event()
+
+    async def waits(request: Request, seconds: float) -> AsyncIterator[Response]:
+        remaining.append(seconds)
+        yield chunk(0)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.set()
+
+    async with scripted_workers(waits) as workers:
+        gateway = stack.start_gateway([workers[0].address])
+        async with AsyncClient(gateway.address) as client:
+            events = client.generate(SIX, timeout_seconds=50)
+            await anext(events)
+            assert 40 < remaining[0] <= 50
+            await events.aclose()
+            await asyncio.wait_for(ended.wait(), 5)
+
+
+async def test_a_chunk_passes_the_gateway_byte_for_byte(stack: Stack) -> None:
+    """Fields that this gateway does not know yet survive it."""
+    sent = chunk(0).SerializeToString() + b"\xfa\x07\x05later"
+
+    async def from_the_future(request: Request, seconds: float) -> AsyncIterator[Response]:
+        yield Response.FromString(sent)
+        yield finish(1)
+
+    async with scripted_workers(from_the_future) as workers:
+        gateway = stack.start_gateway([workers[0].address])
+        async with grpc.aio.insecure_channel(gateway.address) as channel:
+            call = channel.unary_stream("/helios.v1.InferenceService/Generate")(SIX.SerializeToString())
+            assert await anext(aiter(call)) == sent
+
+
+async def test_a_client_that_stops_reading_slows_only_itself(stack: Stack) -> None:
+    messages, size = 2000, 10_000
+    all_sent = asyncio.Event()
+
+    async def torrent(request: Request, seconds: float) -> AsyncIterator[Response]:
+        if request.request_id == "six":
+            async for response in well_behaved(request, seconds):
+                yield response
+            return
+        for index in range(messages):
+            yield chunk(index, text="x" * size)
+        all_sent.set()
+        yield finish(messages)
+
+    async with scripted_workers(torrent) as workers:
+        gateway = stack.start_gateway([workers[0].address])
+        # Of 20 MB, HTTP/2's windows hold a small part.
+        options = [("grpc.http2.bdp_probe", 0), ("grpc.max_receive_message_length", 64 << 20)]
+        async with (
+            AsyncClient(gateway.address) as client,
+            grpc.aio.insecure_channel(gateway.address, options=options) as channel,
+        ):
+            stub = inference_pb2_grpc.InferenceServiceStub(channel)
+            still = aiter(stub.Generate(inference_pb2.GenerateRequest(text="all of it")))
+            responses = [await anext(still)]
+            await asyncio.wait_for(all_sent.wait(), 60)
+            assert (await stream(client, SIX)).ids == IDS, "a neighbour does not wait"
+            responses += [response async for response in still]
+    tokens = [token.index for response in responses for token in response.chunk.tokens]
+    assert tokens == list(range(messages)), "none is lost"
+    assert len(responses) < messages / 2, "what gathered left together"

@@ -1,0 +1,203 @@
+"""Tiny random OPT checkpoints of every variant and file form, written with transformers."""
+
+import copy
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import nn
+from transformers import OPTConfig, OPTForCausalLM
+
+Form = Literal["safetensors", "sharded-safetensors", "bin", "sharded-bin", "legacy-bin"]
+Head = Literal["shared", "norm", "linear"]
+
+FORMS: tuple[Form, ...] = ("safetensors", "sharded-safetensors", "bin", "sharded-bin", "legacy-bin")
+SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
+
+_BASE: dict[str, Any] = {
+    "vocab_size": 264,
+    "hidden_size": 32,
+    "num_hidden_layers": 6,
+    "ffn_dim": 64,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "bos_token_id": 2,
+    "eos_token_id": 2,
+    "pad_token_id": 1,
+}
+
+# What each differs in from opt-125m's architecture.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "pre-norm": _BASE,
+    "post-norm": _BASE | {"do_layer_norm_before": False, "word_embed_proj_dim": 16},  # as opt-350m
+    "projected": _BASE | {"word_embed_proj_dim": 16},
+    "no-bias": _BASE | {"enable_bias": False},
+    "no-affine": _BASE | {"layer_norm_elementwise_affine": False},
+    "untied": _BASE | {"tie_word_embeddings": False},
+    "no-final-norm": _BASE | {"_remove_final_layer_norm": True},
+    "gelu": _BASE | {"activation_function": "gelu"},
+}
+
+
+def save_variant(
+    path: Path,
+    name: str,
+    seed: int,
+    form: Form = "safetensors",
+    exits: Sequence[int] | None = None,
+    head: Head = "shared",
+    *,
+    prefix: Literal["model.decoder.", "decoder."] = "model.decoder.",
+    dtype: torch.dtype = torch.float32,
+    thresholds: Mapping[int, float] | None = None,
+    **changes: Any,
+) -> OPTForCausalLM:
+    """Writes a checkpoint directory and returns the model in it, in float32 and eval mode.
+
+    `exits` (the last must be the number of layers) adds a helios.json, and exits.safetensors for the
+    heads `norm` and `linear`; without it the checkpoint is as from the hub. `changes` go to OPTConfig.
+    The tokenizer is byte-level: ids 4 to 259 are the bytes, and prompts start with `</s>`.
+    """
+    model = random_model(seed, **(VARIANTS[name] | changes)).to(dtype)
+    path.mkdir(parents=True, exist_ok=True)
+    model.config.architectures = ["OPTForCausalLM" if prefix == "model.decoder." else "OPTModel"]
+    model.config.dtype = str(dtype).removeprefix("torch.")
+    model.config.save_pretrained(path)
+    tensors = {
+        key.replace("model.decoder.", prefix): value.contiguous()
+        for key, value in model.state_dict().items()
+        if key != "lm_head.weight" or not model.config.tie_word_embeddings
+    }
+    save_tensors(path, tensors, form)
+    save_tokenizer(path)
+    if exits is not None:
+        _save_exits(path, model, seed, exits, head, thresholds or {})
+    return model.float().eval()
+
+
+def random_model(seed: int, **config: Any) -> OPTForCausalLM:
+    """A model whose every parameter, biases and norms too, differs from its neutral value."""
+    model = OPTForCausalLM(OPTConfig(**config))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "layer_norm.weight" in key:
+                parameter.copy_(1 + 0.2 * noise)
+            elif parameter.dim() == 1:
+                parameter.copy_(0.2 * noise)
+            else:
+                parameter.copy_(noise * parameter.shape[1] ** -0.5)
+    return model.eval()
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], form: Form) -> None:
+    """Writes tensors as one file, or as three shards with an index."""
+    if form == "safetensors":
+        save_file(dict(tensors), path / "model.safetensors", metadata={"format": "pt"})
+    elif form in ("bin", "legacy-bin"):
+        torch.save(dict(tensors), path / "pytorch_model.bin", _use_new_zipfile_serialization=form == "bin")
+    else:
+        stem, suffix = ("model", "safetensors") if form == "sharded-safetensors" else ("pytorch_model", "bin")
+        names = sorted(tensors)
+        weight_map = {}
+        for shard in range(3):
+            file = f"{stem}-{shard + 1:05d}-of-00003.{suffix}"
+            part = {
+                key: tensors[key] for key in names[shard * len(names) // 3 : (shard + 1) * len(names) // 3]
+            }
+            weight_map.update(dict.fromkeys(part, file))
+            if suffix == "bin":
+                torch.save(part, path / file)
+            else:
+                save_file(part, path / file, metadata={"format": "pt"})
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        (path / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+
+
+def byte_tokenizer() -> Tokenizer:
+    """Byte-level without merges; encodes like OPT's, with `</s>` in front."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="</s> $A", special_tokens=[("</s>", vocabulary["</s>"])]
+    )
+    return tokenizer
+
+
+def save_tokenizer(path: Path) -> None:
+    """Writes the byte tokenizer in the form that AutoTokenizer reads."""
+    byte_tokenizer().save(str(path / "tokenizer.json"))
+    facts = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "</s>",
+        "eos_token": "</s>",
+        "pad_token": "<pad>",
+        "unk_token": "<unk>",
+    }
+    (path / "tokenizer_config.json").write_text(json.dumps(facts))
+
+
+def truncated(model: OPTForCausalLM, depth: int, path: Path | None = None) -> OPTForCausalLM:
+    """What transformers computes with the first `depth` layers, read out through that exit's head.
+
+    `path`: the checkpoint whose exits.safetensors, if it has one, holds the heads.
+    """
+    part = copy.deepcopy(model)
+    decoder = part.model.decoder
+    decoder.layers = decoder.layers[:depth]
+    part.config.num_hidden_layers = depth
+    file = path / "exits.safetensors" if path is not None else None
+    heads = load_file(file) if file is not None and file.exists() else {}
+    if f"exits.{depth}.norm.weight" in heads:
+        hidden = part.config.hidden_size
+        norm = nn.LayerNorm(hidden)
+        norm.load_state_dict({key: heads[f"exits.{depth}.norm.{key}"].float() for key in ("weight", "bias")})
+        linear = nn.Linear(hidden, hidden, bias=False)
+        weight = heads.get(f"exits.{depth}.linear.weight", torch.eye(hidden))
+        linear.load_state_dict({"weight": weight.float()})
+        decoder.final_layer_norm = nn.Sequential(norm, linear)
+    return part.eval()
+
+
+def _save_exits(
+    path: Path,
+    model: OPTForCausalLM,
+    seed: int,
+    exits: Sequence[int],
+    head: Head,
+    thresholds: Mapping[int, float],
+) -> None:
+    facts = {
+        "format_version": 1,
+        "exit_layers": list(exits),
+        "exit_head": head,
+        "thresholds": {str(layer): value for layer, value in thresholds.items()},
+        "tokenizer_id": hashlib.sha256((path / "tokenizer.json").read_bytes()).hexdigest(),
+        "default_depth": exits[0],
+        "training": {"recipe": "random"},
+    }
+    (path / "helios.json").write_text(json.dumps(facts))
+    if head == "shared":
+        return
+    hidden = model.config.hidden_size
+    generator = torch.Generator().manual_seed(seed + 1)
+    tensors = {}
+    # The last layer reads out through the model's own final norm.
+    for layer in exits[:-1]:
+        tensors[f"exits.{layer}.norm.weight"] = 1 + 0.2 * torch.randn(hidden, generator=generator)
+        tensors[f"exits.{layer}.norm.bias"] = 0.2 * torch.randn(hidden, generator=generator)
+        if head == "linear":
+            noise = torch.randn(hidden, hidden, generator=generator)
+            tensors[f"exits.{layer}.linear.weight"] = torch.eye(hidden) + 0.1 * noise
+    save_file({key: tensor.to(model.dtype) for key, tensor in tensors.items()}, path / "exits.safetensors")

@@ -1,0 +1,147 @@
+"""A worker whose every answer a test decides, on a real socket: for faults that no real worker commits."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, TypeAlias
+
+import grpc
+
+from helios.errors import HeliosError, status_of
+from helios.v1 import generation_pb2, worker_pb2, worker_pb2_grpc
+from tests.stack import VOCAB_SIZE, write_tokenizer
+
+Request: TypeAlias = worker_pb2.WorkerServiceGenerateRequest
+Response: TypeAlias = worker_pb2.WorkerServiceGenerateResponse
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+# Of a request and the seconds until its deadline. A HeliosError it raises ends the sequence.
+Script: TypeAlias = Callable[[Request, float], AsyncIterator[Response]]
+
+
+class _EndOfCallError(Exception):
+    """A script wants its call to end."""
+
+
+class ScriptedWorker(worker_pb2_grpc.WorkerServiceServicer):
+    """Answers each sequence by its script and keeps the requests; `telemetry` is what it tells of itself."""
+
+    def __init__(self, worker_id: str, script: Script, model: str = "tiny") -> None:
+        self.script = script
+        self.requests: list[Request] = []
+        self.address = ""
+        self.telemetry = worker_pb2.Telemetry(
+            worker_id=worker_id, model=model, depth=4, blocks_total=100, blocks_free=100
+        )
+        self._tokenizer_json = write_tokenizer().encode()
+
+    async def GenerateMany(  # noqa: N802
+        self, request_iterator: AsyncIterator[worker_pb2.GenerateManyRequest], context: Context
+    ) -> None:
+        running: dict[int, asyncio.Task[None]] = {}
+        sending = asyncio.Lock()
+        try:
+            async with asyncio.TaskGroup() as group:
+                async for request in request_iterator:
+                    if request.HasField("start"):
+                        task = group.create_task(self._run(request.start, context, sending))
+                        running[request.start.sequence] = task
+                    else:
+                        running[request.cancel].cancel()
+        except* _EndOfCallError:
+            pass
+
+    async def _run(self, start: worker_pb2.SequenceStart, context: Context, sending: asyncio.Lock) -> None:
+        """Sends what the script says of one sequence; the call ends with a script that does not say how."""
+        self.requests.append(start.request)
+
+        async def send(**event: Any) -> None:
+            output = worker_pb2.SequenceOutput(sequence=start.sequence, **event)
+            async with sending:
+                await context.write(worker_pb2.GenerateManyResponse(outputs=[output]))
+
+        try:
+            async for response in self.script(start.request, start.timeout_seconds):
+                await send(response=response)
+                if response.HasField("finish"):
+                    return
+        except HeliosError as error:
+            await send(status=status_of(error).SerializeToString())
+        else:
+            raise _EndOfCallError
+
+    async def WatchTelemetry(  # noqa: N802
+        self, request: worker_pb2.WatchTelemetryRequest, context: Context
+    ) -> AsyncIterator[worker_pb2.WatchTelemetryResponse]:
+        while True:
+            self.telemetry.time = time.time()
+            yield worker_pb2.WatchTelemetryResponse(telemetry=self.telemetry)
+            await asyncio.sleep(request.interval_seconds)
+
+    async def GetStatus(  # noqa: N802
+        self, request: worker_pb2.GetStatusRequest, context: Context
+    ) -> worker_pb2.GetStatusResponse:
+        model = worker_pb2.ModelInfo(
+            name=self.telemetry.model,
+            depth=self.telemetry.depth,
+            vocab_size=VOCAB_SIZE,
+            context_tokens=256,
+            tokenizer_id="scripted",
+        )
+        return worker_pb2.GetStatusResponse(telemetry=self.telemetry, model=model)
+
+    async def GetTokenizer(  # noqa: N802
+        self, request: worker_pb2.GetTokenizerRequest, context: Context
+    ) -> worker_pb2.GetTokenizerResponse:
+        return worker_pb2.GetTokenizerResponse(tokenizer_id="scripted", tokenizer_json=self._tokenizer_json)
+
+
+@asynccontextmanager
+async def scripted_workers(*scripts: Script) -> AsyncIterator[list[ScriptedWorker]]:
+    """Workers `a`, `b`, ... serving, each more loaded than the one before: streams try them in this order."""
+    async with AsyncExitStack() as stack:
+        workers = []
+        for load, script in enumerate(scripts):
+            worker = ScriptedWorker("abcdef"[load], script)
+            worker.telemetry.running = load
+            server = grpc.aio.server()
+            worker_pb2_grpc.add_WorkerServiceServicer_to_server(worker, server)
+            worker.address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+            await server.start()
+            stack.push_async_callback(server.stop, None)
+            workers.append(worker)
+        yield workers
+
+
+def chunk(*indices: int, text: str = "x") -> Response:
+    """Tokens at these indices; each token's id is 100 + its index."""
+    return Response(
+        chunk=generation_pb2.Chunk(
+            tokens=[
+                generation_pb2.Token(index=index, token_id=100 + index, text=text, model="tiny")
+                for index in indices
+            ]
+        )
+    )
+
+
+def finish(tokens: int, text: str = "x") -> Response:
+    """The end of a stream of so many tokens."""
+    return Response(
+        finish=generation_pb2.Finish(
+            reason=generation_pb2.FINISH_REASON_LENGTH, text=text * tokens, completion_tokens=tokens
+        )
+    )
+
+
+async def well_behaved(request: Request, seconds: float) -> AsyncIterator[Response]:
+    """Goes on after the emitted tokens up to max_tokens."""
+    for index in range(len(request.emitted_ids), request.sampling.max_tokens):
+        yield chunk(index)
+    yield finish(request.sampling.max_tokens)
+
+
+async def endless(request: Request, seconds: float) -> AsyncIterator[Response]:
+    """One token, and then nothing until the call is cancelled."""
+    yield chunk(0)
+    await asyncio.Event().wait()

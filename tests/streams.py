@@ -1,0 +1,78 @@
+"""What a client sees of a stream, gathered; and waiting for a condition with a deadline."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from helios.client import AsyncClient
+from helios.v1 import generation_pb2, inference_pb2
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A whole stream."""
+
+    tokens: list[generation_pb2.Token]
+    finish: generation_pb2.Finish
+
+    @property
+    def ids(self) -> list[int]:
+        return [token.token_id for token in self.tokens]
+
+    @property
+    def text(self) -> str:
+        """The concatenated deltas."""
+        return "".join(token.text for token in self.tokens)
+
+    @property
+    def said(self) -> tuple[list[int], list[str], "generation_pb2.FinishReason.ValueType"]:
+        """What must not change from run to run: ids, deltas and why it ended.
+
+        Logprobs may, in the last digits: products depend on the batch's shape.
+        """
+        return self.ids, [token.text for token in self.tokens], self.finish.reason
+
+    def check(self) -> None:
+        """What holds for every stream: no index repeated or skipped, and the deltas are the text."""
+        assert [token.index for token in self.tokens] == list(range(len(self.tokens)))
+        assert self.finish.completion_tokens == len(self.tokens)
+        assert self.finish.text == self.text
+
+
+async def stream(
+    client: AsyncClient,
+    request: inference_pb2.GenerateRequest,
+    on_token: Callable[[generation_pb2.Token], None] = lambda token: None,
+    timeout_seconds: float = 60,
+) -> Streamed:
+    """Runs a request to its end and checks what holds for every stream."""
+    tokens: list[generation_pb2.Token] = []
+    async for event in client.generate(request, timeout_seconds):
+        if isinstance(event, generation_pb2.Finish):
+            whole = Streamed(tokens, event)
+            whole.check()
+            return whole
+        tokens.append(event)
+        on_token(event)
+    raise AssertionError("the stream ended without a finish")
+
+
+async def all_free(client: AsyncClient) -> bool:
+    """Whether no stream is open and every worker's KV blocks are free."""
+    status = await client.status()
+    return status.open_streams == 0 and all(
+        worker.telemetry.running + worker.telemetry.waiting == 0
+        and worker.telemetry.blocks_free == worker.telemetry.blocks_total > 0
+        for worker in status.workers
+    )
+
+
+async def until(
+    condition: Callable[[], Awaitable[bool]], what: str, seconds: float = 15, interval: float = 0.05
+) -> None:
+    """Waits until the condition holds; fails, saying what was waited for, after the time."""
+    deadline = asyncio.get_running_loop().time() + seconds
+    while not await condition():
+        if asyncio.get_running_loop().time() > deadline:
+            raise AssertionError(f"waited {seconds} s for: {what}")
+        await asyncio.sleep(interval)

@@ -1,0 +1,171 @@
+"""The decision record, the state and the lock of the leader, in a real Redis."""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from redis.asyncio import Redis
+
+from helios.errors import SettingsError
+from helios.redis_schema import CONTROLLER_LEADER, CONTROLLER_STATE, DECISIONS
+from helios.slo import Objective, Slo
+from services.controller import record, state
+from services.controller.leader import Leadership, StaleLeaderError, find_leader
+from services.controller.policy import PolicySettings, decide
+from services.controller.record import DecisionEntry, NumberedDecision, OutcomeEntry
+from services.controller.situation import Bar, Plan, Situation, Trigger, WorkerView
+from services.controller.state import EVERY_WORKER, ControllerState
+from tests.profiles import exit_profile, model_profile
+
+LEASE_SECONDS = 30.0
+KEEP = 1000
+
+
+@pytest.fixture
+async def redis(redis_url: str) -> AsyncIterator[Redis]:
+    async with Redis.from_url(redis_url) as connection:
+        yield connection
+
+
+@pytest.fixture
+async def leadership(redis: Redis) -> Leadership:
+    held = Leadership(redis, "a", "127.0.0.1:1", LEASE_SECONDS)
+    assert await held.campaign()
+    return held
+
+
+def decision_entry(time: float = 1.0) -> DecisionEntry:
+    profile = model_profile("small", [exit_profile(2, 0.901), exit_profile(6, 0.9)])
+    situation = Situation(
+        trigger=Trigger.REASSESSMENT,
+        slo=Slo(objective=Objective.LATENCY, max_tpot_seconds=0.1),
+        history={"small": profile},
+        candidates=("small",),
+        workers=(WorkerView(worker_id="w", model="small", depth=6, tokenizer_id="t", max_running=4),),
+        prompt_tokens=1 / 3,
+        output_tokens=0.1 + 0.2,
+    )
+    settings = PolicySettings(min_gain=0.1)
+    return DecisionEntry(
+        time=time,
+        mode="active",
+        situation=situation,
+        settings=settings,
+        decision=decide(situation, settings),
+    )
+
+
+OUTCOME = OutcomeEntry(time=9.0, seconds=5.0, requests=7, tokens_per_second=12.5, high_exit_share=0.25)
+
+
+async def test_a_decision_is_replayed_from_the_record(redis: Redis, leadership: Leadership) -> None:
+    entry = decision_entry()
+    await record.append(leadership, entry, keep=KEEP)
+    (read,), _ = await record.read_last(redis, 10)
+    assert read.entry == entry
+    assert read.entry.replay() == entry.decision
+    assert entry.decision.moves
+
+
+async def test_decisions_are_numbered_in_order_and_joined_with_their_outcomes(
+    redis: Redis, leadership: Leadership
+) -> None:
+    for time in (1.0, 2.0, 3.0):
+        await record.append(leadership, decision_entry(time), keep=KEEP)
+    await record.append(leadership, OUTCOME, number=2, keep=KEEP)
+    last, _ = await record.read_last(redis, 2)
+    assert [(one.number, one.entry.time, one.outcome) for one in last] == [(2, 2.0, OUTCOME), (3, 3.0, None)]
+
+
+async def test_a_follower_sees_new_decisions_and_their_outcomes(redis: Redis, leadership: Leadership) -> None:
+    await record.append(leadership, decision_entry(), keep=KEEP)
+    _, position = await record.read_last(redis, 0)
+    seen: list[NumberedDecision] = []
+
+    async def watch() -> None:
+        async for one in record.follow(redis, position, 1.0):
+            seen.append(one)
+            if len(seen) == 3:
+                return
+
+    watching = asyncio.create_task(watch())
+    await record.append(leadership, decision_entry(), keep=KEEP)
+    await record.append(leadership, OUTCOME, number=2, keep=KEEP)
+    await record.append(leadership, OUTCOME, number=1, keep=KEEP)
+    await asyncio.wait_for(watching, 10)
+    assert [(one.number, one.outcome) for one in seen] == [(2, None), (2, OUTCOME), (1, OUTCOME)]
+
+
+async def test_the_record_is_capped(redis: Redis, leadership: Leadership) -> None:
+    for _ in range(250):
+        await record.append(leadership, OUTCOME, number=1, keep=50)
+    assert 50 <= await redis.xlen(DECISIONS) <= 200
+
+
+async def test_state_is_read_back_as_it_was_saved(redis: Redis, leadership: Leadership) -> None:
+    assert await state.load(redis) is None
+    kept = ControllerState(
+        slo=Slo(objective=Objective.ACCURACY, max_perplexity_increase=None),
+        pins={"w": Plan(model="a", depth=2), EVERY_WORKER: Plan(model="b", depth=4)},
+        plan=Plan(model="c", depth=6),
+        bars=(Bar(model="a", depth=1, time=1.5, reason="breach", shallower=True),),
+    )
+    await state.save(leadership, kept)
+    read = await state.load(redis)
+    assert read == kept
+    assert (read.wanted("w"), read.wanted("new")) == (Plan(model="a", depth=2), Plan(model="b", depth=4))
+
+
+async def test_state_of_another_version_is_refused_by_name(redis: Redis, leadership: Leadership) -> None:
+    await redis.hset(CONTROLLER_STATE, "state", '{"slo": 5}')
+    with pytest.raises(SettingsError, match=CONTROLLER_STATE):
+        await state.load(redis)
+
+
+async def test_one_replica_leads_at_a_time(redis: Redis, leadership: Leadership) -> None:
+    second = Leadership(redis, "b", "127.0.0.1:2", LEASE_SECONDS)
+    assert not await second.campaign()
+    assert not second.is_held
+    assert await leadership.campaign()
+    await leadership.resign()
+    assert not leadership.is_held
+    assert await second.campaign()
+    leader = await find_leader(redis)
+    assert leader is not None
+    assert (leader.controller_id, leader.address, leader.fence) == ("b", "127.0.0.1:2", 2)
+
+
+async def test_a_leader_that_slept_cannot_write(redis: Redis, leadership: Leadership) -> None:
+    await redis.delete(CONTROLLER_LEADER)  # As when its lease ends.
+    await state.save(leadership, ControllerState(plan=Plan(model="old", depth=1)))
+    second = Leadership(redis, "b", "127.0.0.1:2", LEASE_SECONDS)
+    assert await second.campaign()
+    await state.save(second, ControllerState(plan=Plan(model="new", depth=2)))
+    with pytest.raises(StaleLeaderError):
+        await state.save(leadership, ControllerState(plan=Plan(model="old", depth=1)))
+    with pytest.raises(StaleLeaderError):
+        await record.append(leadership, OUTCOME, number=1, keep=KEEP)
+    read = await state.load(redis)
+    assert read is not None
+    assert read.plan == Plan(model="new", depth=2)
+    assert await redis.xlen(DECISIONS) == 0
+    assert not await leadership.campaign()
+
+
+async def test_a_leader_cannot_write_after_redis_lost_everything(
+    redis: Redis, leadership: Leadership
+) -> None:
+    await redis.flushall()
+    with pytest.raises(StaleLeaderError):
+        await state.save(leadership, ControllerState())
+    assert leadership.terms == 1
+    assert await leadership.campaign()
+    assert leadership.terms == 2
+    await state.save(leadership, ControllerState())
+
+
+async def test_leadership_ends_by_itself_when_it_is_not_renewed(redis: Redis) -> None:
+    brief = Leadership(redis, "c", "127.0.0.1:3", 0.05)
+    assert await brief.campaign()
+    await asyncio.sleep(0.06)
+    assert not brief.is_held

@@ -1,0 +1,77 @@
+"""Text comes whole: no half characters, nothing of a stop string, and the same after a resume."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helios.engine.detokenizer import Detokenizer
+from tests.opt_variants import byte_tokenizer
+
+TOKENIZER = byte_tokenizer()  # a token a byte, so every non-ASCII character is split
+
+
+def ids_of(text: str) -> list[int]:
+    return TOKENIZER.encode(text, add_special_tokens=False).ids
+
+
+@given(st.text(max_size=40))
+def test_deltas_concatenate_to_the_text_and_never_split_a_character(text: str) -> None:
+    detokenizer = Detokenizer(TOKENIZER, ())
+    deltas = [detokenizer.push(token_id) for token_id in ids_of(text)]
+    assert "".join(deltas) == text
+    assert not any("\ufffd" in delta for delta in deltas) or "\ufffd" in text
+    assert detokenizer.flush() == ""
+
+
+@given(st.lists(st.integers(0, 259), max_size=60))
+def test_any_ids_give_the_text_that_the_tokenizer_decodes(ids: list[int]) -> None:
+    detokenizer = Detokenizer(TOKENIZER, ())
+    text = "".join(detokenizer.push(token_id) for token_id in ids) + detokenizer.flush()
+    assert text == TOKENIZER.decode(ids, skip_special_tokens=True)
+    assert text == detokenizer.text
+
+
+@given(
+    st.text(alphabet="abé", max_size=30),
+    st.lists(st.text(alphabet="abé", min_size=1, max_size=4), min_size=1, max_size=3),
+)
+def test_text_ends_before_the_first_stop_string(text: str, stop: list[str]) -> None:
+    detokenizer = Detokenizer(TOKENIZER, tuple(stop))
+    got = ""
+    for token_id in ids_of(text):
+        got += detokenizer.push(token_id)
+        if detokenizer.stopped:
+            break
+    got += detokenizer.flush()
+    ends = [text.find(each) for each in stop if each in text]
+    if ends:
+        assert detokenizer.stopped
+        # The stop string that is complete first decides; none is in what was sent.
+        first_complete = min(text.find(each) + len(each) for each in stop if each in text)
+        assert text[:first_complete].startswith(got)
+        assert not any(each in got for each in stop)
+    else:
+        assert got == text
+
+
+@given(st.text(alphabet="abé ", max_size=25), st.integers(0, 60))
+def test_a_resumed_text_goes_on_where_it_was(text: str, cut: int) -> None:
+    ids = ids_of(text)
+    stop = ("ba é",)
+    whole = Detokenizer(TOKENIZER, stop)
+    deltas = [whole.push(token_id) for token_id in ids]
+    resumed = Detokenizer(TOKENIZER, stop)
+    for token_id in ids[:cut]:
+        resumed.push(token_id)
+    assert [resumed.push(token_id) for token_id in ids[cut:]] == deltas[cut:]
+    assert resumed.text == whole.text
+
+
+@pytest.mark.parametrize(("text", "stop", "expected"), [("one END two", "END", "one "), ("EN", "END", "EN")])
+def test_a_possible_stop_string_is_held_back_until_it_is_decided(text: str, stop: str, expected: str) -> None:
+    detokenizer = Detokenizer(TOKENIZER, (stop,))
+    seen = ""
+    for token_id in ids_of(text):
+        seen += detokenizer.push(token_id)
+        assert "E" not in seen
+    assert seen + detokenizer.flush() == expected

@@ -1,0 +1,284 @@
+"""What an engine promises to whoever submits to it."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from helios.engine import Engine, EngineSettings, ExitMode, Finish, FinishReason, Output, SamplingParams
+from helios.engine.sequence import GeneratedToken
+from helios.errors import (
+    CancelledError,
+    DeadlineExceededError,
+    HeliosError,
+    InvalidRequestError,
+    OutOfMemoryError,
+    OverloadedError,
+    SettingsError,
+    UnavailableError,
+    UnknownDepthError,
+)
+from tests.opt_variants import save_variant
+
+EXITS = (1, 2, 4, 6)
+MEMORY = 64 << 20
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "random"
+    save_variant(path, "pre-norm", 21, exits=EXITS)
+    return path
+
+
+@pytest.fixture
+def engine(model: Path) -> Engine:
+    return Engine.load(model, 4, EngineSettings(memory_bytes=MEMORY, block_tokens=4))
+
+
+class Stream:
+    """Collects what the engine says of one sequence."""
+
+    def __init__(self) -> None:
+        self.tokens: list[GeneratedToken] = []
+        self.finish: Finish | None = None
+        self.error: HeliosError | None = None
+
+    def __call__(self, output: Output) -> None:
+        assert self.finish is None
+        assert self.error is None
+        self.tokens += output.tokens
+        self.finish, self.error = output.finish, output.error
+
+    @property
+    def ids(self) -> list[int]:
+        return [token.token_id for token in self.tokens]
+
+    @property
+    def text(self) -> str:
+        return "".join(token.text for token in self.tokens)
+
+
+def drive(engine: Engine, until: Callable[[], bool] = lambda: False) -> None:
+    while not until() and engine.step():
+        pass
+
+
+def finished(
+    engine: Engine, prompt: list[int], sampling: SamplingParams, emitted: list[int] | None = None
+) -> Stream:
+    stream = Stream()
+    engine.submit(f"{time.monotonic_ns()}", prompt, sampling, stream, emitted_ids=emitted)
+    drive(engine)
+    assert stream.finish is not None
+    return stream
+
+
+def test_the_library_streams_text_in_five_lines(model: Path) -> None:
+    engine = Engine.load(model, depth=2)
+    tokens = list(engine.generate("hello", SamplingParams(max_tokens=9, ignore_eos=True)))
+    assert [token.index for token in tokens] == list(range(9))
+    assert "".join(token.text for token in tokens) == engine.plan.tokenizer.decode(
+        [t.token_id for t in tokens]
+    )
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingParams(max_tokens=20, ignore_eos=True),
+        SamplingParams(max_tokens=20, ignore_eos=True, temperature=1.0, seed=5),
+        SamplingParams(max_tokens=20, ignore_eos=True, temperature=1.2, top_p=0.9, top_k=40, seed=2**63),
+        SamplingParams(max_tokens=20, ignore_eos=True, temperature=0.7, repetition_penalty=1.5, seed=6),
+    ],
+    ids=str,
+)
+def test_a_resumed_sequence_goes_on_as_it_would_have(
+    engine: Engine, model: Path, sampling: SamplingParams
+) -> None:
+    prompt = [2, 40, 50, 60]
+    whole = finished(engine, prompt, sampling)
+    elsewhere = Engine.load(model, 4, EngineSettings(memory_bytes=MEMORY))
+    for cut in (1, 7, 19, 20):
+        resumed = finished(elsewhere, prompt, sampling, emitted=whole.ids[:cut])
+        assert resumed.ids == whole.ids[cut:]
+        assert resumed.finish == whole.finish
+        assert [token.index for token in resumed.tokens] == list(range(cut, 20))
+        assert resumed.text == "".join(token.text for token in whole.tokens[cut:])
+
+
+def test_tokens_do_not_depend_on_the_neighbours(engine: Engine) -> None:
+    sampling = [SamplingParams(max_tokens=15, ignore_eos=True, temperature=t, seed=3) for t in (0, 0.8, 1.5)]
+    prompts = [[2, 33], [2, *range(60, 99)], [9]]
+    alone = [finished(engine, prompt, params).ids for prompt, params in zip(prompts, sampling, strict=True)]
+    streams = [Stream() for _ in prompts]
+    for number, stream in enumerate(streams):
+        engine.submit(str(number), prompts[number], sampling[number], stream)
+    drive(engine)
+    assert [stream.ids for stream in streams] == alone
+
+
+def test_generation_ends_at_end_of_text_unless_told_otherwise(engine: Engine) -> None:
+    def sampling(seed: int, ignore_eos: bool) -> SamplingParams:
+        return SamplingParams(max_tokens=60, ignore_eos=ignore_eos, temperature=100.0, seed=seed)
+
+    streams = ((seed, finished(engine, [2, 8], sampling(seed, True))) for seed in range(100))
+    seed, whole = next((seed, stream) for seed, stream in streams if 2 in stream.ids[:-1])
+    ended = finished(engine, [2, 8], sampling(seed, False))
+    assert ended.finish is not None
+    assert ended.finish.reason is FinishReason.EOS
+    assert ended.ids == whole.ids[: whole.ids.index(2) + 1]
+
+
+def test_generation_ends_before_a_stop_string(engine: Engine) -> None:
+    whole = finished(engine, [2, 8], SamplingParams(max_tokens=60, ignore_eos=True, temperature=1.0, seed=4))
+    stop = whole.text[20:22]
+    sampling = SamplingParams(max_tokens=60, ignore_eos=True, temperature=1.0, seed=4, stop=(stop,))
+    stream = finished(engine, [2, 8], sampling)
+    assert stream.finish is not None
+    assert stream.finish.reason is FinishReason.STOP
+    assert stream.text == stream.finish.text == whole.text[: whole.text.index(stop)]
+
+
+def test_max_tokens_is_cut_to_what_the_context_leaves(engine: Engine) -> None:
+    stream = finished(engine, [2] * 250, SamplingParams(max_tokens=100, ignore_eos=True))
+    assert stream.finish == Finish(FinishReason.LENGTH, stream.text, 250, 6)
+
+
+@pytest.mark.parametrize("error", [CancelledError("enough"), None])
+def test_cancelling_frees_the_blocks_within_one_step(engine: Engine, error: HeliosError | None) -> None:
+    running, waiting, neighbour = Stream(), Stream(), Stream()
+    engine.submit("running", [2] * 40, SamplingParams(max_tokens=50, ignore_eos=True), running)
+    drive(engine, lambda: len(running.tokens) > 3)
+    engine.submit("waiting", [2] * 40, SamplingParams(max_tokens=50, ignore_eos=True), waiting)
+    engine.submit("neighbour", [2, 5], SamplingParams(max_tokens=50, ignore_eos=True), neighbour)
+    engine.cancel("running", error)
+    engine.cancel("waiting", error)
+    engine.cancel("never heard of", error)
+    engine.step()
+    telemetry = engine.telemetry()
+    assert telemetry.blocks_total - telemetry.blocks_free == 1, "only the neighbour's"
+    assert isinstance(running.error, CancelledError)
+    assert isinstance(waiting.error, CancelledError)
+    drive(engine)
+    assert neighbour.finish is not None
+
+
+def test_a_deadline_ends_a_sequence_and_frees_its_blocks(engine: Engine) -> None:
+    stream, waiting = Stream(), Stream()
+    now = time.monotonic()
+    sampling = SamplingParams(max_tokens=200, ignore_eos=True)
+    engine.submit("past", [2, 3], sampling, waiting, deadline=now - 1)
+    engine.submit("soon", [2, 3], sampling, stream, deadline=now + 0.02)
+    drive(engine)
+    assert isinstance(stream.error, DeadlineExceededError)
+    assert isinstance(waiting.error, DeadlineExceededError)
+    assert waiting.tokens == []
+    telemetry = engine.telemetry()
+    assert telemetry.blocks_free == telemetry.blocks_total
+
+
+def test_a_full_queue_refuses_with_a_retry_hint(model: Path) -> None:
+    engine = Engine.load(model, 4, EngineSettings(memory_bytes=MEMORY, max_running=1, max_waiting=2))
+    streams = [Stream() for _ in range(3)]
+    for number, stream in enumerate(streams[:2]):
+        engine.submit(str(number), [2], SamplingParams(max_tokens=3), stream)
+    with pytest.raises(OverloadedError) as refused:
+        engine.submit("2", [2], SamplingParams(max_tokens=3), streams[2])
+    assert refused.value.retry_after_seconds > 0
+    drive(engine)
+    assert all(stream.finish for stream in streams[:2])
+    assert streams[2].finish is None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "emitted", "said"),
+    [
+        ([], [], "prompt is empty"),
+        ([2, 264], [], "264 is outside the vocabulary of 264"),
+        ([2] * 256, [], "256 positions"),
+        ([2], [3] * 9, "9 tokens are emitted"),
+        ([2], [999], "999 is outside"),
+    ],
+)
+def test_bad_requests_are_refused_with_the_reason(
+    engine: Engine, prompt: list[int], emitted: list[int], said: str
+) -> None:
+    neighbour = Stream()
+    engine.submit("neighbour", [2, 3], SamplingParams(max_tokens=5, ignore_eos=True), neighbour)
+    with pytest.raises(InvalidRequestError, match=said):
+        engine.submit("bad", prompt, SamplingParams(max_tokens=8), Stream(), emitted_ids=emitted)
+    drive(engine)
+    assert neighbour.finish is not None
+
+
+def test_a_request_id_is_in_use_only_once(engine: Engine) -> None:
+    engine.submit("same", [2], SamplingParams(max_tokens=2), Stream())
+    with pytest.raises(InvalidRequestError, match="already running"):
+        engine.submit("same", [2], SamplingParams(max_tokens=2), Stream())
+    drive(engine)
+    assert finished(engine, [2], SamplingParams(max_tokens=2)).finish is not None
+
+
+def test_unusable_settings_are_refused(model: Path) -> None:
+    with pytest.raises(UnknownDepthError, match="1, 2, 4, 6"):
+        Engine.load(model, 3)
+    with pytest.raises(SettingsError, match="exit mode full"):
+        Engine.load(model, 2, EngineSettings(exit_mode=ExitMode.FULL))
+    with pytest.raises(OutOfMemoryError, match="give at least"):
+        Engine.load(model, 2, EngineSettings(memory_bytes=1000))
+    with pytest.raises(SettingsError, match="step_token_budget"):
+        EngineSettings(step_token_budget=3)
+
+
+def test_fewer_layers_leave_room_for_more_sequences(model: Path) -> None:
+    settings = EngineSettings(
+        memory_bytes=MEMORY // 16, max_running=4096, step_token_budget=4096, block_tokens=16
+    )
+    with pytest.raises(OutOfMemoryError):
+        Engine.load(model, 6, settings)
+    settings = EngineSettings(memory_bytes=8 << 20)
+    plans = {depth: Engine.load(model, depth, settings).plan.memory for depth in EXITS}
+    for plan in plans.values():
+        pool = plan.num_blocks * 16 * plan.kv_bytes_per_token
+        assert plan.weight_bytes + plan.activation_bytes + pool <= 8 << 20
+    assert plans[1].num_blocks > plans[2].num_blocks > plans[4].num_blocks > plans[6].num_blocks
+
+
+def test_the_loop_in_a_thread_serves_and_stops(model: Path) -> None:
+    engine = Engine.load(model, 2, EngineSettings(memory_bytes=MEMORY))
+    engine.start()
+    done, cut = Stream(), Stream()
+    engine.submit("done", [2], SamplingParams(max_tokens=5, ignore_eos=True), done)
+    deadline = time.monotonic() + 30
+    while done.finish is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    engine.submit("cut", [2], SamplingParams(max_tokens=250, ignore_eos=True), cut)
+    engine.stop()
+    assert len(done.tokens) == 5
+    assert isinstance(cut.error, UnavailableError)
+    assert not engine.running
+    with pytest.raises(UnavailableError):
+        engine.submit("late", [2], SamplingParams(), Stream())
+
+
+def test_a_failing_step_fails_its_streams_and_ends_the_loop(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine.load(model, 2, EngineSettings(memory_bytes=MEMORY))
+
+    def explode(*args: object) -> None:
+        raise RuntimeError("boom")
+
+    monkeypatch.setattr(engine.plan.model, "forward", explode)
+    monkeypatch.setattr("threading.excepthook", lambda args: None)
+    engine.start()
+    stream = Stream()
+    engine.submit("one", [2], SamplingParams(), stream)
+    deadline = time.monotonic() + 30
+    while engine.running and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert stream.error is not None
+    assert "RuntimeError" in stream.error.message
+    assert not engine.running

@@ -1,0 +1,115 @@
+"""A bundled model's card, README.md, from the figures in its helios.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from helios.calibration import TARGET_AGREEMENT
+from helios.catalog import EarlyExitFacts
+
+
+def write_card(directory: Path, exits: EarlyExitFacts, licences: Mapping[str, Mapping[str, Any]]) -> Path:
+    """Write `directory`/README.md; every figure in it is the evaluation's."""
+    facts = exits.training
+    config = json.loads((directory / "config.json").read_text())
+    own = facts["own_domains"]
+    size = (directory / "model.safetensors").stat().st_size / 1e6
+    sections = [
+        f"# {directory.name}",
+        f"An early-exit OPT, bundled with Helios so that it runs without a download. It is for "
+        f"{_titles(own, licences)}; on other text it is weak, by intention: the other bundled model is there "
+        "for that.",
+        f"- {config['num_hidden_layers']} layers x {config['hidden_size']}, "
+        f"{config['num_attention_heads']} heads, {facts['parameters'] / 1e6:.1f} M parameters, "
+        f"context {config['max_position_embeddings']} tokens, "
+        f"vocabulary {config['vocab_size']}, bf16, {size:.1f} MB.\n"
+        f"- Exits after layers {', '.join(map(str, exits.exit_layers))}, read through the shared final norm "
+        f"and the tied LM head. Default depth: {exits.default_depth} (the smallest within 5 % of the last "
+        "layer's perplexity on its own text).\n"
+        "- An ordinary `transformers` checkpoint: `OPTForCausalLM.from_pretrained` loads it, all layers.\n"
+        "- A language model of the texts below and nothing more: it follows no instructions, and what it "
+        "says is not true for being said.",
+        "## Training",
+        f"{facts['steps']:,} steps of {facts['tokens_per_step']:,} tokens ({facts['tokens'] / 1e6:.1f} M in "
+        f"all) in {facts['hours']:.1f} hours on one or two CPU cores that did other work too, from scratch, "
+        "by `python -m training.train` (training/README.md has the recipe). A step reads the last layer and "
+        "some of the exits: cross-entropy, and distillation of the last layer into the exits.",
+        _mix_table(facts["domains"], licences),
+        "## Figures",
+        "By `python -m training.evaluate` on held-out documents, windows of the whole context without "
+        f"overlap. Thresholds: per exit the lowest confidence from which {100 * TARGET_AGREEMENT:.0f} % of "
+        "tokens agree with the last layer, calibrated on windows that the tables leave out.",
+        _threshold_table(exits),
+        *([_figure_table("Its own texts together", facts["own_evaluation"])] if len(own) > 1 else []),
+        *(
+            _figure_table(f"{licences[name]['name']}{' (its own)' if name in own else ''}", found)
+            for name, found in facts["evaluation"].items()
+        ),
+        "## Samples",
+        *(_sample(sample) for sample in facts["samples"]),
+    ]
+    path = directory / "README.md"
+    path.write_text("\n\n".join(sections) + "\n")
+    return path
+
+
+def _titles(names: list[str], licences: Mapping[str, Mapping[str, Any]]) -> str:
+    titles = [f"the {str(licences[name]['name']).removeprefix('The ')}" for name in names]
+    return titles[0] if len(titles) == 1 else ", ".join(titles[:-1]) + " and " + titles[-1]
+
+
+def _mix_table(domains: Mapping[str, float], licences: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = ["| text | share of windows | Debian package | licence |", "| --- | --- | --- | --- |"]
+    for name, share in sorted(domains.items(), key=lambda item: -item[1]):
+        record = licences[name]
+        packages = ", ".join(record["packages"])
+        rows.append(f"| {record['name']} | {share:.0%} | {packages} | {record['licence']} |")
+    return "\n".join(rows)
+
+
+def _threshold_table(exits: EarlyExitFacts) -> str:
+    return "\n".join(
+        [
+            f"| exit | {' | '.join(map(str, exits.exit_layers))} |",
+            f"| --- {'| --- ' * len(exits.exit_layers)}|",
+            f"| threshold | {' | '.join(f'{exits.thresholds[layer]:.2f}' for layer in exits.exit_layers)} |",
+        ]
+    )
+
+
+def _figure_table(title: str, exits: Mapping[str, Mapping[str, float | None]]) -> str:
+    rows = [
+        f"### {title}",
+        "",
+        "| exit | perplexity per token | bits per byte | agrees with last layer | confidence >= 0.8 "
+        "| above threshold (agree) | agree of confidence < 0.5 | agree of those below threshold |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    last = list(exits)[-1]
+    for layer, found in exits.items():
+        above = f"{_percent(found['above_threshold'])} ({_percent(found['agreement_above_threshold'])})"
+        columns = [
+            layer,
+            f"{found['perplexity']:.2f}",
+            f"{found['bits_per_byte']:.3f}",
+            "-" if layer == last else _percent(found["agreement"]),
+            _percent(found["confident"]),
+            "-" if layer == last else above,
+            "-" if layer == last else _percent(found["agreement_unsure"]),
+            "-" if layer == last else _percent(found["agreement_below_threshold"]),
+        ]
+        rows.append(f"| {' | '.join(columns)} |")
+    return "\n".join(rows)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f} %"
+
+
+def _sample(sample: Mapping[str, Any]) -> str:
+    how = "greedy" if sample["temperature"] == 0 else f"temperature {sample['temperature']}, top-p 0.95"
+    text = str(sample["text"]).replace("```", "'''")
+    return f"Prompt {json.dumps(sample['prompt'])}, {how}, all layers:\n\n```text\n{text}\n```"
