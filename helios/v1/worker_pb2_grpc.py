@@ -109,7 +109,7 @@ class WorkerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchTelemetry(self, request, context):
-        """The worker's load, repeated at an interval.
+        """The worker's load, repeated at an interval and at once when the plan changes or a drain begins.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

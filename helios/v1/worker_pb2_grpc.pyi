@@ -49,7 +49,7 @@ class WorkerServiceStub:
     GetStatus: _grpc.UnaryUnaryMultiCallable[_worker_pb2.GetStatusRequest, _worker_pb2.GetStatusResponse]
     """The worker's plan, limits and load now."""
     WatchTelemetry: _grpc.UnaryStreamMultiCallable[_worker_pb2.WatchTelemetryRequest, _worker_pb2.WatchTelemetryResponse]
-    """The worker's load, repeated at an interval."""
+    """The worker's load, repeated at an interval and at once when the plan changes or a drain begins."""
     GetTokenizer: _grpc.UnaryUnaryMultiCallable[_worker_pb2.GetTokenizerRequest, _worker_pb2.GetTokenizerResponse]
     """The tokenizer of the model being served."""
     Drain: _grpc.UnaryUnaryMultiCallable[_worker_pb2.DrainRequest, _worker_pb2.DrainResponse]
@@ -78,7 +78,7 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     GetStatus: _aio.UnaryUnaryMultiCallable[_worker_pb2.GetStatusRequest, _worker_pb2.GetStatusResponse]  # type: ignore[assignment]
     """The worker's plan, limits and load now."""
     WatchTelemetry: _aio.UnaryStreamMultiCallable[_worker_pb2.WatchTelemetryRequest, _worker_pb2.WatchTelemetryResponse]  # type: ignore[assignment]
-    """The worker's load, repeated at an interval."""
+    """The worker's load, repeated at an interval and at once when the plan changes or a drain begins."""
     GetTokenizer: _aio.UnaryUnaryMultiCallable[_worker_pb2.GetTokenizerRequest, _worker_pb2.GetTokenizerResponse]  # type: ignore[assignment]
     """The tokenizer of the model being served."""
     Drain: _aio.UnaryUnaryMultiCallable[_worker_pb2.DrainRequest, _worker_pb2.DrainResponse]  # type: ignore[assignment]
@@ -134,7 +134,7 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_pb2.WatchTelemetryRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_worker_pb2.WatchTelemetryResponse], _abc.AsyncIterator[_worker_pb2.WatchTelemetryResponse]]:
-        """The worker's load, repeated at an interval."""
+        """The worker's load, repeated at an interval and at once when the plan changes or a drain begins."""
 
     @_abc_1.abstractmethod
     def GetTokenizer(

@@ -1,6 +1,7 @@
 """WorkerService: one engine over gRPC."""
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import os
@@ -54,6 +55,8 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
+        # Set, and made anew, when what others go by has changed: the plan, or that it drains.
+        self._changed = asyncio.Event()
         self._latency = Latency()
         observe_load(engine, worker_id)
 
@@ -225,6 +228,8 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             return self._engine.reload(entry.path, request.depth or entry.num_layers, progress, threshold)
 
         task = asyncio.ensure_future(asyncio.to_thread(reload))
+        # Also when the caller has gone away meanwhile.
+        task.add_done_callback(lambda _: self._announce())
         loaded = total = 0
         while not task.done() or not stages.empty():
             stage = asyncio.ensure_future(stages.get())
@@ -295,7 +300,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
     async def WatchTelemetry(
         self, request: worker_pb2.WatchTelemetryRequest, context: _Context
     ) -> AsyncIterator[worker_pb2.WatchTelemetryResponse]:
-        """The load, at an interval, until the caller goes away."""
+        """The load, at an interval and at once when the plan changes, until the caller goes away."""
         interval = _DEFAULT_TELEMETRY_SECONDS
         if request.HasField("interval_seconds"):
             interval = request.interval_seconds
@@ -303,8 +308,10 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             message = f"interval_seconds must be at least {_MIN_TELEMETRY_SECONDS}, not {interval}"
             await abort(context, InvalidRequestError(message))
         while True:
+            changed = self._changed
             yield worker_pb2.WatchTelemetryResponse(telemetry=self._telemetry())
-            await asyncio.sleep(interval)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(changed.wait(), interval)
 
     async def GetTokenizer(
         self, request: worker_pb2.GetTokenizerRequest, context: _Context
@@ -329,6 +336,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         Returns (ended by themselves, handed back).
         """
         self._draining = True
+        self._announce()
         streams = len(self._streams)
         try:
             await asyncio.wait_for(self._idle.wait(), grace_seconds)
@@ -340,6 +348,11 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             self._engine.cancel(name, error)
         await self._idle.wait()
         return streams - len(handed_back), len(handed_back)
+
+    def _announce(self) -> None:
+        """Sends telemetry to whoever watches, without waiting for the interval."""
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     def _telemetry(self) -> worker_pb2.Telemetry:
         load = self._engine.telemetry()

@@ -306,6 +306,16 @@ def test_telemetry_keeps_coming_while_the_engine_works(stub: worker_pb2_grpc.Wor
     assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
+def test_a_new_plan_and_a_drain_are_told_at_once(stub: worker_pb2_grpc.WorkerServiceStub) -> None:
+    asked = worker_pb2.WatchTelemetryRequest(interval_seconds=10 * TIMEOUT)
+    watch = stub.WatchTelemetry(asked, timeout=TIMEOUT)
+    assert next(watch).telemetry.depth == 4
+    list(stub.Reload(worker_pb2.ReloadRequest(model="tiny", depth=2), timeout=TIMEOUT))
+    assert next(watch).telemetry.depth == 2
+    stub.Drain(worker_pb2.DrainRequest(grace_seconds=0), timeout=TIMEOUT)
+    assert next(watch).telemetry.draining
+
+
 def test_the_tokenizer_is_the_one_its_id_names(stub: worker_pb2_grpc.WorkerServiceStub) -> None:
     answer = stub.GetTokenizer(worker_pb2.GetTokenizerRequest(), timeout=TIMEOUT)
     model = stub.GetStatus(worker_pb2.GetStatusRequest(), timeout=TIMEOUT).model
