@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,6 @@ from bench.report import Target
 from bench.subject import Subject
 from helios.catalog import ModelEntry
 from helios.engine import Engine, ExitMode
-from helios.engine.settings import EngineSettings
 
 # The paper's threshold of every exit.
 _PAPER_TH = 0.8
@@ -143,15 +142,7 @@ def _domain(subject: Subject, domain: str) -> dict[str, Any]:
 
 
 def _engine(subject: Subject, way: _Way) -> Engine:
-    base = subject.settings(way.exit_mode, way.max_running)
-    settings = EngineSettings(
-        exit_mode=way.exit_mode,
-        threshold=way.threshold,
-        memory_bytes=base.memory_bytes,
-        max_running=base.max_running,
-        max_waiting=base.max_waiting,
-        step_token_budget=base.step_token_budget,
-    )
+    settings = replace(subject.settings(way.exit_mode, way.max_running), threshold=way.threshold)
     return subject.engine(way.model, way.depth, settings)
 
 

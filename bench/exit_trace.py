@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from helios.engine.batch import build_batch
+from helios.engine.block_pool import BlockPool
 from helios.engine.detokenizer import Detokenizer
 from helios.engine.exits import run_dynamic
-from helios.engine.kv_cache import BlockPool, KVCache
+from helios.engine.kv_cache import KVCache
 from helios.engine.plan import Plan
 from helios.engine.sequence import Sequence as EngineSequence
 from helios.sampling import SamplingParams

@@ -1,5 +1,6 @@
 """Helios as a contender: `python -m bench.helios_runner`, the protocol of bench/peers/runner.py."""
 
+import math
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def load(job: Job) -> Generate:
         memory_bytes=job.memory_bytes,
         max_running=job.batch,
         step_token_budget=max(_STEP_TOKENS, job.batch),
+        prefill_stretch=math.inf,
     )
     engine = Engine.load(entry.path, job.depth, settings)
 

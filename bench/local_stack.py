@@ -34,6 +34,8 @@ def local_stack(*options: str) -> Iterator[StackState]:
         # Not the Redis that another stack is told to use.
         environment = {key: value for key, value in os.environ.items() if key != "HELIOS_REDIS_URL"}
         environment["HELIOS_STATE_DIR"] = name
+        # A bench sends the same prompts again and again, and measures what new ones take.
+        environment.setdefault("HELIOS_WORKER_PREFIX_CACHE", "false")
         # Tethered: a bench that is killed leaves no stack behind.
         process = subprocess.Popen(
             tethered(command),

@@ -189,6 +189,9 @@ class Subject:
             max_waiting=max(256, self.sizes.saturating_requests),
             # All prompts of a batch are prefilled in one step, so that decoding can be told from it.
             step_token_budget=max(512, running * (self.sizes.prompt_tokens + 1)),
+            prefill_stretch=math.inf,
+            # Each round has the same prompts.
+            prefix_cache=False,
         )
 
     def engine(

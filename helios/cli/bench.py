@@ -11,6 +11,7 @@ from helios.cli.lazy_group import LazyGroup
         "paper": "bench.paper:paper",
         "serve": "bench.serve:serve",
         "engine": "bench.engine:engine",
+        "prefill": "bench.prefill:prefill",
         "served": "bench.served:served",
     },
 )

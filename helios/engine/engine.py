@@ -12,9 +12,11 @@ from typing import Self
 import torch
 
 from helios.engine.batch import build_batch
+from helios.engine.block_pool import BlockPool
+from helios.engine.chunk_budget import ChunkBudget
 from helios.engine.detokenizer import Detokenizer
 from helios.engine.exits import ExitMode, run_dynamic, run_static
-from helios.engine.kv_cache import BlockPool, KVCache
+from helios.engine.kv_cache import KVCache
 from helios.engine.memory import device_budget
 from helios.engine.plan import Plan, Progress, load_plan
 from helios.engine.sampler import Row, Sampled, sample
@@ -65,6 +67,8 @@ class Telemetry:
     blocks_free: int
     counters: Counters
     preemptions: int
+    # Tokens that were not computed, because a sequence with the same beginning had been.
+    cached_tokens: int
     step_age: float
 
 
@@ -223,6 +227,7 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> bool:
         """Schedules, runs and delivers one step. False: there was nothing to do."""
+        began = time.perf_counter()
         self._take_inbox()
         self._expire()
         scheduled = self._scheduler.schedule()
@@ -238,12 +243,14 @@ class Engine:
         else:
             logits, exits = run_static(self.plan.model, batch, self._cache)
         for seq, count in scheduled:
-            seq.computed += count
-        self._counters.prefill_tokens += len(batch.token_ids) - batch.decode_rows
+            self._scheduler.advance(seq, count)
+        prompt_tokens = len(batch.token_ids) - batch.decode_rows
+        self._counters.prefill_tokens += prompt_tokens
         if readers:
             rows = [Row(seq.sampling, len(seq.token_ids), seq.token_ids) for seq in readers]
             self._deliver(readers, sample(logits, rows), exits)
         self._counters.steps += 1
+        self._scheduler.chunks.observe(batch.decode_rows, prompt_tokens, time.perf_counter() - began)
         self._last_step = time.monotonic()
         return True
 
@@ -408,6 +415,7 @@ class Engine:
             raise OutOfMemoryError(f"no memory for the KV pool of the new plan: {error}") from error
         finally:
             self._scheduler.preemptions = old.preemptions
+            self._scheduler.cached_tokens = old.cached_tokens
             for seq in old.waiting:
                 self._admit(seq)
 
@@ -434,6 +442,7 @@ class Engine:
             blocks_free=scheduler.pool.free_blocks,
             counters=self._counters,
             preemptions=scheduler.preemptions,
+            cached_tokens=scheduler.cached_tokens,
             step_age=time.monotonic() - self._last_step,
         )
 
@@ -449,7 +458,17 @@ class Engine:
             plan.model.kv_dtype,
             plan.model.device,
         )
-        return Scheduler(pool, settings.max_running, settings.step_token_budget), cache
+        chunks = ChunkBudget(settings.prefill_stretch, settings.block_tokens, settings.step_token_budget)
+        # In exit mode dynamic the KV of generated tokens is an estimate, which a prompt's is not.
+        shares = settings.prefix_cache and settings.exit_mode is not ExitMode.DYNAMIC
+        scheduler = Scheduler(
+            pool,
+            settings.max_running,
+            settings.step_token_budget,
+            chunks,
+            copy_block=cache.copy if shares else None,
+        )
+        return scheduler, cache
 
     def _check(self, prompt_ids: list[int], emitted: list[int], sampling: SamplingParams) -> SamplingParams:
         """The sampling with max_tokens cut to what the context leaves, or InvalidRequestError."""

@@ -14,10 +14,11 @@ from tokenizers import Tokenizer
 import helios
 from helios.calibration import TARGET_AGREEMENT, calibrated_threshold
 from helios.catalog import ModelEntry, checkpoint_id
+from helios.engine.block_pool import BlockPool
 from helios.engine.checkpoint import ModelWeights
 from helios.engine.detokenizer import Detokenizer
 from helios.engine.exit_tally import ExitTally, tally_continuations, tally_prompt
-from helios.engine.kv_cache import BlockPool, KVCache, kv_dtype
+from helios.engine.kv_cache import KVCache, kv_dtype
 from helios.engine.memory import device_budget, kv_bytes_per_token
 from helios.engine.model import Model
 from helios.engine.pace import Pace

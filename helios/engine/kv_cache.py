@@ -1,57 +1,12 @@
-"""Paged KV: one pool of fixed-size blocks, and the tensors that hold their keys and values."""
+"""Paged KV: the tensors that hold keys and values, block by block (`block_pool.py` says whose they are)."""
 
 import logging
-from collections import deque
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from helios.errors import OutOfMemoryError
-
 log = logging.getLogger(__name__)
-
-
-class BlockPool:
-    """Hands out block numbers. Who holds a block frees it exactly once."""
-
-    def __init__(self, num_blocks: int, block_tokens: int) -> None:
-        self.num_blocks = num_blocks
-        self.block_tokens = block_tokens
-        self._free = deque(range(num_blocks))
-        self._held = [False] * num_blocks
-
-    @property
-    def free_blocks(self) -> int:
-        """Blocks that nobody holds."""
-        return len(self._free)
-
-    def blocks_for(self, tokens: int) -> int:
-        """Blocks that hold this many tokens."""
-        return -(-tokens // self.block_tokens)
-
-    def allocate(self, count: int) -> list[int]:
-        """Takes `count` blocks. Raises OutOfMemoryError, and takes none, when fewer are free."""
-        if count > len(self._free):
-            raise OutOfMemoryError(f"{count} KV blocks asked, {len(self._free)} of {self.num_blocks} free")
-        blocks = [self._free.popleft() for _ in range(count)]
-        for block in blocks:
-            self._held[block] = True
-        return blocks
-
-    def grow(self, num_blocks: int) -> None:
-        """Adds blocks up to `num_blocks` in all; those handed out stay as they are."""
-        self._free.extend(range(self.num_blocks, num_blocks))
-        self._held += [False] * (num_blocks - self.num_blocks)
-        self.num_blocks = num_blocks
-
-    def free(self, blocks: list[int]) -> None:
-        """Gives blocks back. Raises ValueError for a block that is not held."""
-        for block in blocks:
-            if not self._held[block]:
-                raise ValueError(f"KV block {block} is freed but was not held")
-            self._held[block] = False
-            self._free.append(block)
 
 
 def kv_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -96,6 +51,11 @@ class KVCache:
         blocks, offsets = slots // self.block_tokens, slots % self.block_tokens
         for tensor, new in ((self.keys[layer], keys), (self.values[layer], values)):
             tensor[blocks, :, :, offsets] = new.to(tensor.dtype)
+
+    def copy(self, source: int, target: int) -> None:
+        """Copies a block, in all layers."""
+        for tensor in (*self.keys, *self.values):
+            tensor[target] = tensor[source]
 
     def gather(self, layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of blocks [rows, blocks], each [rows, heads, blocks * block_tokens, head_dim]."""

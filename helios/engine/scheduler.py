@@ -5,26 +5,42 @@ what is left of the step's token budget in chunks, oldest first. A sequence is a
 blocks for all its tokens. When a running one needs a block and none is free, the youngest running
 sequence is preempted: its blocks are freed, and it waits to be recomputed (Kwon et al. 2023, section 4.5).
 The oldest is never preempted for a younger one, so every sequence ends.
+
+What this or an earlier sequence has computed of the same beginning is not computed again: its full blocks
+are shared (`BlockPool`).
 """
 
 from bisect import insort
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from helios.engine.kv_cache import BlockPool
+from helios.engine.block_pool import BlockPool
+from helios.engine.chunk_budget import ChunkBudget
 from helios.engine.sequence import Sequence, SequenceState
 
 
 class Scheduler:
     """Queue, running batch and block tables. Not thread-safe: the engine's step owns it."""
 
-    def __init__(self, pool: BlockPool, max_running: int, step_token_budget: int) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        max_running: int,
+        step_token_budget: int,
+        chunks: ChunkBudget,
+        copy_block: Callable[[int, int], None] | None,
+    ) -> None:
+        """copy_block(source, target) copies a block's keys and values; None: no block is shared."""
         self.pool = pool
+        self.chunks = chunks
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest arrival first
         self.preemptions = 0
+        # Tokens that need not be computed because others have.
+        self.cached_tokens = 0
         self._max_running = max_running
         self._step_token_budget = step_token_budget
+        self._copy_block = copy_block
 
     def __iter__(self) -> Iterator[Sequence]:
         """All sequences that have not ended."""
@@ -43,20 +59,28 @@ class Scheduler:
         decodes = [seq for seq in self.running if seq.pending == 1]
         for seq in decodes:
             scheduled.append((seq, 1))
-            budget -= 1
+        budget = min(budget - len(decodes), self.chunks.tokens(len(decodes)))
         for seq in [seq for seq in self.running if seq.pending > 1]:
             budget = self._chunk(seq, budget, scheduled)
         while self.waiting and budget > 0 and len(self.running) < self._max_running:
             seq = self.waiting[0]
-            needed = self.pool.blocks_for(len(seq.token_ids))
-            if needed > self.pool.free_blocks:
+            if not self._give_blocks(seq):
                 break  # first come, first served: nobody overtakes it
             self.waiting.popleft()
-            seq.blocks = self.pool.allocate(needed)
             seq.state = SequenceState.RUNNING
             insort(self.running, seq, key=lambda running: running.arrival)
             budget = self._chunk(seq, budget, scheduled)
         return scheduled
+
+    def advance(self, seq: Sequence, count: int) -> None:
+        """Notes that keys and values of a sequence's next `count` tokens are in its blocks."""
+        before = seq.computed // self.pool.block_tokens
+        seq.computed += count
+        full = seq.computed // self.pool.block_tokens
+        if self._copy_block is not None and full > before:
+            digests = seq.digests(self.pool.block_tokens)
+            for index in range(before, full):
+                self.pool.publish(seq.blocks[index], digests[index])
 
     def finish(self, sequence: Sequence) -> None:
         """Ends a sequence, wherever it is, and frees its blocks at once."""
@@ -79,6 +103,29 @@ class Scheduler:
         if count > 0:
             scheduled.append((seq, count))
         return budget - max(count, 0)
+
+    def _give_blocks(self, seq: Sequence) -> bool:
+        """Blocks for all tokens of a sequence that has none; False, and none, when too few are free."""
+        pool, tokens = self.pool, len(seq.token_ids)
+        shared = [] if self._copy_block is None else pool.reuse(seq.digests(pool.block_tokens))
+        computed = len(shared) * pool.block_tokens
+        if self._copy_block is not None and computed == tokens:
+            # The last token is computed in any case, for what comes after it, but not where others read.
+            source = shared.pop()
+            computed -= pool.block_tokens
+            if pool.free_blocks:
+                target = pool.allocate(1)[0]
+                self._copy_block(source, target)
+                shared.append(target)
+                computed = tokens - 1
+            pool.free([source])
+        missing = pool.blocks_for(tokens) - len(shared)
+        if missing > pool.free_blocks:
+            pool.free(shared)
+            return False
+        seq.blocks, seq.computed = [*shared, *pool.allocate(missing)], computed
+        self.cached_tokens += computed
+        return True
 
     def _secure_blocks(self) -> None:
         """Gives each running sequence the blocks its tokens need, oldest first; preempts from the end."""

@@ -3,8 +3,10 @@
 import enum
 import itertools
 import time
+from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from hashlib import blake2b
 
 from helios.engine.detokenizer import Detokenizer
 from helios.errors import HeliosError
@@ -94,6 +96,7 @@ class Sequence:
     computed: int = 0
     preemptions: int = 0
     times: PhaseTimes = field(default_factory=PhaseTimes)
+    _digests: list[bytes] = field(default_factory=list)
 
     @property
     def completion_tokens(self) -> int:
@@ -104,6 +107,15 @@ class Sequence:
     def pending(self) -> int:
         """Tokens that must still be computed before the next one can be sampled."""
         return len(self.token_ids) - self.computed
+
+    def digests(self, block_tokens: int) -> list[bytes]:
+        """Of each full block of its tokens, a digest of all tokens up to the block's end."""
+        while (end := (len(self._digests) + 1) * block_tokens) <= len(self.token_ids):
+            before = self._digests[-1] if self._digests else b""
+            tokens = array("q", self.token_ids[end - block_tokens : end]).tobytes()
+            # Cryptographic: nobody can make a prompt that is taken for another one's beginning.
+            self._digests.append(blake2b(before + tokens, digest_size=16).digest())
+        return self._digests
 
     def finish(self, reason: FinishReason) -> Finish:
         """The closing event of this sequence."""

@@ -21,7 +21,11 @@ class EngineSettings:
     max_running: int = 64
     max_waiting: int = 256
     step_token_budget: int = 512
+    # A step that prefills beside decoding sequences takes at most this many times one that does not.
+    prefill_stretch: float = 2.5
     block_tokens: int = 16
+    # Whether sequences with the same beginning share its KV.
+    prefix_cache: bool = True
 
     def __post_init__(self) -> None:
         """Raises SettingsError naming the setting that is out of range."""
@@ -33,6 +37,8 @@ class EngineSettings:
                 f"step_token_budget ({self.step_token_budget}) must be at least max_running "
                 f"({self.max_running}), so that every running sequence gets its token in each step"
             )
+        if not self.prefill_stretch > 1:
+            raise SettingsError(f"prefill_stretch must be above 1, not {self.prefill_stretch}")
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise SettingsError(f"threshold must be a probability, not {self.threshold}")
         if self.precision not in list(Precision):

@@ -532,6 +532,7 @@ class Telemetry(_message.Message):
     DRAINING_FIELD_NUMBER: _builtins.int
     TIME_FIELD_NUMBER: _builtins.int
     HIGH_EXIT_TOKENS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     model: _builtins.str
     """Name of the model and layers loaded."""
@@ -556,6 +557,8 @@ class Telemetry(_message.Message):
     """Worker's clock, seconds since the Unix epoch."""
     high_exit_tokens: _builtins.int
     """Counter: generated tokens whose confidence was below the exit's threshold (high-exit tokens)."""
+    cached_tokens: _builtins.int
+    """Counter: tokens that were not computed, because a sequence with the same beginning had been."""
     def __init__(
         self,
         *,
@@ -575,10 +578,11 @@ class Telemetry(_message.Message):
         draining: _builtins.bool = ...,
         time: _builtins.float = ...,
         high_exit_tokens: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_free", b"blocks_free", "blocks_total", b"blocks_total", "depth", b"depth", "draining", b"draining", "finished_sequences", b"finished_sequences", "generated_tokens", b"generated_tokens", "high_exit_tokens", b"high_exit_tokens", "model", b"model", "preemptions", b"preemptions", "prefill_tokens", b"prefill_tokens", "running", b"running", "step_age_seconds", b"step_age_seconds", "steps", b"steps", "time", b"time", "waiting", b"waiting", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_free", b"blocks_free", "blocks_total", b"blocks_total", "cached_tokens", b"cached_tokens", "depth", b"depth", "draining", b"draining", "finished_sequences", b"finished_sequences", "generated_tokens", b"generated_tokens", "high_exit_tokens", b"high_exit_tokens", "model", b"model", "preemptions", b"preemptions", "prefill_tokens", b"prefill_tokens", "running", b"running", "step_age_seconds", b"step_age_seconds", "steps", b"steps", "time", b"time", "waiting", b"waiting", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

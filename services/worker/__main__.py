@@ -98,7 +98,9 @@ def _engine_settings(settings: WorkerSettings) -> EngineSettings:
         max_running=settings.max_running,
         max_waiting=settings.max_waiting,
         step_token_budget=settings.step_token_budget,
+        prefill_stretch=settings.prefill_stretch,
         block_tokens=settings.block_tokens,
+        prefix_cache=settings.prefix_cache,
     )
 
 

@@ -36,6 +36,12 @@ _GAUGES = (
 _COUNTERS = (
     _Figure("steps", "{step}", "Engine steps", lambda load: load.counters.steps),
     _Figure("prefill_tokens", "{token}", "Tokens prefilled", lambda load: load.counters.prefill_tokens),
+    _Figure(
+        "cached_tokens",
+        "{token}",
+        "Tokens not computed because a sequence with the same beginning had been",
+        lambda load: load.cached_tokens,
+    ),
     _Figure("generated_tokens", "{token}", "Tokens generated", lambda load: load.counters.generated_tokens),
     _Figure(
         "high_exit_tokens",

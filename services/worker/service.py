@@ -373,6 +373,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             draining=self._draining,
             time=time.time(),
             high_exit_tokens=load.counters.high_exit_tokens,
+            cached_tokens=load.cached_tokens,
         )
 
 

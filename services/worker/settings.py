@@ -46,7 +46,16 @@ class WorkerSettings(ServiceSettings):
     max_running: int = Field(64, ge=1, description="sequences in the running batch")
     max_waiting: int = Field(256, ge=1, description="sequences that may wait for a place in the batch")
     step_token_budget: int = Field(512, ge=1, description="tokens computed in one step, prefill and decode")
+    prefill_stretch: float = Field(
+        2.5,
+        gt=1,
+        description="a step that prefills beside decoding sequences takes at most this many times one that "
+        "does not; inf: no bound",
+    )
     block_tokens: int = Field(16, ge=1, description="tokens in a KV block")
+    prefix_cache: bool = Field(
+        True, description="whether requests with the same beginning share its KV (their timing tells)"
+    )
     drain_seconds: float = Field(
         10.0, ge=0, description="time that running sequences get to end when the worker is told to stop"
     )

@@ -1,10 +1,12 @@
-"""`helios bench serve` over a tiny model: the whole bench, small."""
+"""`helios bench serve` and `prefill` over a tiny model: the whole bench, small."""
 
 import json
 from pathlib import Path
 
+import pytest
 from click.testing import CliRunner
 
+import bench.prefill
 from helios.cli import cli
 
 
@@ -37,3 +39,22 @@ def test_bench_serve_measures_both_ways_and_finds_parity(tiny_models: Path, tmp_
     assert {"no stream fails", "streams equal transformers' greedy output"} <= {
         target["name"] for target in report["targets"] if target["met"]
     }
+
+
+def test_bench_prefill_measures_with_and_without_a_bound(
+    tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench.prefill, "random_model", lambda _shape, _directory: tiny_models / "long")
+    out = tmp_path / "prefill.json"
+    options = ["--json", str(out), "--chats", "2", "--chat-tokens", "60", "--prompt-tokens", "40"]
+    answer = CliRunner().invoke(
+        cli, ["bench", "prefill", *options, "--rounds", "1", "--threads", "1"], catch_exceptions=False
+    )
+    assert answer.exit_code == 0, answer.output
+    results = json.loads(out.read_text())["results"]
+    for found in results["time_between_tokens_ms"].values():
+        assert [0 < one["p50"] <= one["p99"] for one in found] == [True]
+    assert all(one > 0 for of_way in results["long_prompt_ttft_seconds"].values() for one in of_way)
+    assert set(results["p99_against_chats_alone"]) == set(results["long_prompt_ttft_seconds"])
+    # A thousand tokens more are computed the first time.
+    assert results["shared_beginning"]["ratio"] > 1

@@ -108,6 +108,64 @@ def test_a_resumed_sequence_goes_on_as_it_would_have(
         assert resumed.text == "".join(token.text for token in whole.tokens[cut:])
 
 
+GREEDY = SamplingParams(max_tokens=10, ignore_eos=True)
+LONG = [2, *range(30, 71)]
+
+
+def cached(engine: Engine) -> int:
+    return engine.telemetry().cached_tokens
+
+
+@pytest.mark.parametrize("tokens", [40, 42], ids=["whole blocks", "and a part"])
+def test_a_beginning_that_was_computed_is_not_computed_again(engine: Engine, tokens: int) -> None:
+    prompt = LONG[:tokens]
+    first = finished(engine, prompt, GREEDY)
+    before = engine.telemetry().counters.prefill_tokens
+    again = finished(engine, prompt, GREEDY)
+    assert again.ids == first.ids
+    assert cached(engine) == tokens - (1 if tokens == 40 else 2)
+    # A last token alone is a decode.
+    assert engine.telemetry().counters.prefill_tokens - before == (0 if tokens == 40 else 2)
+    other = finished(engine, [*prompt[:21], 9, 9, 9], GREEDY)
+    assert other.ids == finished(Engine.load(engine.plan.entry.path, 4), [*prompt[:21], 9, 9, 9], GREEDY).ids
+
+
+def test_sequences_that_share_a_beginning_do_not_disturb_each_other(engine: Engine, model: Path) -> None:
+    prompts = [LONG[:40], LONG[:40], [*LONG[:38], 7], [*LONG[:12], 8, 8], LONG]
+    alone = Engine.load(model, 4, EngineSettings(memory_bytes=MEMORY, prefix_cache=False))
+    expected = [finished(alone, prompt, GREEDY).ids for prompt in prompts]
+    assert alone.telemetry().cached_tokens == 0
+    for _ in range(2):
+        streams = [Stream() for _ in prompts]
+        for number, stream in enumerate(streams):
+            engine.submit(str(number), prompts[number], GREEDY, stream)
+            # The first is under way while the others begin.
+            engine.step()
+        drive(engine)
+        assert [stream.ids for stream in streams] == expected
+    assert cached(engine) > len(LONG) * 4
+    assert engine.telemetry().blocks_free == engine.telemetry().blocks_total
+
+
+def test_what_was_cached_stays_for_fewer_layers_and_goes_with_more(engine: Engine, model: Path) -> None:
+    finished(engine, LONG, GREEDY)
+    for depth, found in ((2, 40), (6, 0)):
+        before = cached(engine)
+        engine.reload(model, depth)
+        fresh = Engine.load(model, depth, EngineSettings(memory_bytes=MEMORY, prefix_cache=False))
+        assert finished(engine, LONG, GREEDY).ids == finished(fresh, LONG, GREEDY).ids
+        assert cached(engine) - before == found
+
+
+def test_estimated_keys_and_values_are_not_shared(model: Path) -> None:
+    settings = EngineSettings(exit_mode=ExitMode.DYNAMIC, threshold=0.0, memory_bytes=MEMORY, block_tokens=4)
+    engine = Engine.load(model, settings=settings)
+    first = finished(engine, LONG, GREEDY)
+    assert {token.exit_layer for token in first.tokens[1:]} == {EXITS[0]}
+    assert finished(engine, [*LONG, *first.ids], GREEDY).ids
+    assert cached(engine) == 0
+
+
 def test_tokens_do_not_depend_on_the_neighbours(engine: Engine) -> None:
     sampling = [SamplingParams(max_tokens=15, ignore_eos=True, temperature=t, seed=3) for t in (0, 0.8, 1.5)]
     prompts = [[2, 33], [2, *range(60, 99)], [9]]
@@ -230,6 +288,9 @@ def test_unusable_settings_are_refused(model: Path) -> None:
         Engine.load(model, 2, EngineSettings(memory_bytes=1000))
     with pytest.raises(SettingsError, match="step_token_budget"):
         EngineSettings(step_token_budget=3)
+    for stretch in (1.0, float("nan")):
+        with pytest.raises(SettingsError, match="prefill_stretch"):
+            EngineSettings(prefill_stretch=stretch)
 
 
 def test_fewer_layers_leave_room_for_more_sequences(model: Path) -> None:

@@ -98,15 +98,19 @@ def test_logits_equal_transformers_whatever_the_chunks(tmp_path: Path, variant: 
     torch.testing.assert_close(logits[0], expected, atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("prefix_cache", [True, False])
 @pytest.mark.parametrize("variant", ["pre-norm", "post-norm"])
-def test_preempted_sequences_continue_as_if_nothing_had_happened(tmp_path: Path, variant: str) -> None:
+def test_preempted_sequences_continue_as_if_nothing_had_happened(
+    tmp_path: Path, variant: str, prefix_cache: bool
+) -> None:
     path = tmp_path / variant
     reference = save_variant(path, variant, 7, max_position_embeddings=64)
     # A pool of one context and a bit, which five growing sequences overflow.
     roomy = Engine.load(path, settings=EngineSettings(memory_bytes=64 << 20, block_tokens=4))
     memory = roomy.plan.memory
     budget = memory.weight_bytes + memory.activation_bytes + 70 * memory.kv_bytes_per_token
-    engine = Engine.load(path, settings=EngineSettings(memory_bytes=budget, block_tokens=4))
+    settings = EngineSettings(memory_bytes=budget, block_tokens=4, prefix_cache=prefix_cache)
+    engine = Engine.load(path, settings=settings)
     prompts = [[2, 10 + n, 20, 30, 40, 50, 60, 70] for n in range(5)]
     tokens = run(engine, prompts, SamplingParams(max_tokens=24, ignore_eos=True))
     assert engine.telemetry().preemptions > 0

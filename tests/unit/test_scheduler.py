@@ -1,11 +1,15 @@
-"""No block is lost or shared, and nothing starves, whatever comes."""
+"""No block is lost, none that others read is written to, and nothing starves, whatever comes."""
+
+import math
+from collections import Counter
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from helios.engine.block_pool import BlockPool
+from helios.engine.chunk_budget import ChunkBudget
 from helios.engine.detokenizer import Detokenizer
-from helios.engine.kv_cache import BlockPool
 from helios.engine.scheduler import Scheduler
 from helios.engine.sequence import Sequence, SequenceState
 from helios.sampling import SamplingParams
@@ -27,10 +31,36 @@ def make_sequence(name: str, prompt: int, output: int) -> Sequence:
     )
 
 
-def advance(scheduler: Scheduler, scheduled: list[tuple[Sequence, int]]) -> None:
+class Cache:
+    """What each slot of the blocks holds: the tokens up to and with its own."""
+
+    def __init__(self) -> None:
+        self.slots: dict[tuple[int, int], list[int]] = {}
+
+    def copy(self, source: int, target: int) -> None:
+        for offset in range(BLOCK_TOKENS):
+            self.slots[target, offset] = self.slots[source, offset]
+
+    def write(self, sequence: Sequence, position: int) -> None:
+        slot = (sequence.blocks[position // BLOCK_TOKENS], position % BLOCK_TOKENS)
+        self.slots[slot] = sequence.token_ids[: position + 1]
+
+    def check(self, sequence: Sequence) -> None:
+        """All that counts as computed is there, and is of this text."""
+        for position in range(sequence.computed):
+            slot = (sequence.blocks[position // BLOCK_TOKENS], position % BLOCK_TOKENS)
+            assert self.slots[slot] == sequence.token_ids[: position + 1]
+
+
+def advance(scheduler: Scheduler, scheduled: list[tuple[Sequence, int]], cache: Cache | None = None) -> None:
     """What a step does to the sequences, without a model."""
+    if cache is not None:
+        for sequence, count in scheduled:
+            cache.check(sequence)
+            for position in range(sequence.computed, sequence.computed + count):
+                cache.write(sequence, position)
     for sequence, count in scheduled:
-        sequence.computed += count
+        scheduler.advance(sequence, count)
         if sequence.pending == 0:
             sequence.token_ids.append(0)
             if sequence.completion_tokens == sequence.sampling.max_tokens:
@@ -38,16 +68,23 @@ def advance(scheduler: Scheduler, scheduled: list[tuple[Sequence, int]]) -> None
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Submissions, steps and cancellations in any order."""
+    """Submissions, steps and cancellations in any order. All prompts begin alike."""
 
     @initialize(
-        blocks=st.integers(CONTEXT // BLOCK_TOKENS, 24), running=st.integers(1, 6), budget=st.integers(6, 40)
+        blocks=st.integers(CONTEXT // BLOCK_TOKENS, 24),
+        running=st.integers(1, 6),
+        budget=st.integers(6, 40),
+        stretch=st.sampled_from([1.5, 4, math.inf]),
+        sharing=st.booleans(),
     )
-    def start(self, blocks: int, running: int, budget: int) -> None:
+    def start(self, blocks: int, running: int, budget: int, stretch: float, sharing: bool) -> None:
         self.pool = BlockPool(blocks, BLOCK_TOKENS)
         self.budget = budget
         self.max_running = running
-        self.scheduler = Scheduler(self.pool, running, budget)
+        self.sharing = sharing
+        self.cache = Cache()
+        chunks = ChunkBudget(stretch, BLOCK_TOKENS, budget)
+        self.scheduler = Scheduler(self.pool, running, budget, chunks, self.cache.copy if sharing else None)
         self.all: list[Sequence] = []
 
     @rule(prompt=st.integers(1, CONTEXT - 1), data=st.data())
@@ -80,15 +117,22 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert len(sequence.blocks) * BLOCK_TOKENS >= sequence.computed + count
         if oldest is not None:
             assert oldest in [sequence for sequence, _ in scheduled], "the oldest always moves"
-        advance(self.scheduler, scheduled)
+        advance(self.scheduler, scheduled, self.cache)
+        decoding = sum(count == 1 for _, count in scheduled)
+        prompt_tokens = sum(count for _, count in scheduled if count > 1)
+        self.scheduler.chunks.observe(decoding, prompt_tokens, 1e-3 * decoding + 1e-4 * prompt_tokens)
 
     @invariant()
-    def every_block_is_free_or_held_once(self) -> None:
+    def every_block_is_free_or_held(self) -> None:
         if not hasattr(self, "pool"):
             return
-        held = [block for sequence in self.all for block in sequence.blocks]
-        assert len(held) == len(set(held))
-        assert len(held) + self.pool.free_blocks == self.pool.num_blocks
+        holders = Counter(block for sequence in self.all for block in sequence.blocks)
+        assert len(holders) + self.pool.free_blocks == self.pool.num_blocks
+        assert self.sharing or set(holders.values()) <= {1}
+        for sequence in self.scheduler.running:
+            assert len(sequence.blocks) == len(set(sequence.blocks))
+            for block in sequence.blocks[sequence.computed // BLOCK_TOKENS :]:
+                assert holders[block] == 1, "what is still written to is nobody else's"
 
     @invariant()
     def only_running_sequences_hold_blocks(self) -> None:
@@ -107,7 +151,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(work * len(self.all)):
             if not list(self.scheduler):
                 break
-            advance(self.scheduler, self.scheduler.schedule())
+            advance(self.scheduler, self.scheduler.schedule(), self.cache)
         assert all(sequence.state is SequenceState.FINISHED for sequence in self.all), "every sequence ends"
         assert self.pool.free_blocks == self.pool.num_blocks
 
@@ -118,7 +162,9 @@ TestScheduler.settings = settings(max_examples=60, stateful_step_count=40, deadl
 
 @given(st.integers(1, 20))
 def test_decoding_sequences_never_wait_for_a_prefill(chunk: int) -> None:
-    scheduler = Scheduler(BlockPool(64, BLOCK_TOKENS), 4, step_token_budget=4 + chunk)
+    scheduler = Scheduler(
+        BlockPool(64, BLOCK_TOKENS), 4, 4 + chunk, ChunkBudget(math.inf, BLOCK_TOKENS, 4 + chunk), None
+    )
     decoding = make_sequence("decoding", 3, 20)
     scheduler.add(decoding)
     advance(scheduler, scheduler.schedule())

@@ -1,0 +1,55 @@
+"""How many prompt tokens a step may take beside sequences that decode."""
+
+import math
+
+# Weight of a new observation in the running means.
+_WEIGHT = 0.2
+
+
+class ChunkBudget:
+    """Sizes the chunks of prefills so that a step with them takes at most `stretch` times one without.
+
+    Chunks beside decodes are Sarathi-Serve's (Agrawal et al. 2024, section 4.2), where their size is fixed;
+    here it follows from what steps have taken: on this machine, with this model at this depth.
+    """
+
+    def __init__(self, stretch: float, least: int, most: int) -> None:
+        """stretch: above 1, infinite: no bound; least, most: bounds on the tokens, whatever is observed."""
+        self._stretch = stretch
+        self._least = min(least, most)
+        self._most = most
+        # Seconds of a step without prefill, by the power of two that its sequences reach.
+        self._decode: dict[int, float] = {}
+        self._per_token: float | None = None
+
+    def tokens(self, decoding: int) -> int:
+        """Most prompt tokens of a step in which so many sequences decode."""
+        if not decoding or math.isinf(self._stretch):
+            return self._most
+        step = self._decode_seconds(decoding)
+        if step is None or self._per_token is None:
+            return self._least
+        fitting = (self._stretch - 1) * step / max(self._per_token, 1e-9)
+        return int(min(max(fitting, self._least), self._most))
+
+    def observe(self, decoding: int, prompt_tokens: int, seconds: float) -> None:
+        """Takes in what a step took."""
+        if not prompt_tokens:
+            key = decoding.bit_length()
+            self._decode[key] = _mean(self._decode.get(key), seconds)
+            return
+        step = self._decode_seconds(decoding) if decoding else 0.0
+        # Chunks of a few tokens tell little: what one of them takes is mostly what any step takes.
+        if step is not None and prompt_tokens >= self._least:
+            self._per_token = _mean(self._per_token, max(seconds - step, 0.0) / prompt_tokens)
+
+    def _decode_seconds(self, decoding: int) -> float | None:
+        """Of a step with so many sequences, or with the nearest number that has been observed."""
+        if not self._decode:
+            return None
+        key = decoding.bit_length()
+        return self._decode[min(self._decode, key=lambda known: (abs(known - key), known))]
+
+
+def _mean(before: float | None, new: float) -> float:
+    return new if before is None else before + _WEIGHT * (new - before)

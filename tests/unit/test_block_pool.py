@@ -1,0 +1,69 @@
+"""A block's content outlives its holders for as long as there is room, and serves those who begin alike."""
+
+import pytest
+
+from helios.engine.block_pool import BlockPool
+from helios.errors import OutOfMemoryError
+
+
+def published(pool: BlockPool, *digests: bytes) -> list[int]:
+    blocks = pool.allocate(len(digests))
+    for block, digest in zip(blocks, digests, strict=True):
+        pool.publish(block, digest)
+    return blocks
+
+
+def test_the_longest_beginning_is_found() -> None:
+    pool = BlockPool(8, 4)
+    first, second, _ = published(pool, b"a", b"ab", b"abc")
+    assert pool.reuse([b"a", b"ab", b"abx", b"abc"]) == [first, second]
+    assert pool.reuse([b"b", b"ab"]) == []
+
+
+def test_a_shared_block_is_free_when_its_last_holder_has_gone() -> None:
+    pool = BlockPool(2, 4)
+    blocks = published(pool, b"a")
+    assert pool.reuse([b"a"]) == blocks
+    pool.free(blocks)
+    assert pool.free_blocks == 1
+    pool.free(blocks)
+    assert pool.free_blocks == 2
+    with pytest.raises(ValueError, match="not held"):
+        pool.free(blocks)
+
+
+def test_content_stays_until_its_place_is_needed_and_the_oldest_end_goes_first() -> None:
+    pool = BlockPool(4, 4)
+    old = published(pool, b"a", b"ab")
+    new = published(pool, b"x")
+    pool.free(old)
+    pool.free(new)
+    pool.allocate(1)
+    assert pool.reuse([b"a", b"ab"]) == old, "an empty block is taken first"
+    pool.free(old)
+    pool.allocate(1)
+    assert pool.reuse([b"x"]) == [], "then the one that was freed longest ago"
+    pool.allocate(1)
+    assert pool.reuse([b"a", b"ab"]) == old[:1], "of a text its end"
+    with pytest.raises(OutOfMemoryError, match="1 KV blocks asked, 0 of 4 free"):
+        pool.allocate(1)
+
+
+def test_the_first_of_two_equal_blocks_is_the_one_that_is_found() -> None:
+    pool = BlockPool(4, 4)
+    first = published(pool, b"a")
+    second = published(pool, b"a")
+    assert pool.reuse([b"a"]) == first
+    pool.free(second)
+    pool.free(first)
+    pool.free(first)
+    assert pool.reuse([b"a"]) == first
+    assert pool.free_blocks == 3
+
+
+def test_new_blocks_are_added_to_those_there_are() -> None:
+    pool = BlockPool(2, 4)
+    held = published(pool, b"a")
+    pool.grow(5)
+    assert sorted([*held, *pool.allocate(4)]) == [0, 1, 2, 3, 4]
+    assert pool.reuse([b"a"]) == held

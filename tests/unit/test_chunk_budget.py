@@ -1,0 +1,46 @@
+"""Chunks are as large as what steps took allows."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from helios.engine.chunk_budget import ChunkBudget
+
+
+def observed(stretch: float) -> ChunkBudget:
+    """Steps take 10 ms for up to 8 sequences, 40 ms for 32, and a prompt's token 0.1 ms."""
+    budget = ChunkBudget(stretch, 16, 512)
+    budget.observe(0, 512, 512 * 1e-4)
+    for _ in range(3):
+        budget.observe(8, 0, 0.010)
+        budget.observe(32, 0, 0.040)
+    return budget
+
+
+@pytest.mark.parametrize(("decoding", "tokens"), [(8, 150), (32, 512), (1, 150), (60, 512), (0, 512)])
+def test_a_chunk_fits_into_what_the_stretch_leaves(decoding: int, tokens: int) -> None:
+    assert observed(2.5).tokens(decoding) == pytest.approx(tokens, abs=1)
+
+
+def test_a_bound_that_leaves_nothing_leaves_the_least() -> None:
+    assert observed(1.0001).tokens(8) == 16
+
+
+def test_no_bound_is_the_whole_step() -> None:
+    assert observed(math.inf).tokens(8) == 512
+
+
+def test_nothing_known_is_the_least() -> None:
+    assert ChunkBudget(2.5, 16, 512).tokens(3) == 16
+
+
+@given(st.lists(st.tuples(st.integers(0, 64), st.integers(0, 512), st.floats(0, 10)), max_size=30), st.data())
+def test_whatever_steps_took_a_chunk_is_within_its_bounds(
+    steps: list[tuple[int, int, float]], data: st.DataObject
+) -> None:
+    budget = ChunkBudget(data.draw(st.floats(1.001, 100)), 16, 512)
+    for decoding, prompt_tokens, seconds in steps:
+        budget.observe(decoding, prompt_tokens, seconds)
+    assert 16 <= budget.tokens(data.draw(st.integers(1, 64))) <= 512
