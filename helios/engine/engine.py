@@ -14,6 +14,7 @@ import torch
 from helios.engine.batch import build_batch
 from helios.engine.block_pool import BlockPool
 from helios.engine.chunk_budget import ChunkBudget
+from helios.engine.decode_graphs import DecodeGraphs
 from helios.engine.detokenizer import Detokenizer
 from helios.engine.exits import ExitMode, run_dynamic, run_static
 from helios.engine.kv_cache import KVCache
@@ -111,7 +112,7 @@ class Engine:
         self._sequences: dict[str, Sequence] = {}
         self._counters = Counters()
         self._last_step = time.monotonic()
-        self._scheduler, self._cache = self._allocate(plan)
+        self._scheduler, self._cache, self._graphs = self._allocate(plan)
         self._reload_lock = threading.Lock()
 
     @classmethod
@@ -241,7 +242,7 @@ class Engine:
         if self.settings.exit_mode is ExitMode.DYNAMIC:
             logits, exits = run_dynamic(self.plan.model, batch, self._cache, self.plan.thresholds)
         else:
-            logits, exits = run_static(self.plan.model, batch, self._cache)
+            logits, exits = run_static(self.plan.model, batch, self._cache, self._graphs)
         for seq, count in scheduled:
             self._scheduler.advance(seq, count)
         prompt_tokens = len(batch.token_ids) - batch.decode_rows
@@ -390,7 +391,10 @@ class Engine:
         try:
             if new.checkpoint_id == old.checkpoint_id and new.depth <= old.depth:
                 # What the lower layers have cached stays valid; only the upper layers' KV goes.
-                scheduler.pool.grow(self._cache.shrink(new.depth, new.memory.num_blocks))
+                spare = self._cache.num_blocks - scheduler.pool.num_blocks
+                blocks = self._cache.shrink(new.depth, new.memory.num_blocks + spare)
+                scheduler.pool.grow(blocks - spare)
+                self._graphs = self._graphs_of(new, self._cache)
                 self.plan = new
             else:
                 self._replace(new)
@@ -406,12 +410,12 @@ class Engine:
         old = self._scheduler
         old.preempt_all()
         # The old pool goes before the new one comes: both together would break the budget.
-        del self._cache
+        del self._cache, self._graphs
         try:
-            self._scheduler, self._cache = self._allocate(new)
+            self._scheduler, self._cache, self._graphs = self._allocate(new)
             self.plan = new
         except RuntimeError as error:  # torch's allocator
-            self._scheduler, self._cache = self._allocate(self.plan)
+            self._scheduler, self._cache, self._graphs = self._allocate(self.plan)
             raise OutOfMemoryError(f"no memory for the KV pool of the new plan: {error}") from error
         finally:
             self._scheduler.preemptions = old.preemptions
@@ -446,12 +450,13 @@ class Engine:
             step_age=time.monotonic() - self._last_step,
         )
 
-    def _allocate(self, plan: Plan) -> tuple[Scheduler, KVCache]:
+    def _allocate(self, plan: Plan) -> tuple[Scheduler, KVCache, DecodeGraphs | None]:
         settings, config = self.settings, plan.model.config
         pool = BlockPool(plan.memory.num_blocks, settings.block_tokens)
         cache = KVCache(
             plan.depth,
-            plan.memory.num_blocks,
+            # A spare one for the padding of graphs.
+            plan.memory.num_blocks + self._captures(plan),
             settings.block_tokens,
             config.num_heads,
             config.head_dim,
@@ -468,7 +473,16 @@ class Engine:
             chunks,
             copy_block=cache.copy if shares else None,
         )
-        return scheduler, cache
+        return scheduler, cache, self._graphs_of(plan, cache)
+
+    def _captures(self, plan: Plan) -> bool:
+        return self.settings.cuda_graphs and plan.model.device.type == "cuda"
+
+    def _graphs_of(self, plan: Plan, cache: KVCache) -> DecodeGraphs | None:
+        """Graphs for the decode steps of a plan, where its device has them."""
+        if not self._captures(plan):
+            return None
+        return DecodeGraphs(plan.model, cache, cache.num_blocks - 1, self.settings.max_running)
 
     def _check(self, prompt_ids: list[int], emitted: list[int], sampling: SamplingParams) -> SamplingParams:
         """The sampling with max_tokens cut to what the context leaves, or InvalidRequestError."""

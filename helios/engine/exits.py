@@ -6,6 +6,7 @@ from collections.abc import Mapping
 import torch
 
 from helios.engine.batch import Batch
+from helios.engine.decode_graphs import DecodeGraphs
 from helios.engine.kv_cache import KVCache
 from helios.engine.model import Model
 
@@ -25,10 +26,17 @@ def confidence(logits: torch.Tensor) -> torch.Tensor:
     return (logits.amax(dim=-1) - logits.logsumexp(dim=-1)).exp()
 
 
-def run_static(model: Model, batch: Batch, cache: KVCache) -> tuple[torch.Tensor, list[int]]:
-    """All rows through all loaded layers. Logits [R, vocabulary] and the exit layer of each."""
-    hidden = model.forward(batch, cache)
-    logits = model.read_out(hidden[batch.read_rows], model.depth)
+def run_static(
+    model: Model, batch: Batch, cache: KVCache, graphs: DecodeGraphs | None = None
+) -> tuple[torch.Tensor, list[int]]:
+    """All rows through all loaded layers. Logits [R, vocabulary] and the exit layer of each.
+
+    `graphs` are of this model and cache, for the steps that one was captured of.
+    """
+    logits = None if graphs is None else graphs.run(batch)
+    if logits is None:
+        hidden = model.forward(batch, cache)
+        logits = model.read_out(hidden[batch.read_rows], model.depth)
     return logits, [model.depth] * len(logits)
 
 

@@ -38,6 +38,11 @@ class KVCache:
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.addresses = self._locate()
 
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that all layers have."""
+        return min(map(len, (*self.keys, *self.values)))
+
     def _locate(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Where the keys and the values of each layer lie, for compiled code."""
         keys, values = (
@@ -85,4 +90,4 @@ class KVCache:
         except RuntimeError as error:  # torch's allocator
             log.warning("the KV pool stays as large as it was, there is no memory for more: %s", error)
         self.addresses = self._locate()
-        return min(map(len, (*self.keys, *self.values)))
+        return self.num_blocks

@@ -26,6 +26,8 @@ class EngineSettings:
     block_tokens: int = 16
     # Whether sequences with the same beginning share its KV.
     prefix_cache: bool = True
+    # Whether decode steps on a CUDA device are captured as graphs.
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         """Raises SettingsError naming the setting that is out of range."""

@@ -101,6 +101,7 @@ def _engine_settings(settings: WorkerSettings) -> EngineSettings:
         prefill_stretch=settings.prefill_stretch,
         block_tokens=settings.block_tokens,
         prefix_cache=settings.prefix_cache,
+        cuda_graphs=settings.cuda_graphs,
     )
 
 

@@ -56,6 +56,9 @@ class WorkerSettings(ServiceSettings):
     prefix_cache: bool = Field(
         True, description="whether requests with the same beginning share its KV (their timing tells)"
     )
+    cuda_graphs: bool = Field(
+        True, description="whether decode steps on a CUDA device are captured as graphs"
+    )
     drain_seconds: float = Field(
         10.0, ge=0, description="time that running sequences get to end when the worker is told to stop"
     )

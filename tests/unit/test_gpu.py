@@ -1,11 +1,12 @@
 """The engine on a CUDA device. Skipped where there is none."""
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from helios.engine import Engine, EngineSettings, ExitMode, SamplingParams
+from helios.engine import Engine, EngineSettings, ExitMode, Output, SamplingParams
 from tests.opt_variants import VARIANTS, save_variant
 
 EXITS = (1, 2, 4, 6)
@@ -34,3 +35,27 @@ def test_the_gpu_gives_the_tokens_of_the_cpu(tmp_path: Path, variant: str, mode:
             for token in engine.generate([2, 40, 50], sampling)
         ]
     assert tokens["cuda"] == tokens["cpu"]
+
+
+def test_a_captured_step_gives_the_tokens_of_one_that_is_not(tmp_path: Path) -> None:
+    save_variant(tmp_path, "pre-norm", 32, exits=EXITS)
+    prompts = [[2, 40 + n, *range(50, 50 + 3 * n)] for n in range(5)]
+    tokens = []
+    for captured in (True, False):
+        settings = EngineSettings(device="cuda", memory_bytes=256 << 20, cuda_graphs=captured)
+        engine = Engine.load(tmp_path, 4, settings)
+        found: list[list[int]] = [[] for _ in prompts]
+
+        def sink(mine: list[int], output: Output) -> None:
+            mine.extend(one.token_id for one in output.tokens)
+
+        for index, prompt in enumerate(prompts):
+            sampling = SamplingParams(max_tokens=20 + index, ignore_eos=True)
+            engine.submit(str(index), prompt, sampling, partial(sink, found[index]))
+            engine.step()
+        while engine.step():
+            if len(found[0]) == 10:
+                # It keeps the cache; what was captured of the deeper plan must not run.
+                engine.reload(tmp_path, 2)
+        tokens.append(found)
+    assert tokens[0] == tokens[1]

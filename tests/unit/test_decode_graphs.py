@@ -1,0 +1,73 @@
+"""What a graph captures computes what the plain step does. Capturing needs a CUDA device: test_gpu.py."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from helios.engine.batch import Batch, build_batch
+from helios.engine.decode_graphs import PaddedDecode
+from helios.engine.detokenizer import Detokenizer
+from helios.engine.exits import run_static
+from helios.engine.kv_cache import KVCache
+from helios.engine.plan import load_plan
+from helios.engine.sequence import Sequence
+from helios.engine.settings import EngineSettings
+from helios.sampling import SamplingParams
+from tests.opt_variants import VARIANTS, byte_tokenizer, save_variant
+
+BLOCK_TOKENS, BLOCKS = 4, 16
+
+
+def decodes(lengths: list[int], seed: int) -> Batch:
+    """A step of sequences with as many tokens, on blocks of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    free = iter(torch.randperm(BLOCKS, generator=generator).tolist())
+    scheduled = []
+    for length in lengths:
+        ids = torch.randint(4, 99, (length,), generator=generator).tolist()
+        sequence = Sequence(
+            "", ids, length, SamplingParams(), Detokenizer(byte_tokenizer(), ()), lambda _: None
+        )
+        sequence.blocks = [next(free) for _ in range(-(-length // BLOCK_TOKENS))]
+        sequence.computed = length - 1
+        scheduled.append((sequence, 1))
+    return build_batch(scheduled, BLOCK_TOKENS, torch.device("cpu"))[0]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.inference_mode()
+def test_padding_changes_neither_logits_nor_the_blocks_of_others(tmp_path: Path, variant: str) -> None:
+    save_variant(tmp_path, variant, 3)
+    plan = load_plan(tmp_path, None, EngineSettings(memory_bytes=64 << 20))
+    config = plan.model.config
+    torch.manual_seed(0)
+    caches = [
+        KVCache(
+            plan.depth,
+            BLOCKS + 1,
+            BLOCK_TOKENS,
+            config.num_heads,
+            config.head_dim,
+            torch.float32,
+            torch.device("cpu"),
+        )
+        for _ in range(2)
+    ]
+    for own, other in zip(
+        (*caches[0].keys, *caches[0].values), (*caches[1].keys, *caches[1].values), strict=True
+    ):
+        own.normal_()
+        other.copy_(own)
+    padded = PaddedDecode(plan.model, caches[0], rows=8, blocks=4, spare_block=BLOCKS)
+    # The second is smaller than the first: nothing of that may stay.
+    for seed, lengths in enumerate(([5, 1, 9, 12, 3], [2, 16])):
+        batch = decodes(lengths, seed)
+        padded.fill(batch)
+        logits = padded.compute()[: len(lengths)]
+        expected, _ = run_static(plan.model, batch, caches[1])
+        torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+        for own, other in zip(
+            (*caches[0].keys, *caches[0].values), (*caches[1].keys, *caches[1].values), strict=True
+        ):
+            torch.testing.assert_close(own[:BLOCKS], other[:BLOCKS], rtol=1e-4, atol=1e-4)
