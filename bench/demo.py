@@ -20,7 +20,6 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from bench import held_out, load
-from bench.exit_trace import trace_dynamic
 from bench.load import Latency, Request, Stream
 from bench.local_stack import local_stack
 from bench.report import Report
@@ -29,6 +28,7 @@ from bench.timeline import Mark, Sample, Timeline, WorkerSample
 from helios import catalog
 from helios.client import AsyncClient, error_from
 from helios.controller_client import ControllerClient, connect
+from helios.engine.exit_trace import trace_dynamic
 from helios.engine.threads import set_threads
 from helios.errors import SettingsError, UnavailableError
 from helios.hardware import available_memory

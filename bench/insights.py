@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench import held_out
-from bench.exit_trace import ExitTrace
 from bench.report import Target
 from bench.subject import Subject
 from helios.calibration import TARGET_AGREEMENT, calibrated_threshold
 from helios.catalog import ModelEntry
+from helios.engine.exit_trace import ExitTrace
 from helios.history import CONFIDENCE_BINS
 
 _PAPER_TH = 0.8

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from bench import held_out
-from bench.exit_trace import ExitTrace, trace_exits
 from helios.catalog import ModelEntry
 from helios.engine import Engine, EngineSettings, ExitMode
+from helios.engine.exit_trace import ExitTrace, trace_exits
 from helios.engine.plan import Plan, load_plan
 from helios.engine.tokenizer import load_tokenizer
 from helios.errors import SettingsError

@@ -32,12 +32,24 @@ _EXIT_HEAD_KINDS = ("shared", "norm", "linear")
 
 
 @dataclass(frozen=True, slots=True)
+class Fidelity:
+    """An exit in one precision against the same exit in float32, on text that is given, not generated."""
+
+    # A share: 0.01 is a perplexity 1 % higher.
+    perplexity_increase: float
+    # Share of tokens after which the most likely next one is the same.
+    agreement: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class EarlyExitFacts:
     """What helios.json says beside the weights (docs/early-exit-facts.md).
 
     exit_layers: layers after which a token may be read out, ascending; the last is the model's last.
     exit_head: shared, all exits through the model's final norm; norm, each through its own; linear, a
     square projection after the own norm. thresholds: confidence that lets a token leave, by exit layer.
+    precisions: what `helios models measure` found, by precision and exit layer.
     """
 
     exit_layers: tuple[int, ...]
@@ -46,6 +58,7 @@ class EarlyExitFacts:
     thresholds: Mapping[int, float] = field(default_factory=dict)
     tokenizer_id: str | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
+    precisions: Mapping[str, Mapping[int, Fidelity]] = field(default_factory=dict)
 
     @property
     def num_layers(self) -> int:
@@ -94,6 +107,13 @@ class EarlyExitFacts:
         training = fields.get("training", {})
         if not isinstance(training, dict):
             raise error("training", "must be an object")
+        try:
+            precisions = {
+                precision: {int(layer): Fidelity(**found) for layer, found in by_layer.items()}
+                for precision, by_layer in fields.get("precisions", {}).items()
+            }
+        except (AttributeError, TypeError, ValueError):
+            raise error("precisions", "must map precisions to exit layers to what was measured") from None
         return cls(
             exit_layers=tuple(layers),
             exit_head=cast("ExitHeadKind", fields["exit_head"]),
@@ -101,6 +121,7 @@ class EarlyExitFacts:
             thresholds={int(key): float(value) for key, value in thresholds.items()},
             tokenizer_id=tokenizer_id,
             training=training,
+            precisions=precisions,
         )
 
     def check_depth(self, depth: int, model: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from helios.calibration import TARGET_AGREEMENT
-from helios.catalog import EarlyExitFacts
+from helios.catalog import EarlyExitFacts, Fidelity
 
 
 def write_card(directory: Path, exits: EarlyExitFacts, licences: Mapping[str, Mapping[str, Any]]) -> Path:
@@ -43,6 +43,7 @@ def write_card(directory: Path, exits: EarlyExitFacts, licences: Mapping[str, Ma
         f"overlap. Thresholds: per exit the lowest confidence from which {100 * TARGET_AGREEMENT:.0f} % of "
         "tokens agree with the last layer, calibrated on windows that the tables leave out.",
         _threshold_table(exits),
+        *(_precision_table(precision, found) for precision, found in exits.precisions.items()),
         *([_figure_table("Its own texts together", facts["own_evaluation"])] if len(own) > 1 else []),
         *(
             _figure_table(f"{licences[name]['name']}{' (its own)' if name in own else ''}", found)
@@ -76,6 +77,19 @@ def _threshold_table(exits: EarlyExitFacts) -> str:
             f"| exit | {' | '.join(map(str, exits.exit_layers))} |",
             f"| --- {'| --- ' * len(exits.exit_layers)}|",
             f"| threshold | {' | '.join(f'{exits.thresholds[layer]:.2f}' for layer in exits.exit_layers)} |",
+        ]
+    )
+
+
+def _precision_table(precision: str, found: Mapping[int, Fidelity]) -> str:
+    return "\n".join(
+        [
+            f"{precision} against float32, on its kind of text in `bench/texts` (`helios models measure`):",
+            "",
+            f"| exit | {' | '.join(map(str, found))} |",
+            f"| --- {'| --- ' * len(found)}|",
+            f"| perplexity | {' | '.join(f'{one.perplexity_increase:+.2%}' for one in found.values())} |",
+            f"| same most likely token | {' | '.join(f'{one.agreement:.1%}' for one in found.values())} |",
         ]
     )
 

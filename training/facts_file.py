@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from helios.catalog import FACTS_FILE, FORMAT_VERSION, EarlyExitFacts
@@ -17,6 +18,10 @@ def write_facts(directory: Path, facts: EarlyExitFacts) -> None:
         "thresholds": {str(layer): value for layer, value in facts.thresholds.items()},
         "tokenizer_id": facts.tokenizer_id,
         "default_depth": facts.default_depth,
+        "precisions": {
+            precision: {str(layer): asdict(found) for layer, found in by_layer.items()}
+            for precision, by_layer in facts.precisions.items()
+        },
         "training": dict(facts.training),
     }
     partial = directory / (FACTS_FILE + ".partial")

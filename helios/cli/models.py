@@ -1,5 +1,6 @@
 """`helios models`: what can be served, and getting, cutting and extending checkpoints."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -7,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from helios import catalog
-from helios.catalog import Catalog, ModelEntry
+from helios.catalog import Catalog, Fidelity, ModelEntry
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -89,6 +90,52 @@ def export(*, model: str, target: Path, depth: int, models_dir: Path | None, for
 
         write_layers(entry.path, target, depth, force=force, progress=on_layer)
     click.echo(f"{target}: the first {depth} of {entry.num_layers} layers of {entry.name}")
+
+
+@models.command("measure")
+@click.argument("model")
+@click.option(
+    "--text",
+    "texts",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    multiple=True,
+    required=True,
+    help="Text that the model is for and was not trained on; repeatable.",
+)
+@click.option("--precision", default="int8", show_default=True, help="Against float32.")
+@click.option("--windows", type=click.IntRange(min=1), default=64, show_default=True, help="Contexts read.")
+@click.option("--save", is_flag=True, help="Write it into the model's helios.json.")
+@_MODELS_DIR
+def measure(
+    *,
+    model: str,
+    texts: tuple[Path, ...],
+    precision: str,
+    windows: int,
+    save: bool,
+    models_dir: Path | None,
+) -> None:
+    """Measure what a precision costs MODEL: perplexity and agreement against float32, at every exit.
+
+    MODEL is a folder, or the name of a model in the models directory.
+    """
+    entry = _checkpoint(model, models_dir)
+    with _progress() as progress:
+        progress.add_task(f"{entry.name} in {precision} and float32", total=None)
+        from helios.engine.fidelity import cut, measure_fidelity
+
+        found = measure_fidelity(entry, precision, cut(entry, [one.read_text() for one in texts], windows))
+    for layer, one in found.items():
+        click.echo(f"depth {layer}: {_in_words(one)} ({one.tokens:,} tokens)")
+    if save:
+        from training.facts_file import write_facts
+
+        precisions = {**entry.facts.precisions, precision: found}
+        write_facts(entry.path, dataclasses.replace(entry.facts, precisions=precisions))
+
+
+def _in_words(found: Fidelity) -> str:
+    return f"perplexity {found.perplexity_increase:+.2%}, {found.agreement:.1%} of tokens agree"
 
 
 class _LayerList(click.ParamType[tuple[int, ...]]):
@@ -194,6 +241,11 @@ def _show(directory: Path, found: Catalog) -> None:
         )
     console = Console()
     console.print(table)
+    for entry in found.models:
+        for precision, by_layer in entry.facts.precisions.items():
+            if (at_default := by_layer.get(entry.default_depth)) is not None:
+                said = f"{entry.name} in {precision} against float32: {_in_words(at_default)}"
+                console.print(escape(said), highlight=False)
     console.print(f"in {escape(str(directory))}", style="dim", highlight=False)
 
 
@@ -207,6 +259,10 @@ def _as_json(entry: ModelEntry) -> dict[str, Any]:
         "context_tokens": entry.context_tokens,
         "vocab_size": entry.vocab_size,
         "tokenizer_id": entry.tokenizer_id,
+        "precisions": {
+            precision: {str(layer): dataclasses.asdict(found) for layer, found in by_layer.items()}
+            for precision, by_layer in entry.facts.precisions.items()
+        },
         "path": str(entry.path),
     }
 

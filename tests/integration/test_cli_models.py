@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from helios.cli import cli
-from helios.errors import CheckpointError, UnknownDepthError
+from helios.errors import CheckpointError, InvalidRequestError, UnknownDepthError
 
 
 def run(*arguments: object) -> Result:
@@ -63,6 +63,31 @@ def test_pull_does_not_replace_a_model_unasked(tiny_models: Path, models_dir: Pa
     with pytest.raises(CheckpointError, match="--force"):
         run("pull", tiny_models / "tiny", "--models-dir", models_dir)
     assert run("pull", tiny_models / "tiny", "--models-dir", models_dir, "--force").exit_code == 0
+
+
+def test_what_a_precision_costs_is_measured_and_kept(models_dir: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(Path(shutil.__file__).read_text())
+    for precision in ("float32", "int8"):
+        answer = run(
+            *("measure", "tiny", "--models-dir", models_dir, "--text", text),
+            *("--precision", precision, "--windows", "4", "--save"),
+        )
+        assert answer.exit_code == 0
+    listed = json.loads(run("list", "--json", "--models-dir", models_dir).stdout)
+    found = next(model["precisions"] for model in listed if model["name"] == "tiny")
+    for layer in ("1", "2", "4"):
+        assert found["float32"][layer] == {"perplexity_increase": 0.0, "agreement": 1.0, "tokens": 4 * 255}
+        assert found["int8"][layer]["perplexity_increase"] != 0
+        assert 0.9 < found["int8"][layer]["agreement"] < 1
+    assert "tiny in int8 against float32: perplexity " in run("list", "--models-dir", models_dir).stdout
+
+
+def test_too_short_a_text_measures_nothing(models_dir: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("short")
+    with pytest.raises(InvalidRequestError, match="at least the 255 tokens"):
+        run("measure", "tiny", "--models-dir", models_dir, "--text", text)
 
 
 def test_export_writes_a_model_of_its_own(models_dir: Path) -> None:

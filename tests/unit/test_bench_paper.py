@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from bench import baselines, curve, footprint, held_out
-from bench.exit_trace import trace_dynamic, trace_exits
 from bench.subject import QUICK, Subject
 from helios import catalog
 from helios.engine import Engine, EngineSettings, ExitMode, SamplingParams
+from helios.engine.exit_trace import trace_dynamic, trace_exits
 from helios.engine.plan import Plan, load_plan
 from helios.engine.tokenizer import load_tokenizer
 from tests.opt_variants import save_variant

@@ -151,6 +151,9 @@ def test_facts_are_read_as_written(tmp_path: Path) -> None:
     ("field", "value"),
     [
         ("format_version", 2),
+        ("precisions", {"int8": {"first": {}}}),
+        ("precisions", {"int8": {"1": {"agreement": 1}}}),
+        ("precisions", []),
         ("format_version", ...),
         ("exit_layers", []),
         ("exit_layers", [2, 4]),
