@@ -3,11 +3,12 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+COMPILED := $(VENV)/.compiled
 GENERATED := helios/v1
 
 .PHONY: setup run test lint format protos check-protos docs clean
 
-setup: $(STAMP)
+setup: $(STAMP) $(COMPILED)
 
 # torch first and alone: its pinned CPU build is taken where pip finds one.
 $(STAMP): pyproject.toml
@@ -16,6 +17,12 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet --editable '.[engine,local,training,dev]'
 	touch $(STAMP)
+
+# Loading a model compiles the CPU's kernels, for which the first start would have to wait otherwise.
+$(COMPILED): $(STAMP) helios/engine/kernels.py helios/engine/simd.py
+	$(BIN)/python -c "from helios.engine import Engine, EngineSettings; \
+	  Engine.load('models/helios-prose', settings=EngineSettings(precision='auto'))"
+	touch $(COMPILED)
 
 run: setup
 	$(BIN)/helios up

@@ -16,10 +16,12 @@ from helios.engine.linear import quantize
 from helios.engine.memory import MemoryPlan, device_budget, plan_memory
 from helios.engine.model import Model
 from helios.engine.precision import Precision
+from helios.engine.sampler import Row, sample
 from helios.engine.settings import EngineSettings
 from helios.engine.threads import lend
 from helios.engine.tokenizer import load_tokenizer
 from helios.errors import SettingsError
+from helios.sampling import SamplingParams
 
 Progress = Callable[[int, int], None]  # layers loaded, layers in all
 
@@ -130,11 +132,12 @@ def read_weights(
 
 @torch.inference_mode()
 def warm_up(model: Model, block_tokens: int) -> None:
-    """Runs a token through the model, so that no request waits for what first use sets up."""
+    """Computes a token, so that no request waits for what first use sets up."""
     lend(compiled=model.quantized)
     config = model.config
     cache = KVCache(
         model.depth, 1, block_tokens, config.num_heads, config.head_dim, model.kv_dtype, model.device
     )
     zero = torch.zeros(1, dtype=torch.int64, device=model.device)
-    model.forward(Batch(zero, zero, zero, zero[None], zero, 1, block_tokens, (), zero), cache)
+    hidden = model.forward(Batch(zero, zero, zero, zero[None], zero, 1, block_tokens, (), zero), cache)
+    sample(model.read_out(hidden, model.depth), [Row(SamplingParams(), 1, [0])])

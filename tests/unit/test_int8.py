@@ -1,5 +1,7 @@
 """int8: exact sums, rows that do not disturb each other, streams that resume to the bit, and its quality."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -206,6 +208,32 @@ def test_one_call_computes_what_the_layers_one_by_one_do(tmp_path: Path) -> None
     for one, other in zip(*told, strict=True):
         assert one[0].token_id == other[0].token_id
         assert one[0].logprob == pytest.approx(other[0].logprob, abs=0.02)
+
+
+COMPILED = """
+import sys
+from numba.core.dispatcher import Dispatcher
+from helios.engine import Engine, EngineSettings, SamplingParams, kernels
+
+def compiled():
+    found = {name: len(one.signatures) for name, one in vars(kernels).items() if isinstance(one, Dispatcher)}
+    assert found
+    return found
+
+engine = Engine.load(sys.argv[1], settings=EngineSettings(precision=sys.argv[2], memory_bytes=64 << 20))
+before = compiled()
+assert sum(before.values())
+list(engine.generate([2] * 40, SamplingParams(max_tokens=3, ignore_eos=True)))
+assert compiled() == before, (before, compiled())
+"""
+
+
+@pytest.mark.parametrize("precision", ["int8", "float32"])
+def test_no_request_waits_for_a_kernel_to_be_compiled(tmp_path: Path, precision: str) -> None:
+    save_variant(tmp_path, "pre-norm", seed=3)
+    command = [sys.executable, "-c", COMPILED, str(tmp_path), precision]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_int8_weights_take_a_quarter_of_the_memory(tmp_path: Path) -> None:
