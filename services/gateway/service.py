@@ -21,6 +21,7 @@ from services.gateway.admission import Admission
 from services.gateway.metrics import StreamMetrics
 from services.gateway.prompt import read_prompt
 from services.gateway.prompt_sampler import PromptSampler
+from services.gateway.response_writer import ResponseWriter
 from services.gateway.settings import GatewaySettings
 from services.gateway.stream import Stream
 from services.gateway.tokenizer_cache import TokenizerCache
@@ -173,7 +174,7 @@ class InferenceService:
                             prompt_ids=prompt.ids,
                             sampling=sampling,
                             needs=prompt.needs(sampling),
-                            write=context.write,
+                            write=ResponseWriter(context).write,
                             on_first_token=place.first_token,
                         )
                         try:
