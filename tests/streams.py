@@ -68,7 +68,7 @@ async def all_free(client: AsyncClient) -> bool:
 
 
 async def until(
-    condition: Callable[[], Awaitable[bool]], what: str, seconds: float = 15, interval: float = 0.05
+    condition: Callable[[], Awaitable[bool]], what: str, seconds: float = 60, interval: float = 0.05
 ) -> None:
     """Waits until the condition holds; fails, saying what was waited for, after the time."""
     deadline = asyncio.get_running_loop().time() + seconds

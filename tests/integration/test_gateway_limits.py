@@ -10,33 +10,36 @@ from grpc_status import rpc_status
 
 from helios.client import AsyncClient, generate_request
 from helios.errors import DeadlineExceededError, OverloadedError, UnavailableError
-from helios.v1 import generation_pb2, inference_pb2_grpc
+from helios.v1 import inference_pb2_grpc
 from helios.v1.generation_pb2 import SamplingParams
-from tests.stack import Process, Stack
+from tests.stack import STOP_SECONDS, Process, Stack
 from tests.streams import all_free, stream, until
 
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 SHORT = SamplingParams(max_tokens=5, ignore_eos=True)
 LONG = SamplingParams(max_tokens=1900, ignore_eos=True)
+# A worker that a test has frozen is not lost.
+PATIENT = {"worker_timeout_seconds": 600, "engine_timeout_seconds": 600}
 
 
 async def test_a_full_queue_refuses_with_a_retry_hint_and_serves_again_later(stack: Stack) -> None:
     worker = stack.start_worker(model="long", max_running=1)
-    gateway = stack.start_gateway([worker.address], max_queued_streams=1)
+    gateway = stack.start_gateway([worker.address], max_queued_streams=1, **PATIENT)
     async with AsyncClient(gateway.address) as client:
         running = client.generate(generate_request("a", sampling=LONG))
         await anext(running)
-        queued = asyncio.create_task(stream(client, generate_request("b", sampling=SHORT)))
+        with worker.frozen():
+            queued = asyncio.create_task(stream(client, generate_request("b", sampling=SHORT)))
 
-        async def waits() -> bool:
-            return (await client.status()).queued_streams == 1
+            async def waits() -> bool:
+                return (await client.status()).queued_streams == 1
 
-        await until(waits, "the second stream to wait")
-        with pytest.raises(OverloadedError, match="wait for their first token") as refused:
-            await stream(client, generate_request("c", sampling=SHORT))
-        assert 0 < refused.value.retry_after_seconds <= 30
-        status = await asyncio.to_thread(_refusal, gateway.address)
-        await running.aclose()
+            await until(waits, "the second stream to wait")
+            with pytest.raises(OverloadedError, match="wait for their first token") as refused:
+                await stream(client, generate_request("c", sampling=SHORT))
+            assert 0 < refused.value.retry_after_seconds <= 30
+            status = await asyncio.to_thread(_refusal, gateway.address)
+            await running.aclose()
         await queued
         await stream(client, generate_request("c", sampling=SHORT))
 
@@ -58,21 +61,24 @@ def _refusal(address: str) -> grpc.RpcError:
 
 
 async def test_open_streams_are_bounded(stack: Stack, long_worker: Process) -> None:
-    gateway = stack.start_gateway([long_worker.address], max_open_streams=2)
+    gateway = stack.start_gateway([long_worker.address], max_open_streams=2, **PATIENT)
     async with AsyncClient(gateway.address) as client:
-        first, second = (client.generate(generate_request("a", sampling=LONG)) for _ in range(2))
-        await anext(first)
-        await anext(second)
-        with pytest.raises(OverloadedError, match="2 streams are open"):
-            await stream(client, generate_request("c", sampling=SHORT))
-        await first.aclose()
+        with long_worker.frozen():
+            first, second = (
+                asyncio.create_task(stream(client, generate_request("a", sampling=LONG))) for _ in range(2)
+            )
 
-        async def one_is_gone() -> bool:
-            return (await client.status()).open_streams == 1
+            async def open_streams(count: int) -> bool:
+                return (await client.status()).open_streams == count
 
-        await until(one_is_gone, "the closed stream to leave")
-        await stream(client, generate_request("c", sampling=SHORT))
-        await second.aclose()
+            await until(lambda: open_streams(2), "both streams to be open")
+            with pytest.raises(OverloadedError, match="2 streams are open"):
+                await stream(client, generate_request("c", sampling=SHORT))
+            first.cancel()
+            await until(lambda: open_streams(1), "the cancelled stream to leave")
+            third = asyncio.create_task(stream(client, generate_request("c", sampling=SHORT)))
+            await until(lambda: open_streams(2), "another to take its place")
+        await asyncio.gather(second, third)
 
 
 @pytest.mark.parametrize(
@@ -82,13 +88,20 @@ async def test_open_streams_are_bounded(stack: Stack, long_worker: Process) -> N
 async def test_a_stream_that_takes_too_long_ends_and_frees_its_kv_blocks(
     stack: Stack, long_worker: Process, deadline: float | None, limit: float, message: str
 ) -> None:
-    gateway = stack.start_gateway([long_worker.address], max_request_seconds=limit)
+    gateway = stack.start_gateway([long_worker.address], max_request_seconds=limit, **PATIENT)
     async with AsyncClient(gateway.address) as client:
-        events = client.generate(generate_request("a", sampling=LONG), timeout_seconds=deadline)
-        assert isinstance(await anext(events), generation_pb2.Token)
-        with pytest.raises(DeadlineExceededError, match=message):
-            async for _ in events:
-                pass
+
+        async def ready() -> bool:
+            return all(worker.ready for worker in (await client.status()).workers)
+
+        await until(ready, "the worker to be ready")
+        try:
+            with pytest.raises(DeadlineExceededError, match=message):
+                async for _ in client.generate(generate_request("a", sampling=LONG), deadline):
+                    # Its sequence holds blocks, and does not come to its end before the time is over.
+                    long_worker.suspend()
+        finally:
+            long_worker.resume()
         await until(lambda: all_free(client), "the expired stream's KV blocks to be free")
 
 
@@ -116,7 +129,7 @@ async def test_the_reason_fits_a_status_however_many_workers_are_away(stack: Sta
 
 
 async def test_sigterm_lets_open_streams_end_and_refuses_new_ones(stack: Stack, long_worker: Process) -> None:
-    gateway = stack.start_gateway([long_worker.address])
+    gateway = stack.start_gateway([long_worker.address], grace_seconds=600, **PATIENT)
     async with (
         AsyncClient(gateway.address) as client,
         grpc.aio.insecure_channel(gateway.address) as channel,
@@ -126,30 +139,31 @@ async def test_sigterm_lets_open_streams_end_and_refuses_new_ones(stack: Stack, 
         started = asyncio.Event()
         running = asyncio.create_task(stream(client, request, on_token=lambda token: started.set()))
         await started.wait()
-        gateway.process.terminate()
+        with long_worker.frozen():
+            gateway.process.terminate()
+            stub = health_pb2_grpc.HealthStub(channel)
 
-        stub = health_pb2_grpc.HealthStub(channel)
+            async def not_serving() -> bool:
+                return (await stub.Check(health_pb2.HealthCheckRequest())).status == NOT_SERVING
 
-        async def not_serving() -> bool:
-            return (await stub.Check(health_pb2.HealthCheckRequest())).status == NOT_SERVING
-
-        await until(not_serving, "the health service to say so", interval=0)
-        with pytest.raises(UnavailableError, match="this gateway is stopping"):
-            await stream(client, generate_request("b", sampling=SHORT))
+            await until(not_serving, "the health service to say so")
+            with pytest.raises(UnavailableError, match="this gateway is stopping"):
+                await stream(client, generate_request("b", sampling=SHORT))
         assert (await running).said == alone.said
-    assert await asyncio.to_thread(gateway.process.wait, 10) == 0
+    assert await asyncio.to_thread(gateway.process.wait, STOP_SECONDS) == 0
 
 
 async def test_streams_beyond_the_grace_end_with_unavailable(stack: Stack, long_worker: Process) -> None:
-    gateway = stack.start_gateway([long_worker.address], grace_seconds=0)
+    gateway = stack.start_gateway([long_worker.address], grace_seconds=0, **PATIENT)
     async with AsyncClient(gateway.address) as client:
         events = client.generate(generate_request("a", sampling=LONG))
         await anext(events)
-        gateway.process.terminate()
-        with pytest.raises(UnavailableError, match="gateway stopped before the stream ended"):
-            async for _ in events:
-                pass
-    assert await asyncio.to_thread(gateway.process.wait, 10) == 0
+        with long_worker.frozen():
+            gateway.process.terminate()
+            with pytest.raises(UnavailableError, match="gateway stopped before the stream ended"):
+                async for _ in events:
+                    pass
+    assert await asyncio.to_thread(gateway.process.wait, STOP_SECONDS) == 0
 
 
 async def test_a_client_that_stops_reading_slows_no_other(stack: Stack, long_worker: Process) -> None:
