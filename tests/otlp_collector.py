@@ -19,7 +19,7 @@ from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_serv
 from opentelemetry.proto.common.v1 import common_pb2
 from opentelemetry.proto.metrics.v1 import metrics_pb2
 
-WAIT_SECONDS = 20.0
+WAIT_SECONDS = 60.0
 
 _Arrival = TypeVar("_Arrival")
 

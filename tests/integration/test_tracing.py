@@ -73,7 +73,10 @@ def test_one_request_is_one_trace_across_gateway_and_worker(traced: Stack, colle
     # The phases follow each other without a gap, inside the request.
     assert entry.start <= served.start <= queue.start
     assert (queue.end, prefill.end) == (prefill.start, decode.start)
-    assert queue.start <= queue.end <= prefill.end <= decode.end <= served.end <= entry.end
+    assert queue.start <= queue.end <= prefill.end <= decode.end
+    # Both spans end after the last token; the gateway's does not wait for the worker's.
+    assert decode.end <= served.end
+    assert decode.end <= entry.end
     assert entry.attributes["helios.request_id"] == served.attributes["helios.request_id"] == "request-1"
     assert served.attributes["helios.model"] == "tiny"
     assert served.attributes["helios.depth"] == 4

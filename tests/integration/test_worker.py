@@ -41,6 +41,14 @@ def worker(stack: Stack, models: Path) -> Process:
 
 
 @pytest.fixture
+def busy_stub(stack: Stack, models: Path) -> Iterator[worker_pb2_grpc.WorkerServiceStub]:
+    """Of a worker with two places in its batch: many streams keep it busy for seconds."""
+    worker = stack.start_worker(model="tiny", depth=4, models_dir=models, max_running=2)
+    with grpc.insecure_channel(worker.address) as channel:
+        yield worker_pb2_grpc.WorkerServiceStub(channel)
+
+
+@pytest.fixture
 def channel(worker: Process) -> Iterator[grpc.Channel]:
     with grpc.insecure_channel(worker.address) as opened:
         yield opened
@@ -196,10 +204,12 @@ def _idle(load: worker_pb2.Telemetry) -> bool:
     return load.running == load.waiting == 0 and load.blocks_free == load.blocks_total
 
 
-def test_a_reload_moves_running_streams_without_loss(stub: worker_pb2_grpc.WorkerServiceStub) -> None:
-    streams = [stub.Generate(request([2, 30 + n], max_tokens=150), timeout=TIMEOUT) for n in range(8)]
-    for stream in streams:
-        next(stream)
+def test_a_reload_moves_running_streams_without_loss(
+    busy_stub: worker_pb2_grpc.WorkerServiceStub,
+) -> None:
+    stub = busy_stub
+    streams = [stub.Generate(request([2, 30 + n], max_tokens=150), timeout=TIMEOUT) for n in range(32)]
+    next(streams[0])
     moved = 0
     for model, depth in (("tiny", 2), ("other", 4), ("tiny", 1)):
         *stages, done = stub.Reload(worker_pb2.ReloadRequest(model=model, depth=depth), timeout=TIMEOUT)
@@ -212,7 +222,8 @@ def test_a_reload_moves_running_streams_without_loss(stub: worker_pb2_grpc.Worke
     assert moved > 0
     for stream in streams:
         tokens, finish = tokens_of(stream)
-        # The first message was taken above.
+        # The first message of one was taken above.
+        assert tokens[0].index == 0 or stream is streams[0]
         assert [token.index for token in tokens] == list(range(tokens[0].index, 150))
         assert finish.completion_tokens == 150
         assert finish.text.endswith("".join(token.text for token in tokens))
@@ -257,16 +268,21 @@ def test_a_failed_reload_leaves_the_old_plan_serving(
     assert {token.exit_layer for token in tokens} == {4}
 
 
-def test_draining_hands_running_sequences_back(stub: worker_pb2_grpc.WorkerServiceStub) -> None:
-    stream = stub.Generate(request([2, 30], max_tokens=250), timeout=TIMEOUT)
-    next(stream)
+def test_draining_hands_running_sequences_back(busy_stub: worker_pb2_grpc.WorkerServiceStub) -> None:
+    stub = busy_stub
+    streams = [stub.Generate(request([2, 30 + n], max_tokens=250), timeout=TIMEOUT) for n in range(32)]
+    next(streams[0])
     drained = stub.Drain(worker_pb2.DrainRequest(grace_seconds=0), timeout=TIMEOUT)
-    assert (drained.finished, drained.handed_back) == (0, 1)
-    for calls in (stream, stub.Generate(request([2]), timeout=TIMEOUT)):
-        with pytest.raises(grpc.RpcError) as ended:
+    refused = []
+    for calls in (*streams, stub.Generate(request([2]), timeout=TIMEOUT)):
+        try:
             list(calls)
-        assert ended.value.code() == grpc.StatusCode.UNAVAILABLE
-        assert "draining" in ended.value.details()
+        except grpc.RpcError as error:
+            refused.append(error)
+    assert len(refused) > drained.handed_back > 0, "the last was not even begun"
+    for error in refused:
+        assert error.code() == grpc.StatusCode.UNAVAILABLE
+        assert "draining" in error.details()
     telemetry = stub.GetStatus(worker_pb2.GetStatusRequest(), timeout=TIMEOUT).telemetry
     assert telemetry.draining
     assert telemetry.blocks_free == telemetry.blocks_total
@@ -287,7 +303,10 @@ def test_fewer_layers_read_and_hold_fewer_bytes(stack: Stack) -> None:
     assert 0 < status[1].resident_bytes < status[4].resident_bytes
 
 
-def test_telemetry_keeps_coming_while_the_engine_works(stub: worker_pb2_grpc.WorkerServiceStub) -> None:
+def test_telemetry_keeps_coming_while_the_engine_works(
+    busy_stub: worker_pb2_grpc.WorkerServiceStub,
+) -> None:
+    stub = busy_stub
     watch = stub.WatchTelemetry(worker_pb2.WatchTelemetryRequest(interval_seconds=0.05), timeout=TIMEOUT)
     streams = [stub.Generate(request([2] * 60, max_tokens=190), timeout=TIMEOUT) for _ in range(16)]
     seen = []

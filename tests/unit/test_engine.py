@@ -1,5 +1,6 @@
 """What an engine promises to whoever submits to it."""
 
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -228,8 +229,10 @@ def test_a_deadline_ends_a_sequence_and_frees_its_blocks(engine: Engine) -> None
     now = time.monotonic()
     sampling = SamplingParams(max_tokens=200, ignore_eos=True)
     engine.submit("past", [2, 3], sampling, waiting, deadline=now - 1)
-    engine.submit("soon", [2, 3], sampling, stream, deadline=now + 0.02)
-    drive(engine)
+    running = engine.submit("later", [2, 3], sampling, stream, deadline=now + 600)
+    drive(engine, lambda: len(stream.tokens) > 3)
+    running.deadline = now
+    engine.step()
     assert isinstance(stream.error, DeadlineExceededError)
     assert isinstance(waiting.error, DeadlineExceededError)
     assert waiting.tokens == []
@@ -308,17 +311,24 @@ def test_fewer_layers_leave_room_for_more_sequences(model: Path) -> None:
 
 
 def test_the_loop_in_a_thread_serves_and_stops(model: Path) -> None:
-    engine = Engine.load(model, 2, EngineSettings(memory_bytes=MEMORY))
+    engine = Engine.load(model, 2, EngineSettings(memory_bytes=MEMORY, max_running=1))
     engine.start()
-    done, cut = Stream(), Stream()
-    engine.submit("done", [2], SamplingParams(max_tokens=5, ignore_eos=True), done)
-    deadline = time.monotonic() + 30
-    while done.finish is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    engine.submit("cut", [2], SamplingParams(max_tokens=250, ignore_eos=True), cut)
+    done, ended = Stream(), threading.Event()
+
+    def take(output: Output) -> None:
+        done(output)
+        if output.finish is not None:
+            ended.set()
+
+    engine.submit("done", [2], SamplingParams(max_tokens=5, ignore_eos=True), take)
+    assert ended.wait(60)
+    # More than it can serve before it stops.
+    cut = [Stream() for _ in range(100)]
+    for number, stream in enumerate(cut):
+        engine.submit(f"cut {number}", [2], SamplingParams(max_tokens=250, ignore_eos=True), stream)
     engine.stop()
     assert len(done.tokens) == 5
-    assert isinstance(cut.error, UnavailableError)
+    assert isinstance(cut[-1].error, UnavailableError)
     assert not engine.running
     with pytest.raises(UnavailableError):
         engine.submit("late", [2], SamplingParams(), Stream())
@@ -337,7 +347,7 @@ def test_a_failing_step_fails_its_streams_and_ends_the_loop(
     engine.start()
     stream = Stream()
     engine.submit("one", [2], SamplingParams(), stream)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while engine.running and time.monotonic() < deadline:
         time.sleep(0.01)
     assert stream.error is not None
