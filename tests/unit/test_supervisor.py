@@ -15,6 +15,7 @@ from helios.errors import UnavailableError
 from helios.supervisor import Child, last_words
 from helios.tether import tethered
 
+SECONDS = 60.0
 READY = re.compile("^ready")
 SERVES = "import time; print('ready', flush=True); time.sleep(600)"
 IGNORES_SIGTERM = (
@@ -35,8 +36,8 @@ def is_alive(pid: int) -> bool:
     return state != "Z"
 
 
-async def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> None:
-    async with asyncio.timeout(seconds):
+async def eventually(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(SECONDS):
         while not condition():
             await asyncio.sleep(0.01)
 
@@ -57,7 +58,7 @@ async def child(
 async def test_child_is_ready_once_it_says_so(tmp_path: Path) -> None:
     async with child(tmp_path, SERVES) as process:
         process.start()
-        await asyncio.wait_for(process.ready.wait(), 10)
+        await asyncio.wait_for(process.ready.wait(), SECONDS)
         assert process.pid is not None
         assert is_alive(process.pid)
 
@@ -66,7 +67,7 @@ async def test_child_that_ends_before_it_is_ready_is_an_error_with_its_last_word
     code = "import sys; print('noise', file=sys.stderr); sys.exit('error: no model in models/')"
     async with child(tmp_path, code) as process:
         with pytest.raises(UnavailableError, match=r"exit status 1\): no model in models/ .*child\.log"):
-            await asyncio.wait_for(process.start(), 10)
+            await asyncio.wait_for(process.start(), SECONDS)
 
 
 async def test_program_that_does_not_exist_is_an_error_that_names_it(tmp_path: Path) -> None:
@@ -74,7 +75,7 @@ async def test_program_that_does_not_exist_is_an_error_that_names_it(tmp_path: P
         "redis", ["/nowhere/redis"], ready_line=READY, log_path=tmp_path / "log", on_change=lambda: None
     )
     with pytest.raises(UnavailableError, match="cannot run /nowhere/redis: No such file"):
-        await asyncio.wait_for(process.start(), 10)
+        await asyncio.wait_for(process.start(), SECONDS)
 
 
 async def test_child_has_the_environment_given_to_it_beside_its_parents(tmp_path: Path) -> None:
@@ -89,7 +90,7 @@ async def test_child_has_the_environment_given_to_it_beside_its_parents(tmp_path
     )
     try:
         process.start()
-        await asyncio.wait_for(process.ready.wait(), 10)
+        await asyncio.wait_for(process.ready.wait(), SECONDS)
         assert "word True" in (tmp_path / "child.log").read_text()
     finally:
         await process.stop(grace_seconds=0.2)
@@ -99,7 +100,7 @@ async def test_killed_child_is_started_again(tmp_path: Path) -> None:
     pids: list[int | None] = []
     async with child(tmp_path, SERVES, on_change=lambda: pids.append(process.pid)) as process:
         process.start()
-        await asyncio.wait_for(process.ready.wait(), 10)
+        await asyncio.wait_for(process.ready.wait(), SECONDS)
         first = process.pid
         assert first is not None
         os.kill(first, signal.SIGKILL)
@@ -111,10 +112,10 @@ async def test_killed_child_is_started_again(tmp_path: Path) -> None:
 async def test_stopped_child_is_not_started_again(tmp_path: Path) -> None:
     async with child(tmp_path, SERVES) as process:
         task = process.start()
-        await asyncio.wait_for(process.ready.wait(), 10)
+        await asyncio.wait_for(process.ready.wait(), SECONDS)
         pid = process.pid
         assert pid is not None
-        await process.stop(grace_seconds=10)
+        await process.stop(SECONDS)
         assert task.done()
         assert not is_alive(pid)
 
@@ -122,7 +123,7 @@ async def test_stopped_child_is_not_started_again(tmp_path: Path) -> None:
 async def test_child_that_ignores_sigterm_is_killed_after_the_grace(tmp_path: Path) -> None:
     async with child(tmp_path, IGNORES_SIGTERM) as process:
         process.start()
-        await asyncio.wait_for(process.ready.wait(), 10)
+        await asyncio.wait_for(process.ready.wait(), SECONDS)
         pid = process.pid
         assert pid is not None
         await process.stop(grace_seconds=0.05)
@@ -137,9 +138,9 @@ async def test_what_a_child_has_started_ends_with_it(tmp_path: Path) -> None:
     )
     async with child(tmp_path, code) as process:
         process.start()
-        await asyncio.wait_for(process.ready.wait(), 10)
+        await asyncio.wait_for(process.ready.wait(), SECONDS)
         grandchild = int((tmp_path / "child.log").read_text().split()[1])
-        await process.stop(grace_seconds=10)
+        await process.stop(SECONDS)
         await eventually(lambda: not is_alive(grandchild))
 
 
@@ -157,7 +158,7 @@ def test_tethered_process_ends_when_its_parent_is_killed() -> None:
     assert is_alive(pid)
     parent.kill()
     parent.wait()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + SECONDS
     while is_alive(pid):
         assert time.monotonic() < deadline, "outlived its parent"
         time.sleep(0.01)

@@ -262,24 +262,18 @@ def test_sampler_of_the_environment_decides() -> None:
 
 
 def test_collector_that_is_down_neither_blocks_nor_fails_the_service() -> None:
-    # Port 1 of the loopback address refuses connections; the exporter would go on retrying for 10 s.
+    # Port 1 of the loopback address refuses connections; the exporter would go on retrying for an hour.
     result = run(
         """
-        import time
-        began = time.monotonic()
         for _ in range(5_000):
             telemetry.record_span("queue", None, 1, 2)
-        recorded = time.monotonic()
         telemetry.shutdown(timeout_seconds=0.5)
-        print(recorded - began, time.monotonic() - recorded)
         """,
         OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:1",
+        OTEL_EXPORTER_OTLP_TIMEOUT="3600",
     )
 
     assert result.returncode == 0, result.stderr
-    recording, stopping = map(float, result.stdout.split())
-    assert recording < 5
-    assert 0.4 < stopping < 5
     assert any("the last spans or metrics are lost" in line["message"] for line in lines(result.stderr))
 
 
