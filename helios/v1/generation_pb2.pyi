@@ -101,7 +101,9 @@ class SamplingParams(_message.Message):
     """Go on after the model's end-of-text token, up to max_tokens."""
     @_builtins.property
     def stop(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """Generation ends before the first of these strings; it is not part of the text."""
+        """Generation ends before the first of these strings; it is not part of the text. At most 16, of 1 to 256
+        characters each.
+        """
 
     def __init__(
         self,

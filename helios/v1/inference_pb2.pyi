@@ -34,7 +34,7 @@ class GenerateRequest(_message.Message):
     text: _builtins.str
     """Text in UTF-8; the model's tokenizer adds its start token."""
     model: _builtins.str
-    """Serve with this model. Empty: any model that is being served."""
+    """Serve with this model. At most 256 characters. Empty: any model that is being served."""
     @_builtins.property
     def token_ids(self) -> _generation_pb2.TokenIds:
         """Token ids, taken as they are."""
