@@ -43,7 +43,7 @@ async def stream(
     client: AsyncClient,
     request: inference_pb2.GenerateRequest,
     on_token: Callable[[generation_pb2.Token], None] = lambda token: None,
-    timeout_seconds: float = 60,
+    timeout_seconds: float = 120,
 ) -> Streamed:
     """Runs a request to its end and checks what holds for every stream."""
     tokens: list[generation_pb2.Token] = []

@@ -9,7 +9,7 @@ import pytest
 from helios.client import AsyncClient, generate_request
 from helios.v1 import generation_pb2, inference_pb2, worker_pb2, worker_pb2_grpc
 from helios.v1.generation_pb2 import SamplingParams
-from tests.stack import Process, Stack
+from tests.stack import Stack
 from tests.streams import Streamed, all_free, stream, until
 
 pytestmark = pytest.mark.chaos
@@ -146,23 +146,15 @@ async def test_streams_go_on_when_a_worker_is_stopped_with_sigterm(stack: Stack)
         assert_undisturbed(disturbed, undisturbed)
 
 
-async def test_a_stream_waits_for_the_only_worker_to_return(stack: Stack) -> None:
-    worker = stack.start_worker()
-    gateway = stack.start_gateway([worker.address])
-    request = requests()[0]
-    returned: list[Process] = []
+async def test_streams_wait_for_the_only_worker_to_return(stack: Stack) -> None:
+    worker = stack.start_worker(max_running=PLACES)
+    gateway = stack.start_gateway([worker.address], worker_wait_seconds=120)
     async with AsyncClient(gateway.address) as client:
-        undisturbed = await stream(client, request)
-
-        def kill(token: generation_pb2.Token) -> None:
-            if token.index == TOKENS // 4:
-                worker.process.kill()
-
-        running = asyncio.create_task(stream(client, request, kill))
+        undisturbed = await run_all(client)
+        running = asyncio.create_task(run_all(client, at_midway=worker.process.kill))
         await asyncio.to_thread(worker.process.wait)
-        returned.append(await asyncio.to_thread(stack.start_worker, address=worker.address))
-        disturbed = await running
-    assert_undisturbed([disturbed], [undisturbed])
+        await asyncio.to_thread(stack.start_worker, address=worker.address)
+        assert_undisturbed(await running, undisturbed)
 
 
 async def test_streams_and_new_requests_go_on_while_redis_is_down(stack: Stack) -> None:

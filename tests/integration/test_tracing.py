@@ -130,7 +130,9 @@ def test_refused_request_is_a_failed_span(traced: Stack, collector: Collector) -
 def test_resumed_stream_stays_one_trace(traced: Stack, collector: Collector) -> None:
     first = traced.start_worker(model="long")
     second = traced.start_worker(model="long")
-    gateway = traced.start_gateway(workers=[first.address, second.address])
+    gateway = traced.start_gateway(
+        workers=[first.address, second.address], worker_timeout_seconds=600, engine_timeout_seconds=600
+    )
     request = inference_pb2.GenerateRequest(
         token_ids=generation_pb2.TokenIds(ids=[2, 10, 11, 12]),
         sampling=generation_pb2.SamplingParams(max_tokens=1000, ignore_eos=True),
@@ -140,10 +142,11 @@ def test_resumed_stream_stays_one_trace(traced: Stack, collector: Collector) -> 
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         stream = stub.Generate(request, timeout=120)
         next(stream)
-        status = stub.GetServingStatus(inference_pb2.GetServingStatusRequest())
-        (serving,) = (state.address for state in status.workers if state.open_streams)
-        (lost,) = (worker for worker in (first, second) if worker.address == serving)
-        lost.kill()
+        with first.frozen(), second.frozen():
+            status = stub.GetServingStatus(inference_pb2.GetServingStatusRequest())
+            (serving,) = (state.address for state in status.workers if state.open_streams)
+            (lost,) = (worker for worker in (first, second) if worker.address == serving)
+            lost.kill()
         *_, last = stream
 
     assert last.finish.resumed == 1
