@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.stack import Process, Stack, start_redis, write_tiny_models
 
@@ -14,8 +14,8 @@ from tests.stack import Process, Stack, start_redis, write_tiny_models
 # is first imported, so it is set before the test modules are.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# How long an example takes says nothing on a machine that others use.
-settings.register_profile("any machine", deadline=None)
+# How long examples take to make and to check says nothing on a machine that others use.
+settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
 # A shell ignores SIGINT in what it runs in the background, and children would inherit that.
