@@ -1,4 +1,4 @@
-"""A model's decoder layers in int8 as one compiled call: no Python between their products."""
+"""A model's decoder layers as one compiled call: no Python between their products."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from helios.engine import kernels
 from helios.engine.batch import Batch
 from helios.engine.checkpoint import Norm
 from helios.engine.kv_cache import KVCache
-from helios.engine.linear import Int8Linear, Linear
+from helios.engine.linear import Linear, PackedLinear
 from helios.engine.team import TEAM
 from helios.model_config import ModelConfig
 
@@ -31,36 +31,45 @@ class Layer:
 class CompiledLayers:
     """What `kernels.layers` needs of a model's layers: the addresses of their tensors, kept alive here."""
 
-    def __init__(self, config: ModelConfig, layers: Sequence[Layer]) -> None:
-        """layers: with int8 linears."""
-        self._config = config
-        self._tensors = [
-            [
-                *_affine(layer.attn_norm, config.hidden_size),
-                *_affine(layer.ffn_norm, config.hidden_size),
-                *(tensor for part in (layer.qkv, layer.out, layer.fc1, layer.fc2) for tensor in part.tensors),
-            ]
+    def __init__(self, config: ModelConfig, numbers: int, layers: Sequence[Layer]) -> None:
+        """layers: with linears that are packed, all in the same numbers."""
+        self._config, self._numbers, self._layers = config, numbers, layers
+        self._affines = [
+            [*_affine(layer.attn_norm, config.hidden_size), *_affine(layer.ffn_norm, config.hidden_size)]
             for layer in layers
         ]
-        self._parts = np.array([[tensor.data_ptr() for tensor in layer] for layer in self._tensors])
+        self._parts = np.array(
+            [
+                [
+                    *(tensor.data_ptr() for tensor in affines),
+                    *(address for part in _packed(layer) for address in part.addresses),
+                ]
+                for affines, layer in zip(self._affines, layers, strict=True)
+            ]
+        )
 
     @classmethod
     def of(cls, config: ModelConfig, layers: Sequence[Layer]) -> Self | None:
         """None where the layers are not what the kernels compute."""
-        int8 = all(isinstance(part, Int8Linear) for layer in layers for part in (layer.qkv, layer.fc1))
-        return cls(config, layers) if int8 and config.activation == "relu" else None
+        numbers = {part.numbers for layer in layers for part in _packed(layer)}
+        complete = all(len(_packed(layer)) == 4 for layer in layers)
+        if config.activation != "relu" or not complete:
+            return None
+        (only,) = numbers
+        return cls(config, only, layers)
 
     def __call__(
         self, hidden: torch.Tensor, batch: Batch, cache: KVCache, first: int, last: int
     ) -> torch.Tensor:
         """The layers first..last of hidden, float32 [T, hidden]; writes the rows' KV."""
         config, rows = self._config, len(hidden)
-        size = kernels.layers_scratch(rows, config.hidden_size, config.ffn_dim)
+        size = kernels.layers_scratch(self._numbers, rows, config.hidden_size, config.ffn_dim)
         scratch = torch.empty(size, dtype=torch.uint8)
         keys, values = cache.addresses
         hidden = hidden.clone(memory_format=torch.contiguous_format)
         TEAM.run(
             kernels.layers,
+            self._numbers,
             self._parts,
             first,
             last,
@@ -77,6 +86,12 @@ class CompiledLayers:
             scratch.data_ptr(),
         )
         return hidden
+
+
+def _packed(layer: Layer) -> list[PackedLinear]:
+    """Its products, in the order in which the kernel takes them."""
+    parts = (layer.qkv, layer.out, layer.fc1, layer.fc2)
+    return [part for part in parts if isinstance(part, PackedLinear)]
 
 
 def _affine(norm: Norm, width: int) -> tuple[torch.Tensor, torch.Tensor]:

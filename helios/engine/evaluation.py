@@ -380,7 +380,7 @@ class _Timing:
 
 def _use(threads: int, model: Model) -> None:
     set_threads(threads)
-    lend(compiled=model.quantized)
+    lend(compiled=model.compiled)
 
 
 def _time_steps(

@@ -1,8 +1,9 @@
-"""The step of a model on a CPU, compiled by Numba: int8 products, norms and attention over paged KV.
+"""The step of a model on a CPU, compiled by Numba: products, norms and attention over paged KV.
 
-A product quantises each row of its input by the row's own largest value (per token) and has one scale per
-output channel of its weight. Sums of products of bytes are exact integers, and everything else works on one
-row: a row's result does not depend on what else is in the batch.
+A product is computed in float32, in bfloat16 or in int8; between products all is float32. In bfloat16 each
+row of its input is rounded; in int8 it is quantised by the row's own largest value (per token), and the
+weight has a scale per output channel. Everything works on one row, in an order that no other row changes: a
+row's result does not depend on what else is in the batch.
 
 Addresses are integers and nothing is checked here; those who call these own the tensors. Kernels
 release the interpreter lock. docs/decisions/0009-compiled-kernels.md says why they are written so.
@@ -13,38 +14,44 @@ import math
 import numpy as np
 from numba import njit, types
 
+from helios.engine.inner_product import (
+    BFLOAT16,
+    BLOCK_ROWS,
+    INT8,
+    STEP_BYTES,
+    TILE,
+    inner_product,
+)
 from helios.engine.simd import (
     LANES,
     absolute,
     add,
     add_shared,
     add_words,
-    byte_dot_product,
     floor,
     lane_numbers,
     larger,
     largest,
-    load_bytes,
     load_long,
     load_shared,
     load_single,
     load_singles,
+    load_some,
     load_words,
     multiply,
     multiply_add,
     no_singles,
-    no_words,
     power_of_two,
     round_to_even,
-    spread_bytes,
     spread_single,
     spread_word,
-    store_byte,
+    store_bfloats,
     store_bytes,
     store_long,
     store_shared,
     store_single,
     store_singles,
+    store_some,
     store_words,
     subtract,
     subtract_words,
@@ -53,9 +60,6 @@ from helios.engine.simd import (
     where_greater,
 )
 
-# Output channels of a tile of weights, and rows of a tile of input: so many sums stay in registers.
-TILE = 2 * LANES
-_ROWS = 4
 _LOG2_E = math.log2(math.e)
 # 2**x on [0, 1): the Taylor series in x ln 2, as exact as float32 is.
 _EXP = tuple(math.log(2) ** power / math.factorial(power) for power in range(8))
@@ -68,8 +72,10 @@ _SPINS = 2000
 
 # What a product does with its sums.
 NONE, RELU = 0, 1
-# Behind the weights of a product.
-_CORRECTIONS, _SCALES, _BIASES = 1, 2, 3
+# Behind the weights of a product; only int8 has the last two.
+_BIASES, _CORRECTIONS, _SCALES = 1, 2, 3
+# Addresses of a product.
+PARTS = 4
 
 
 @_compiled
@@ -90,26 +96,34 @@ def _meet(team, threads):
 
 
 @_compiled
-def quantize(x, stride, start, end, width, quantized, padded, scales):
-    """Rows start..end of float32 at x as unsigned bytes around 128, [rows, padded], and each row's scale."""
+def _quantize(x, width, words, scale):
+    """A row of float32 at x as unsigned bytes around 128, and its scale."""
     whole = width - width % LANES
+    peaks = absolute(load_some(x, whole, width - whole))
+    for column in range(0, whole, LANES):
+        peaks = larger(peaks, absolute(load_singles(x, column)))
+    peak = largest(peaks)
+    store_single(scale, 0, peak / np.float32(127))
+    inverse = np.float32(127) / peak if peak > np.float32(0) else np.float32(0)
+    factor, middle = spread_single(inverse), spread_single(np.float32(128))
+    for column in range(0, width, LANES):
+        value = round_to_even(multiply(load_some(x, column, width - column), factor))
+        store_bytes(words, column, add(value, middle))
+
+
+@_compiled
+def _encode(numbers, x, x_stride, start, end, width, words, stride, scales):
+    """Rows start..end of float32 at x in the numbers of a product: words [rows, stride]."""
     for row in range(start, end):
-        base, out = row * stride, row * padded
-        peaks = no_singles()
-        for column in range(0, whole, LANES):
-            peaks = larger(peaks, absolute(load_singles(x, base + column)))
-        peak = largest(peaks)
-        for column in range(whole, width):
-            peak = max(peak, abs(load_single(x, base + column)))
-        store_single(scales, row, peak / np.float32(127))
-        inverse = np.float32(127) / peak if peak > np.float32(0) else np.float32(0)
-        factor, middle = spread_single(inverse), spread_single(np.float32(128))
-        for column in range(0, whole, LANES):
-            value = round_to_even(multiply(load_singles(x, base + column), factor))
-            store_bytes(quantized, out + column, add(value, middle))
-        for column in range(whole, width):
-            value = np.rint(load_single(x, base + column) * inverse) + np.float32(128)
-            store_byte(quantized, out + column, np.uint8(value))
+        source, target = x + 4 * row * x_stride, words + 4 * row * stride
+        if numbers == INT8:
+            _quantize(source, width, target, scales + 4 * row)
+        elif numbers == BFLOAT16:
+            for column in range(0, width, LANES):
+                store_bfloats(target, column, load_some(source, column, width - column))
+        else:
+            for column in range(0, width, LANES):
+                store_singles(target, column, load_some(source, column, width - column))
 
 
 @_compiled
@@ -146,108 +160,79 @@ def norm(x, start, end, width, weight, bias, out):
 
 
 @_compiled
-def _finish(sums, parts, first, channel, row_scale, activation, residual, at):
-    """A sum of products as float32: corrected for the 128 in the input, scaled, biased, activated, added."""
-    value = to_singles(subtract_words(sums, load_words(parts[first + _CORRECTIONS], channel)))
-    scale = multiply(load_singles(parts[first + _SCALES], channel), spread_single(row_scale))
-    value = add(multiply(value, scale), load_singles(parts[first + _BIASES], channel))
+def _store(numbers, sums, place, parts, first, channel, channels, row_scale, activation, residual, out, at):
+    """A register of sums to where they go: scaled, biased, activated, added."""
+    if numbers == INT8:
+        # The input is around 128: what that adds is taken off.
+        corrected = subtract_words(load_words(sums, place), load_words(parts[first + _CORRECTIONS], channel))
+        scale = multiply(load_singles(parts[first + _SCALES], channel), spread_single(row_scale))
+        value = multiply(to_singles(corrected), scale)
+    else:
+        value = load_singles(sums, place)
+    value = add(value, load_singles(parts[first + _BIASES], channel))
     if activation == RELU:
         value = larger(value, no_singles())
+    count = channels - channel
     if residual != 0:
-        value = add(value, load_singles(residual, at))
-    return value
-
-
-@_compiled
-def _keep(out, at, count, value):
-    """Stores the first `count` lanes."""
-    if count >= LANES:
-        store_singles(out, at, value)
-        return
-    lanes = np.empty(LANES, np.float32)
-    store_singles(lanes.ctypes.data, 0, value)
-    for lane in range(count):
-        store_single(out, at + lane, lanes[lane])
-
-
-@_compiled
-def _store(low, high, parts, first, channel, channels, row_scale, activation, residual, out, at):
-    """The sums of one row and tile to where they go."""
-    value = _finish(low, parts, first, channel, row_scale, activation, residual, at)
-    _keep(out, at, channels - channel, value)
-    value = _finish(high, parts, first, channel + LANES, row_scale, activation, residual, at + LANES)
-    _keep(out, at + LANES, channels - channel - LANES, value)
+        value = add(value, load_some(residual, at, count))
+    store_some(out, at, count, value)
 
 
 @_compiled
 def _tiles(
-    x, row_scales, rows, padded, parts, first, channels, out, stride, activation, residual, start, end
+    numbers, words, stride, steps, row_scales, rows, parts, first, channels, out, out_stride, activation,
+    residual, start, end,
 ):
-    """The tiles start..end of output channels, for all rows of bytes x [rows, padded]. See `product`."""
-    quads = padded // 4
-    weights = parts[first]
+    """The tiles start..end of output channels, for all rows of words [rows, stride]. See `product`."""
+    room = np.empty(BLOCK_ROWS * TILE, np.int32)
+    sums = room.ctypes.data
+    tile_bytes = steps * STEP_BYTES
+    # Each block of rows fetches its share of the next tile, so that memory is read all the time.
+    blocks = (rows + BLOCK_ROWS - 1) // BLOCK_ROWS
     for tile in range(start, end):
-        packed = tile * padded * TILE
-        channel = tile * TILE
-        row = 0
-        while row + _ROWS <= rows:
-            a0, a1, b0, b1 = no_words(), no_words(), no_words(), no_words()
-            c0, c1, d0, d1 = no_words(), no_words(), no_words(), no_words()
-            base = row * padded
-            for quad in range(quads):
-                low = load_bytes(weights, packed + quad * 128)
-                high = load_bytes(weights, packed + quad * 128 + 64)
-                column = base + quad * 4
-                four = spread_bytes(x, column)
-                a0, a1 = byte_dot_product(a0, four, low), byte_dot_product(a1, four, high)
-                four = spread_bytes(x, column + padded)
-                b0, b1 = byte_dot_product(b0, four, low), byte_dot_product(b1, four, high)
-                four = spread_bytes(x, column + 2 * padded)
-                c0, c1 = byte_dot_product(c0, four, low), byte_dot_product(c1, four, high)
-                four = spread_bytes(x, column + 3 * padded)
-                d0, d1 = byte_dot_product(d0, four, low), byte_dot_product(d1, four, high)
-            for index, low, high in ((0, a0, a1), (1, b0, b1), (2, c0, c1), (3, d0, d1)):
-                scale, at = load_single(row_scales, row + index), (row + index) * stride + channel
-                _store(low, high, parts, first, channel, channels, scale, activation, residual, out, at)
-            row += _ROWS
+        weights, channel, row = parts[first] + tile * tile_bytes, tile * TILE, 0
         while row < rows:
-            a0, a1, b0, b1 = no_words(), no_words(), no_words(), no_words()
-            base = row * padded
-            for quad in range(0, quads, 2):
-                at = packed + quad * 128
-                four = spread_bytes(x, base + quad * 4)
-                a0 = byte_dot_product(a0, four, load_bytes(weights, at))
-                a1 = byte_dot_product(a1, four, load_bytes(weights, at + 64))
-                four = spread_bytes(x, base + quad * 4 + 4)
-                b0 = byte_dot_product(b0, four, load_bytes(weights, at + 128))
-                b1 = byte_dot_product(b1, four, load_bytes(weights, at + 192))
-            low, high = add_words(a0, b0), add_words(a1, b1)
-            scale, at = load_single(row_scales, row), row * stride + channel
-            _store(low, high, parts, first, channel, channels, scale, activation, residual, out, at)
-            row += 1
+            count = BLOCK_ROWS
+            while count > rows - row:
+                count //= 2
+            ahead = weights + tile_bytes + row // BLOCK_ROWS * tile_bytes // blocks
+            inner_product(
+                numbers, count, words + 4 * row * stride, stride, weights, steps, sums, ahead,
+                STEP_BYTES // blocks,
+            )
+            for index in range(count):
+                scale = load_single(row_scales, row) if numbers == INT8 else np.float32(1)
+                place, at = index * TILE, row * out_stride + channel
+                for half in range(0, TILE, LANES):
+                    _store(
+                        numbers, sums, place + half, parts, first, channel + half, channels, scale,
+                        activation, residual, out, at + half,
+                    )
+                row += 1
 
 
 @_compiled
 def product(
-    thread, threads, team, x, x_stride, rows, width, parts, first, channels, out, stride, activation,
-    residual, scratch,
+    thread, threads, team, numbers, x, x_stride, rows, width, parts, first, channels, out, out_stride,
+    activation, residual, scratch,
 ):
-    """out = activation(x @ weights.T + biases) + residual, in int8: what one thread of a team does of it.
+    """out = activation(x @ weights.T + biases) + residual: what one thread of a team does of it.
 
-    x: float32 [rows, width], out: float32 [rows, channels], with their strides; parts[first] and the three
-    behind it: weights (`linear.pack`), corrections (int32), scales and biases (float32), one a channel and
-    padded to whole tiles; residual: laid out as out, or 0 for none; scratch: of `product_scratch` bytes.
+    numbers: what it is computed in (`inner_product`); x: float32 [rows, width], out: float32 [rows,
+    channels], with their strides; parts[first] and the three behind it: weights (`linear.pack`), biases
+    (float32) and, of int8, corrections (int32) and scales (float32), one a channel and padded to whole tiles;
+    residual: laid out as out, or 0 for none; scratch: of `product_scratch` bytes.
     """
-    padded = _padded(width)
-    row_scales, quantized = scratch, scratch + 4 * rows
+    steps, stride = _steps(numbers, width), _stride(numbers, width)
+    words, row_scales = scratch, scratch + 4 * rows * stride
     start, end = rows * thread // threads, rows * (thread + 1) // threads
-    quantize(x, x_stride, start, end, width, quantized, padded, row_scales)
+    _encode(numbers, x, x_stride, start, end, width, words, stride, row_scales)
     _meet(team, threads)
     tiles = (channels + TILE - 1) // TILE
     start, end = tiles * thread // threads, tiles * (thread + 1) // threads
     _tiles(
-        quantized, row_scales, rows, padded, parts, first, channels, out, stride, activation, residual,
-        start, end,
+        numbers, words, stride, steps, row_scales, rows, parts, first, channels, out, out_stride, activation,
+        residual, start, end,
     )
     _meet(team, threads)
 
@@ -367,20 +352,20 @@ def attend(thread, threads, team, qkv, rows, heads, head_dim, keys, values, bloc
 
 @_compiled
 def layers(
-    thread, threads, team, parts, first, last, hidden, rows, width, ffn, heads, norm_before, keys, values,
-    block_tokens, rows_of, scratch,
+    thread, threads, team, numbers, parts, first, last, hidden, rows, width, ffn, heads, norm_before, keys,
+    values, block_tokens, rows_of, scratch,
 ):
     """The decoder layers first..last, in place on hidden, float32 [rows, width]: one thread's part.
 
-    parts: int64 [layers, 20], of each the addresses of weight and bias of its two norms, then of the products
-    qkv, out, fc1 and fc2 as `product` takes them; keys, values: int64 [layers], addresses; scratch: of
-    `layers_scratch` bytes; the rest as in `attend`.
+    numbers: what the products are computed in; parts: int64 [layers, 20], of each the addresses of weight and
+    bias of its two norms, then of the products qkv, out, fc1 and fc2 as `product` takes them; keys, values:
+    int64 [layers], addresses; scratch: of `layers_scratch` bytes; the rest as in `attend`.
     """
     x = scratch
     qkv = x + 4 * rows * width
     wide = qkv + 4 * rows * 3 * width
     rest = wide + 4 * rows * ffn
-    # The rows that this thread norms are those that it quantises next: no barrier between.
+    # The rows that this thread norms are those that it encodes next: no barrier between.
     start, end = rows * thread // threads, rows * (thread + 1) // threads
     for index in range(first, last):
         at = parts[index]
@@ -389,21 +374,30 @@ def layers(
             norm(hidden, start, end, width, at[0], at[1], x)
             source = x
         product(
-            thread, threads, team, source, width, rows, width, at, 4, 3 * width, qkv, 3 * width, NONE, 0, rest
+            thread, threads, team, numbers, source, width, rows, width, at, 4, 3 * width, qkv, 3 * width,
+            NONE, 0, rest,
         )
         attend(
             thread, threads, team, qkv, rows, heads, width // heads, keys[index], values[index], block_tokens,
             rows_of, x,
         )
-        product(thread, threads, team, x, width, rows, width, at, 8, width, hidden, width, NONE, hidden, rest)
+        product(
+            thread, threads, team, numbers, x, width, rows, width, at, 8, width, hidden, width, NONE, hidden,
+            rest,
+        )
         source = hidden
         if norm_before:
             norm(hidden, start, end, width, at[2], at[3], x)
             source = x
         else:
             norm(hidden, start, end, width, at[0], at[1], hidden)
-        product(thread, threads, team, source, width, rows, width, at, 12, ffn, wide, ffn, RELU, 0, rest)
-        product(thread, threads, team, wide, ffn, rows, ffn, at, 16, width, hidden, width, NONE, hidden, rest)
+        product(
+            thread, threads, team, numbers, source, width, rows, width, at, 12, ffn, wide, ffn, RELU, 0, rest
+        )
+        product(
+            thread, threads, team, numbers, wide, ffn, rows, ffn, at, 16, width, hidden, width, NONE, hidden,
+            rest,
+        )
         if not norm_before:
             norm(hidden, start, end, width, at[2], at[3], hidden)
 
@@ -448,16 +442,24 @@ def summarize(thread, threads, _team, logits, rows, width, best, summaries):
 
 
 @_compiled
-def _padded(width):
-    """A row of bytes ends with a pair of fours."""
-    return (width + 7) // 8 * 8
+def _steps(numbers, width):
+    """Words of a row."""
+    if numbers == INT8:
+        return (width + 3) // 4
+    return (width + 1) // 2 if numbers == BFLOAT16 else width
 
 
-def product_scratch(rows: int, width: int) -> int:
-    """Bytes that `product` works on: a scale for each row, and its bytes."""
-    return rows * (4 + int(_padded(width)))
+@_compiled
+def _stride(numbers, width):
+    """Words from a row to the next: whole registers, and one more lest rows fall on the same cache lines."""
+    return (_steps(numbers, width) + LANES - 1) // LANES * LANES + LANES
 
 
-def layers_scratch(rows: int, width: int, ffn: int) -> int:
+def product_scratch(numbers: int, rows: int, width: int) -> int:
+    """Bytes that `product` works on: its input's words, and a scale for each row."""
+    return 4 * rows * (int(_stride(numbers, width)) + 1)
+
+
+def layers_scratch(numbers: int, rows: int, width: int, ffn: int) -> int:
     """Bytes that `layers` works on: states, projections, the feed-forward's middle, the widest product's."""
-    return 4 * rows * (4 * width + ffn) + product_scratch(rows, max(width, ffn))
+    return 4 * rows * (4 * width + ffn) + product_scratch(numbers, rows, max(width, ffn))

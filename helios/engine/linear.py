@@ -1,8 +1,9 @@
-"""Linear layers as the model applies them: in a floating-point type, or in int8.
+"""Linear layers as the model applies them: packed for compiled products on a CPU, or torch's own.
 
-The model does not know which: quantising swaps its linears and nothing else.
+The model does not know which, nor in what precision: another one swaps its linears and nothing else.
 """
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -11,7 +12,14 @@ from torch.nn import functional as F
 
 from helios.engine import kernels
 from helios.engine.checkpoint import LinearWeights
+from helios.engine.inner_product import BFLOAT16, FLOAT32, INT8, STEP_BYTES, TILE
 from helios.engine.team import TEAM
+
+# Of what a PackedLinear keeps: changes whenever the same tensors would mean something else.
+LAYOUT_VERSION = 1
+
+_WORD_BYTES = 4
+_NUMBERS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.int8: INT8}
 
 
 class Linear(Protocol):
@@ -26,9 +34,13 @@ class Linear(Protocol):
         """The output channels from `first` on: [rows, in] -> [rows, out - first]."""
         ...
 
+    def weights_of(self, channels: torch.Tensor) -> torch.Tensor:
+        """Rows of the weight: [n] -> [n, in]."""
+        ...
+
 
 class DenseLinear:
-    """In the type of its weight."""
+    """In the type of its weight, by torch."""
 
     def __init__(self, weights: LinearWeights) -> None:
         self._weight, self._bias = weights.weight, weights.bias
@@ -41,61 +53,71 @@ class DenseLinear:
         """Only these are computed."""
         return F.linear(x, self._weight[first:], None if self._bias is None else self._bias[first:])
 
+    def weights_of(self, channels: torch.Tensor) -> torch.Tensor:
+        """Rows of the weight."""
+        return F.embedding(channels, self._weight)
 
-class Int8Linear:
-    """Weights in int8 with a scale per output channel, input in int8 with a scale per row.
 
-    The sums are exact integers, so a row's result does not depend on the batch that it is in.
+class PackedLinear:
+    """In float32, bfloat16 or int8, by `kernels.product`: from float32 and to float32.
+
+    bfloat16: the input is rounded. int8: the weights have a scale per output channel, the input has one per
+    row. A row's result is the same to the bit whatever rows are beside it.
     """
 
-    def __init__(self, weights: LinearWeights) -> None:
-        """weights: of int8 with scales (`quantize`)."""
-        assert weights.scales is not None
-        self.out_size, self.in_size = weights.weight.shape
-        packed = pack(weights.weight)
-        channels = len(packed) * kernels.TILE
-        # The input is unsigned around 128; these take what the 128 adds to the sums off again.
-        corrections = _padded(128 * weights.weight.sum(1, dtype=torch.int32), channels)
-        bias = torch.zeros(self.out_size) if weights.bias is None else weights.bias.float()
-        # In the order in which the kernels take them.
-        self.tensors = [
-            packed,
-            corrections,
-            _padded(weights.scales.float(), channels),
-            _padded(bias, channels),
-        ]
-        self.addresses = np.array([tensor.data_ptr() for tensor in self.tensors], dtype=np.int64)
+    def __init__(self, numbers: int, out_size: int, in_size: int, tensors: Sequence[torch.Tensor]) -> None:
+        """What `pack` made, from memory or from a file. numbers: one of `inner_product`'s."""
+        self.numbers, self.out_size, self.in_size = numbers, out_size, in_size
+        self.tensors = list(tensors)
+        self.addresses = np.zeros(kernels.PARTS, dtype=np.int64)
+        self.addresses[: len(tensors)] = [tensor.data_ptr() for tensor in tensors]
+        # From a tile to the next: of weights, and of what has a number a channel.
+        self._tile_bytes = np.full(kernels.PARTS, TILE * _WORD_BYTES)
+        self._tile_bytes[0] = self.tensors[0].shape[1] * STEP_BYTES
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._from_tile(x, 0)
+
+    def from_channel(self, x: torch.Tensor, first: int) -> torch.Tensor:
+        """These are computed, and those before them in the same tile."""
+        tile, offset = divmod(first, TILE)
+        return self._from_tile(x, tile)[:, offset:]
+
+    def weights_of(self, channels: torch.Tensor) -> torch.Tensor:
+        """Rows of the weight, in the type that it is kept in."""
+        # [n, in / numbers of a word, numbers of a word]
+        rows = self.tensors[0][channels // TILE, :, channels % TILE]
+        return rows.flatten(1)[:, : self.in_size]
+
+    def _from_tile(self, x: torch.Tensor, tile: int) -> torch.Tensor:
         x = x.float().contiguous()
-        rows = len(x)
-        out = x.new_empty(rows, self.out_size)
-        scratch = torch.empty(kernels.product_scratch(rows, self.in_size), dtype=torch.uint8)
+        rows, channels = len(x), self.out_size - tile * TILE
+        out = x.new_empty(rows, channels)
+        size = kernels.product_scratch(self.numbers, rows, self.in_size)
+        scratch = torch.empty(size, dtype=torch.uint8)
         TEAM.run(
             kernels.product,
+            self.numbers,
             x.data_ptr(),
             self.in_size,
             rows,
             self.in_size,
-            self.addresses,
+            self.addresses + tile * self._tile_bytes,
             0,
-            self.out_size,
+            channels,
             out.data_ptr(),
-            self.out_size,
+            channels,
             kernels.NONE,
             0,
             scratch.data_ptr(),
         )
         return out
 
-    def from_channel(self, x: torch.Tensor, first: int) -> torch.Tensor:
-        """All are computed: a tile of them may lie across `first`."""
-        return self(x)[:, first:]
-
 
 def linear(weights: LinearWeights) -> Linear:
-    """The linear layer that applies these weights."""
-    return DenseLinear(weights) if weights.scales is None else Int8Linear(weights)
+    """The linear layer that applies these weights: packed where kernels compute in their type."""
+    packs = weights.weight.device.type == "cpu" and weights.weight.dtype in _NUMBERS
+    return pack(weights) if packs else DenseLinear(weights)
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -105,18 +127,22 @@ def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (weight / scales[:, None]).round_().to(torch.int8), scales
 
 
-def pack(weight: torch.Tensor) -> torch.Tensor:
-    """int8 [out, in] in the order in which a tile's sums take it: [out / 32, in / 4, 32, 4], zero-padded."""
-    out_size, in_size = weight.shape
-    rows = -(-out_size // kernels.TILE) * kernels.TILE
-    columns = -(-in_size // 8) * 8
-    if (rows, columns) != (out_size, in_size):
-        padded = weight.new_zeros(rows, columns)
-        padded[:out_size, :in_size] = weight
-        weight = padded
-    tiles = weight.view(rows // kernels.TILE, kernels.TILE, columns // 4, 4)
-    return tiles.permute(0, 2, 1, 3).contiguous()
+def pack(weights: LinearWeights) -> PackedLinear:
+    """The weights [out, in] in the order in which a tile's sums take them, zero-padded.
 
-
-def _padded(values: torch.Tensor, size: int) -> torch.Tensor:
-    return F.pad(values, (0, size - len(values)))
+    What one step multiplies lies side by side in words of 32 bits: float32 [out / 32, in, 32, 1], bfloat16
+    [out / 32, in / 2, 32, 2], int8 [out / 32, in / 4, 32, 4]. Behind it the biases and, of int8, what the
+    kernel takes off the sums because its input is unsigned around 128, and the scales: [out] each.
+    """
+    out_size, in_size = weights.weight.shape
+    together = _WORD_BYTES // weights.weight.itemsize
+    tiles, steps = -(-out_size // TILE), -(-in_size // together)
+    weight = F.pad(weights.weight, (0, steps * together - in_size, 0, tiles * TILE - out_size))
+    tensors = [
+        weight.view(tiles, TILE, steps, together).permute(0, 2, 1, 3).contiguous(),
+        torch.zeros(out_size) if weights.bias is None else weights.bias.float(),
+    ]
+    if weights.scales is not None:
+        tensors += [128 * weights.weight.sum(1, dtype=torch.int32), weights.scales.float()]
+    tensors[1:] = [F.pad(tensor, (0, tiles * TILE - out_size)) for tensor in tensors[1:]]
+    return PackedLinear(_NUMBERS[weights.weight.dtype], out_size, in_size, tensors)

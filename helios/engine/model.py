@@ -14,7 +14,7 @@ from helios.engine.batch import Batch
 from helios.engine.checkpoint import LayerWeights, LinearWeights, ModelWeights, Norm
 from helios.engine.compiled_layers import CompiledLayers, Layer
 from helios.engine.kv_cache import KVCache, kv_dtype
-from helios.engine.linear import Linear, linear, quantize
+from helios.engine.linear import Linear, PackedLinear, linear, quantize
 from helios.engine.paged_attention import attend, reads_in_place
 from helios.model_config import POSITION_OFFSET, ModelConfig
 
@@ -27,34 +27,34 @@ class Model:
     def __init__(self, config: ModelConfig, weights: ModelWeights) -> None:
         self.config = config
         self.depth = len(weights.layers)
-        self.quantized = any(layer.fc1.scales is not None for layer in weights.layers)
+        self.device = weights.embed_tokens.device
+        quantized = any(layer.fc1.scales is not None for layer in weights.layers)
+        stored = weights.embed_tokens.dtype
+        # Numbers that its products are computed in.
+        self.precision = "int8" if quantized else str(stored).removeprefix("torch.")
+        head, scales = quantize(weights.lm_head) if quantized else (weights.lm_head, None)
+        self._lm_head = linear(LinearWeights(head, None, scales))
+        # Whether its products are compiled: then all between them is in float32.
+        self.compiled = isinstance(self._lm_head, PackedLinear)
         # Of activations.
-        self.dtype = torch.float32 if self.quantized else weights.embed_tokens.dtype
-        self._embed_tokens = weights.embed_tokens
+        self.dtype = torch.float32 if self.compiled else stored
+        tied = weights.lm_head is weights.embed_tokens and not quantized
+        # None: the rows of the LM head.
+        self._embed_tokens = None if tied else weights.embed_tokens
         self._embed_positions = weights.embed_positions
         self._project_in = _optional(weights.project_in)
         self._project_out = _optional(weights.project_out)
-        self._final_norm = weights.final_norm
-        self._exits = {layer: (head.norm, _optional(head.linear)) for layer, head in weights.exits.items()}
-        head, scales = quantize(weights.lm_head) if self.quantized else (weights.lm_head, None)
-        self._lm_head = linear(LinearWeights(head, None, scales))
+        self._final_norm = None if weights.final_norm is None else self._cast(weights.final_norm)
+        self._exits = {
+            layer: (self._cast(head.norm), _optional(head.linear)) for layer, head in weights.exits.items()
+        }
         self._activation = _ACTIVATIONS[config.activation]
         self._layers: list[Layer] = []
         while weights.layers:
             # Taken off one by one, so that the parts are freed as they are fused.
-            self._layers.append(_fuse(weights.layers.pop(0)))
+            self._layers.append(self._fuse(weights.layers.pop(0)))
         # The layers in one call, where their precision has one.
         self._compiled = CompiledLayers.of(config, self._layers)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self._embed_tokens.device
-
-    @property
-    def precision(self) -> str:
-        """Numbers that its products are computed in."""
-        return "int8" if self.quantized else str(self.dtype).removeprefix("torch.")
 
     @property
     def kv_dtype(self) -> torch.dtype:
@@ -64,7 +64,9 @@ class Model:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all loaded weights, shared ones once."""
-        tensors = [self._embed_tokens, self._embed_positions]
+        tensors = [self._embed_positions]
+        if self._embed_tokens is not None:
+            tensors.append(self._embed_tokens)
         linears = [self._project_in, self._project_out, self._lm_head]
         norms = [self._final_norm]
         for layer in self._layers:
@@ -82,7 +84,10 @@ class Model:
 
     def embed(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Hidden states before the first layer: [T] -> [T, hidden]."""
-        hidden = F.embedding(token_ids, self._embed_tokens).to(self.dtype)
+        if self._embed_tokens is None:
+            hidden = self._lm_head.weights_of(token_ids).to(self.dtype)
+        else:
+            hidden = F.embedding(token_ids, self._embed_tokens).to(self.dtype)
         if self._project_in is not None:
             hidden = self._project_in(hidden)
         return hidden + F.embedding(positions + POSITION_OFFSET, self._embed_positions)
@@ -133,6 +138,24 @@ class Model:
             hidden = self._project_out(hidden)
         return self._lm_head(hidden)
 
+    def _cast(self, norm: Norm) -> Norm:
+        """A norm in the type of activations."""
+        return Norm(*(None if part is None else part.to(self.dtype) for part in (norm.weight, norm.bias)))
+
+    def _fuse(self, layer: LayerWeights) -> Layer:
+        """A layer with query, key and value in one product."""
+        parts = (layer.q, layer.k, layer.v)
+        biases = [part.bias for part in parts if part.bias is not None]
+        scales = [part.scales for part in parts if part.scales is not None]
+        qkv = LinearWeights(
+            torch.cat([part.weight for part in parts]),
+            torch.cat(biases) if biases else None,
+            torch.cat(scales) if scales else None,
+        )
+        out, fc1, fc2 = linear(layer.out), linear(layer.fc1), linear(layer.fc2)
+        attn_norm, ffn_norm = self._cast(layer.attn_norm), self._cast(layer.ffn_norm)
+        return Layer(attn_norm, linear(qkv), out, ffn_norm, fc1, fc2)
+
 
 def _optional(weights: LinearWeights | None) -> Linear | None:
     return None if weights is None else linear(weights)
@@ -176,16 +199,3 @@ def _attention(qkv: torch.Tensor, batch: Batch, cache: KVCache, layer: int, num_
         parts.append(attended.transpose(0, 1))
     # [T, heads, head_dim] -> [T, hidden]
     return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1).to(qkv.dtype)
-
-
-def _fuse(layer: LayerWeights) -> Layer:
-    parts = (layer.q, layer.k, layer.v)
-    biases = [part.bias for part in parts if part.bias is not None]
-    scales = [part.scales for part in parts if part.scales is not None]
-    qkv = LinearWeights(
-        torch.cat([part.weight for part in parts]),
-        torch.cat(biases) if biases else None,
-        torch.cat(scales) if scales else None,
-    )
-    out, fc1, fc2 = linear(layer.out), linear(layer.fc1), linear(layer.fc2)
-    return Layer(layer.attn_norm, linear(qkv), out, layer.ffn_norm, fc1, fc2)

@@ -132,8 +132,8 @@ def read_weights(
 
 @torch.inference_mode()
 def warm_up(model: Model, block_tokens: int) -> None:
-    """Computes a token, so that no request waits for what first use sets up."""
-    lend(compiled=model.quantized)
+    """Runs a token through model and sampler, so that no request waits for what first use sets up."""
+    lend(compiled=model.compiled)
     config = model.config
     cache = KVCache(
         model.depth, 1, block_tokens, config.num_heads, config.head_dim, model.kv_dtype, model.device

@@ -11,7 +11,8 @@ from helios.errors import SettingsError
 class Precision(enum.StrEnum):
     """auto: int8 on a CPU that multiplies bytes fast (AVX-512 VNNI), float32 on others, bfloat16 on a GPU.
 
-    int8: weights with a scale per output channel, activations with a scale per token, KV in float32.
+    On a CPU products are computed in it; between them, and in KV, all is float32. int8: weights with a scale
+    per output channel, activations with a scale per token. float16: torch's products, on a CPU slow ones.
     """
 
     AUTO = "auto"
@@ -32,7 +33,7 @@ class Precision(enum.StrEnum):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of activations, norms and KV."""
+        """Of what is read from a checkpoint; in int8 before it is quantised."""
         chosen = Precision.FLOAT32 if self is Precision.INT8 else self
         found = getattr(torch, chosen.value)
         assert isinstance(found, torch.dtype)

@@ -1,9 +1,7 @@
 """Vectors of 16 lanes for kernels compiled by Numba: the few operations that these need, as LLVM code.
 
 Addresses are integers (`Tensor.data_ptr`), indices count elements, and nothing is checked: only
-`helios.engine.kernels` calls these. LLVM splits the vectors on processors with narrower registers. The one
-operation that a processor must have to be fast is the dot product of bytes (AVX-512 VNNI); elsewhere
-the same sums are computed from wider products.
+`helios.engine.kernels` calls these. LLVM splits the vectors on processors with narrower registers.
 
 Numba keeps compiled kernels by the time of their own file: after a change here, touch `kernels.py` too.
 """
@@ -19,17 +17,31 @@ from numba.extending import intrinsic, models, register_model
 
 LANES = 16
 
-_BYTE, _SHORT, _WORD, _SINGLE = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
-_WORDS, _SINGLES = ir.VectorType(_WORD, LANES), ir.VectorType(_SINGLE, LANES)
+_BYTE, _SHORT, WORD, SINGLE = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
+WORDS, SINGLES = ir.VectorType(WORD, LANES), ir.VectorType(SINGLE, LANES)
 
 Builder = Any  # llvmlite's ir.IRBuilder, which is untyped
 Value = Any
 
 
+def has_long_registers() -> bool:
+    """Whether this processor has 32 registers of 16 lanes (AVX-512)."""
+    return _has("avx512f")
+
+
 def has_byte_dot_product() -> bool:
     """Whether this processor multiplies and sums bytes in one instruction (AVX-512 VNNI)."""
+    return _has("avx512vnni")
+
+
+def has_bfloat16_dot_product() -> bool:
+    """Whether this processor multiplies and sums bfloat16 in one instruction (AVX-512 BF16)."""
+    return _has("avx512bf16")
+
+
+def _has(feature: str) -> bool:
     features = llvmlite.binding.get_host_cpu_features()
-    return bool(features.get("avx512vnni") and features.get("avx512f"))
+    return bool(features.get(feature) and features.get("avx512f"))
 
 
 class VectorType(types.Type):
@@ -46,8 +58,8 @@ class _VectorModel(models.PrimitiveModel):
         super().__init__(manager, kind, kind.lanes)
 
 
-words = VectorType("words16", _WORDS)  # int32
-singles = VectorType("singles16", _SINGLES)  # float32
+words = VectorType("words16", WORDS)  # int32
+singles = VectorType("singles16", SINGLES)  # float32
 
 
 def _operation(
@@ -96,36 +108,21 @@ def _store(element: Any, kind: Any = None) -> Callable[[Builder, Sequence[Value]
     return build
 
 
-def _spread(builder: Builder, value: Value, lanes: Any) -> Value:
+def build_spread(builder: Builder, value: Value, lanes: Any) -> Value:
     """The same value in every lane."""
     nothing = ir.Constant(lanes, ir.Undefined)
-    first = builder.insert_element(nothing, value, ir.Constant(_WORD, 0))
-    return builder.shuffle_vector(first, nothing, ir.Constant(_WORDS, [0] * LANES))
+    first = builder.insert_element(nothing, value, ir.Constant(WORD, 0))
+    return builder.shuffle_vector(first, nothing, ir.Constant(WORDS, [0] * LANES))
 
 
-def _call(name: str, lanes: Any) -> Callable[[Builder, Sequence[Value]], Value]:
+def build_call(name: str, result: Any) -> Callable[[Builder, Sequence[Value]], Value]:
+    """Calls an operation of LLVM by its name."""
+
     def build(builder: Builder, values: Sequence[Value]) -> Value:
-        kind = ir.FunctionType(lanes, [value.type for value in values])
+        kind = ir.FunctionType(result, [value.type for value in values])
         return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), values)
 
     return build
-
-
-def _byte_dot_product(builder: Builder, values: Sequence[Value]) -> Value:
-    """Lane i: sum + the dot product of bytes 4i..4i+3, unsigned of the one and signed of the other."""
-    if has_byte_dot_product():
-        return _call("llvm.x86.avx512.vpdpbusd.512", _WORDS)(builder, values)
-    total, unsigned, signed = values
-    for shift in (0, 8, 16, 24):
-        left = builder.and_(
-            builder.lshr(unsigned, ir.Constant(_WORDS, [shift] * LANES)), ir.Constant(_WORDS, [255] * LANES)
-        )
-        right = builder.ashr(
-            builder.shl(signed, ir.Constant(_WORDS, [24 - shift] * LANES)),
-            ir.Constant(_WORDS, [24] * LANES),
-        )
-        total = builder.add(total, builder.mul(left, right))
-    return total
 
 
 def _sum(builder: Builder, values: Sequence[Value]) -> Value:
@@ -133,72 +130,98 @@ def _sum(builder: Builder, values: Sequence[Value]) -> Value:
     vector = values[0]
     for half in (8, 4, 2, 1):
         order = [*range(half, 2 * half), *([0] * (LANES - half))]
-        moved = builder.shuffle_vector(vector, vector, ir.Constant(_WORDS, order))
+        moved = builder.shuffle_vector(vector, vector, ir.Constant(WORDS, order))
         vector = builder.fadd(vector, moved)
-    return builder.extract_element(vector, ir.Constant(_WORD, 0))
+    return builder.extract_element(vector, ir.Constant(WORD, 0))
 
 
 def _largest(builder: Builder, values: Sequence[Value]) -> Value:
     vector = values[0]
     for half in (8, 4, 2, 1):
         order = [*range(half, 2 * half), *([0] * (LANES - half))]
-        moved = builder.shuffle_vector(vector, vector, ir.Constant(_WORDS, order))
-        vector = _call("llvm.maxnum.v16f32", _SINGLES)(builder, [vector, moved])
-    return builder.extract_element(vector, ir.Constant(_WORD, 0))
+        moved = builder.shuffle_vector(vector, vector, ir.Constant(WORDS, order))
+        vector = build_call("llvm.maxnum.v16f32", SINGLES)(builder, [vector, moved])
+    return builder.extract_element(vector, ir.Constant(WORD, 0))
 
 
 # Scalars at (address, index).
-load_single = _operation(types.float32, (types.intp, types.intp), _load(_SINGLE))
-store_single = _operation(types.void, (types.intp, types.intp, types.float32), _store(_SINGLE))
+load_single = _operation(types.float32, (types.intp, types.intp), _load(SINGLE))
+store_single = _operation(types.void, (types.intp, types.intp, types.float32), _store(SINGLE))
 load_long = _operation(types.int64, (types.intp, types.intp), _load(ir.IntType(64)))
 store_long = _operation(types.void, (types.intp, types.intp, types.int64), _store(ir.IntType(64)))
-store_byte = _operation(types.void, (types.intp, types.intp, types.uint8), _store(_BYTE))
 
 # Vectors from and to (address, index); `spread_*` fill all lanes with one value.
-load_singles = _operation(singles, (types.intp, types.intp), _load(_SINGLE, _SINGLES))
-store_singles = _operation(types.void, (types.intp, types.intp, singles), _store(_SINGLE, _SINGLES))
-load_words = _operation(words, (types.intp, types.intp), _load(_WORD, _WORDS))
-spread_single = _operation(singles, (types.float32,), lambda b, v: _spread(b, v[0], _SINGLES))
-# The 4 bytes at (address, index of byte) in every lane.
-spread_bytes = _operation(
-    words,
-    (types.intp, types.intp),
-    lambda b, v: _spread(b, _load(_BYTE, _WORD)(b, v), _WORDS),
-)
+load_singles = _operation(singles, (types.intp, types.intp), _load(SINGLE, SINGLES))
+store_singles = _operation(types.void, (types.intp, types.intp, singles), _store(SINGLE, SINGLES))
+load_words = _operation(words, (types.intp, types.intp), _load(WORD, WORDS))
+spread_single = _operation(singles, (types.float32,), lambda b, v: build_spread(b, v[0], SINGLES))
+
+
+def _first(builder: Builder, count: Value) -> Value:
+    """True in the first `count` lanes."""
+    numbers = ir.Constant(WORDS, list(range(LANES)))
+    return builder.icmp_signed("<", numbers, build_spread(builder, builder.trunc(count, WORD), WORDS))
+
+
+def _load_some(builder: Builder, values: Sequence[Value]) -> Value:
+    pointer = _at(builder, values[0], values[1], SINGLE, SINGLES)
+    nothing = ir.Constant(SINGLES, [0.0] * LANES)
+    arguments = [pointer, ir.Constant(WORD, 4), _first(builder, values[2]), nothing]
+    return build_call("llvm.masked.load.v16f32.p0", SINGLES)(builder, arguments)
+
+
+def _store_some(builder: Builder, values: Sequence[Value]) -> Value:
+    pointer = _at(builder, values[0], values[1], SINGLE, SINGLES)
+    arguments = [values[3], pointer, ir.Constant(WORD, 4), _first(builder, values[2])]
+    return build_call("llvm.masked.store.v16f32.p0", ir.VoidType())(builder, arguments)
+
+
+# The first lanes from and to (address, index, count); the others are zero, or stay as they were.
+load_some = _operation(singles, (types.intp, types.intp, types.intp), _load_some)
+store_some = _operation(types.void, (types.intp, types.intp, types.intp, singles), _store_some)
 
 
 def _store_bytes(builder: Builder, values: Sequence[Value]) -> Value:
     """Each lane, a whole number of 0 to 255, as a byte."""
     octets = ir.VectorType(_BYTE, LANES)
-    narrow = builder.trunc(builder.fptosi(values[2], _WORDS), octets)
+    narrow = builder.trunc(builder.fptosi(values[2], WORDS), octets)
     return _store(_BYTE, octets)(builder, [values[0], values[1], narrow])
 
 
-store_bytes = _operation(types.void, (types.intp, types.intp, singles), _store_bytes)
-round_to_even = _operation(singles, (singles,), _call("llvm.rint.v16f32", _SINGLES))
-no_words = _operation(words, (), lambda _b, _v: ir.Constant(_WORDS, [0] * LANES))
-no_singles = _operation(singles, (), lambda _b, _v: ir.Constant(_SINGLES, [0.0] * LANES))
-# 64 signed bytes at (address, index of byte).
-load_bytes = _operation(words, (types.intp, types.intp), _load(_BYTE, _WORDS))
+def _store_bfloats(builder: Builder, values: Sequence[Value]) -> Value:
+    """Each lane's upper half, rounded to the nearest, ties to even."""
+    bits = builder.bitcast(values[2], WORDS)
+    one, half = ir.Constant(WORDS, [1] * LANES), ir.Constant(WORDS, [0x7FFF] * LANES)
+    upper = ir.Constant(WORDS, [16] * LANES)
+    odd = builder.and_(builder.lshr(bits, upper), one)
+    rounded = builder.lshr(builder.add(bits, builder.add(odd, half)), upper)
+    shorts = ir.VectorType(_SHORT, LANES)
+    return _store(_SHORT, shorts)(builder, [values[0], values[1], builder.trunc(rounded, shorts)])
 
-byte_dot_product = _operation(words, (words, words, words), _byte_dot_product)
+
+# Vectors to (address, index of byte or of bfloat16).
+store_bytes = _operation(types.void, (types.intp, types.intp, singles), _store_bytes)
+store_bfloats = _operation(types.void, (types.intp, types.intp, singles), _store_bfloats)
+round_to_even = _operation(singles, (singles,), build_call("llvm.rint.v16f32", SINGLES))
+no_words = _operation(words, (), lambda _b, _v: ir.Constant(WORDS, [0] * LANES))
+no_singles = _operation(singles, (), lambda _b, _v: ir.Constant(SINGLES, [0.0] * LANES))
 add_words = _operation(words, (words, words), lambda b, v: b.add(*v))
 subtract_words = _operation(words, (words, words), lambda b, v: b.sub(*v))
-to_singles = _operation(singles, (words,), lambda b, v: b.sitofp(v[0], _SINGLES))
+to_singles = _operation(singles, (words,), lambda b, v: b.sitofp(v[0], SINGLES))
 add = _operation(singles, (singles, singles), lambda b, v: b.fadd(*v))
 subtract = _operation(singles, (singles, singles), lambda b, v: b.fsub(*v))
 multiply = _operation(singles, (singles, singles), lambda b, v: b.fmul(*v))
-multiply_add = _operation(singles, (singles, singles, singles), _call("llvm.fma.v16f32", _SINGLES))
-larger = _operation(singles, (singles, singles), _call("llvm.maxnum.v16f32", _SINGLES))
-absolute = _operation(singles, (singles,), _call("llvm.fabs.v16f32", _SINGLES))
-floor = _operation(singles, (singles,), _call("llvm.floor.v16f32", _SINGLES))
+multiply_add = _operation(singles, (singles, singles, singles), build_call("llvm.fma.v16f32", SINGLES))
+larger = _operation(singles, (singles, singles), build_call("llvm.maxnum.v16f32", SINGLES))
+absolute = _operation(singles, (singles,), build_call("llvm.fabs.v16f32", SINGLES))
+floor = _operation(singles, (singles,), build_call("llvm.floor.v16f32", SINGLES))
 total = _operation(types.float32, (singles,), _sum)
 largest = _operation(types.float32, (singles,), _largest)
 
 # 0 to 15, and the same number in all lanes.
-lane_numbers = _operation(words, (), lambda _b, _v: ir.Constant(_WORDS, list(range(LANES))))
-spread_word = _operation(words, (types.int32,), lambda b, v: _spread(b, v[0], _WORDS))
-store_words = _operation(types.void, (types.intp, types.intp, words), _store(_WORD, _WORDS))
+lane_numbers = _operation(words, (), lambda _b, _v: ir.Constant(WORDS, list(range(LANES))))
+spread_word = _operation(words, (types.int32,), lambda b, v: build_spread(b, v[0], WORDS))
+store_words = _operation(types.void, (types.intp, types.intp, words), _store(WORD, WORDS))
 # Lane by lane, c where a > b, else d.
 where_greater = _operation(
     words,
@@ -209,9 +232,9 @@ where_greater = _operation(
 
 def _power_of_two(builder: Builder, values: Sequence[Value]) -> Value:
     """2 to a whole number, out of the bits of a float's exponent."""
-    number = builder.fptosi(values[0], _WORDS)
-    biased = builder.add(number, ir.Constant(_WORDS, [127] * LANES))
-    return builder.bitcast(builder.shl(biased, ir.Constant(_WORDS, [23] * LANES)), _SINGLES)
+    number = builder.fptosi(values[0], WORDS)
+    biased = builder.add(number, ir.Constant(WORDS, [127] * LANES))
+    return builder.bitcast(builder.shl(biased, ir.Constant(WORDS, [23] * LANES)), SINGLES)
 
 
 power_of_two = _operation(singles, (singles,), _power_of_two)

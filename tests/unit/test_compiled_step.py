@@ -1,9 +1,11 @@
-"""int8: exact sums, rows that do not disturb each other, streams that resume to the bit, and its quality."""
+"""The compiled step: its sums, rows that leave each other alone, streams that resume to the bit, quality."""
 
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,13 +13,14 @@ import torch
 from numba import njit
 from torch.nn import functional as F
 
-from helios.engine import simd
+from helios.engine import inner_product as inner_product_module
 from helios.engine.batch import build_batch
 from helios.engine.checkpoint import LinearWeights
 from helios.engine.detokenizer import Detokenizer
 from helios.engine.engine import Engine
+from helios.engine.inner_product import BFLOAT16, INT8, TILE, inner_product
 from helios.engine.kv_cache import KVCache
-from helios.engine.linear import Int8Linear, quantize
+from helios.engine.linear import PackedLinear, pack, quantize
 from helios.engine.paged_attention import attend
 from helios.engine.precision import Precision
 from helios.engine.sampler import Row, sample
@@ -30,6 +33,7 @@ from helios.sampling import SamplingParams
 from tests.opt_variants import VARIANTS, save_variant
 
 MEMORY = 64 << 20
+PRECISIONS = ("float32", "bfloat16", "int8")
 
 
 @pytest.fixture
@@ -40,57 +44,105 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     TEAM.threads = before
 
 
-def int8_linear(in_size: int, out_size: int, seed: int = 0) -> tuple[Int8Linear, torch.Tensor, torch.Tensor]:
-    """A linear, its weights as they are after quantising [out, in], and its biases."""
-    torch.manual_seed(seed)
-    weight, scales = quantize(torch.randn(out_size, in_size))
-    bias = torch.randn(out_size)
-    return Int8Linear(LinearWeights(weight, bias, scales)), weight * scales[:, None], bias
+@dataclass(frozen=True)
+class Case:
+    """A packed linear, and what it is to compute with."""
+
+    linear: PackedLinear
+    weight: torch.Tensor  # [out, in], as it is in the precision
+    bias: torch.Tensor
+    precision: str
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """In float64, of the numbers as they are in the precision."""
+        if self.precision == "int8":
+            scales = x.abs().amax(dim=1, keepdim=True) / 127
+            x = torch.where(scales > 0, (x / scales).round() * scales, 0)
+        if self.precision == "bfloat16":
+            x = x.bfloat16()
+        return F.linear(x.double(), self.weight.double(), self.bias.double()).float()
+
+
+def packed(precision: str, in_size: int, out_size: int) -> Case:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(out_size, in_size), torch.randn(out_size)
+    if precision == "int8":
+        whole, scales = quantize(weight)
+        return Case(pack(LinearWeights(whole, bias, scales)), whole * scales[:, None], bias, precision)
+    weight = weight.to(getattr(torch, precision))
+    return Case(pack(LinearWeights(weight, bias)), weight, bias, precision)
 
 
 @pytest.mark.parametrize("threads", [1, 2], indirect=True)
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(("in_size", "out_size"), [(192, 576), (33, 70), (4, 1), (768, 96)])
 @pytest.mark.parametrize("rows", [1, 2, 4, 7, 33])
-def test_a_product_is_that_of_the_quantised_numbers(
-    threads: int, in_size: int, out_size: int, rows: int
+def test_a_product_is_that_of_the_numbers_in_its_precision(
+    threads: int, precision: str, in_size: int, out_size: int, rows: int
 ) -> None:
-    linear, weight, bias = int8_linear(in_size, out_size)
+    case = packed(precision, in_size, out_size)
     x = torch.randn(rows, in_size)
-    scales = x.abs().amax(dim=1, keepdim=True) / 127
-    expected = F.linear((x / scales).round() * scales, weight, bias)
-    torch.testing.assert_close(linear(x), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(case.linear(x), case.product(x), rtol=1e-4, atol=1e-4)
 
 
-def test_a_loud_row_does_not_disturb_its_neighbours() -> None:
-    linear, _, _ = int8_linear(64, 96)
-    quiet, loud = torch.randn(6, 64), 1e6 * torch.randn(1, 64)
-    together = linear(torch.cat([quiet, loud]))
-    assert torch.equal(together[:6], linear(quiet))
-    for row in range(6):
-        assert torch.equal(together[row : row + 1], linear(quiet[row : row + 1]))
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("first", [0, 32, 40, 95])
+def test_a_part_of_the_channels_is_the_same_as_in_the_whole(precision: str, first: int) -> None:
+    case, x = packed(precision, 64, 96), torch.randn(3, 64)
+    assert torch.equal(case.linear.from_channel(x, first), case.linear(x)[:, first:])
 
 
-def test_a_row_of_zeros_gives_the_biases() -> None:
-    linear, _, bias = int8_linear(64, 96)
-    assert torch.equal(linear(torch.zeros(2, 64)), bias.expand(2, -1))
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_weights_of_a_channel_are_found_where_they_are_packed(precision: str) -> None:
+    case, channels = packed(precision, 33, 70), torch.tensor([69, 0, 31, 32, 31])
+    assert torch.equal(case.linear.weights_of(channels), case.weight[channels])
 
 
-def test_without_the_byte_instruction_the_sums_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simd, "has_byte_dot_product", lambda: False)
-    dot, load, store = simd.byte_dot_product, simd.load_words, simd.store_singles
-    to_singles, none = simd.to_singles, simd.no_words
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_row_is_the_same_to_the_bit_whatever_rows_are_beside_it(precision: str) -> None:
+    linear = packed(precision, 192, 96).linear
+    x = torch.randn(27, 192)
+    x[5] *= 1e6
+    together = linear(x)
+    for count in (1, 2, 3, 5, 8, 13):
+        for start in range(0, 27 - count, count):
+            assert torch.equal(together[start : start + count], linear(x[start : start + count]))
 
-    @njit
-    def compute(left: int, right: int, out: int) -> None:
-        store(out, 0, to_singles(dot(none(), load(left, 0), load(right, 0))))
 
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_row_of_zeros_gives_the_biases(precision: str) -> None:
+    case = packed(precision, 64, 96)
+    assert torch.equal(case.linear(torch.zeros(2, 64)), case.bias.expand(2, -1))
+
+
+@pytest.mark.parametrize("numbers", [BFLOAT16, INT8])
+def test_without_the_instruction_the_sums_are_the_same(monkeypatch: pytest.MonkeyPatch, numbers: int) -> None:
     generator = np.random.default_rng(0)
-    unsigned = generator.integers(0, 256, 64, dtype=np.uint8)
-    signed = generator.integers(-128, 128, 64, dtype=np.int8)
-    out = np.zeros(16, np.float32)
-    compute(unsigned.ctypes.data, signed.ctypes.data, out.ctypes.data)
-    expected = (unsigned.astype(np.int32) * signed.astype(np.int32)).reshape(16, 4).sum(1)
-    assert out.tolist() == expected.tolist()
+    steps = 5
+    if numbers == INT8:
+        x = generator.integers(0, 256, (2, 4 * steps), dtype=np.uint8)
+        weights = generator.integers(-128, 128, (steps, TILE, 4), dtype=np.int8)
+        by_step, products = x.astype(np.int32).reshape(2, steps, 4), weights.astype(np.int32)
+    else:
+        # Small whole numbers: their sums are exact in whatever order.
+        by_step = generator.integers(-9, 9, (2, steps, 2)).astype(np.float32)
+        products = generator.integers(-9, 9, (steps, TILE, 2)).astype(np.float32)
+        x, weights = ((part.view(np.uint32) >> 16).astype(np.uint16) for part in (by_step, products))
+    expected = np.einsum("rsk,sck->rc", by_step, products)
+
+    def sums() -> Any:
+        @njit
+        def compute(x: int, weights: int, out: int) -> None:
+            inner_product(numbers, 2, x, steps, weights, steps, out, weights, 0)
+
+        out = np.zeros((2, TILE), expected.dtype)
+        compute(x.ctypes.data, weights.ctypes.data, out.ctypes.data)
+        return out.tolist()
+
+    assert sums() == expected.tolist()
+    monkeypatch.setattr(inner_product_module, "has_byte_dot_product", lambda: False)
+    monkeypatch.setattr(inner_product_module, "has_bfloat16_dot_product", lambda: False)
+    assert sums() == expected.tolist()
 
 
 @pytest.mark.parametrize("threads", [1, 2], indirect=True)
@@ -152,10 +204,13 @@ def generate(
     return found
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("name", ["pre-norm", "post-norm", "no-bias", "no-affine"])
-def test_a_resumed_stream_goes_on_to_the_bit_whatever_it_is_batched_with(tmp_path: Path, name: str) -> None:
+def test_a_resumed_stream_goes_on_to_the_bit_whatever_it_is_batched_with(
+    tmp_path: Path, name: str, precision: str
+) -> None:
     save_variant(tmp_path, name, seed=1, exits=[2, 4, 6])
-    settings = EngineSettings(precision="int8", memory_bytes=MEMORY, step_token_budget=64, max_running=8)
+    settings = EngineSettings(precision=precision, memory_bytes=MEMORY, step_token_budget=64, max_running=8)
     engine = Engine.load(tmp_path, 4, settings)
     prompts = [[2, *range(10 + 7 * index, 40 + 11 * index)] for index in range(5)]
     undisturbed = generate(engine, prompts, [[] for _ in prompts], 40)
@@ -171,13 +226,14 @@ def test_a_resumed_stream_goes_on_to_the_bit_whatever_it_is_batched_with(tmp_pat
         ]
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
 @pytest.mark.parametrize("name", list(VARIANTS))
-def test_int8_computes_nearly_what_float32_does(tmp_path: Path, name: str) -> None:
+def test_fewer_bits_compute_nearly_what_float32_does(tmp_path: Path, name: str, precision: str) -> None:
     """Random weights are the hardest case: they have no redundancy."""
     save_variant(tmp_path, name, seed=3, exits=[2, 4, 6])
     logits = {}
-    for precision in ("float32", "int8"):
-        engine = Engine.load(tmp_path, 6, EngineSettings(precision=precision, memory_bytes=MEMORY))
+    for numbers in ("float32", precision):
+        engine = Engine.load(tmp_path, 6, EngineSettings(precision=numbers, memory_bytes=MEMORY))
         model = engine.plan.model
         sequence = Sequence(
             "",
@@ -191,18 +247,19 @@ def test_int8_computes_nearly_what_float32_does(tmp_path: Path, name: str) -> No
         batch, _ = build_batch([(sequence, 61)], 16, model.device)
         cache = KVCache(6, 4, 16, model.config.num_heads, model.config.head_dim, model.dtype, model.device)
         with torch.inference_mode():
-            logits[precision] = model.read_out(model.forward(batch, cache), 6)
-    error = (logits["int8"] - logits["float32"]).norm() / logits["float32"].norm()
+            logits[numbers] = model.read_out(model.forward(batch, cache), 6)
+    error = (logits[precision] - logits["float32"]).norm() / logits["float32"].norm()
     assert 0 < error < 0.05
 
 
-def test_one_call_computes_what_the_layers_one_by_one_do(tmp_path: Path) -> None:
-    """Blocks of 8 tokens are not what the compiled layers read: there the model applies its int8 linears."""
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_one_call_computes_what_the_layers_one_by_one_do(tmp_path: Path, precision: str) -> None:
+    """The compiled layers do not read blocks of 8 tokens: there the model applies linear after linear."""
     save_variant(tmp_path, "pre-norm", seed=3)
     prompts = [[2, *range(20, 80)], [2, *range(30, 50)]]
     told = []
     for block_tokens in (8, 16):
-        settings = EngineSettings(precision="int8", memory_bytes=MEMORY, block_tokens=block_tokens)
+        settings = EngineSettings(precision=precision, memory_bytes=MEMORY, block_tokens=block_tokens)
         engine = Engine.load(tmp_path, settings=settings)
         told.append(generate(engine, prompts, [[], []], 1))
     for one, other in zip(*told, strict=True):
@@ -236,15 +293,25 @@ def test_no_request_waits_for_a_kernel_to_be_compiled(tmp_path: Path, precision:
     assert ran.returncode == 0, ran.stderr
 
 
-def test_int8_weights_take_a_quarter_of_the_memory(tmp_path: Path) -> None:
+def test_fewer_bits_take_less_memory(tmp_path: Path) -> None:
     save_variant(tmp_path, "pre-norm", seed=3, hidden_size=128, ffn_dim=512)
     sizes = {
         precision: Engine.load(
             tmp_path, settings=EngineSettings(precision=precision, memory_bytes=MEMORY)
         ).plan.memory.weight_bytes
-        for precision in ("float32", "int8")
+        for precision in PRECISIONS
     }
+    assert sizes["bfloat16"] < 0.51 * sizes["float32"]
     assert sizes["int8"] < 0.3 * sizes["float32"]
+
+
+def test_a_tied_head_and_the_embeddings_are_one_tensor(tmp_path: Path) -> None:
+    sizes = {}
+    for name in ("pre-norm", "untied"):
+        save_variant(tmp_path / name, name, seed=3)
+        engine = Engine.load(tmp_path / name, settings=EngineSettings(memory_bytes=MEMORY))
+        sizes[name] = engine.plan.memory.weight_bytes
+    assert sizes["untied"] - sizes["pre-norm"] == 264 * 32 * 4
 
 
 def test_auto_is_int8_where_bytes_are_multiplied_fast(monkeypatch: pytest.MonkeyPatch) -> None:
