@@ -9,6 +9,7 @@ from functools import partial
 
 from bench.load import Latency, latency
 from helios.engine import Engine, GeneratedToken, Output, SamplingParams
+from helios.engine.team import TEAM
 from helios.errors import HeliosError
 from helios.power_meter import power_meter
 
@@ -27,6 +28,8 @@ class Run:
     tokens_per_second: float
     # From the moment on at which the first requests all had their first token.
     decode_tokens_per_second: float
+    # Share of that time which was not spent in compiled code: Python's, and torch's between.
+    overhead: float
     # Of a thread that did nothing else; what else the machine ran does not count.
     tokens_per_cpu_second: float
     ttft_ms: Latency
@@ -76,8 +79,11 @@ def run(
     for index in itertools.islice(pending, concurrency):
         submit(index)
     seen = 0
+    # The end of each step, and the seconds in compiled code until then.
+    steps: list[tuple[float, float]] = []
     while len(ended) < len(prompts):
         engine.step()
+        steps.append((time.perf_counter(), TEAM.seconds))
         if errors:
             raise errors[0]
         while seen < len(ended):
@@ -91,6 +97,9 @@ def run(
     total = sum(map(len, tokens))
     warm = max(times[0] for times in arrivals[:concurrency])
     decoded = sum(moment > warm for times in arrivals for moment in times)
+    decoding = [step for step in steps if step[0] > warm]
+    (warm_end, compiled), (end, compiled_end) = decoding[0], decoding[-1]
+    overhead = 1 - (compiled_end - compiled) / (end - warm_end) if end > warm_end else 0.0
     return Run(
         token_ids=tuple(tuple(token.token_id for token in one) for one in tokens),
         exit_layers=tuple(token.exit_layer for one in tokens for token in one),
@@ -98,6 +107,7 @@ def run(
         seconds=seconds,
         tokens_per_second=total / seconds,
         decode_tokens_per_second=decoded / (began + seconds - warm),
+        overhead=overhead,
         tokens_per_cpu_second=total / cpu,
         ttft_ms=latency([times[0] - start for times, start in zip(arrivals, opened, strict=True)]),
         tpot_ms=latency([(t[-1] - t[0]) / (len(t) - 1) for t in arrivals if len(t) > 1]),

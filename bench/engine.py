@@ -30,8 +30,9 @@ _SEED = 0
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One timed run. `agreement`: share of its tokens before the first that differs from the reference's
-    (the first contender in float32), None without one."""
+    """One timed run. `overhead`: share of decoding outside compiled code, None for peers. `agreement`: share of
+    its tokens before the first that differs from the reference's (the first contender in float32), None without.
+    """
 
     shape: str
     prompt_tokens: int
@@ -41,6 +42,7 @@ class Measured:
     round: int
     seconds: float
     first_token_seconds: float
+    overhead: float | None
     agreement: float | None
     at: str
     load_average_before: float
@@ -285,6 +287,7 @@ class _Bench:
                         round=number,
                         seconds=run.seconds,
                         first_token_seconds=run.first_token_seconds,
+                        overhead=run.overhead,
                         agreement=None
                         if reference is None or one.depth_share < 1
                         else agreement(run.token_ids, reference.token_ids),

@@ -33,6 +33,7 @@ def load(job: Job) -> Generate:
             token_ids=[list(ids) for ids in run.token_ids],
             seconds=run.seconds,
             first_token_seconds=run.ttft_ms.p50 / 1000,
+            overhead=run.overhead,
         )
 
     return generate

@@ -1,7 +1,8 @@
 """What the machine allows: its read bandwidth and matrix rates, and the time that a load takes at least.
 
 Williams, Waterman, Patterson, "Roofline: An Insightful Visual Performance Model", CACM 2009. The limits are
-measured with torch's kernels in a process of its own: `python -m bench.roofline THREADS`.
+measured in a process of its own, with the faster of torch's kernels and Helios's: `python -m bench.roofline
+THREADS`.
 """
 
 import json
@@ -11,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from helios.errors import HeliosError
@@ -105,17 +107,27 @@ def main() -> None:
     """Writes the Limits as JSON to stdout."""
     import torch  # noqa: PLC0415
 
+    from helios.engine.checkpoint import LinearWeights  # noqa: PLC0415
+    from helios.engine.linear import pack, quantize  # noqa: PLC0415
+    from helios.engine.team import TEAM  # noqa: PLC0415
+
     torch.set_num_threads(int(sys.argv[1]))
     source = torch.ones(_READ_BYTES // 4)
     bandwidth = _READ_BYTES / _best(source.sum)
     operations = 2 * _MATRIX**3
-    rates = {}
+    rows = torch.randn(_MATRIX, _MATRIX)
+    whole, scales = quantize(rows)
+    seconds, packed = {}, {"int8": pack(LinearWeights(whole, None, scales))}
     for name in ("float32", "bfloat16"):
-        matrix = torch.randn(_MATRIX, _MATRIX).to(getattr(torch, name))
-        rates[name] = operations / _best(lambda matrix=matrix: matrix @ matrix)  # type: ignore[misc]
-    whole = torch.randint(-127, 127, (_MATRIX, _MATRIX), dtype=torch.int8)
+        matrix = rows.to(getattr(torch, name))
+        packed[name] = pack(LinearWeights(matrix, None))
+        seconds[name] = _best(partial(torch.matmul, matrix, matrix))
     # As weights lie: [out, in], used transposed.
-    rates["int8"] = operations / _best(lambda: torch._int_mm(whole, whole.T))
+    seconds["int8"] = _best(partial(torch._int_mm, whole, whole.T))
+    # Not beside torch's threads, which spin for a while.
+    torch.set_num_threads(1)
+    TEAM.threads = int(sys.argv[1])
+    rates = {name: operations / min(seconds[name], _best(partial(packed[name], rows))) for name in seconds}
     sys.stdout.write(json.dumps(asdict(Limits(bandwidth, rates))))
 
 

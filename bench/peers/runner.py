@@ -40,11 +40,15 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """Greedy continuations of equally long prompts. `first_token_seconds`: the median over the prompts."""
+    """Greedy continuations of equally long prompts. `first_token_seconds`: the median over the prompts.
+
+    overhead: share of decoding that was not spent computing; None: the engine does not tell.
+    """
 
     token_ids: list[list[int]]
     seconds: float
     first_token_seconds: float
+    overhead: float | None = None
 
 
 Generate = Callable[[list[list[int]], int], Continuation]

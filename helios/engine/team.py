@@ -5,6 +5,7 @@ barriers inside the call, so it is woken once a call instead of once a product.
 """
 
 import threading
+import time
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
@@ -19,6 +20,8 @@ class Team:
 
     def __init__(self) -> None:
         self.threads = 1
+        # That callers have spent in compiled calls.
+        self.seconds = 0.0
         self._lock = threading.Lock()
         self._members: list[_Member] = []
         # Where the threads meet (`kernels._meet`): how many have come, and how often they met.
@@ -26,10 +29,14 @@ class Team:
 
     def run(self, kernel: Kernel, *arguments: Any) -> None:
         """Calls kernel(thread, threads, team, *arguments) on every thread; returns when all are done."""
-        threads = self.threads
+        began, threads = time.perf_counter(), self.threads
         if threads == 1:
             kernel(0, 1, 0, *arguments)
-            return
+        else:
+            self._run_together(kernel, threads, arguments)
+        self.seconds += time.perf_counter() - began
+
+    def _run_together(self, kernel: Kernel, threads: int, arguments: tuple[Any, ...]) -> None:
         with self._lock:
             while len(self._members) < threads - 1:
                 self._members.append(_Member(len(self._members) + 1))

@@ -104,6 +104,7 @@ def test_a_runner_generates_what_transformers_does(model: Path, tmp_path: Path, 
     assert run.token_ids == expected[:, 4:].tolist()
     assert run.first_token_seconds > 0
     assert run.seconds > 0
+    assert run.overhead is None if contender.is_peer else 0 < run.overhead < 1
 
 
 def test_helios_at_half_depth_loads_half_of_the_layers(model: Path, tmp_path: Path) -> None:
@@ -297,6 +298,7 @@ def run_of(contender: str, number: int, seconds: float, cell: Cell = CELL) -> di
         "round": number,
         "seconds": seconds,
         "first_token_seconds": seconds / 3,
+        "overhead": None,
         "agreement": None,
         "at": "",
         "load_average_before": 0.0,
@@ -357,6 +359,16 @@ def test_the_bundled_model_may_meet_its_target_in_either_precision() -> None:
     (target,) = engine_figures.targets(rows)
     assert target.met
     assert "helios-float32" in target.name
+
+
+@pytest.mark.parametrize(("overhead", "met"), [(0.09, True), (0.11, False)])
+def test_python_is_to_take_less_than_a_tenth_of_a_step_of_the_bundled_model(
+    overhead: float, met: bool
+) -> None:
+    cell = Cell("bundled", 4, 3, 8)
+    rows = engine_figures.summarise(results_of(run_of("helios-int8", 0, 2.0, cell) | {"overhead": overhead}))
+    (target,) = engine_figures.targets(rows)
+    assert target.met is met
 
 
 def test_without_peers_there_is_no_target_against_them() -> None:
