@@ -30,8 +30,10 @@ _SEED = 0
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One timed run. `overhead`: share of decoding outside compiled code, None for peers. `agreement`: share of
-    its tokens before the first that differs from the reference's (the first contender in float32), None without.
+    """One timed run.
+
+    overhead: share of decoding outside of compiled code, None for peers. agreement: share of its tokens
+    before the first that differs from the reference's (the first contender in float32), None without one.
     """
 
     shape: str

@@ -187,8 +187,10 @@ def _tiles(
     room = np.empty(BLOCK_ROWS * TILE, np.int32)
     sums = room.ctypes.data
     tile_bytes = steps * STEP_BYTES
-    # Each block of rows fetches its share of the next tile, so that memory is read all the time.
+    # Blocks of rows that take turns on a tile each fetch their share of the next one, so that memory is read
+    # all the time. One alone reads in order, which the processor fetches ahead by itself.
     blocks = (rows + BLOCK_ROWS - 1) // BLOCK_ROWS
+    ahead_step = STEP_BYTES // blocks if blocks > 1 else 0
     for tile in range(start, end):
         weights, channel, row = parts[first] + tile * tile_bytes, tile * TILE, 0
         while row < rows:
@@ -197,8 +199,7 @@ def _tiles(
                 count //= 2
             ahead = weights + tile_bytes + row // BLOCK_ROWS * tile_bytes // blocks
             inner_product(
-                numbers, count, words + 4 * row * stride, stride, weights, steps, sums, ahead,
-                STEP_BYTES // blocks,
+                numbers, count, words + 4 * row * stride, stride, weights, steps, sums, ahead, ahead_step
             )
             for index in range(count):
                 scale = load_single(row_scales, row) if numbers == INT8 else np.float32(1)
