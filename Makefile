@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml
 	touch $(STAMP)
 
 # Loading a model compiles the CPU's kernels, for which the first start would have to wait otherwise.
-$(COMPILED): $(STAMP) helios/engine/kernels.py helios/engine/simd.py
+$(COMPILED): $(STAMP) helios/engine/kernels.py helios/engine/inner_product.py helios/engine/simd.py
 	$(BIN)/python -c "from helios.engine import Engine, EngineSettings; \
 	  Engine.load('models/helios-prose', settings=EngineSettings(precision='auto'))"
 	touch $(COMPILED)
