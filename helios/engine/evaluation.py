@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 
 import torch
 from tokenizers import Tokenizer
@@ -15,7 +15,6 @@ import helios
 from helios.calibration import TARGET_AGREEMENT, calibrated_threshold
 from helios.catalog import ModelEntry, checkpoint_id
 from helios.engine.block_pool import BlockPool
-from helios.engine.checkpoint import ModelWeights
 from helios.engine.detokenizer import Detokenizer
 from helios.engine.exit_tally import ExitTally, tally_continuations, tally_prompt
 from helios.engine.kv_cache import KVCache, kv_dtype
@@ -119,7 +118,6 @@ def load_candidate(entry: ModelEntry, settings: EvaluationSettings) -> Candidate
     began, began_cpu = time.perf_counter(), time.process_time()
     checkpoint, device = checkpoint_id(entry), torch.device(settings.device)
     weights = read_weights(entry, entry.num_layers, entry.exit_layers, settings.precision_here, device)
-    parts = _PartBytes.of(weights)
     model = Model(entry.config, weights)
     # Without the warm-up, which compiles kernels on a machine that has none yet: no later load does.
     seconds = time.perf_counter() - began
@@ -130,7 +128,7 @@ def load_candidate(entry: ModelEntry, settings: EvaluationSettings) -> Candidate
         model=model,
         tokenizer=loaded.tokenizer,
         tokenizer_id=loaded.tokenizer_id,
-        weight_bytes=parts.at(entry.exit_layers, model.weight_bytes),
+        weight_bytes={depth: model.weight_bytes_at(depth) for depth in entry.exit_layers},
         load_seconds=seconds,
         load_cpu_seconds=time.process_time() - began_cpu,
         checkpoint=checkpoint,
@@ -297,36 +295,6 @@ class _Space:
             )
             for one in ids
         ]
-
-
-@dataclass(frozen=True, slots=True)
-class _PartBytes:
-    """Bytes of the parts of which each depth has its own selection."""
-
-    layers: tuple[int, ...]
-    exits: Mapping[int, int]
-    final_norm: int
-
-    @classmethod
-    def of(cls, weights: ModelWeights) -> "_PartBytes":
-        exits = {layer: _tensor_bytes(head) for layer, head in weights.exits.items()}
-        return cls(tuple(map(_tensor_bytes, weights.layers)), exits, _tensor_bytes(weights.final_norm))
-
-    def at(self, depths: Seq[int], full: int) -> dict[int, int]:
-        """Weight bytes of a model loaded to each depth; `full`: of all layers with all exits."""
-        shared = full - sum(self.layers) - sum(self.exits.values()) - self.final_norm
-        return {
-            depth: shared + sum(self.layers[:depth]) + self.exits.get(depth, self.final_norm)
-            for depth in depths
-        }
-
-
-def _tensor_bytes(part: object) -> int:
-    if isinstance(part, torch.Tensor):
-        return part.nbytes
-    if is_dataclass(part):
-        return sum(_tensor_bytes(getattr(part, one.name)) for one in fields(part))
-    return 0
 
 
 # What speeds hang on, and how they were measured.

@@ -5,7 +5,7 @@ width projected in and out; with and without biases; tied and untied LM heads. W
 have, the model does not know.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn import functional as F
@@ -64,17 +64,27 @@ class Model:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all loaded weights, shared ones once."""
+        exits = [(self._final_norm, None), *self._exits.values()]
+        return self._bytes(self._layers, exits)
+
+    def weight_bytes_at(self, depth: int) -> int:
+        """Bytes of a model that is loaded to `depth`, an exit of this one, and read out there alone."""
+        return self._bytes(self._layers[:depth], [self._exits.get(depth, (self._final_norm, None))])
+
+    def _bytes(self, layers: Sequence[Layer], exits: Sequence[tuple[Norm | None, Linear | None]]) -> int:
         tensors = [self._embed_positions]
         if self._embed_tokens is not None:
             tensors.append(self._embed_tokens)
-        linears = [self._project_in, self._project_out, self._lm_head]
-        norms = [self._final_norm]
-        for layer in self._layers:
+        linears = [
+            self._project_in,
+            self._project_out,
+            self._lm_head,
+            *(projection for _, projection in exits),
+        ]
+        norms = [norm for norm, _ in exits]
+        for layer in layers:
             linears += [layer.qkv, layer.out, layer.fc1, layer.fc2]
             norms += [layer.attn_norm, layer.ffn_norm]
-        for norm, projection in self._exits.values():
-            norms.append(norm)
-            linears.append(projection)
         for part in linears:
             tensors += [] if part is None else part.tensors
         for norm in filter(None, norms):
