@@ -296,13 +296,9 @@ class Engine:
             self._end(seq, Output(error=error))
 
     def _deliver(self, readers: list[Sequence], sampled: Sampled, exits: list[int]) -> None:
-        # One transfer to the host for the whole batch.
-        columns = torch.stack(
-            [sampled.token_ids.double(), sampled.logprobs.double(), sampled.confidences.double()]
-        ).tolist()
+        columns = sampled.on_host()
         now = time.time_ns()
-        for seq, token, logprob, certainty, exit_layer in zip(readers, *columns, exits, strict=True):
-            token_id = int(token)
+        for seq, token_id, logprob, certainty, exit_layer in zip(readers, *columns, exits, strict=True):
             index = seq.completion_tokens
             seq.token_ids.append(token_id)
             seq.times.first_token = seq.times.first_token or now

@@ -35,6 +35,14 @@ class Sampled:
     logprobs: torch.Tensor
     confidences: torch.Tensor
 
+    def on_host(self) -> tuple[list[int], list[float], list[float]]:
+        """The three as numbers; from a GPU in one transfer."""
+        if self.token_ids.device.type == "cpu":
+            return self.token_ids.tolist(), self.logprobs.tolist(), self.confidences.tolist()
+        parts = (self.token_ids, self.logprobs, self.confidences)
+        token_ids, logprobs, confidences = torch.stack([part.double() for part in parts]).tolist()
+        return list(map(int, token_ids)), logprobs, confidences
+
 
 def uniform(seed: int, position: int) -> float:
     """A number in [0, 1) that depends on (seed, position) only (splitmix64, Steele et al. 2014)."""
@@ -49,11 +57,14 @@ def sample(logits: torch.Tensor, rows: Sequence[Row]) -> Sampled:
     logits = logits.float()
     # Of the model itself, before penalties and temperature.
     chosen, peaks, normalizer = _summarized(logits)
-    confidences = (peaks - normalizer).exp()
+    logprobs = peaks - normalizer
+    confidences = logprobs.exp()
     scores = _penalized(logits, rows)
+    drawn = [index for index, row in enumerate(rows) if row.sampling.temperature > 0]
+    if scores is logits and not drawn:
+        return Sampled(chosen, logprobs, confidences)
     if scores is not logits:
         chosen = scores.argmax(dim=-1)
-    drawn = [index for index, row in enumerate(rows) if row.sampling.temperature > 0]
     if drawn:
         index = torch.tensor(drawn, device=logits.device)
         chosen[index] = _draw(scores[index], [rows[i] for i in drawn])
