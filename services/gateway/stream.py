@@ -11,6 +11,7 @@ from opentelemetry import trace
 from helios.errors import HeliosError, OverloadedError, UnavailableError
 from helios.sampling import SamplingParams
 from helios.v1 import generation_pb2, worker_pb2
+from services.gateway.outlet import Outlet
 from services.gateway.router import Needs, Plan
 from services.gateway.settings import GatewaySettings
 from services.gateway.worker_call import WorkerLostError
@@ -56,6 +57,7 @@ class Stream:
         self._sampling = sampling
         self._needs = needs
         self._write = write
+        self._outlet = Outlet(write)
         self._on_first_token = on_first_token
         self.emitted_ids: list[int] = []
         self.resumed = 0
@@ -77,6 +79,21 @@ class Stream:
         are full, the worker's own error when the request is at fault, and TimeoutError when a worker
         sees the deadline pass first.
         """
+        self._outlet.start()
+        try:
+            response = await self._generated(deadline)
+            await self._outlet.finish()
+            await self._write(response.SerializeToString())
+            return response.finish
+        except (HeliosError, TimeoutError):
+            # The client gets its tokens before the error.
+            await self._outlet.finish()
+            raise
+        finally:
+            self._outlet.cancel()
+
+    async def _generated(self, deadline: float) -> worker_pb2.WorkerServiceGenerateResponse:
+        """Has the whole stream generated, and returns its finish."""
         while True:
             worker = await self._next_worker()
             try:
@@ -114,7 +131,7 @@ class Stream:
         self._full.clear()
         self._refusal = None
 
-    async def _relay(self, worker: Worker, deadline: float) -> generation_pb2.Finish:
+    async def _relay(self, worker: Worker, deadline: float) -> worker_pb2.WorkerServiceGenerateResponse:
         request = worker_pb2.WorkerServiceGenerateRequest(
             request_id=self._request_id,
             prompt_ids=self._prompt_ids,
@@ -124,20 +141,16 @@ class Stream:
             model=worker.plan.model,
         )
         timeout = max(0.0, deadline - asyncio.get_running_loop().time())
-        with worker.attempt(request, timeout) as attempt:
+        with worker.attempt(request, timeout, self._take) as attempt:
             try:
-                while True:
-                    response = await attempt.read()
-                    if response.HasField("finish"):
-                        finish = self._checked(response.finish)
-                        await self._write(response.SerializeToString())
-                        return finish
-                    await self._forward(response)
+                response = await attempt.finish()
             except HeliosError as error:
                 raise self._judged(worker, error) from error
+        self._complete(response.finish)
+        return response
 
-    async def _forward(self, response: worker_pb2.WorkerServiceGenerateResponse) -> None:
-        """Writes a worker's tokens as they came, without those that the client has."""
+    def _take(self, response: worker_pb2.WorkerServiceGenerateResponse) -> None:
+        """Passes a worker's tokens on as they came, without those that came before."""
         first, ids = len(self.emitted_ids), list[int]()
         tokens = response.chunk.tokens
         for token in tokens:
@@ -150,7 +163,7 @@ class Stream:
         if len(ids) < len(tokens):
             del tokens[: -len(ids)]
         self._on_first_token()
-        await self._write(response.SerializeToString())
+        self._outlet.put(response)
         self.emitted_ids.extend(ids)
         self.model = tokens[-1].model
         if self._losses or self._refused_since is not None:
@@ -158,13 +171,13 @@ class Stream:
             self._failed.clear()
             self._full.clear()
 
-    def _checked(self, finish: generation_pb2.Finish) -> generation_pb2.Finish:
+    def _complete(self, finish: generation_pb2.Finish) -> None:
+        """Checks a worker's finish and adds what only this gateway knows."""
         if finish.completion_tokens != len(self.emitted_ids):
             raise WorkerLostError(
                 f"it finished after {finish.completion_tokens} tokens of which {len(self.emitted_ids)} came"
             )
         finish.resumed = self.resumed
-        return finish
 
     def _judged(self, worker: Worker, error: HeliosError) -> Exception:
         """What a worker's error means for the stream."""

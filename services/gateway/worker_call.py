@@ -2,7 +2,8 @@
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from typing import TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -13,62 +14,50 @@ from helios.client import error_from, error_of
 from helios.errors import HeliosError, UnavailableError
 from helios.v1 import worker_pb2, worker_pb2_grpc
 
+# Called with what a step gave to a sequence, as soon as it has come. What it raises ends the sequence.
+Take: TypeAlias = Callable[[worker_pb2.WorkerServiceGenerateResponse], None]
+
 
 class WorkerLostError(Exception):
     """A worker failed under a stream. Never leaves the gateway: the stream goes on elsewhere."""
 
 
 class Attempt:
-    """One stream on one worker.
+    """One stream on one worker."""
 
-    Bounded by the request's max_tokens: the tokens of a slow client gather here and leave in one message, so
-    it slows only itself.
-    """
-
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, take: Take) -> None:
         self.number = number
-        self._gathered: worker_pb2.WorkerServiceGenerateResponse | None = None
-        self._end: worker_pb2.WorkerServiceGenerateResponse | Exception | None = None
-        self._filled = asyncio.Event()
+        self._take = take
+        # An error is a result, too: whoever would have raised it may be gone.
+        self._end: asyncio.Future[worker_pb2.WorkerServiceGenerateResponse | Exception] = (
+            asyncio.get_running_loop().create_future()
+        )
 
-    @property
-    def ended(self) -> bool:
-        """Whether no more will come than it has."""
-        return self._end is not None
+    async def finish(self) -> worker_pb2.WorkerServiceGenerateResponse:
+        """The finish, when the sequence has ended; by then all its tokens have been taken.
 
-    async def read(self) -> worker_pb2.WorkerServiceGenerateResponse:
-        """The tokens that have come since the last call; when there are no more, the finish.
-
-        Raises the HeliosError with which the worker ended the sequence, and WorkerLostError when the pool
-        has given the worker up.
+        Raises the HeliosError with which the worker ended the sequence, WorkerLostError when the pool has
+        given the worker up, and what the taker of its tokens has raised.
         """
-        await self._filled.wait()
-        if self._gathered is not None:
-            gathered, self._gathered = self._gathered, None
-            if self._end is None:
-                self._filled.clear()
-            return gathered
-        if isinstance(self._end, Exception):
-            raise self._end
-        assert self._end is not None
-        return self._end
+        end = await self._end
+        if isinstance(end, Exception):
+            raise end
+        return end
 
     def take(self, response: worker_pb2.WorkerServiceGenerateResponse) -> None:
-        """Takes in what one step gave."""
-        if response.HasField("finish"):
-            self.end(response)
+        """Passes on the tokens of one step, unless it has ended."""
+        if self._end.done():
             return
-        if self._gathered is None:
-            self._gathered = response
-        else:
-            self._gathered.chunk.MergeFrom(response.chunk)
-        self._filled.set()
+        try:
+            self._take(response)
+        except Exception as error:
+            # Ends this stream, whose task raises it; the call reads on for the others.
+            self.end(error)
 
     def end(self, end: worker_pb2.WorkerServiceGenerateResponse | Exception) -> None:
         """Takes in how it ended, unless it has ended already: no more will come."""
-        if self._end is None:
-            self._end = end
-            self._filled.set()
+        if not self._end.done():
+            self._end.set_result(end)
 
 
 class WorkerCall:
@@ -87,9 +76,14 @@ class WorkerCall:
         """Whether it can carry no more streams."""
         return self._reading.done()
 
-    def start(self, request: worker_pb2.WorkerServiceGenerateRequest, timeout_seconds: float) -> Attempt:
-        """Begins a sequence, in the current trace."""
-        attempt = Attempt(next(self._numbers))
+    def start(
+        self,
+        request: worker_pb2.WorkerServiceGenerateRequest,
+        timeout_seconds: float,
+        take: Take,
+    ) -> Attempt:
+        """Begins a sequence, in the current trace; `take` gets its tokens."""
+        attempt = Attempt(next(self._numbers), take)
         self._attempts[attempt.number] = attempt
         start = worker_pb2.SequenceStart(
             sequence=attempt.number,
@@ -134,11 +128,15 @@ class WorkerCall:
         if attempt is None:
             return
         if output.HasField("status"):
+            del self._attempts[output.sequence]
             attempt.end(error_of(status_pb2.Status.FromString(output.status)))
+            return
+        response = output.response
+        if response.HasField("finish"):
+            del self._attempts[output.sequence]
+            attempt.end(response)
         else:
-            attempt.take(output.response)
-        if attempt.ended:
-            del self._attempts[attempt.number]
+            attempt.take(response)
 
     def _end(self, error: Exception) -> None:
         attempts, self._attempts = self._attempts, {}

@@ -19,7 +19,7 @@ from helios.server import CHANNEL_OPTIONS
 from helios.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 from services.gateway.router import Candidate, Needs, Plan, choose
 from services.gateway.settings import GatewaySettings
-from services.gateway.worker_call import Attempt, WorkerCall, WorkerLostError
+from services.gateway.worker_call import Attempt, Take, WorkerCall, WorkerLostError
 
 log = logging.getLogger(__name__)
 
@@ -70,13 +70,16 @@ class Worker:
 
     @contextmanager
     def attempt(
-        self, request: worker_pb2.WorkerServiceGenerateRequest, timeout_seconds: float
+        self, request: worker_pb2.WorkerServiceGenerateRequest, timeout_seconds: float, take: Take
     ) -> Iterator[Attempt]:
-        """A stream that is counted as this worker's load, and ended there if it outlives the block."""
+        """A stream that is counted as this worker's load, and ended there if it outlives the block.
+
+        `take` gets its tokens.
+        """
         if self._call is None or self._call.ended:
             self._call = WorkerCall(self.stub, self.address)
         call = self._call
-        attempt = call.start(request, timeout_seconds)
+        attempt = call.start(request, timeout_seconds, take)
         self.open_streams += 1
         try:
             yield attempt

@@ -1,0 +1,71 @@
+"""The way of one stream's tokens to its client."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import grpc
+
+from helios.v1 import worker_pb2
+
+
+class Outlet:
+    """Writes tokens to the client as they come, in a task of its own.
+
+    What comes while a write is under way gathers and leaves in one message, so a slow client slows only
+    itself. Bounded by the request's max_tokens.
+
+    The task is shallow on purpose: resuming the handler, a dozen coroutines deep in gRPC and in the
+    gateway, twice for each token costs more than the rest of the gateway's own code for it.
+    """
+
+    def __init__(self, write: Callable[[bytes], Awaitable[None]]) -> None:
+        self._write = write
+        self._gathered: worker_pb2.WorkerServiceGenerateResponse | None = None
+        self._ending = False
+        # The task waits for it when there is nothing to write.
+        self._wanted: asyncio.Future[None] | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begins to write."""
+        self._task = asyncio.create_task(self._run())
+
+    def put(self, response: worker_pb2.WorkerServiceGenerateResponse) -> None:
+        """Takes in a chunk, which is the outlet's from now on."""
+        if self._gathered is None:
+            self._gathered = response
+        else:
+            self._gathered.chunk.MergeFrom(response.chunk)
+        self._wake()
+
+    async def finish(self) -> None:
+        """Returns when all that was put has been written. Raises what a write has raised."""
+        assert self._task is not None
+        self._ending = True
+        self._wake()
+        await self._task
+
+    def cancel(self) -> None:
+        """Writes no more, whatever has gathered."""
+        if self._task is not None:
+            self._task.cancel()
+
+    def _wake(self) -> None:
+        if self._wanted is not None and not self._wanted.done():
+            self._wanted.set_result(None)
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            while True:
+                gathered, self._gathered = self._gathered, None
+                if gathered is not None:
+                    await self._write(gathered.SerializeToString())
+                elif self._ending:
+                    return
+                else:
+                    self._wanted = loop.create_future()
+                    await self._wanted
+        except grpc.aio.InternalError:
+            # A client that is gone; gRPC cancels the stream.
+            return
