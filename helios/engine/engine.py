@@ -298,6 +298,7 @@ class Engine:
     def _deliver(self, readers: list[Sequence], sampled: Sampled, exits: list[int]) -> None:
         columns = sampled.on_host()
         now = time.time_ns()
+        outputs: list[Output] = []
         for seq, token_id, logprob, certainty, exit_layer in zip(readers, *columns, exits, strict=True):
             index = seq.completion_tokens
             seq.token_ids.append(token_id)
@@ -311,10 +312,14 @@ class Engine:
             )
             self._counters.generated_tokens += 1
             self._counters.high_exit_tokens += certainty < self.plan.thresholds.get(exit_layer, 0.0)
-            if reason is None:
-                seq.sink(Output(tokens=(generated,)))
+            finish = seq.finish(reason) if reason is not None else None
+            outputs.append(Output(tokens=(generated,), finish=finish, more=len(outputs) + 1 < len(readers)))
+        # In one go, and only when the last is ready: detokenizing lets go of the interpreter's lock.
+        for seq, output in zip(readers, outputs, strict=True):
+            if output.finish is None:
+                seq.sink(output)
             else:
-                self._end(seq, Output(tokens=(generated,), finish=seq.finish(reason)))
+                self._end(seq, output)
 
     def _end(self, seq: Sequence, output: Output) -> None:
         self._scheduler.finish(seq)

@@ -65,6 +65,8 @@ class Output:
     tokens: tuple[GeneratedToken, ...] = ()
     finish: Finish | None = None
     error: HeliosError | None = None
+    # Another sequence's output of the same step follows at once: whoever waits need not be woken yet.
+    more: bool = False
 
 
 @dataclass(slots=True)

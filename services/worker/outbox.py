@@ -31,7 +31,11 @@ class Outbox:
 
 
 class Delivery:
-    """Carries outputs from the engine's thread to the event loop, those of one step in one wake-up."""
+    """Carries outputs from the engine's thread to the event loop, which a step's last output wakes.
+
+    Woken by the first, the loop and the engine would compete for the interpreter's lock, and a busy machine
+    would send a step in two parts.
+    """
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -41,7 +45,7 @@ class Delivery:
     def send(self, outbox: Outbox, sequence: int, output: Output) -> None:
         """Sends a sequence's output to an outbox. On any thread."""
         self._outputs.append((outbox, sequence, output))
-        if not self._due:
+        if not (self._due or output.more):
             self._due = True
             self._loop.call_soon_threadsafe(self._deliver)
 

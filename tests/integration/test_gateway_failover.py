@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import grpc
 import pytest
@@ -304,3 +305,59 @@ async def test_a_client_that_stops_reading_slows_only_itself(stack: Stack) -> No
     tokens = [token.index for response in responses for token in response.chunk.tokens]
     assert tokens == list(range(messages)), "none is lost"
     assert len(responses) < messages / 2, "what gathered left together"
+
+
+async def test_a_stream_goes_on_elsewhere_before_its_client_has_read_on(stack: Stack) -> None:
+    messages = 500
+    taken_over = asyncio.Event()
+
+    async def goes_on(request: Request, seconds: float) -> AsyncIterator[Response]:
+        taken_over.set()
+        yield finish(messages)
+
+    async with scripted_workers(torrent(messages, HeliosError("gone")), goes_on) as workers:
+        gateway = stack.start_gateway([worker.address for worker in workers])
+        async with slow_reader(gateway.address) as call:
+            received = aiter(call)
+            responses = [await anext(received)]
+            await asyncio.wait_for(taken_over.wait(), 60)
+            responses += [response async for response in received]
+        again = workers[1].requests[0].emitted_ids
+        assert len(again) == messages, "what was generated is not generated again"
+    tokens = [token.index for response in responses for token in response.chunk.tokens]
+    assert tokens == list(range(messages)), "none is lost"
+    assert responses[-1].finish.resumed == 1
+
+
+async def test_an_error_comes_after_the_tokens_before_it(stack: Stack) -> None:
+    messages = 500
+    async with scripted_workers(torrent(messages, InvalidRequestError("at fault"))) as workers:
+        gateway = stack.start_gateway([workers[0].address])
+        tokens: list[int] = []
+        async with slow_reader(gateway.address) as call:
+            with pytest.raises(grpc.aio.AioRpcError, match="at fault"):
+                async for response in call:
+                    tokens += [token.index for token in response.chunk.tokens]
+    assert tokens == list(range(messages))
+
+
+def torrent(messages: int, end: HeliosError) -> Script:
+    """More than HTTP/2's windows hold, 10 kB a token, and then an error."""
+
+    async def script(request: Request, seconds: float) -> AsyncIterator[Response]:
+        for index in range(messages):
+            yield chunk(index, text="x" * 10_000)
+        raise end
+
+    return script
+
+
+@asynccontextmanager
+async def slow_reader(
+    address: str,
+) -> AsyncIterator["grpc.aio.UnaryStreamCall[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse]"]:
+    """A stream whose windows do not grow."""
+    options = [("grpc.http2.bdp_probe", 0), ("grpc.max_receive_message_length", 64 << 20)]
+    async with grpc.aio.insecure_channel(address, options=options) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        yield stub.Generate(inference_pb2.GenerateRequest(text="all of it"))

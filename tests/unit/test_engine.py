@@ -85,6 +85,16 @@ def test_the_library_streams_text_in_five_lines(model: Path) -> None:
     )
 
 
+def test_all_outputs_of_a_step_but_the_last_announce_another(engine: Engine) -> None:
+    said: list[Output] = []
+    for index, max_tokens in enumerate((3, 5, 4)):
+        sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
+        engine.submit(f"{index}", [2, 40 + index], sampling, said.append)
+    while engine.step():
+        assert [output.more for output in said] == [True] * (len(said) - 1) + [False]
+        said.clear()
+
+
 @pytest.mark.parametrize(
     "sampling",
     [
