@@ -124,6 +124,10 @@ class EarlyExitFacts:
             precisions=precisions,
         )
 
+    def has_own_head(self, exit_layer: int) -> bool:
+        """Whether it is not read out as the last layer is, which has the model's own read-out."""
+        return self.exit_head != "shared" and exit_layer != self.num_layers
+
     def check_depth(self, depth: int, model: str) -> None:
         """Raises UnknownDepthError, naming the valid ones, unless `depth` is an exit layer."""
         if depth in self.exit_layers:
@@ -267,11 +271,14 @@ def find_models_dir(models_dir: Path | None = None) -> Path:
 
 
 def checkpoint_id(entry: ModelEntry) -> str:
-    """Another one whenever a file of the checkpoint is: from names, sizes and times, without reading them."""
-    digest = hashlib.sha256()
+    """Another one whenever a file of the checkpoint is: from place, names, sizes and times, without reading.
+
+    The time of the last change to the inode is among them: copying tools keep that of the contents.
+    """
+    digest = hashlib.sha256(f"{entry.path.resolve()}\n".encode())
     for file in sorted(path for path in entry.path.iterdir() if path.is_file()):
         facts = file.stat()
-        digest.update(f"{file.name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
+        digest.update(f"{file.name} {facts.st_size} {facts.st_mtime_ns} {facts.st_ctime_ns}\n".encode())
     return digest.hexdigest()[:16]
 
 
