@@ -81,7 +81,8 @@ COPY --from=engine-dependencies /opt/helios /opt/helios
 COPY models /models
 COPY --from=code /code /opt/helios
 ENV HELIOS_MODELS_DIR=/models \
-    NUMBA_CACHE_DIR=/tmp/numba
+    NUMBA_CACHE_DIR=/tmp/numba \
+    XDG_CACHE_HOME=/tmp/cache
 
 FROM engine AS worker
 ENV HELIOS_WORKER_ADDRESS=0.0.0.0:50061

@@ -96,6 +96,11 @@ def read_safetensors_header(file: Path) -> dict[str, TensorSlot]:
 
     Raises CheckpointError naming the file when it is missing, truncated or malformed.
     """
+    return read_safetensors_header_and_metadata(file)[0]
+
+
+def read_safetensors_header_and_metadata(file: Path) -> tuple[dict[str, TensorSlot], dict[str, Any]]:
+    """Its tensors, and what else its writer put in the header. Raises as `read_safetensors_header`."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:
@@ -118,7 +123,8 @@ def read_safetensors_header(file: Path) -> dict[str, TensorSlot]:
         raise CheckpointError(
             f"{file} is truncated: {size} bytes where its header asks for {end}; fetch it again"
         )
-    return slots
+    metadata = header.get("__metadata__", {})
+    return slots, metadata if isinstance(metadata, dict) else {}
 
 
 def _slot(file: Path, name: str, entry: Any, begin: int) -> TensorSlot:

@@ -1,8 +1,11 @@
 """Reading a checkpoint: only the tensors that a partial model needs, into memory of their own."""
 
+import math
+import os
 import pickle
+import threading
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -29,8 +32,8 @@ _SAFETENSORS_DTYPES = {
 _BUFFER_BYTES = 4 << 20
 _CPU = torch.device("cpu")
 
-# Makes int8 [out, in] and scales [out] of a weight [out, in].
-Quantizer = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+# Makes int8 [out, in] and scales [out] of a weight's rows, given in blocks [rows, in], and of its two sizes.
+Quantizer = Callable[[Iterable[torch.Tensor], int, int], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +96,7 @@ class ModelWeights:
 
 
 class TensorFile(Protocol):
-    """An open weight file."""
+    """An open weight file, which several threads may read at once."""
 
     bytes_read: int
 
@@ -108,6 +111,10 @@ class TensorFile(Protocol):
 
     def read(self, name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """A copy that owns its memory. Raises CheckpointError, OutOfMemoryError."""
+        ...
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """Some rows after the other, as they are stored; each valid until the next. Raises as `read`."""
         ...
 
     def close(self) -> None:
@@ -126,7 +133,8 @@ class SafetensorsFile:
         self._file = file
         self._slots = read_safetensors_header(file)
         self._stream = file.open("rb", buffering=0)
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._own = threading.local()
+        self._lock = threading.Lock()
         self.bytes_read = 0
 
     @property
@@ -140,39 +148,51 @@ class SafetensorsFile:
 
     def read(self, name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """A copy that owns its memory. Raises CheckpointError, OutOfMemoryError."""
+        tensor = _allocate(self._slots[name].shape, dtype, device)
+        row = 0
+        for block in self.blocks(name):
+            tensor[row : row + len(block)].copy_(block)
+            row += len(block)
+        return tensor
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """Some rows after the other, as they are stored; each valid until the next. Raises as `read`."""
         slot = self._slots[name]
         stored = _SAFETENSORS_DTYPES.get(slot.dtype)
         if stored is None:
             raise _unsupported(self._file, name, slot.dtype)
-        tensor = _allocate(slot.shape, dtype, device)
-        if not len(self._buffer):
-            self._buffer = _allocate((_BUFFER_BYTES,), torch.uint8, _CPU)
-        flat = tensor.view(-1)
-        items = _BUFFER_BYTES // stored.itemsize
-        self._stream.seek(slot.start)
-        for start in range(0, len(flat), items):
-            part = flat[start : start + items]
-            raw = self._buffer[: len(part) * stored.itemsize]
-            self._fill(raw, name)
-            part.copy_(raw.view(stored))
-        self.bytes_read += slot.end - slot.start
-        return tensor
+        rows, row_bytes = slot.shape[0], stored.itemsize * math.prod(slot.shape[1:])
+        buffer, at_once = self._buffer(row_bytes), max(1, _BUFFER_BYTES // row_bytes)
+        for start in range(0, rows, at_once):
+            count = min(at_once, rows - start)
+            raw = buffer[: count * row_bytes]
+            self._fill(raw, slot.start + start * row_bytes, name)
+            yield raw.view(stored).view(count, *slot.shape[1:])
+        with self._lock:
+            self.bytes_read += slot.end - slot.start
 
-    def _fill(self, raw: torch.Tensor, name: str) -> None:
+    def _buffer(self, row_bytes: int) -> torch.Tensor:
+        """The calling thread's own, for a row at least."""
+        found = getattr(self._own, "buffer", None)
+        if not isinstance(found, torch.Tensor) or len(found) < row_bytes:
+            found = self._own.buffer = _allocate((max(_BUFFER_BYTES, row_bytes),), torch.uint8, _CPU)
+        return found
+
+    def _fill(self, raw: torch.Tensor, offset: int, name: str) -> None:
         view = raw.numpy().data
         while view:
             try:
-                count = self._stream.readinto(view)
+                count = os.preadv(self._stream.fileno(), [view], offset)
             except OSError as error:
                 raise CheckpointError(f"{self._file} cannot be read at {name}: {error}") from error
             if not count:
                 raise CheckpointError(f"{self._file} ends inside {name}; fetch it again")
-            view = view[count:]
+            view, offset = view[count:], offset + count
 
     def close(self) -> None:
         """Gives back the file."""
         self._stream.close()
-        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._own = threading.local()
 
 
 class PickleFile:
@@ -183,6 +203,7 @@ class PickleFile:
 
     def __init__(self, file: Path) -> None:
         self._file = file
+        self._lock = threading.Lock()
         self._tensors, self._mapped = _unpickle(file)
         self.bytes_read = 0 if self._mapped else file.stat().st_size
 
@@ -197,14 +218,19 @@ class PickleFile:
 
     def read(self, name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """A copy that owns its memory. Raises CheckpointError, OutOfMemoryError."""
+        tensor = _allocate(self._tensors[name].shape, dtype, device)
+        (whole,) = self.blocks(name)
+        return tensor.copy_(whole)
+
+    def blocks(self, name: str) -> Iterator[torch.Tensor]:
+        """All of it, as it is stored. Raises as `read`."""
         stored = self._tensors[name]
         if stored.dtype not in _SAFETENSORS_DTYPES.values():
             raise _unsupported(self._file, name, str(stored.dtype))
-        tensor = _allocate(stored.shape, dtype, device)
-        tensor.copy_(stored)
+        yield stored
         if self._mapped:
-            self.bytes_read += stored.nbytes
-        return tensor
+            with self._lock:
+                self.bytes_read += stored.nbytes
 
     def is_alias(self, name: str, other: str) -> bool:
         """Whether both names stand for the same stored bytes, as tied weights do."""
@@ -221,13 +247,14 @@ class PickleFile:
 class Checkpoint:
     """The weights of a model directory, read tensor by tensor. Use it in `with`, or close it.
 
-    Names are the decoder's (`layers.0.fc1.weight`), whatever prefix the export has. Files are opened
-    when a tensor of theirs is asked for.
+    Several threads may read at once. Names are the decoder's (`layers.0.fc1.weight`), whatever prefix the
+    export has. Files are opened when a tensor of theirs is asked for.
     """
 
     def __init__(self, path: Path) -> None:
         """Raises CheckpointError naming the weight file that is missing or corrupt."""
         self.path = path
+        self._lock = threading.Lock()
         self._open: dict[Path, TensorFile] = {}
         weights = WeightMap.read(path)
         if weights.file_of is None:
@@ -270,6 +297,19 @@ class Checkpoint:
         Raises CheckpointError naming file and tensor when it is missing, corrupt or of another shape,
         OutOfMemoryError when it does not fit.
         """
+        file, stored = self._found(name, shape)
+        return file.read(stored, dtype, device)
+
+    def blocks(self, name: str, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
+        """A tensor, some rows after the other as they are stored; each valid until the next.
+
+        Raises as `tensor`.
+        """
+        file, stored = self._found(name, shape)
+        return file.blocks(stored)
+
+    def _found(self, name: str, shape: tuple[int, ...]) -> tuple[TensorFile, str]:
+        """The file that has a tensor, and its name there."""
         stored = self._stored_name(name)
         if stored is None:
             where = ", ".join(sorted({file.name for file in self._file_of.values()}))
@@ -283,7 +323,7 @@ class Checkpoint:
                 f"{path}: {stored} has shape {list(file.shape(stored))} where config.json asks for "
                 f"{list(shape)}; config.json and weights are not of one model"
             )
-        return file.read(stored, dtype, device)
+        return file, stored
 
     def is_alias(self, name: str, other: str) -> bool:
         """Whether a pickle stores both tensors as one."""
@@ -302,10 +342,11 @@ class Checkpoint:
         return next((prefix + name for prefix in _PREFIXES if prefix + name in self._file_of), None)
 
     def _opened(self, file: Path) -> TensorFile:
-        if file not in self._open:
-            kind = SafetensorsFile if file.suffix == ".safetensors" else PickleFile
-            self._open[file] = kind(file)
-        return self._open[file]
+        with self._lock:
+            if file not in self._open:
+                kind = SafetensorsFile if file.suffix == ".safetensors" else PickleFile
+                self._open[file] = kind(file)
+            return self._open[file]
 
 
 def load_weights(
@@ -315,128 +356,151 @@ def load_weights(
     depth: int,
     dtype: torch.dtype,
     *,
-    device: torch.device = _CPU,
     exits: Sequence[int] | None = None,
     progress: Callable[[int, int], None] | None = None,
-    quantize: Quantizer | None = None,
 ) -> ModelWeights:
-    """The first `depth` layers of a checkpoint, and no byte more, as tensors of `dtype` on `device`.
+    """The first `depth` layers of a checkpoint, and no byte more, as tensors of `dtype`.
 
     exits: the exit layers to read out at (default: only `depth`). progress: called with the layers
-    loaded and the layers in all, after each. quantize: makes int8 [out, in] and scales [out] of each linear's
-    weight as soon as it is read, and embeddings are kept in float16. Holds nothing open afterwards and
-    shares no state, so a model loads beside a running one.
+    loaded and the layers in all, after each. Holds nothing open afterwards and shares no state.
 
     Raises UnknownDepthError naming the valid depths, CheckpointError naming file and tensor,
     OutOfMemoryError.
     """
     wanted = (depth,) if exits is None else tuple(exits)
-    for layer in (depth, *wanted):
-        facts.check_depth(layer, path.name)
-    if any(layer > depth for layer in wanted):
-        raise ValueError(f"exits {wanted} reach beyond depth {depth}")
+    check_depths(facts, depth, wanted, path.name)
     with Checkpoint(path) as checkpoint:
-        reader = _Reader(checkpoint, config, dtype, device, quantize)
-        embed_tokens = reader.embedding(_EMBED_TOKENS)
-        positions = config.context_tokens + POSITION_OFFSET
-        embed_positions = reader.table("embed_positions.weight", positions, config.hidden_size)
-        project_in = project_out = None
-        if config.is_projected:
-            project_in = reader.linear("project_in", config.hidden_size, config.embed_size, bias=False)
-            project_out = reader.linear("project_out", config.embed_size, config.hidden_size, bias=False)
+        reader = PartReader(checkpoint, config, dtype)
+        embed_tokens = reader.embed_tokens()
+        embed_positions = reader.embed_positions()
+        project_in, project_out = reader.project_in(), reader.project_out()
         layers = []
         for index in range(depth):
             layers.append(reader.layer(index))
             if progress is not None:
                 progress(index + 1, depth)
-        heads = reader.exit_heads(facts, wanted)
-        needs_final_norm = config.has_final_norm and any(layer not in heads for layer in wanted)
-        final_norm = reader.norm("final_layer_norm", affine=config.norm_affine) if needs_final_norm else None
-        lm_head = reader.lm_head(embed_tokens)
+        own = [layer for layer in wanted if facts.has_own_head(layer)]
         return ModelWeights(
             embed_tokens=embed_tokens,
             embed_positions=embed_positions,
             project_in=project_in,
             project_out=project_out,
             layers=layers,
-            final_norm=final_norm,
-            exits=heads,
-            lm_head=lm_head,
+            final_norm=reader.final_norm() if len(own) < len(wanted) else None,
+            exits={layer: reader.exit_head(facts, layer) for layer in own},
+            lm_head=reader.lm_head(embed_tokens),
             bytes_read=checkpoint.bytes_read,
         )
 
 
+def check_depths(facts: EarlyExitFacts, depth: int, exits: Sequence[int], name: str) -> None:
+    """Raises UnknownDepthError naming the valid depths, ValueError for exits beyond the depth."""
+    for layer in (depth, *exits):
+        facts.check_depth(layer, name)
+    if any(layer > depth for layer in exits):
+        raise ValueError(f"exits {exits} reach beyond depth {depth}")
+
+
 @dataclass(frozen=True, slots=True)
-class _Reader:
-    """Reads the parts of a model in the shapes that its config asks for."""
+class PartReader:
+    """Reads the parts of a model in the shapes that its config asks for. Raises as `Checkpoint.tensor`.
+
+    quantize: makes int8 [out, in] and scales [out] of each linear's weight while it is read, and embeddings
+    are kept in float16.
+    """
 
     checkpoint: Checkpoint
     config: ModelConfig
     dtype: torch.dtype
-    device: torch.device
-    quantize: Quantizer | None
+    device: torch.device = _CPU
+    quantize: Quantizer | None = None
 
-    def tensor(self, name: str, *shape: int) -> torch.Tensor:
-        return self.checkpoint.tensor(name, shape, self.dtype, self.device)
+    def embed_tokens(self) -> torch.Tensor:
+        """[vocabulary, embed]."""
+        return self._embedding(_EMBED_TOKENS)
 
-    def table(self, name: str, *shape: int) -> torch.Tensor:
-        dtype = self.dtype if self.quantize is None else torch.float16
-        return self.checkpoint.tensor(name, shape, dtype, self.device)
+    def embed_positions(self) -> torch.Tensor:
+        """[context + 2, hidden]."""
+        positions = self.config.context_tokens + POSITION_OFFSET
+        return self._table("embed_positions.weight", positions, self.config.hidden_size)
 
-    def embedding(self, name: str) -> torch.Tensor:
-        return self.table(name, self.config.vocab_size, self.config.embed_size)
+    def project_in(self) -> LinearWeights | None:
+        """Where embeddings have another width."""
+        if not self.config.is_projected:
+            return None
+        return self._linear("project_in", self.config.hidden_size, self.config.embed_size, bias=False)
+
+    def project_out(self) -> LinearWeights | None:
+        """Where embeddings have another width."""
+        if not self.config.is_projected:
+            return None
+        return self._linear("project_out", self.config.embed_size, self.config.hidden_size, bias=False)
 
     def lm_head(self, embed_tokens: torch.Tensor) -> torch.Tensor:
+        """[vocabulary, embed], not quantised; the object embed_tokens when tied."""
         if not self.config.tied_head:
-            return self.embedding(_LM_HEAD)
+            return self._embedding(_LM_HEAD)
         if _LM_HEAD not in self.checkpoint or self.checkpoint.is_alias(_LM_HEAD, _EMBED_TOKENS):
             return embed_tokens
         # Stored twice: as in transformers 5, tied only if both are the same.
-        lm_head = self.embedding(_LM_HEAD)
+        lm_head = self._embedding(_LM_HEAD)
         return embed_tokens if torch.equal(lm_head, embed_tokens) else lm_head
 
-    def linear(self, name: str, out_size: int, in_size: int, *, bias: bool) -> LinearWeights:
-        weight, scales = self.tensor(f"{name}.weight", out_size, in_size), None
-        if self.quantize is not None:
-            weight, scales = self.quantize(weight)
-        return LinearWeights(weight, self.tensor(f"{name}.bias", out_size) if bias else None, scales)
-
-    def norm(self, name: str, *, affine: bool) -> Norm:
-        if not affine:
-            return Norm(None, None)
-        hidden = self.config.hidden_size
-        return Norm(self.tensor(f"{name}.weight", hidden), self.tensor(f"{name}.bias", hidden))
+    def final_norm(self) -> Norm | None:
+        """The model's own, where it has one."""
+        if not self.config.has_final_norm:
+            return None
+        return self._norm("final_layer_norm", affine=self.config.norm_affine)
 
     def layer(self, index: int) -> LayerWeights:
+        """One decoder layer, counted from 0."""
         name = f"layers.{index}"
         hidden, ffn = self.config.hidden_size, self.config.ffn_dim
         bias, affine = self.config.has_bias, self.config.norm_affine
         return LayerWeights(
-            attn_norm=self.norm(f"{name}.self_attn_layer_norm", affine=affine),
-            q=self.linear(f"{name}.self_attn.q_proj", hidden, hidden, bias=bias),
-            k=self.linear(f"{name}.self_attn.k_proj", hidden, hidden, bias=bias),
-            v=self.linear(f"{name}.self_attn.v_proj", hidden, hidden, bias=bias),
-            out=self.linear(f"{name}.self_attn.out_proj", hidden, hidden, bias=bias),
-            ffn_norm=self.norm(f"{name}.final_layer_norm", affine=affine),
-            fc1=self.linear(f"{name}.fc1", ffn, hidden, bias=bias),
-            fc2=self.linear(f"{name}.fc2", hidden, ffn, bias=bias),
+            attn_norm=self._norm(f"{name}.self_attn_layer_norm", affine=affine),
+            q=self._linear(f"{name}.self_attn.q_proj", hidden, hidden, bias=bias),
+            k=self._linear(f"{name}.self_attn.k_proj", hidden, hidden, bias=bias),
+            v=self._linear(f"{name}.self_attn.v_proj", hidden, hidden, bias=bias),
+            out=self._linear(f"{name}.self_attn.out_proj", hidden, hidden, bias=bias),
+            ffn_norm=self._norm(f"{name}.final_layer_norm", affine=affine),
+            fc1=self._linear(f"{name}.fc1", ffn, hidden, bias=bias),
+            fc2=self._linear(f"{name}.fc2", hidden, ffn, bias=bias),
         )
 
-    def exit_heads(self, facts: EarlyExitFacts, exits: Sequence[int]) -> dict[int, ExitHead]:
-        # The last exit is the model's own read-out.
-        early = [layer for layer in exits if layer != facts.num_layers]
-        if facts.exit_head == "shared" or not early:
-            return {}
+    def exit_head(self, facts: EarlyExitFacts, layer: int) -> ExitHead:
+        """The head of an exit that has its own."""
         self.checkpoint.add_exits()
-        heads = {}
-        for layer in early:
-            norm = self.norm(f"exits.{layer}.norm", affine=True)
-            linear = None
-            if facts.exit_head == "linear":
-                hidden = self.config.hidden_size
-                linear = self.linear(f"exits.{layer}.linear", hidden, hidden, bias=False)
-            heads[layer] = ExitHead(norm, linear)
-        return heads
+        norm, linear = self._norm(f"exits.{layer}.norm", affine=True), None
+        if facts.exit_head == "linear":
+            hidden = self.config.hidden_size
+            linear = self._linear(f"exits.{layer}.linear", hidden, hidden, bias=False)
+        return ExitHead(norm, linear)
+
+    def _tensor(self, name: str, *shape: int) -> torch.Tensor:
+        return self.checkpoint.tensor(name, shape, self.dtype, self.device)
+
+    def _table(self, name: str, *shape: int) -> torch.Tensor:
+        dtype = self.dtype if self.quantize is None else torch.float16
+        return self.checkpoint.tensor(name, shape, dtype, self.device)
+
+    def _embedding(self, name: str) -> torch.Tensor:
+        return self._table(name, self.config.vocab_size, self.config.embed_size)
+
+    def _linear(self, name: str, out_size: int, in_size: int, *, bias: bool) -> LinearWeights:
+        scales = None
+        if self.quantize is None:
+            weight = self._tensor(f"{name}.weight", out_size, in_size)
+        else:
+            blocks = self.checkpoint.blocks(f"{name}.weight", (out_size, in_size))
+            weight, scales = self.quantize(blocks, out_size, in_size)
+        return LinearWeights(weight, self._tensor(f"{name}.bias", out_size) if bias else None, scales)
+
+    def _norm(self, name: str, *, affine: bool) -> Norm:
+        if not affine:
+            return Norm(None, None)
+        hidden = self.config.hidden_size
+        return Norm(self._tensor(f"{name}.weight", hidden), self._tensor(f"{name}.bias", hidden))
 
 
 def _allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

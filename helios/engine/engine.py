@@ -18,8 +18,9 @@ from helios.engine.decode_graphs import DecodeGraphs
 from helios.engine.detokenizer import Detokenizer
 from helios.engine.exits import ExitMode, run_dynamic, run_static
 from helios.engine.kv_cache import KVCache
+from helios.engine.loader import Progress
 from helios.engine.memory import device_budget
-from helios.engine.plan import Plan, Progress, load_plan
+from helios.engine.plan import Plan, load_plan
 from helios.engine.sampler import Row, Sampled, sample
 from helios.engine.scheduler import Scheduler
 from helios.engine.sequence import FinishReason, GeneratedToken, Output, Sequence
@@ -358,7 +359,9 @@ class Engine:
         progress: Progress | None = None,
         threshold: float | None = None,
     ) -> Reloaded:
-        """Loads another plan beside the running one, in the caller's thread, and swaps between two steps.
+        """Loads another plan beside the running one and swaps between two steps.
+
+        Weights that both plans have are shared: going deeper loads only the layers that are missing.
 
         Sequences in flight go on under the new plan: computed again, or, if it is the same model with fewer
         layers, with the KV they have. `threshold` goes before the settings' own. On an error the running plan
@@ -366,7 +369,7 @@ class Engine:
         Raises CheckpointError, UnknownDepthError, OutOfMemoryError, InvalidRequestError.
         """
         with self._reload_lock:
-            plan = load_plan(Path(path), depth, self.settings, progress, threshold)
+            plan = load_plan(Path(path), depth, self.settings, progress, threshold, self.plan)
             if plan.tokenizer_id != self.plan.tokenizer_id:
                 raise InvalidRequestError(
                     f"{plan.entry.name} has another tokenizer than {self.plan.entry.name}: sequences in "

@@ -7,21 +7,24 @@ import time
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
 
 import helios
 from helios.calibration import TARGET_AGREEMENT, calibrated_threshold
-from helios.catalog import ModelEntry, checkpoint_id
+from helios.catalog import ModelEntry
 from helios.engine.block_pool import BlockPool
 from helios.engine.detokenizer import Detokenizer
 from helios.engine.exit_tally import ExitTally, tally_continuations, tally_prompt
 from helios.engine.kv_cache import KVCache, kv_dtype
+from helios.engine.loader import load_packed
 from helios.engine.memory import device_budget, kv_bytes_per_token
 from helios.engine.model import Model
 from helios.engine.pace import Pace
-from helios.engine.plan import read_weights, warm_up
+from helios.engine.packed_cache import DEFAULT_LIMIT_BYTES
+from helios.engine.plan import warm_up
 from helios.engine.precision import Precision
 from helios.engine.sequence import Sequence
 from helios.engine.speed import Clock, Speed, measure_speed
@@ -63,6 +66,9 @@ class EvaluationSettings:
     # With which steps are timed. None: those of the evaluation.
     timing_threads: int | None = None
     block_tokens: int = 16
+    # Where packed weights are kept, as in EngineSettings.
+    packed_cache_dir: Path | None = None
+    packed_cache_bytes: int = DEFAULT_LIMIT_BYTES
 
     def __post_init__(self) -> None:
         """Raises SettingsError naming the setting that is out of range."""
@@ -116,8 +122,17 @@ class Candidate:
 def load_candidate(entry: ModelEntry, settings: EvaluationSettings) -> Candidate:
     """Raises CheckpointError naming the file, OutOfMemoryError."""
     began, began_cpu = time.perf_counter(), time.process_time()
-    checkpoint, device = checkpoint_id(entry), torch.device(settings.device)
-    weights = read_weights(entry, entry.num_layers, entry.exit_layers, settings.precision_here, device)
+    device = torch.device(settings.device)
+    weights = load_packed(
+        entry,
+        entry.num_layers,
+        entry.exit_layers,
+        settings.precision_here,
+        device,
+        cache_dir=settings.packed_cache_dir,
+        cache_bytes=settings.packed_cache_bytes,
+        beside_serving=True,
+    )
     model = Model(entry.config, weights)
     # Without the warm-up, which compiles kernels on a machine that has none yet: no later load does.
     seconds = time.perf_counter() - began
@@ -128,10 +143,10 @@ def load_candidate(entry: ModelEntry, settings: EvaluationSettings) -> Candidate
         model=model,
         tokenizer=loaded.tokenizer,
         tokenizer_id=loaded.tokenizer_id,
-        weight_bytes={depth: model.weight_bytes_at(depth) for depth in entry.exit_layers},
+        weight_bytes={depth: weights.bytes_at(depth) for depth in entry.exit_layers},
         load_seconds=seconds,
         load_cpu_seconds=time.process_time() - began_cpu,
-        checkpoint=checkpoint,
+        checkpoint=weights.checkpoint_id,
     )
 
 

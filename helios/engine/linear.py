@@ -3,7 +3,7 @@
 The model does not know which, nor in what precision: another one swaps its linears and nothing else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +18,8 @@ from helios.engine.team import TEAM
 # Of what a PackedLinear keeps: changes whenever the same tensors would mean something else.
 LAYOUT_VERSION = 1
 
+# Quantising goes through as many float32 numbers at a time as a core's cache holds.
+_CHUNK_ITEMS = 1 << 18
 _WORD_BYTES = 4
 _NUMBERS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.int8: INT8}
 
@@ -122,9 +124,22 @@ def linear(weights: LinearWeights) -> Linear:
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A weight [out, in] as int8 and the scale of each row [out], symmetric: weight = int8 * scale."""
-    weight = weight.float()
-    scales = weight.abs().amax(dim=1).clamp_min(torch.finfo(torch.float32).tiny) / 127
-    return (weight / scales[:, None]).round_().to(torch.int8), scales
+    return quantize_blocks([weight], *weight.shape)
+
+
+def quantize_blocks(
+    blocks: Iterable[torch.Tensor], out_size: int, in_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same of a weight that comes in blocks of rows, [rows, in] each."""
+    values, scales = torch.empty(out_size, in_size, dtype=torch.int8), torch.empty(out_size)
+    row = 0
+    for block in blocks:
+        for part in block.split(_rows(in_size)):
+            numbers, own = part.float(), slice(row, row + len(part))
+            scales[own] = numbers.abs().amax(dim=1).clamp_min_(torch.finfo(torch.float32).tiny) / 127
+            values[own] = (numbers / scales[own, None]).round_()
+            row += len(part)
+    return values, scales
 
 
 def pack(weights: LinearWeights) -> PackedLinear:
@@ -137,12 +152,21 @@ def pack(weights: LinearWeights) -> PackedLinear:
     out_size, in_size = weights.weight.shape
     together = _WORD_BYTES // weights.weight.itemsize
     tiles, steps = -(-out_size // TILE), -(-in_size // together)
-    weight = F.pad(weights.weight, (0, steps * together - in_size, 0, tiles * TILE - out_size))
+    weight, spare = weights.weight, (0, steps * together - in_size, 0, tiles * TILE - out_size)
+    if any(spare):
+        weight = F.pad(weight, spare)
+    # A word moves as one number.
+    words = weight.view(torch.int32).view(tiles, TILE, steps).transpose(1, 2).contiguous()
     tensors = [
-        weight.view(tiles, TILE, steps, together).permute(0, 2, 1, 3).contiguous(),
+        words.view(weight.dtype).view(tiles, steps, TILE, together),
         torch.zeros(out_size) if weights.bias is None else weights.bias.float(),
     ]
     if weights.scales is not None:
-        tensors += [128 * weights.weight.sum(1, dtype=torch.int32), weights.scales.float()]
+        sums = [part.int().sum(1, dtype=torch.int32) for part in weights.weight.split(_rows(in_size))]
+        tensors += [128 * torch.cat(sums), weights.scales.float()]
     tensors[1:] = [F.pad(tensor, (0, tiles * TILE - out_size)) for tensor in tensors[1:]]
     return PackedLinear(_NUMBERS[weights.weight.dtype], out_size, in_size, tensors)
+
+
+def _rows(in_size: int) -> int:
+    return max(1, _CHUNK_ITEMS // in_size)

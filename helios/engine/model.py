@@ -5,16 +5,17 @@ width projected in and out; with and without biases; tied and untied LM heads. W
 have, the model does not know.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch.nn import functional as F
 
 from helios.engine.batch import Batch
-from helios.engine.checkpoint import LayerWeights, LinearWeights, ModelWeights, Norm
-from helios.engine.compiled_layers import CompiledLayers, Layer
+from helios.engine.checkpoint import Norm
+from helios.engine.compiled_layers import CompiledLayers
 from helios.engine.kv_cache import KVCache, kv_dtype
-from helios.engine.linear import Linear, PackedLinear, linear, quantize
+from helios.engine.linear import PackedLinear
+from helios.engine.packed_weights import Head, PackedWeights
 from helios.engine.paged_attention import attend, reads_in_place
 from helios.model_config import POSITION_OFFSET, ModelConfig
 
@@ -24,35 +25,26 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"relu": F.rel
 class Model:
     """A partial model: embeddings, `depth` layers, the exit heads among them and the LM head."""
 
-    def __init__(self, config: ModelConfig, weights: ModelWeights) -> None:
+    def __init__(self, config: ModelConfig, weights: PackedWeights) -> None:
         self.config = config
+        # Another plan of the same weights may share them.
+        self.weights = weights
         self.depth = len(weights.layers)
-        self.device = weights.embed_tokens.device
-        quantized = any(layer.fc1.scales is not None for layer in weights.layers)
-        stored = weights.embed_tokens.dtype
         # Numbers that its products are computed in.
-        self.precision = "int8" if quantized else str(stored).removeprefix("torch.")
-        head, scales = quantize(weights.lm_head) if quantized else (weights.lm_head, None)
-        self._lm_head = linear(LinearWeights(head, None, scales))
+        self.precision = weights.precision
+        ends = weights.ends
+        self.device = ends.embed_positions.device
         # Whether its products are compiled: then all between them is in float32.
-        self.compiled = isinstance(self._lm_head, PackedLinear)
+        self.compiled = isinstance(ends.lm_head, PackedLinear)
         # Of activations.
-        self.dtype = torch.float32 if self.compiled else stored
-        tied = weights.lm_head is weights.embed_tokens and not quantized
+        self.dtype = torch.float32 if self.compiled else ends.embed_positions.dtype
         # None: the rows of the LM head.
-        self._embed_tokens = None if tied else weights.embed_tokens
-        self._embed_positions = weights.embed_positions
-        self._project_in = _optional(weights.project_in)
-        self._project_out = _optional(weights.project_out)
-        self._final_norm = None if weights.final_norm is None else self._cast(weights.final_norm)
-        self._exits = {
-            layer: (self._cast(head.norm), _optional(head.linear)) for layer, head in weights.exits.items()
-        }
+        self._embed_tokens, self._embed_positions = ends.embed_tokens, ends.embed_positions
+        self._project_in, self._project_out, self._lm_head = ends.project_in, ends.project_out, ends.lm_head
+        self._final = weights.final or Head(None, None)
+        self._exits = weights.exits
         self._activation = _ACTIVATIONS[config.activation]
-        self._layers: list[Layer] = []
-        while weights.layers:
-            # Taken off one by one, so that the parts are freed as they are fused.
-            self._layers.append(self._fuse(weights.layers.pop(0)))
+        self._layers = weights.layers
         # The layers in one call, where their precision has one.
         self._compiled = CompiledLayers.of(config, self._layers)
 
@@ -64,33 +56,7 @@ class Model:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all loaded weights, shared ones once."""
-        exits = [(self._final_norm, None), *self._exits.values()]
-        return self._bytes(self._layers, exits)
-
-    def weight_bytes_at(self, depth: int) -> int:
-        """Bytes of a model that is loaded to `depth`, an exit of this one, and read out there alone."""
-        return self._bytes(self._layers[:depth], [self._exits.get(depth, (self._final_norm, None))])
-
-    def _bytes(self, layers: Sequence[Layer], exits: Sequence[tuple[Norm | None, Linear | None]]) -> int:
-        tensors = [self._embed_positions]
-        if self._embed_tokens is not None:
-            tensors.append(self._embed_tokens)
-        linears = [
-            self._project_in,
-            self._project_out,
-            self._lm_head,
-            *(projection for _, projection in exits),
-        ]
-        norms = [norm for norm, _ in exits]
-        for layer in layers:
-            linears += [layer.qkv, layer.out, layer.fc1, layer.fc2]
-            norms += [layer.attn_norm, layer.ffn_norm]
-        for part in linears:
-            tensors += [] if part is None else part.tensors
-        for norm in filter(None, norms):
-            tensors += [tensor for tensor in (norm.weight, norm.bias) if tensor is not None]
-        unique = {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
-        return sum(unique.values())
+        return self.weights.weight_bytes
 
     def embed(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Hidden states before the first layer: [T] -> [T, hidden]."""
@@ -139,36 +105,14 @@ class Model:
 
     def read_out(self, hidden: torch.Tensor, exit_layer: int) -> torch.Tensor:
         """Logits at the exit after `exit_layer` layers: [rows, hidden] -> [rows, vocabulary]."""
-        norm, projection = self._exits.get(exit_layer, (self._final_norm, None))
-        if norm is not None:
-            hidden = _norm(hidden, norm)
-        if projection is not None:
-            hidden = projection(hidden)
+        head = self._exits.get(exit_layer, self._final)
+        if head.norm is not None:
+            hidden = _norm(hidden, head.norm)
+        if head.linear is not None:
+            hidden = head.linear(hidden)
         if self._project_out is not None:
             hidden = self._project_out(hidden)
         return self._lm_head(hidden)
-
-    def _cast(self, norm: Norm) -> Norm:
-        """A norm in the type of activations."""
-        return Norm(*(None if part is None else part.to(self.dtype) for part in (norm.weight, norm.bias)))
-
-    def _fuse(self, layer: LayerWeights) -> Layer:
-        """A layer with query, key and value in one product."""
-        parts = (layer.q, layer.k, layer.v)
-        biases = [part.bias for part in parts if part.bias is not None]
-        scales = [part.scales for part in parts if part.scales is not None]
-        qkv = LinearWeights(
-            torch.cat([part.weight for part in parts]),
-            torch.cat(biases) if biases else None,
-            torch.cat(scales) if scales else None,
-        )
-        out, fc1, fc2 = linear(layer.out), linear(layer.fc1), linear(layer.fc2)
-        attn_norm, ffn_norm = self._cast(layer.attn_norm), self._cast(layer.ffn_norm)
-        return Layer(attn_norm, linear(qkv), out, ffn_norm, fc1, fc2)
-
-
-def _optional(weights: LinearWeights | None) -> Linear | None:
-    return None if weights is None else linear(weights)
 
 
 def _norm(x: torch.Tensor, part: Norm) -> torch.Tensor:

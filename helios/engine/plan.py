@@ -1,6 +1,5 @@
 """A plan: which model an engine serves, how deep, and how its memory is shared out."""
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,10 +8,9 @@ from tokenizers import Tokenizer
 
 from helios import catalog
 from helios.engine.batch import Batch
-from helios.engine.checkpoint import ModelWeights, load_weights
 from helios.engine.exits import ExitMode
 from helios.engine.kv_cache import KVCache
-from helios.engine.linear import quantize
+from helios.engine.loader import Progress, load_packed
 from helios.engine.memory import MemoryPlan, device_budget, plan_memory
 from helios.engine.model import Model
 from helios.engine.precision import Precision
@@ -22,8 +20,6 @@ from helios.engine.threads import lend
 from helios.engine.tokenizer import load_tokenizer
 from helios.errors import SettingsError
 from helios.sampling import SamplingParams
-
-Progress = Callable[[int, int], None]  # layers loaded, layers in all
 
 # The threshold of an exit that is not calibrated and not set (the paper's TH).
 DEFAULT_THRESHOLD = 0.8
@@ -40,15 +36,22 @@ class Plan:
     # What tokenizer_id is the SHA-256 of.
     tokenizer_json: bytes
     memory: MemoryPlan
-    bytes_read: int
-    # Equal for the same files in the same place (`catalog.checkpoint_id`).
-    checkpoint_id: str
     thresholds: dict[int, float]
 
     @property
     def depth(self) -> int:
         """Layers loaded."""
         return self.model.depth
+
+    @property
+    def bytes_read(self) -> int:
+        """To load the weights; those shared with the plan before were not read again."""
+        return self.model.weights.bytes_read
+
+    @property
+    def checkpoint_id(self) -> str:
+        """Equal for the same files in the same place (`catalog.checkpoint_id`)."""
+        return self.model.weights.checkpoint_id
 
 
 def load_plan(
@@ -57,14 +60,16 @@ def load_plan(
     settings: EngineSettings,
     progress: Progress | None = None,
     threshold: float | None = None,
+    running: Plan | None = None,
 ) -> Plan:
-    """Reads a partial model and plans its memory. `threshold` goes before the settings' own.
+    """Loads a partial model and plans its memory. `threshold` goes before the settings' own.
+
+    running: the plan that is served meanwhile, in whose favour loading stands back. Of a model that both
+    have, the weights are shared.
 
     Raises CheckpointError, UnknownDepthError, OutOfMemoryError, SettingsError.
     """
     entry = catalog.read_model(path)
-    # Before reading: files that change meanwhile are another checkpoint.
-    checkpoint_id = catalog.checkpoint_id(entry)
     depth = depth or entry.num_layers
     if settings.exit_mode is ExitMode.FULL and depth != entry.num_layers:
         raise SettingsError(
@@ -76,8 +81,18 @@ def load_plan(
         exits = [layer for layer in entry.exit_layers if layer <= depth]
     device = torch.device(settings.device)
     precision = Precision(settings.precision).on(device)
-    weights = read_weights(entry, depth, exits, precision, device, progress)
-    bytes_read = weights.bytes_read
+    weights = load_packed(
+        entry,
+        depth,
+        exits,
+        precision,
+        device,
+        cache_dir=settings.packed_cache_dir,
+        cache_bytes=settings.packed_cache_bytes,
+        running=None if running is None else running.model.weights,
+        beside_serving=running is not None,
+        progress=progress,
+    )
     model = Model(entry.config, weights)
     warm_up(model, settings.block_tokens)
     if threshold is None:
@@ -102,31 +117,7 @@ def load_plan(
             settings.step_token_budget,
             settings.block_tokens,
         ),
-        bytes_read=bytes_read,
-        checkpoint_id=checkpoint_id,
         thresholds=thresholds,
-    )
-
-
-def read_weights(
-    entry: catalog.ModelEntry,
-    depth: int,
-    exits: Sequence[int],
-    precision: Precision,
-    device: torch.device,
-    progress: Progress | None = None,
-) -> ModelWeights:
-    """The first `depth` layers as `precision` computes them. Raises as `load_weights`."""
-    return load_weights(
-        entry.path,
-        entry.config,
-        entry.facts,
-        depth,
-        precision.dtype,
-        device=device,
-        exits=exits,
-        progress=progress,
-        quantize=quantize if precision is Precision.INT8 else None,
     )
 
 

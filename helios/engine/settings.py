@@ -1,8 +1,10 @@
 """Limits and modes of an engine."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from helios.engine.exits import ExitMode
+from helios.engine.packed_cache import DEFAULT_LIMIT_BYTES
 from helios.engine.precision import Precision
 from helios.errors import SettingsError
 
@@ -28,6 +30,10 @@ class EngineSettings:
     prefix_cache: bool = True
     # Whether decode steps on a CUDA device are captured as graphs.
     cuda_graphs: bool = True
+    # Where packed weights are kept between loads; None: helios/packed in the user's cache directory.
+    packed_cache_dir: Path | None = None
+    # Bytes that those of all models may take there; 0: none are kept.
+    packed_cache_bytes: int = DEFAULT_LIMIT_BYTES
 
     def __post_init__(self) -> None:
         """Raises SettingsError naming the setting that is out of range."""
@@ -41,6 +47,8 @@ class EngineSettings:
             )
         if not self.prefill_stretch > 1:
             raise SettingsError(f"prefill_stretch must be above 1, not {self.prefill_stretch}")
+        if self.packed_cache_bytes < 0:
+            raise SettingsError("packed_cache_bytes must be at least 0")
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise SettingsError(f"threshold must be a probability, not {self.threshold}")
         if self.precision not in list(Precision):

@@ -304,7 +304,7 @@ class ReloadResponse(_message.Message):
     seconds: _builtins.float
     """Seconds since the reload began."""
     bytes_read: _builtins.int
-    """With DONE: bytes of checkpoint read."""
+    """With DONE: bytes of weights read, of the checkpoint or packed; what both plans have is not read again."""
     sequences_moved: _builtins.int
     """With DONE: sequences in flight that go on under the new plan."""
     stall_seconds: _builtins.float
@@ -371,7 +371,7 @@ class GetStatusResponse(_message.Message):
     device: _builtins.str
     threads: _builtins.int
     bytes_read: _builtins.int
-    """Bytes of the checkpoint read to load the plan, and the process's resident memory now."""
+    """Bytes of weights read to load the plan, of the checkpoint or packed, and the process's resident memory now."""
     resident_bytes: _builtins.int
     memory_bytes: _builtins.int
     """Budget for weights and KV together, in bytes; what a step's activations take is off it already."""

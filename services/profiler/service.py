@@ -66,6 +66,8 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
             memory_bytes=settings.memory_bytes,
             power_watts=settings.power_watts,
             timing_threads=settings.timing_threads,
+            packed_cache_dir=settings.packed_cache_dir,
+            packed_cache_bytes=settings.packed_cache_bytes,
         )
         # torch's thread count is a thread's own.
         self._thread = ThreadPoolExecutor(1, initializer=set_threads, initargs=(settings.threads,))

@@ -70,6 +70,14 @@ class ProfilerSettings(ServiceSettings):
         ge=1,
         description="budget for KV and all weights kept loaded; default: 40 % of what is free at the start",
     )
+    packed_cache_dir: Path | None = Field(
+        None,
+        description="where packed weights are kept, on a local disk; default: helios/packed in the user's "
+        "cache directory",
+    )
+    packed_cache_bytes: int = Field(
+        16 << 30, ge=0, description="what those of all models may take there; 0: none are kept"
+    )
     niceness: int = Field(10, ge=0, le=19, description="how far the process stands back behind serving")
     cpu_share: float = Field(0.5, gt=0, le=1, description="share of a CPU that an evaluation takes")
     max_waiting: int = Field(4, ge=0, description="evaluations that may wait for a running one")

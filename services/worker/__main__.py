@@ -102,6 +102,8 @@ def _engine_settings(settings: WorkerSettings) -> EngineSettings:
         block_tokens=settings.block_tokens,
         prefix_cache=settings.prefix_cache,
         cuda_graphs=settings.cuda_graphs,
+        packed_cache_dir=settings.packed_cache_dir,
+        packed_cache_bytes=settings.packed_cache_bytes,
     )
 
 

@@ -59,6 +59,14 @@ class WorkerSettings(ServiceSettings):
     cuda_graphs: bool = Field(
         True, description="whether decode steps on a CUDA device are captured as graphs"
     )
+    packed_cache_dir: Path | None = Field(
+        None,
+        description="where packed weights are kept, on a local disk; default: helios/packed in the user's "
+        "cache directory",
+    )
+    packed_cache_bytes: int = Field(
+        16 << 30, ge=0, description="what those of all models may take there; 0: none are kept"
+    )
     drain_seconds: float = Field(
         10.0, ge=0, description="time that running sequences get to end when the worker is told to stop"
     )

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from helios.calibration import calibrated_threshold
 from helios.catalog import read_model
-from helios.engine.checkpoint import load_weights
 from helios.engine.evaluation import Candidate, EvaluationSettings, evaluate, load_candidate
-from helios.engine.model import Model
+from helios.engine.loader import load_packed
 from helios.engine.pace import Pace
+from helios.engine.precision import Precision
 from helios.errors import CancelledError, InvalidRequestError, SettingsError
 from helios.history import CONFIDENCE_BINS, ModelProfile
 from helios.power_meter import power_meter
@@ -108,8 +108,8 @@ def profile(candidate: Candidate) -> ModelProfile:
 def test_sizes_are_those_of_a_partial_load(model_path: Path, profile: ModelProfile) -> None:
     entry = read_model(model_path)
     for one in profile.exits:
-        weights = load_weights(model_path, entry.config, entry.facts, one.depth, torch.float32)
-        assert one.weight_bytes == Model(entry.config, weights).weight_bytes
+        part = load_packed(entry, one.depth, [one.depth], Precision.FLOAT32, torch.device("cpu"))
+        assert one.weight_bytes == part.weight_bytes
         assert one.kv_bytes_per_token == 2 * 4 * one.depth * entry.config.hidden_size
         assert one.load_seconds > 0
 
