@@ -11,7 +11,7 @@ from typing import Any
 import click
 from rich.console import Console
 
-from bench import engine_figures, roofline
+from bench import engine_figures, loading, roofline
 from bench.contenders import CONTENDERS, PEERS, Contender, Runners, needed_bytes, pythons
 from bench.engine_figures import Cell, agreement, cell_of
 from bench.peers.environment import make_environment
@@ -164,6 +164,10 @@ def engine(
         if results["limits"]:
             limits = roofline.highest(limits, Limits(**results["limits"]))
         results["limits"] = asdict(limits)
+        for name, model in models.items():
+            if fresh or name not in results["loading"]:
+                status.update(f"loading {name}")
+                results["loading"][name] = asdict(loading.measure(model.path, threads))
         cells = [
             Cell(name, min(prompt, model.context_tokens - max_tokens), max_tokens, batch)
             for name, model in models.items()
@@ -336,6 +340,10 @@ def report_of(results: dict[str, Any]) -> Report:
     """The report of all runs there are."""
     rows = engine_figures.summarise(results)
     shown = [(engine_figures.title(row), engine_figures.in_words(row)) for row in rows]
+    shown += [
+        (f"{name}, loading {loading.PRECISION}", loading.in_words(one))
+        for name, one in results["loading"].items()
+    ]
     shown += [(f"failed: {one['contender']}", one["reason"]) for one in results["failed"]]
     return Report({**results, "cells": rows}, engine_figures.targets(rows), shown)
 
@@ -374,6 +382,7 @@ def _earlier(path: Path | None, threads: int) -> dict[str, Any]:
         "settings": {"threads": threads, "seed": _SEED},
         "shapes": {},
         "limits": {},
+        "loading": {},
         "runs": [],
         "failed": [],
     }
@@ -381,7 +390,8 @@ def _earlier(path: Path | None, threads: int) -> dict[str, Any]:
         return empty
     try:
         results = json.loads(path.read_text())["results"]
-        earlier = {key: results[key] for key in empty}
+        # Files from before there was `loading` go on too.
+        earlier = {"loading": {}} | {key: results[key] for key in empty if key != "loading" or key in results}
     except (ValueError, KeyError, TypeError) as error:
         raise SettingsError(f"{path} holds no results of this bench; name another file") from error
     if earlier["settings"] != empty["settings"]:

@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 
+from bench import loading
 from bench.contenders import CONTENDERS
 from bench.paper_report import Page  # One look for all reports.
 from bench.report import Report, machine
@@ -42,6 +43,10 @@ def write(report: Report, path: Path) -> None:
             ("engine", "load", "reason"),
             [(one["contender"], _load(one["cell"]), one["reason"]) for one in results["failed"]],
         )
+    page.say("## Loading", f"In {loading.PRECISION}, from disk unless it says otherwise.")
+    page.table(
+        ("model", "seconds"), [(name, loading.in_words(one)) for name, one in results["loading"].items()]
+    )
     for shape, facts in results["shapes"].items():
         for prompt_tokens in sorted(
             {row["prompt_tokens"] for row in results["cells"] if row["shape"] == shape}

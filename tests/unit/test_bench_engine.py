@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, OPTForCausalLM
 
-from bench import contenders, engine_figures, roofline
+from bench import contenders, engine_figures, loading, roofline
 from bench.contenders import CONTENDERS, HELIOS, Contender, Runner, Runners, needed_bytes
 from bench.engine_figures import Cell
 from bench.footprint import OPT_1_3B
@@ -291,6 +291,13 @@ def test_decoding_is_limited_by_reading_and_long_prompts_by_operations() -> None
     assert least(2000, faster_products) < 0.75 * least(2000, LIMITS)
 
 
+def test_loading_tells_what_each_load_reads(tiny_models: Path) -> None:
+    found = loading.measure(tiny_models / "tiny", threads=1)
+    assert 0 < found.deeper_bytes < found.checkpoint_bytes
+    assert found.shallower_bytes == 0
+    assert f"({found.deeper_bytes:,} bytes)" in loading.in_words(asdict(found))
+
+
 def run_of(contender: str, number: int, seconds: float, cell: Cell = CELL) -> dict[str, Any]:
     return {
         **asdict(cell),
@@ -311,7 +318,7 @@ def results_of(*runs: dict[str, Any]) -> dict[str, Any]:
         shape: {"name": shape, "parameters": 1, "config": config}
         for shape in ("opt-125m", "opt-1.3b", "bundled")
     }
-    return {"shapes": shapes, "limits": asdict(LIMITS), "runs": list(runs), "failed": []}
+    return {"shapes": shapes, "limits": asdict(LIMITS), "loading": {}, "runs": list(runs), "failed": []}
 
 
 def test_ratios_are_of_the_same_rounds_and_the_best_peer() -> None:
