@@ -272,60 +272,190 @@ def _scores(qkv, query, keys, slab, head_dim, block_tokens):
 
 
 @_compiled
-def _attend(qkv, heads, head_dim, keys, values, block_tokens, rows_of, out, start, end):
-    """Heads start..end, counted through all rows, over their rows' contexts. See `attend`."""
-    stride, out_stride = 3 * heads * head_dim, heads * head_dim
-    tables, table_width, row_tables, lengths = rows_of[1], rows_of[2], rows_of[3], rows_of[4]
-    longest = np.int64(0)
-    for row in range(start // heads, (end + heads - 1) // heads):
-        longest = max(longest, load_long(lengths, row))
-    room = np.empty(longest + block_tokens, np.float32)
-    scores = room.ctypes.data
+def _scores_of_four(qkv, query, stride, keys, slab, head_dim, block_tokens):
+    """Four queries with the same 16 keys, each as by `_scores`."""
+    a0, b0, c0, d0 = no_singles(), no_singles(), no_singles(), no_singles()
+    a1, b1, c1, d1 = no_singles(), no_singles(), no_singles(), no_singles()
+    a2, b2, c2, d2 = no_singles(), no_singles(), no_singles(), no_singles()
+    a3, b3, c3, d3 = no_singles(), no_singles(), no_singles(), no_singles()
+    for dim in range(0, head_dim, 4):
+        at = slab + dim * block_tokens
+        a, b = load_singles(keys, at), load_singles(keys, at + block_tokens)
+        c, d = load_singles(keys, at + 2 * block_tokens), load_singles(keys, at + 3 * block_tokens)
+        at = query + dim
+        a0 = multiply_add(spread_single(load_single(qkv, at)), a, a0)
+        b0 = multiply_add(spread_single(load_single(qkv, at + 1)), b, b0)
+        c0 = multiply_add(spread_single(load_single(qkv, at + 2)), c, c0)
+        d0 = multiply_add(spread_single(load_single(qkv, at + 3)), d, d0)
+        at += stride
+        a1 = multiply_add(spread_single(load_single(qkv, at)), a, a1)
+        b1 = multiply_add(spread_single(load_single(qkv, at + 1)), b, b1)
+        c1 = multiply_add(spread_single(load_single(qkv, at + 2)), c, c1)
+        d1 = multiply_add(spread_single(load_single(qkv, at + 3)), d, d1)
+        at += stride
+        a2 = multiply_add(spread_single(load_single(qkv, at)), a, a2)
+        b2 = multiply_add(spread_single(load_single(qkv, at + 1)), b, b2)
+        c2 = multiply_add(spread_single(load_single(qkv, at + 2)), c, c2)
+        d2 = multiply_add(spread_single(load_single(qkv, at + 3)), d, d2)
+        at += stride
+        a3 = multiply_add(spread_single(load_single(qkv, at)), a, a3)
+        b3 = multiply_add(spread_single(load_single(qkv, at + 1)), b, b3)
+        c3 = multiply_add(spread_single(load_single(qkv, at + 2)), c, c3)
+        d3 = multiply_add(spread_single(load_single(qkv, at + 3)), d, d3)
+    return (
+        add(add(a0, b0), add(c0, d0)), add(add(a1, b1), add(c1, d1)),
+        add(add(a2, b2), add(c2, d2)), add(add(a3, b3), add(c3, d3)),
+    )
+
+
+@_compiled
+def _weigh(scores, length, padded):
+    """A row's scores as weights of its slots, in place; returns the share of a weight of one."""
+    for slot in range(length, padded):
+        store_single(scores, slot, np.float32(-np.inf))
+    peaks = load_singles(scores, 0)
+    for slot in range(LANES, padded, LANES):
+        peaks = larger(peaks, load_singles(scores, slot))
+    peak = spread_single(largest(peaks))
+    for slot in range(0, padded, LANES):
+        store_singles(scores, slot, _exponential(subtract(load_singles(scores, slot), peak)))
+    # The smallest exponential is not zero, but a slot beyond the context weighs nothing at all.
+    for slot in range(length, padded):
+        store_single(scores, slot, np.float32(0))
+    sums = no_singles()
+    for slot in range(0, padded, LANES):
+        sums = add(sums, load_singles(scores, slot))
+    return np.float32(1) / total(sums)
+
+
+@_compiled
+def _keep_four(out, at, a, b, c, d, share):
+    """Four sums, divided."""
+    store_single(out, at, total(a) * share)
+    store_single(out, at + 1, total(b) * share)
+    store_single(out, at + 2, total(c) * share)
+    store_single(out, at + 3, total(d) * share)
+
+
+@_compiled
+def _attend_one(qkv, heads, head_dim, keys, values, block_tokens, rows_of, out, row, head, scores):
+    """A head of one row over its context. scores: room for one row's."""
+    width = heads * head_dim
+    tables = rows_of[1] + 8 * load_long(rows_of[3], row) * rows_of[2]
+    length = load_long(rows_of[4], row)
+    blocks = (length + block_tokens - 1) // block_tokens
     slab_size = head_dim * block_tokens
     factor = spread_single(np.float32(1) / np.sqrt(np.float32(head_dim)))
-    for row in range(start // heads, (end + heads - 1) // heads):
-        length = load_long(lengths, row)
-        table = load_long(row_tables, row) * table_width
-        blocks = (length + block_tokens - 1) // block_tokens
-        padded = blocks * block_tokens
-        for head in range(max(start - row * heads, 0), min(end - row * heads, heads)):
-            query = row * stride + head * head_dim
-            for index in range(blocks):
-                slab = (load_long(tables, table + index) * heads + head) * slab_size
-                for lane in range(0, block_tokens, LANES):
-                    value = _scores(qkv, query, keys, slab + lane, head_dim, block_tokens)
-                    store_singles(scores, index * block_tokens + lane, multiply(value, factor))
-            for slot in range(length, padded):
-                room[slot] = -np.inf
-            peaks = load_singles(scores, 0)
-            for slot in range(LANES, padded, LANES):
-                peaks = larger(peaks, load_singles(scores, slot))
-            peak = spread_single(largest(peaks))
-            for slot in range(0, padded, LANES):
-                store_singles(scores, slot, _exponential(subtract(load_singles(scores, slot), peak)))
-            # The smallest exponential is not zero, but a slot beyond the context weighs nothing at all.
-            for slot in range(length, padded):
-                room[slot] = 0
-            sums = no_singles()
-            for slot in range(0, padded, LANES):
-                sums = add(sums, load_singles(scores, slot))
-            share = np.float32(1) / total(sums)
-            for dim in range(0, head_dim, 4):
-                a, b, c, d = no_singles(), no_singles(), no_singles(), no_singles()
-                for index in range(blocks):
-                    slab = (load_long(tables, table + index) * heads + head) * slab_size
-                    for lane in range(0, block_tokens, LANES):
-                        weight = load_singles(scores, index * block_tokens + lane)
-                        at = slab + dim * block_tokens + lane
-                        a = multiply_add(weight, load_singles(values, at), a)
-                        b = multiply_add(weight, load_singles(values, at + block_tokens), b)
-                        c = multiply_add(weight, load_singles(values, at + 2 * block_tokens), c)
-                        d = multiply_add(weight, load_singles(values, at + 3 * block_tokens), d)
-                at = row * out_stride + head * head_dim + dim
-                store_single(out, at, total(a) * share)
-                store_single(out, at + 1, total(b) * share)
-                store_single(out, at + 2, total(c) * share)
-                store_single(out, at + 3, total(d) * share)
+    query = row * 3 * width + head * head_dim
+    for index in range(blocks):
+        slab = (load_long(tables, index) * heads + head) * slab_size
+        for lane in range(0, block_tokens, LANES):
+            value = _scores(qkv, query, keys, slab + lane, head_dim, block_tokens)
+            store_singles(scores, index * block_tokens + lane, multiply(value, factor))
+    share = _weigh(scores, length, blocks * block_tokens)
+    for dim in range(0, head_dim, 4):
+        a, b, c, d = no_singles(), no_singles(), no_singles(), no_singles()
+        for index in range(blocks):
+            slab = (load_long(tables, index) * heads + head) * slab_size
+            for lane in range(0, block_tokens, LANES):
+                weight = load_singles(scores, index * block_tokens + lane)
+                at = slab + dim * block_tokens + lane
+                a = multiply_add(weight, load_singles(values, at), a)
+                b = multiply_add(weight, load_singles(values, at + block_tokens), b)
+                c = multiply_add(weight, load_singles(values, at + 2 * block_tokens), c)
+                d = multiply_add(weight, load_singles(values, at + 3 * block_tokens), d)
+        _keep_four(out, row * width + head * head_dim + dim, a, b, c, d, share)
+
+
+@_compiled
+def _attend_four(
+    qkv, heads, head_dim, keys, values, block_tokens, rows_of, out, row, head, scores, room
+):
+    """A head of four rows of one sequence, each as by `_attend_one`: keys and values are read once for all.
+
+    scores: room for four rows', `room` numbers each.
+    """
+    width = heads * head_dim
+    tables = rows_of[1] + 8 * load_long(rows_of[3], row) * rows_of[2]
+    # The last one sees most. What the others do not see weighs nothing.
+    blocks = (load_long(rows_of[4], row + 3) + block_tokens - 1) // block_tokens
+    slab_size = head_dim * block_tokens
+    factor = spread_single(np.float32(1) / np.sqrt(np.float32(head_dim)))
+    query = row * 3 * width + head * head_dim
+    for index in range(blocks):
+        slab = (load_long(tables, index) * heads + head) * slab_size
+        for lane in range(0, block_tokens, LANES):
+            s0, s1, s2, s3 = _scores_of_four(
+                qkv, query, 3 * width, keys, slab + lane, head_dim, block_tokens
+            )
+            at = index * block_tokens + lane
+            store_singles(scores, at, multiply(s0, factor))
+            store_singles(scores, at + room, multiply(s1, factor))
+            store_singles(scores, at + 2 * room, multiply(s2, factor))
+            store_singles(scores, at + 3 * room, multiply(s3, factor))
+    padded = blocks * block_tokens
+    share0 = _weigh(scores, load_long(rows_of[4], row), padded)
+    share1 = _weigh(scores + 4 * room, load_long(rows_of[4], row + 1), padded)
+    share2 = _weigh(scores + 8 * room, load_long(rows_of[4], row + 2), padded)
+    share3 = _weigh(scores + 12 * room, load_long(rows_of[4], row + 3), padded)
+    for dim in range(0, head_dim, 4):
+        a0, b0, c0, d0 = no_singles(), no_singles(), no_singles(), no_singles()
+        a1, b1, c1, d1 = no_singles(), no_singles(), no_singles(), no_singles()
+        a2, b2, c2, d2 = no_singles(), no_singles(), no_singles(), no_singles()
+        a3, b3, c3, d3 = no_singles(), no_singles(), no_singles(), no_singles()
+        for index in range(blocks):
+            slab = (load_long(tables, index) * heads + head) * slab_size
+            for lane in range(0, block_tokens, LANES):
+                at = slab + dim * block_tokens + lane
+                a, b = load_singles(values, at), load_singles(values, at + block_tokens)
+                c = load_singles(values, at + 2 * block_tokens)
+                d = load_singles(values, at + 3 * block_tokens)
+                at = index * block_tokens + lane
+                weight = load_singles(scores, at)
+                a0, b0 = multiply_add(weight, a, a0), multiply_add(weight, b, b0)
+                c0, d0 = multiply_add(weight, c, c0), multiply_add(weight, d, d0)
+                weight = load_singles(scores, at + room)
+                a1, b1 = multiply_add(weight, a, a1), multiply_add(weight, b, b1)
+                c1, d1 = multiply_add(weight, c, c1), multiply_add(weight, d, d1)
+                weight = load_singles(scores, at + 2 * room)
+                a2, b2 = multiply_add(weight, a, a2), multiply_add(weight, b, b2)
+                c2, d2 = multiply_add(weight, c, c2), multiply_add(weight, d, d2)
+                weight = load_singles(scores, at + 3 * room)
+                a3, b3 = multiply_add(weight, a, a3), multiply_add(weight, b, b3)
+                c3, d3 = multiply_add(weight, c, c3), multiply_add(weight, d, d3)
+        at = row * width + head * head_dim + dim
+        _keep_four(out, at, a0, b0, c0, d0, share0)
+        _keep_four(out, at + width, a1, b1, c1, d1, share1)
+        _keep_four(out, at + 2 * width, a2, b2, c2, d2, share2)
+        _keep_four(out, at + 3 * width, a3, b3, c3, d3, share3)
+
+
+@_compiled
+def _attend(thread, threads, qkv, rows, heads, head_dim, keys, values, block_tokens, rows_of, out):
+    """Every `threads`-th head, counted through all rows, over their rows' contexts. See `attend`."""
+    longest = np.int64(0)
+    for row in range(rows):
+        longest = max(longest, load_long(rows_of[4], row))
+    room = longest + block_tokens
+    scores = np.empty(4 * room, np.float32)
+    row, unit = 0, 0
+    while row < rows:
+        # Rows of one sequence follow each other.
+        is_four = row + 3 < rows and load_long(rows_of[3], row) == load_long(rows_of[3], row + 3)
+        for head in range(heads):
+            if unit % threads == thread:
+                if is_four:
+                    _attend_four(
+                        qkv, heads, head_dim, keys, values, block_tokens, rows_of, out, row, head,
+                        scores.ctypes.data, room,
+                    )
+                else:
+                    _attend_one(
+                        qkv, heads, head_dim, keys, values, block_tokens, rows_of, out, row, head,
+                        scores.ctypes.data,
+                    )
+            unit += 1
+        row += 4 if is_four else 1
 
 
 @_compiled
@@ -345,9 +475,7 @@ def attend(thread, threads, team, qkv, rows, heads, head_dim, keys, values, bloc
             store_single(keys, at, load_single(qkv, source + entry))
             store_single(values, at, load_single(qkv, source + width + entry))
     _meet(team, threads)
-    work = rows * heads
-    start, end = work * thread // threads, work * (thread + 1) // threads
-    _attend(qkv, heads, head_dim, keys, values, block_tokens, rows_of, out, start, end)
+    _attend(thread, threads, qkv, rows, heads, head_dim, keys, values, block_tokens, rows_of, out)
     _meet(team, threads)
 
 

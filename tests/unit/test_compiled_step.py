@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +178,12 @@ def test_paged_attention_sees_each_rows_own_context(threads: int, block_tokens: 
         torch.testing.assert_close(
             attended[row : row + added], expected.transpose(0, 1).flatten(1), rtol=1e-5, atol=1e-5
         )
-        row += added
+        for position in range(seq.computed, len(seq.token_ids)):
+            alone = replace(seq, token_ids=[5] * (position + 1), computed=position)
+            single, _ = build_batch([(alone, 1)], block_tokens, torch.device("cpu"))
+            state = states[seq.arrival][position].flatten()[None]
+            assert torch.equal(attend(state, single, cache, 0)[0], attended[row]), "a row alone is the same"
+            row += 1
 
 
 def generate(
