@@ -2,8 +2,9 @@
 
 import math
 
-# Weight of a new observation in the running means.
-_WEIGHT = 0.2
+# Weight of a new observation in the running means; and of a decode step that took longer than before: what
+# else the machine does makes steps slower, never faster.
+_WEIGHT, _SLOWER_WEIGHT = 0.2, 0.02
 
 
 class ChunkBudget:
@@ -36,12 +37,14 @@ class ChunkBudget:
         """Takes in what a step took."""
         if not prompt_tokens:
             key = decoding.bit_length()
-            self._decode[key] = _mean(self._decode.get(key), seconds)
+            before = self._decode.get(key, seconds)
+            self._decode[key] = _mean(before, seconds, _SLOWER_WEIGHT if seconds > before else _WEIGHT)
             return
         step = self._decode_seconds(decoding) if decoding else 0.0
         # Chunks of a few tokens tell little: what one of them takes is mostly what any step takes.
         if step is not None and prompt_tokens >= self._least:
-            self._per_token = _mean(self._per_token, max(seconds - step, 0.0) / prompt_tokens)
+            added = max(seconds - step, 0.0) / prompt_tokens
+            self._per_token = added if self._per_token is None else _mean(self._per_token, added, _WEIGHT)
 
     def _decode_seconds(self, decoding: int) -> float | None:
         """Of a step with so many sequences, or with the nearest number that has been observed."""
@@ -51,5 +54,5 @@ class ChunkBudget:
         return self._decode[min(self._decode, key=lambda known: (abs(known - key), known))]
 
 
-def _mean(before: float | None, new: float) -> float:
-    return new if before is None else before + _WEIGHT * (new - before)
+def _mean(before: float, new: float, weight: float) -> float:
+    return before + weight * (new - before)

@@ -24,6 +24,13 @@ def test_a_chunk_fits_into_what_the_stretch_leaves(decoding: int, tokens: int) -
     assert observed(2.5).tokens(decoding) == pytest.approx(tokens, abs=1)
 
 
+def test_steps_that_the_machine_delayed_do_not_make_room() -> None:
+    budget = observed(2.5)
+    for seconds in (0.1, 0.010, 0.010, 0.010, 0.010) * 20:
+        budget.observe(8, 0, seconds)
+    assert budget.tokens(8) < 200
+
+
 def test_a_bound_that_leaves_nothing_leaves_the_least() -> None:
     assert observed(1.0001).tokens(8) == 16
 
