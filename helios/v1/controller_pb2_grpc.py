@@ -67,7 +67,7 @@ class ControllerServiceServicer:
     """
 
     def GetPlan(self, request, context):
-        """The plan in force and the plan that the policy would choose now.
+        """What each worker serves, the objective, and what is amiss.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -34,7 +34,7 @@ class ControllerServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ControllerServiceAsyncStub: ...
     GetPlan: _grpc.UnaryUnaryMultiCallable[_controller_pb2.GetPlanRequest, _controller_pb2.GetPlanResponse]
-    """The plan in force and the plan that the policy would choose now."""
+    """What each worker serves, the objective, and what is amiss."""
     SetSlo: _grpc.UnaryUnaryMultiCallable[_controller_pb2.SetSloRequest, _controller_pb2.SetSloResponse]
     """Changes the objective. INVALID_ARGUMENT names bounds that contradict each other."""
     Pin: _grpc.UnaryUnaryMultiCallable[_controller_pb2.PinRequest, _controller_pb2.PinResponse]
@@ -52,7 +52,7 @@ class ControllerServiceAsyncStub(ControllerServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetPlan: _aio.UnaryUnaryMultiCallable[_controller_pb2.GetPlanRequest, _controller_pb2.GetPlanResponse]  # type: ignore[assignment]
-    """The plan in force and the plan that the policy would choose now."""
+    """What each worker serves, the objective, and what is amiss."""
     SetSlo: _aio.UnaryUnaryMultiCallable[_controller_pb2.SetSloRequest, _controller_pb2.SetSloResponse]  # type: ignore[assignment]
     """Changes the objective. INVALID_ARGUMENT names bounds that contradict each other."""
     Pin: _aio.UnaryUnaryMultiCallable[_controller_pb2.PinRequest, _controller_pb2.PinResponse]  # type: ignore[assignment]
@@ -73,7 +73,7 @@ class ControllerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _controller_pb2.GetPlanRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_controller_pb2.GetPlanResponse, _abc.Awaitable[_controller_pb2.GetPlanResponse]]:
-        """The plan in force and the plan that the policy would choose now."""
+        """What each worker serves, the objective, and what is amiss."""
 
     @_abc_1.abstractmethod
     def SetSlo(

@@ -155,13 +155,16 @@ def decide(situation: Situation, settings: PolicySettings) -> Decision:
 def contradiction(situation: Situation, settings: PolicySettings) -> str | None:
     """Which bounds of the SLO no profiled option satisfies together; None when one does, or none is known."""
     clean = situation.model_copy(update={"bars": ()})
-    refusals = [found for _, found in _weigh(clean, settings, _in_force(clean))]
-    if not refusals or not all(refusals):
+    weighed = list(_weigh(clean, settings, _in_force(clean)))
+    if not weighed or not all(found for _, found in weighed):
         return None
-    by_bound = Counter(bound for found in refusals for bound in found)
+    by_bound = Counter(bound for _, found in weighed for bound in found)
     named = ", ".join(f"{bound} refuses {count}" for bound, count in by_bound.most_common())
-    examples = "; ".join(dict.fromkeys(text for found in refusals for text in list(found.values())[:1]))
-    return f"no option satisfies all bounds: of {len(refusals)}, {named} ({examples}); loosen one"
+    nearest, broken = min(weighed, key=lambda one: len(one[1]))
+    return (
+        f"no option satisfies all bounds: of {len(weighed)}, {named}; {nearest.plan} breaks the fewest "
+        f"({'; '.join(broken.values())}); loosen one"
+    )
 
 
 class _Weighed:
@@ -337,15 +340,18 @@ def _refusals(
     slo = situation.slo
     found: dict[str, str] = {}
 
-    def check(bound: str, value: float, limit: float | None, *, at_least: bool = False) -> None:
-        if limit is not None and (value < limit if at_least else value > limit):
+    def check(
+        bound: str, value: float, limit: float | None, *, at_least: bool = False, noise: float = 0.0
+    ) -> None:
+        if limit is not None and (value < limit if at_least else value - noise > limit):
             side = "below" if at_least else "above"
-            found[bound] = f"{bound}: {value:.4g} is {side} {limit:.4g}"
+            by = f" by more than noise, {noise:.2g}" if noise else ""
+            found[bound] = f"{bound}: {value:.4g} is {side} {limit:.4g}{by}"
 
     error = option.perplexity_increase_error or 0.0
     # What is in force goes only when it is beyond the bound by more than noise.
-    slack = error * settings.leave_sigmas if option.plan == before else 0.0
-    check("max_perplexity_increase", option.perplexity_increase - slack, slo.max_perplexity_increase)
+    noise = error * settings.leave_sigmas if option.plan == before else 0.0
+    check("max_perplexity_increase", option.perplexity_increase, slo.max_perplexity_increase, noise=noise)
     check("min_agreement", option.agreement, slo.min_agreement, at_least=True)
     check("min_exit_share", option.exit_share, settings.min_exit_share, at_least=True)
     check("max_ttft_seconds", option.ttft_seconds, slo.max_ttft_seconds)

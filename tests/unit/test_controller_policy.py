@@ -121,6 +121,8 @@ def test_contradictory_bounds_keep_the_plan_and_are_named() -> None:
     for bound in ("max_perplexity_increase", "max_tpot_seconds"):
         assert bound in decision.reason
         assert bound in said
+    # What to loosen, and by how much, is read off the option that lacks least.
+    assert "small at depth 2 breaks the fewest (max_perplexity_increase: " in said
     assert contradiction(situation(), SETTINGS) is None
 
 
@@ -317,8 +319,9 @@ def test_noise_at_the_bound_keeps_a_plan_out_and_lets_one_in_force_stay(
     seen = measured_at(increase, 0.01)
     entered = decide(situation(seen, plan=plan("small", 6)), SETTINGS).plan
     assert (entered == plan("small", 4)) is enters
-    kept = decide(situation(seen, [worker(depth=4)], plan=plan("small", 4)), SETTINGS).plan
-    assert (kept == plan("small", 4)) is stays
+    kept = decide(situation(seen, [worker(depth=4)], plan=plan("small", 4)), SETTINGS)
+    assert (kept.plan == plan("small", 4)) is stays
+    assert (f"{increase:.4g} is above 0.05 by more than noise" in kept.reason) is not stays
 
 
 # Properties.
