@@ -33,7 +33,8 @@ _WARM_UP_SHARE = 0.1
 def measure(subject: Subject) -> dict[str, Any]:
     """Throughput with and without, alternating, and the CPU that profiler and controller took meanwhile."""
     model = subject.models[0]
-    options = ("--models-dir", str(model.path.parent), "--model", model.name)
+    served = ("--model", model.name, "--precision", subject.precision)
+    options = ("--models-dir", str(model.path.parent), *served)
     subject.say("starting two stacks, one with profiler and controller")
     with (
         local_stack(*options) as plain,

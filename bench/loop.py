@@ -239,6 +239,7 @@ def _evaluation(subject: Subject) -> EvaluationSettings:
         generated_tokens=ProfilerSettings.model_fields["generated_tokens"].default,
         repetitions=sizes.timed_steps,
         memory_bytes=subject.memory_bytes,
+        precision=subject.precision,
     )
 
 

@@ -19,6 +19,8 @@ from bench.report import Report, Target
 from bench.subject import QUICK, Sizes, Subject
 from helios import catalog
 from helios.catalog import ModelEntry
+from helios.engine.evaluation import EvaluationSettings
+from helios.engine.precision import Precision
 from helios.engine.threads import set_threads
 from helios.errors import SettingsError
 
@@ -56,6 +58,13 @@ SECTIONS = {
 @click.option("--models-dir", type=click.Path(path_type=Path), help="Default: the bundled models.")
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Of the engine.")
 @click.option(
+    "--precision",
+    type=click.Choice(list(Precision)),
+    default="auto",
+    show_default=True,
+    help="Numbers computed in; auto: as `helios up` serves.",
+)
+@click.option(
     "--memory-mib", type=click.IntRange(min=1), default=512, show_default=True, help="Budget of an engine."
 )
 def paper(
@@ -67,6 +76,7 @@ def paper(
     fresh: bool,
     models_dir: Path | None,
     threads: int,
+    precision: str,
     memory_mib: int,
 ) -> None:
     """Every exit's speed, memory and quality, against full and dynamic exits on the same engine.
@@ -76,13 +86,14 @@ def paper(
     """
     write_report = _report_writer() if report_path is not None else None
     set_threads(threads)
+    computed_in = EvaluationSettings(precision=precision).precision_here
     models = catalog.list_models(catalog.find_models_dir(models_dir))
-    settings = _settings(models, QUICK if quick else Sizes(), threads, memory_mib, quick=quick)
+    settings = _settings(models, QUICK if quick else Sizes(), threads, computed_in, memory_mib, quick=quick)
     results = {} if fresh or json_path is None else _earlier(json_path, settings)
     results["settings"] = settings
     progress = Console(stderr=True)
     with progress.status("reading the models") as status:
-        subject = Subject(models, QUICK if quick else Sizes(), memory_mib << 20, status.update)
+        subject = Subject(models, QUICK if quick else Sizes(), memory_mib << 20, status.update, computed_in)
         for name in only or SECTIONS:
             if name in results and name not in only:
                 continue
@@ -132,12 +143,19 @@ def _timed(section: Section, subject: Subject) -> dict[str, Any]:
 
 
 def _settings(
-    models: list[ModelEntry], sizes: Sizes, threads: int, memory_mib: int, *, quick: bool
+    models: list[ModelEntry],
+    sizes: Sizes,
+    threads: int,
+    precision: Precision,
+    memory_mib: int,
+    *,
+    quick: bool,
 ) -> dict[str, Any]:
     """What decides the figures: sections of one file are only comparable when all of it is equal."""
     content = {
         "quick": quick,
         "threads": threads,
+        "precision": precision,
         "memory_mib": memory_mib,
         "sizes": asdict(sizes),
         "models": {model.name: _fingerprint(model) for model in models},

@@ -58,7 +58,7 @@ def write(report: Report, path: Path) -> None:
     if settings["quick"]:
         page.say("**Quick sizes: this shows that the bench works. The figures measure nothing.**")
     page.say(
-        f"`helios bench paper`, engine with {settings['threads']} thread(s), float32, "
+        f"`helios bench paper`, engine with {settings['threads']} thread(s), {settings['precision']}, "
         f"{settings['memory_mib']} MiB each. Machine: `{json.dumps(machine())}`."
     )
     page.say("## Targets")

@@ -11,6 +11,7 @@ from helios.catalog import ModelEntry
 from helios.engine import Engine, EngineSettings, ExitMode
 from helios.engine.exit_trace import ExitTrace, trace_exits
 from helios.engine.plan import Plan, load_plan
+from helios.engine.precision import Precision
 from helios.engine.tokenizer import load_tokenizer
 from helios.errors import SettingsError
 
@@ -98,6 +99,7 @@ class Subject:
         sizes: Sizes,
         memory_bytes: int,
         say: Callable[[str], None] = lambda _: None,
+        precision: Precision = Precision.FLOAT32,
     ) -> None:
         """memory_bytes: of each engine. Raises SettingsError when there is no model with early exits."""
         self.models = [model for model in models if model.has_exits]
@@ -105,6 +107,7 @@ class Subject:
             raise SettingsError("no model here has early exits; add them with `helios models add-exits`")
         self.sizes = sizes
         self.memory_bytes = memory_bytes
+        self.precision = precision
         self.say = say
         self.tokenizers = {
             model.name: load_tokenizer(model.path, model.facts).tokenizer for model in self.models
@@ -184,6 +187,7 @@ class Subject:
         running = max_running or self.sizes.largest_batch
         return EngineSettings(
             exit_mode=exit_mode,
+            precision=self.precision,
             memory_bytes=self.memory_bytes,
             max_running=running,
             max_waiting=max(256, self.sizes.saturating_requests),

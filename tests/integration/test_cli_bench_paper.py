@@ -172,7 +172,7 @@ def test_the_report_shows_all_sections_with_plots(measured: Path) -> None:
     ):
         assert heading in text
     found = results(measured)["claims"]
-    assert len(found) == 10
+    assert len(found) == 11
     assert all(claim["measured"] in text for claim in found)
     plots = sorted(path.name for path in measured.parent.glob("*.png"))
     assert len(plots) == 5
