@@ -13,10 +13,10 @@ from typing import Any
 import click
 from rich.console import Console
 
-from bench import baselines, control, curve, footprint, insights, loop, reloads, saturation
+from bench import baselines, control, curve, footprint, insights, loop, reloads, saturation, shape
 from bench.claims import claims
 from bench.report import Report, Target
-from bench.subject import QUICK, Sizes, Subject
+from bench.subject import CACHE_DIR, QUICK, Sizes, Subject
 from helios import catalog
 from helios.catalog import ModelEntry
 from helios.engine.evaluation import EvaluationSettings
@@ -37,6 +37,7 @@ SECTIONS = {
     "curve": Section(curve.measure, curve.targets),
     "baselines": Section(baselines.measure, baselines.targets),
     "memory": Section(footprint.measure, footprint.targets),
+    "shape": Section(shape.measure, shape.targets),
     "insights": Section(insights.measure, insights.targets),
     "saturation": Section(saturation.measure, saturation.targets),
     "policy": Section(loop.measure, loop.targets),
@@ -59,13 +60,20 @@ SECTIONS = {
 @click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Of the engine.")
 @click.option(
     "--precision",
-    type=click.Choice(list(Precision)),
+    type=click.Choice([one.value for one in Precision]),
     default="auto",
     show_default=True,
     help="Numbers computed in; auto: as `helios up` serves.",
 )
 @click.option(
     "--memory-mib", type=click.IntRange(min=1), default=512, show_default=True, help="Budget of an engine."
+)
+@click.option(
+    "--cache-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=CACHE_DIR,
+    show_default="~/.cache/helios",
+    help="Where the random weights are kept.",
 )
 def paper(
     *,
@@ -78,6 +86,7 @@ def paper(
     threads: int,
     precision: str,
     memory_mib: int,
+    cache_dir: Path,
 ) -> None:
     """Every exit's speed, memory and quality, against full and dynamic exits on the same engine.
 
@@ -88,12 +97,13 @@ def paper(
     set_threads(threads)
     computed_in = EvaluationSettings(precision=precision).precision_here
     models = catalog.list_models(catalog.find_models_dir(models_dir))
-    settings = _settings(models, QUICK if quick else Sizes(), threads, computed_in, memory_mib, quick=quick)
+    sizes = QUICK if quick else Sizes()
+    settings = _settings(models, sizes, threads, computed_in, memory_mib, quick=quick)
     results = {} if fresh or json_path is None else _earlier(json_path, settings)
     results["settings"] = settings
     progress = Console(stderr=True)
     with progress.status("reading the models") as status:
-        subject = Subject(models, QUICK if quick else Sizes(), memory_mib << 20, status.update, computed_in)
+        subject = Subject(models, sizes, memory_mib << 20, status.update, computed_in, cache_dir)
         for name in only or SECTIONS:
             if name in results and name not in only:
                 continue

@@ -239,6 +239,35 @@ def _memory(result: Mapping[str, Any], page: Page) -> None:
     )
 
 
+def _shape(result: Mapping[str, Any], page: Page) -> None:
+    page.say(
+        f"## Speed of {result['shape']}'s shape",
+        f"Weights are {result['weights']}. {result['precision']}, prompts of {result['prompt_tokens']} "
+        f"tokens, outputs of {result['output_tokens']}, alternating with all layers.",
+    )
+    page.table(
+        (
+            "depth",
+            "weights GB",
+            "KV kB/token",
+            *(f"TPOT ms, tokens/s at {batch} (to full)" for batch in result["batches"]),
+        ),
+        [
+            (
+                f"{row['depth']} of {result['num_layers']}",
+                f"{row['weight_bytes'] / 1e9:.2f}",
+                f"{row['kv_bytes_per_token'] / 1e3:.0f}",
+                *(
+                    f"{one['tpot_ms']:.1f} ({one['tpot_to_full'] - 1:+.0%}), "
+                    f"{one['decode_tokens_per_second']:,.1f} ({one['ratio_to_full']:.2f}x)"
+                    for one in row["speed"]
+                ),
+            )
+            for row in result["exits"]
+        ],
+    )
+
+
 def _insights(result: Mapping[str, Any], page: Page) -> None:
     page.say("## The three insights", "### 0. Where tokens would leave one model alone")
     page.table(
@@ -490,6 +519,7 @@ _PARTS: dict[str, _PART] = {
     "curve": _curve,
     "baselines": _baselines,
     "memory": _memory,
+    "shape": _shape,
     "insights": _insights,
     "saturation": _saturation,
     "policy": _policy,

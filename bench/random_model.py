@@ -20,6 +20,17 @@ SHAPES = {
     "opt-125m": replace(OPT_1_3B, hidden_size=768, num_layers=12, num_heads=12, ffn_dim=3072, embed_size=768),
     "opt-1.3b": OPT_1_3B,
 }
+# Of no published model: shows that a bench works.
+TINY = replace(
+    OPT_1_3B,
+    vocab_size=512,
+    hidden_size=64,
+    num_layers=4,
+    num_heads=4,
+    ffn_dim=256,
+    context_tokens=256,
+    embed_size=64,
+)
 _SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
 # Of the seeded weights: a change of how they are made is another model.
 _VERSION = 1
@@ -35,7 +46,7 @@ def random_model(name: str, directory: Path) -> Path:
     path = directory / f"{name}-random-{_VERSION}"
     if not path.exists():
         with staged(path) as staging:
-            write_random_model(SHAPES[name], staging)
+            write_random_model((SHAPES | {"tiny": TINY})[name], staging)
     return path
 
 

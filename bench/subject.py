@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -14,6 +15,8 @@ from helios.engine.plan import Plan, load_plan
 from helios.engine.precision import Precision
 from helios.engine.tokenizer import load_tokenizer
 from helios.errors import SettingsError
+
+CACHE_DIR = Path.home() / ".cache" / "helios"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,10 @@ class Sizes:
     served_requests: int = 120
     served_interval: int = 20
     profiled_requests: int = 5
+    # A shape of `random_model`, and what is measured of it.
+    shape: str = "opt-1.3b"
+    shape_batches: tuple[int, ...] = (1, 8)
+    shape_tokens: int = 16
     # More than the profiler's own, since all of a simulation hangs on them.
     timed_steps: int = 21
     reloads: int = 100
@@ -71,6 +78,9 @@ QUICK = Sizes(
     served_requests=9,
     served_interval=3,
     profiled_requests=2,
+    shape="tiny",
+    shape_batches=(1, 2),
+    shape_tokens=4,
     timed_steps=2,
     reloads=6,
     control_seconds=0.5,
@@ -100,14 +110,19 @@ class Subject:
         memory_bytes: int,
         say: Callable[[str], None] = lambda _: None,
         precision: Precision = Precision.FLOAT32,
+        cache_dir: Path = CACHE_DIR,
     ) -> None:
-        """memory_bytes: of each engine. Raises SettingsError when there is no model with early exits."""
+        """memory_bytes: of each engine. cache_dir: of models with random weights.
+
+        Raises SettingsError when there is no model with early exits.
+        """
         self.models = [model for model in models if model.has_exits]
         if not self.models:
             raise SettingsError("no model here has early exits; add them with `helios models add-exits`")
         self.sizes = sizes
         self.memory_bytes = memory_bytes
         self.precision = precision
+        self.cache_dir = cache_dir
         self.say = say
         self.tokenizers = {
             model.name: load_tokenizer(model.path, model.facts).tokenizer for model in self.models

@@ -23,7 +23,8 @@ def two_models(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 def bench(models: Path, out: Path, *options: str) -> Result:
-    arguments = ["bench", "paper", "--quick", "--json", str(out), "--models-dir", str(models), *options]
+    arguments = ["bench", "paper", "--quick", "--json", str(out), "--models-dir", str(models)]
+    arguments += ["--cache-dir", str(out.parent / "cache"), *options]
     return CliRunner().invoke(cli, arguments)
 
 
@@ -82,6 +83,18 @@ def test_baselines_are_compared_in_the_same_run_with_their_quality(measured: Pat
         worst = ways["dynamic_1"]["quality"]["perplexity"]
         is_full = ways["no_worse"]["depth"] == 4
         assert is_full or ways["no_worse"]["quality"]["perplexity"] <= worst
+
+
+def test_the_large_shape_is_measured_at_every_exit_against_all_its_layers(measured: Path) -> None:
+    found = results(measured)["shape"]
+    assert [row["depth"] for row in found["exits"]] == [1, 2, 3, 4]
+    assert "random" in found["weights"]
+    shallow, *_, full = found["exits"]
+    assert full["kv_bytes_per_token"] == 4 * shallow["kv_bytes_per_token"]
+    assert shallow["weight_bytes"] < full["weight_bytes"]
+    for row in found["exits"]:
+        assert [one["batch"] for one in row["speed"]] == [1, 2]
+        assert all(one["tpot_ms"] > 0 for one in row["speed"])
 
 
 def test_insights_are_shares_that_add_up(measured: Path) -> None:
@@ -164,6 +177,7 @@ def test_the_report_shows_all_sections_with_plots(measured: Path) -> None:
         "Every exit",
         "Baselines",
         "Memory",
+        "Speed of",
         "insights",
         "Saturation",
         "The loop",
