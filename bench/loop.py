@@ -10,7 +10,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from helios.catalog import ModelEntry
 from helios.drift import pooled
 from helios.engine import Engine
 from helios.engine.evaluation import Candidate, EvaluationSettings, evaluate, load_candidate
+from helios.engine.exit_trace import trace_dynamic
 from helios.history import ExitProfile, ModelProfile
 from helios.slo import Slo
 from services.controller.allowance import Allowance
@@ -56,6 +57,9 @@ class _Scene:
     profiles: Mapping[str, ModelProfile]
     # Thresholds that the engine counts unsure tokens by, per model and depth.
     thresholds: Mapping[str, Mapping[int, float]]
+    # Seconds of a step at batch 1 that leaves at each exit, by model: the exits before it read, too, and the
+    # KV of the layers behind it filled.
+    dynamic_step_seconds: Mapping[str, Sequence[float]]
     batch: int
     profiled_requests: int
     prompt_tokens: int
@@ -97,11 +101,13 @@ def measure(subject: Subject) -> dict[str, Any]:
     loaded = [load_candidate(model, _evaluation(subject)) for model in candidates]
     profiles, profiling = _profile(subject, loaded, drifting[0])
     thresholds = {model.name: dict(subject.plan(model).thresholds) for model in candidates}
+    dynamic_steps = {model.name: _dynamic_steps(subject, model) for model in candidates}
     scenes = [
         _Scene(
             requests,
             profiles,
             thresholds,
+            dynamic_steps,
             sizes.largest_batch,
             sizes.profiled_requests,
             sizes.prompt_tokens,
@@ -114,6 +120,10 @@ def measure(subject: Subject) -> dict[str, Any]:
     run = _simulate(scene, settings)
     default = _figures(scene, run)
     others = [_figures(other, _simulate(other, settings)) for other in scenes[1:]]
+    assessment_seconds = profiling["cpu_seconds_per_assessment"]
+    spaced = [
+        _figures(one, _simulate(one, settings, assessment_seconds=assessment_seconds)) for one in scenes
+    ]
     return {
         "requests": len(requests),
         "request_tokens": sizes.request_tokens,
@@ -125,14 +135,10 @@ def measure(subject: Subject) -> dict[str, Any]:
         "where nothing else is said",
         "policy": settings.model_dump(mode="json"),
         "default": default,
-        # The same traffic begun elsewhere in the texts.
-        "starts": [
-            {
-                name: found[name]
-                for name in ("regret", "regret_by_phase", "perplexity_increase", "moves", "drifts")
-            }
-            for found in (default, *others)
-        ],
+        # The same traffic begun elsewhere in the texts; and all of them with profiling spaced to keep within
+        # its share of CPU, as services do.
+        "starts": [_summary(found) for found in (default, *others)],
+        "starts_spaced": [_summary(found) for found in spaced],
         "timeline": [
             {"first_request": first, "model": plan.model, "depth": plan.depth}
             for first, plan in _stretches(run.plans)
@@ -144,8 +150,8 @@ def measure(subject: Subject) -> dict[str, Any]:
             "assessments": run.assessments,
             "deciding_seconds": run.deciding_seconds,
             # Were it not spaced: what it would take of one thread that serves all the time.
-            "share_if_unspaced": (profiling["cpu_seconds_per_assessment"] * run.assessments)
-            / (run.seconds + profiling["cpu_seconds_per_assessment"] * run.assessments),
+            "share_if_unspaced": (assessment_seconds * run.assessments)
+            / (run.seconds + assessment_seconds * run.assessments),
         },
         "ablation": {
             **{
@@ -158,10 +164,7 @@ def measure(subject: Subject) -> dict[str, Any]:
             "both, only the last evaluation counts": _figures(
                 scene, _simulate(scene, settings, pooled_requests=1)
             ),
-            f"both, profiling within {_PROFILING_SHARE:.1%} of the CPU": _figures(
-                scene,
-                _simulate(scene, settings, assessment_seconds=profiling["cpu_seconds_per_assessment"]),
-            ),
+            f"both, profiling within {_PROFILING_SHARE:.1%} of the CPU": spaced[0],
         },
         "sweeps": {
             **{
@@ -189,38 +192,45 @@ def measure(subject: Subject) -> dict[str, Any]:
 
 
 def targets(result: dict[str, Any]) -> list[Target]:
-    """Regret, reaction, the cost of control, and the paper's own setting."""
-    starts = result["starts"]
+    """Regret, reaction, the cost of control, and the paper's own setting.
+
+    Met or not is decided where profiling is spaced as services space it: a cost kept on one side is not to
+    be left out on the other.
+    """
+    starts = result["starts_spaced"]
     fixed = [one["regret"] for one in starts if one["regret"] is not None]
-    by_phase = statistics.fmean(one["regret_by_phase"] for one in starts)
+    by_phase, unspaced = (
+        statistics.fmean(one["regret_by_phase"] for one in result[name])
+        for name in ("starts_spaced", "starts")
+    )
     said = f"{statistics.fmean(fixed):+.1%}" if fixed else "no fixed plan is as good"
     interval, window = result["policy"]["reassess_requests"], result["policy"]["window_tokens"]
     drifts = [drift for one in starts for drift in one["drifts"] if drift["needs_move"]]
     reactions = [drift["requests_until_move"] for drift in drifts]
     within = [drift["requests_until_within_bound"] for drift in drifts]
     breaches = [tokens for drift in drifts if (tokens := drift["tokens_until_breach"]) is not None]
-    in_window = [tokens for tokens in breaches if tokens <= window]
     moved = ", ".join("none" if one is None else str(one) for one in reactions)
     median = statistics.median_low([math.inf if one is None else one for one in within] or [0])
     factor = result["paper_setting"]["ratio"]
     dynamic = result["paper_setting"]["dynamic_model"]
     return [
         Target(
-            f"regret on drifting traffic (simulated, mean of {len(starts)})",
+            f"regret on drifting traffic (simulated, mean of {len(starts)}, profiling within "
+            f"{_PROFILING_SHARE:.1%} of the CPU)",
             f"at most {_REGRET_TARGET:.0%}",
             f"against one fixed plan of no worse quality: {said}; against the best plan of each phase within "
-            f"the bound: {by_phase:+.1%}",
+            f"the bound: {by_phase:+.1%}, {unspaced:+.1%} were profiling free",
             not fixed or statistics.fmean(fixed) <= _REGRET_TARGET,
         ),
         Target(
             "reaction to a drift that breaks the quality bound (simulated)",
             f"breach within {window} tokens, else within RI, {interval} requests",
-            f"{len(in_window)} of {len(breaches)} breaches within the window of {len(drifts)} drifts; first "
+            f"{len(drifts)} drifts; breaches after {', '.join(map(str, breaches)) or 'none'} tokens; first "
             f"moves after {moved} requests; "
             f"within the bound after {median} (median)"
             if drifts
             else "no drift needed a move",
-            len(in_window) == len(breaches)
+            all(tokens <= window for tokens in breaches)
             and all(reaction is not None and reaction <= interval for reaction in reactions),
         ),
         Target(
@@ -230,6 +240,11 @@ def targets(result: dict[str, Any]) -> list[Target]:
             factor >= _PAPER_TARGET,
         ),
     ]
+
+
+def _summary(found: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("regret", "regret_by_phase", "perplexity_increase", "moves", "drifts")
+    return {name: found[name] for name in names}
 
 
 def _evaluation(subject: Subject) -> EvaluationSettings:
@@ -256,6 +271,29 @@ def _profile(
         "cpu_seconds_per_assessment": sum(one.cpu_seconds for one in again),
         "cpu_seconds_once": sum(one.once_cpu_seconds for one in profiles.values()),
     }
+
+
+def _dynamic_steps(subject: Subject, model: ModelEntry) -> list[float]:
+    """Seconds of a step of one token that leaves at each exit, the last among them; medians."""
+    plan, prompt = subject.plan(model), subject.sizes.prompt_tokens
+    (text, *_) = subject.windows(model, next(iter(held_out.DOMAINS)))
+
+    def walked(tokens: int, thresholds: Mapping[int, float]) -> float:
+        began = time.thread_time()
+        trace_dynamic(plan, [text[: prompt + tokens]], prompt, thresholds)
+        return time.thread_time() - began
+
+    found = []
+    for depth in model.exit_layers:
+        # Sure at this exit, and never before it.
+        thresholds = {layer: 0.0 if layer == depth else math.inf for layer in model.exit_layers[:-1]}
+        # The first token comes with the prompt's prefill, which is taken off.
+        taken = [
+            (walked(1 + prompt, thresholds) - walked(1, thresholds)) / prompt
+            for _ in range(subject.sizes.timed_steps)
+        ]
+        found.append(statistics.median(taken))
+    return found
 
 
 def _simulate(
@@ -553,13 +591,12 @@ def _token_seconds(one: ExitProfile, batch: int, prompts_per_token: float) -> fl
 
 
 def _dynamic_rate(scene: _Scene, model: str, threshold: float | None) -> float:
-    """Tokens per second of `dynamic` at batch 1: each token pays a step of its own depth. Reading out the
-    exits before and propagating KV is not charged, so dynamic is at most this fast."""
+    """Tokens per second of `dynamic` at batch 1: each token pays a step that leaves at its own exit."""
     profile = scene.profiles[model]
     share = scene.prompt_tokens / scene.requests[0].records[model].tokens
     # Prefill walks all layers.
     prefill = share / profile.full.prefill_tokens_per_second
-    steps = np.array([one.step_seconds(1) for one in profile.exits])
+    steps = np.array(scene.dynamic_step_seconds[model])
     seconds, tokens = 0.0, 0
     for request in scene.requests:
         record = request.records[model]
@@ -578,9 +615,7 @@ def _paper_setting(scene: _Scene, candidates: Sequence[ModelEntry]) -> dict[str,
     paper = {"window_tokens": 100, "breach_limit": 50, "reassess_requests": 150}
     # The paper knows no suspicion short of a breach.
     settings = PolicySettings.model_validate(paper | {"suspicion_sigmas": 1e6})
-    alone = _Scene(
-        scene.requests, scene.profiles, scene.thresholds, 1, scene.profiled_requests, scene.prompt_tokens
-    )
+    alone = replace(scene, batch=1)
     run = _simulate(alone, settings, _PAPER_TH)
     rates = {model.name: _dynamic_rate(alone, model.name, _PAPER_TH) for model in candidates}
     fastest = max(rates, key=lambda name: rates[name])

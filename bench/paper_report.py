@@ -376,6 +376,10 @@ def _saturation(result: Mapping[str, Any], page: Page) -> None:
     page.plot("saturation", "Throughput over batch, model and depth", draw)
 
 
+def _start(one: Mapping[str, Any]) -> tuple[object, ...]:
+    return f"{one['regret_by_phase']:+.1%}", f"{one['perplexity_increase']:+.1%}", one["moves"]
+
+
 def _policy(result: Mapping[str, Any], page: Page) -> None:
     phases = ", ".join(result["phases"])
     page.say(
@@ -407,10 +411,10 @@ def _policy(result: Mapping[str, Any], page: Page) -> None:
     figures([("default", result["default"])])
     page.say("The same traffic, begun at other places of the texts:")
     page.table(
-        ("regret by phase", "perplexity", "moves"),
+        ("regret by phase", "perplexity", "moves", "the same with profiling spaced as services do"),
         [
-            (f"{one['regret_by_phase']:+.1%}", f"{one['perplexity_increase']:+.1%}", one["moves"])
-            for one in result["starts"]
+            (*_start(one), ", ".join(map(str, _start(spaced))))
+            for one, spaced in zip(result["starts"], result["starts_spaced"], strict=True)
         ],
     )
     profiling = result["profiling"]
@@ -452,7 +456,7 @@ def _policy(result: Mapping[str, Any], page: Page) -> None:
     paper = result["paper_setting"]
     page.say(
         f"The paper's own setting, concurrency 1: {paper['ratio']:.2f}x of dynamic {paper['dynamic_model']} "
-        "(TH 0.8, which pays for no exit it reads and propagates no KV here)."
+        "(TH 0.8; each token pays a measured step that leaves at its exit)."
     )
     figures([("HELIOS, TH 0.8, batch 1", paper["helios"])])
     served = result["served"]

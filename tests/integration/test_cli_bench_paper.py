@@ -142,6 +142,8 @@ def test_the_policy_section_holds_regret_ablation_sweeps_and_a_served_run(measur
             assert len(row["moved"]) == row["moves"]
     assert found["profiling"]["cpu_seconds_per_assessment"] < found["profiling"]["cpu_seconds_once"]
     assert found["starts"][0]["regret_by_phase"] == default["regret_by_phase"]
+    spaced = found["ablation"]["both, profiling within 0.5% of the CPU"]
+    assert found["starts_spaced"][0]["regret_by_phase"] == spaced["regret_by_phase"]
     served = found["served"]
     assert served["tokens"] == served["tokens_expected"] > 0
     assert served["events"]
