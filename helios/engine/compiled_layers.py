@@ -87,6 +87,30 @@ class CompiledLayers:
         )
         return hidden
 
+    def propagate(self, hidden: torch.Tensor, slots: torch.Tensor, cache: KVCache, first: int) -> None:
+        """KV of the layers from `first` on, with float32 [rows, hidden] as their input; slots: [rows]."""
+        config, rows = self._config, len(hidden)
+        size = kernels.propagate_scratch(self._numbers, rows, config.hidden_size)
+        scratch = torch.empty(size, dtype=torch.uint8)
+        keys, values = cache.addresses
+        hidden, slots = hidden.contiguous(), slots.contiguous()
+        TEAM.run(
+            kernels.propagate,
+            self._numbers,
+            self._parts,
+            first,
+            len(self._layers),
+            hidden.data_ptr(),
+            rows,
+            config.hidden_size,
+            config.norm_before,
+            keys,
+            values,
+            cache.block_tokens,
+            slots.data_ptr(),
+            scratch.data_ptr(),
+        )
+
 
 def _packed(layer: Layer) -> list[PackedLinear]:
     """Its products, in the order in which the kernel takes them."""

@@ -1,6 +1,7 @@
 """Every exit of a model on one text: how sure it is, whether it agrees with the last layer, what it costs."""
 
-from collections.abc import Container, Mapping
+import itertools
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 
@@ -99,14 +100,12 @@ def tally_continuations(
         pace.rest()
 
 
-def _states(model: Model, cache: KVCache, batch: Batch, exits: Container[int]) -> dict[int, torch.Tensor]:
+def _states(model: Model, cache: KVCache, batch: Batch, exits: Iterable[int]) -> dict[int, torch.Tensor]:
     """Hidden states after each exit layer, [T, hidden]."""
     hidden = model.embed(batch.token_ids, batch.positions)
     states = {}
-    for index in range(model.depth):
-        hidden = model.layer(index, hidden, batch, cache)
-        if index + 1 in exits:
-            states[index + 1] = hidden
+    for first, last in itertools.pairwise((0, *sorted(exits))):
+        states[last] = hidden = model.layers(first, last, hidden, batch, cache)
     return states
 
 

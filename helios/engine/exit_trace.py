@@ -4,6 +4,7 @@ The last layer's view is exact for `full`, and the view at depth d for `greedy`,
 same layers. `dynamic` has skipped layers' KV propagated, so it is run for itself.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -66,14 +67,13 @@ def trace_exits(plan: Plan, texts: Sequence[Sequence[int]]) -> list[ExitTrace]:
         batch, _ = build_batch([(sequence, len(text))], _BLOCK_TOKENS, model.device)
         hidden, targets = model.embed(batch.token_ids, batch.positions), batch.token_ids[1:]
         columns = []
-        for index in range(model.depth):
-            hidden = model.layer(index, hidden, batch, cache)
-            if index + 1 in exit_layers:
-                parts = [
-                    _read(model.read_out(hidden[start : start + _ROWS], index + 1), targets[start:])
-                    for start in range(0, len(targets), _ROWS)
-                ]
-                columns.append([torch.cat(column) for column in zip(*parts, strict=True)])
+        for first, last in itertools.pairwise((0, *exit_layers)):
+            hidden = model.layers(first, last, hidden, batch, cache)
+            parts = [
+                _read(model.read_out(hidden[start : start + _ROWS], last), targets[start:])
+                for start in range(0, len(targets), _ROWS)
+            ]
+            columns.append([torch.cat(column) for column in zip(*parts, strict=True)])
         top_ids, confidences, nats = (torch.stack(column).numpy() for column in zip(*columns, strict=True))
         traces.append(ExitTrace(exit_layers, top_ids.astype(np.int32), confidences, nats))
         pool.free(sequence.blocks)

@@ -1,6 +1,7 @@
 """How tokens leave the model: full, greedy, or dynamic."""
 
 import enum
+import itertools
 from collections.abc import Mapping
 
 import torch
@@ -9,6 +10,7 @@ from helios.engine.batch import Batch
 from helios.engine.decode_graphs import DecodeGraphs
 from helios.engine.kv_cache import KVCache
 from helios.engine.model import Model
+from helios.engine.sampler import summarized
 
 
 class ExitMode(enum.StrEnum):
@@ -22,8 +24,8 @@ class ExitMode(enum.StrEnum):
 
 def confidence(logits: torch.Tensor) -> torch.Tensor:
     """Probability of the top token: [rows, vocabulary] -> [rows]."""
-    logits = logits.float()
-    return (logits.amax(dim=-1) - logits.logsumexp(dim=-1)).exp()
+    _, peaks, normalizer = summarized(logits.float())
+    return (peaks - normalizer).exp()
 
 
 def run_static(
@@ -50,35 +52,34 @@ def run_dynamic(
     the confidence they ask for. Logits [R, vocabulary] and the exit layer of each.
     """
     hidden = model.embed(batch.token_ids, batch.positions)
-    rows = batch.decode_rows
-    active = torch.arange(rows, device=hidden.device)  # decode rows still in the model
-    gone = active[:0]
+    # Decode rows still in the model; `hidden` and `running` have these and the prefill rows behind them.
+    active = torch.arange(batch.decode_rows, device=hidden.device)
+    running = batch
     exit_layers = torch.full((len(batch.read_rows),), model.depth, device=hidden.device)
     exited: list[tuple[torch.Tensor, torch.Tensor]] = []  # (rows, their logits)
-    running = batch
-    others = torch.arange(rows, len(hidden), device=hidden.device)
-    for index in range(model.depth):
-        if len(gone):
-            model.propagate(index, hidden[gone], batch.slots[gone], cache)
-        if len(running.token_ids):
-            kept = torch.cat([active, others])
-            hidden[kept] = model.layer(index, hidden[kept], running, cache)
-        threshold = thresholds.get(index + 1)
-        if threshold is None or index + 1 == model.depth or not len(active):
+    stops = sorted(layer for layer in thresholds if layer < model.depth)
+    for first, last in itertools.pairwise((0, *stops, model.depth)):
+        hidden = model.layers(first, last, hidden, running, cache)
+        if last == model.depth or not len(active):
             continue
-        logits = model.read_out(hidden[active], index + 1)
-        leaves = confidence(logits) >= threshold
-        if bool(leaves.any()):
-            exited.append((active[leaves], logits[leaves]))
-            exit_layers[active[leaves]] = index + 1
-            active = active[~leaves]
-            gone = torch.cat([gone, exited[-1][0]])
-            running = batch.with_decode_rows(active)
+        logits = model.read_out(hidden[: len(active)], last)
+        leaves = confidence(logits) >= thresholds[last]
+        if not bool(leaves.any()):
+            continue
+        rows = active[leaves]
+        exited.append((rows, logits[leaves]))
+        exit_layers[rows] = last
+        model.propagate(last, hidden[: len(active)][leaves], batch.slots[rows], cache)
+        hidden = torch.cat([hidden[: len(active)][~leaves], hidden[len(active) :]])
+        active = active[~leaves]
+        if not len(hidden):
+            break
+        running = batch.with_decode_rows(active)
     # Decode rows come first and each is read, so row i of them is also the i-th that is read.
     remaining = (exit_layers == model.depth).nonzero()[:, 0]
-    last = model.read_out(hidden[batch.read_rows[remaining]], model.depth)
-    logits = last.new_empty(len(batch.read_rows), last.shape[-1])
-    logits[remaining] = last
-    for at, values in exited:
-        logits[at] = values
-    return logits, exit_layers.tolist()
+    if len(remaining) or not exited:
+        prefilled = batch.read_rows[batch.decode_rows :] - (batch.decode_rows - len(active))
+        at = torch.cat([torch.arange(len(active), device=hidden.device), prefilled])
+        exited.append((remaining, model.read_out(hidden[at], model.depth)))
+    order = torch.cat([rows for rows, _ in exited]).argsort()
+    return torch.cat([values for _, values in exited])[order], exit_layers.tolist()

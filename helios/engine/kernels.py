@@ -459,21 +459,27 @@ def _attend(thread, threads, qkv, rows, heads, head_dim, keys, values, block_tok
 
 
 @_compiled
-def attend(thread, threads, team, qkv, rows, heads, head_dim, keys, values, block_tokens, rows_of, out):
-    """Stores the rows' keys and values, then attends from each row to its own context: one thread's part.
-
-    qkv: float32 [rows, 3, heads, head_dim]; keys, values: float32 [blocks, heads, head_dim, block_tokens];
-    rows_of: `Batch.addresses`; out: float32 [rows, heads, head_dim].
-    """
-    width = heads * head_dim
-    for row in range(rows * thread // threads, rows * (thread + 1) // threads):
-        slot = load_long(rows_of[0], row)
+def _remember(qkv, start, end, width, keys, values, block_tokens, slots):
+    """Stores keys and values of the rows start..end of qkv, float32 [rows, 3, width], at their slots."""
+    for row in range(start, end):
+        slot = load_long(slots, row)
         target = slot // block_tokens * width * block_tokens + slot % block_tokens
         source = row * 3 * width + width
         for entry in range(width):
             at = target + entry * block_tokens
             store_single(keys, at, load_single(qkv, source + entry))
             store_single(values, at, load_single(qkv, source + width + entry))
+
+
+@_compiled
+def attend(thread, threads, team, qkv, rows, heads, head_dim, keys, values, block_tokens, rows_of, out):
+    """Stores the rows' keys and values, then attends from each row to its own context: one thread's part.
+
+    qkv: float32 [rows, 3, heads, head_dim]; keys, values: float32 [blocks, heads, head_dim, block_tokens];
+    rows_of: `Batch.addresses`; out: float32 [rows, heads, head_dim].
+    """
+    start, end = rows * thread // threads, rows * (thread + 1) // threads
+    _remember(qkv, start, end, heads * head_dim, keys, values, block_tokens, rows_of[0])
     _meet(team, threads)
     _attend(thread, threads, qkv, rows, heads, head_dim, keys, values, block_tokens, rows_of, out)
     _meet(team, threads)
@@ -529,6 +535,42 @@ def layers(
         )
         if not norm_before:
             norm(hidden, start, end, width, at[2], at[3], hidden)
+
+
+@_compiled
+def propagate(
+    thread, threads, team, numbers, parts, first, last, hidden, rows, width, norm_before, keys, values,
+    block_tokens, slots, scratch,
+):
+    """Keys and values of the layers first..last, all of hidden, float32 [rows, width]: one thread's part.
+
+    slots: int64 [rows]; scratch: of `propagate_scratch` bytes; the rest as in `layers`.
+    """
+    x = scratch
+    qkv = x + 4 * rows * width
+    words = qkv + 4 * rows * 3 * width
+    steps, stride = _steps(numbers, width), _stride(numbers, width)
+    row_scales = words + 4 * rows * stride
+    start, end = rows * thread // threads, rows * (thread + 1) // threads
+    # Queries are not asked for: only the tiles that hold keys and values.
+    skipped = width // TILE
+    tiles = (3 * width + TILE - 1) // TILE - skipped
+    first_tile, last_tile = skipped + tiles * thread // threads, skipped + tiles * (thread + 1) // threads
+    for index in range(first, last):
+        at = parts[index]
+        source = hidden
+        if norm_before:
+            norm(hidden, start, end, width, at[0], at[1], x)
+            source = x
+        _encode(numbers, source, width, start, end, width, words, stride, row_scales)
+        _meet(team, threads)
+        _tiles(
+            numbers, words, stride, steps, row_scales, rows, at, 4, 3 * width, qkv, 3 * width, NONE, 0,
+            first_tile, last_tile,
+        )
+        _meet(team, threads)
+        _remember(qkv, start, end, width, keys[index], values[index], block_tokens, slots)
+        _meet(team, threads)
 
 
 @_compiled
@@ -592,3 +634,8 @@ def product_scratch(numbers: int, rows: int, width: int) -> int:
 def layers_scratch(numbers: int, rows: int, width: int, ffn: int) -> int:
     """Bytes that `layers` works on: states, projections, the feed-forward's middle, the widest product's."""
     return 4 * rows * (4 * width + ffn) + product_scratch(numbers, rows, max(width, ffn))
+
+
+def propagate_scratch(numbers: int, rows: int, width: int) -> int:
+    """Bytes that `propagate` works on: states, projections, the product's."""
+    return 4 * rows * 4 * width + product_scratch(numbers, rows, width)

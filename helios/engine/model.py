@@ -70,17 +70,19 @@ class Model:
 
     def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
         """Hidden states after the last loaded layer: [T, hidden]. Writes the rows' KV."""
-        hidden = self.embed(batch.token_ids, batch.positions)
+        return self.layers(0, self.depth, self.embed(batch.token_ids, batch.positions), batch, cache)
+
+    def layers(
+        self, first: int, last: int, hidden: torch.Tensor, batch: Batch, cache: KVCache
+    ) -> torch.Tensor:
+        """The layers first..last: [T, hidden] -> [T, hidden]. Writes the rows' KV."""
         if self._compiled is not None and reads_in_place(cache):
-            return self._compiled(hidden, batch, cache, 0, self.depth)
-        for index in range(self.depth):
-            hidden = self.layer(index, hidden, batch, cache)
+            return self._compiled(hidden, batch, cache, first, last)
+        for index in range(first, last):
+            hidden = self._layer(index, hidden, batch, cache)
         return hidden
 
-    def layer(self, index: int, hidden: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
-        """One layer: [T, hidden] -> [T, hidden]. Writes the rows' KV."""
-        if self._compiled is not None and reads_in_place(cache):
-            return self._compiled(hidden, batch, cache, index, index + 1)
+    def _layer(self, index: int, hidden: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
         layer = self._layers[index]
         before = self.config.norm_before
         x = _norm(hidden, layer.attn_norm) if before else hidden
@@ -92,16 +94,20 @@ class Model:
         hidden = hidden + layer.fc2(self._activation(layer.fc1(x)))
         return hidden if before else _norm(hidden, layer.ffn_norm)
 
-    def propagate(self, index: int, hidden: torch.Tensor, slots: torch.Tensor, cache: KVCache) -> None:
-        """State propagation (Elbayad et al. 2020): KV of a layer that exited rows skip.
+    def propagate(self, first: int, hidden: torch.Tensor, slots: torch.Tensor, cache: KVCache) -> None:
+        """State propagation (Elbayad et al. 2020): KV of the layers from `first` on, which exited rows skip.
 
         hidden: their states where they exited, [rows, hidden]; slots: [rows].
         """
-        layer = self._layers[index]
-        x = _norm(hidden, layer.attn_norm) if self.config.norm_before else hidden
-        key_value = layer.qkv.from_channel(x, self.config.hidden_size)
-        key, value = key_value.view(len(x), 2, self.config.num_heads, -1).unbind(1)
-        cache.write(index, slots, key, value)
+        if self._compiled is not None and reads_in_place(cache):
+            self._compiled.propagate(hidden, slots, cache, first)
+            return
+        for index in range(first, self.depth):
+            layer = self._layers[index]
+            x = _norm(hidden, layer.attn_norm) if self.config.norm_before else hidden
+            key_value = layer.qkv.from_channel(x, self.config.hidden_size)
+            key, value = key_value.view(len(x), 2, self.config.num_heads, -1).unbind(1)
+            cache.write(index, slots, key, value)
 
     def read_out(self, hidden: torch.Tensor, exit_layer: int) -> torch.Tensor:
         """Logits at the exit after `exit_layer` layers: [rows, hidden] -> [rows, vocabulary]."""

@@ -56,7 +56,7 @@ def sample(logits: torch.Tensor, rows: Sequence[Row]) -> Sampled:
     """Chooses a token for each row of logits [rows, vocabulary]."""
     logits = logits.float()
     # Of the model itself, before penalties and temperature.
-    chosen, peaks, normalizer = _summarized(logits)
+    chosen, peaks, normalizer = summarized(logits)
     logprobs = peaks - normalizer
     confidences = logprobs.exp()
     scores = _penalized(logits, rows)
@@ -72,7 +72,7 @@ def sample(logits: torch.Tensor, rows: Sequence[Row]) -> Sampled:
     return Sampled(chosen, logprobs, confidences)
 
 
-def _summarized(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def summarized(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Of each row the index of its largest logit, that logit, and log-sum-exp."""
     if logits.device.type != "cpu":
         peaks, best = logits.max(dim=-1)

@@ -104,9 +104,8 @@ def _step(model: Model, cache: KVCache, depth: int, sequences: Seq[Sequence], bl
     """An engine's step without its scheduling and detokenizing."""
     scheduled = [(sequence, sequence.pending) for sequence in sequences]
     batch, readers = build_batch(scheduled, block_tokens, model.device)
-    hidden = model.embed(batch.token_ids, batch.positions)
-    for index in range(depth):
-        hidden = model.layer(index, hidden, batch, cache)
+    # As one call, as an engine of this depth has it.
+    hidden = model.layers(0, depth, model.embed(batch.token_ids, batch.positions), batch, cache)
     logits = model.read_out(hidden[batch.read_rows], depth)
     rows = [Row(reader.sampling, len(reader.token_ids), reader.token_ids) for reader in readers]
     sample(logits, rows).token_ids.tolist()

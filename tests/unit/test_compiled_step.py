@@ -14,7 +14,7 @@ from numba import njit
 from torch.nn import functional as F
 
 from helios.engine import inner_product as inner_product_module
-from helios.engine.batch import build_batch
+from helios.engine.batch import Batch, build_batch
 from helios.engine.checkpoint import LinearWeights
 from helios.engine.detokenizer import Detokenizer
 from helios.engine.engine import Engine
@@ -22,6 +22,7 @@ from helios.engine.inner_product import BFLOAT16, INT8, TILE, inner_product
 from helios.engine.kv_cache import KVCache
 from helios.engine.linear import PackedLinear, pack, quantize
 from helios.engine.paged_attention import attend
+from helios.engine.plan import load_plan
 from helios.engine.precision import Precision
 from helios.engine.sampler import Row, sample
 from helios.engine.sequence import GeneratedToken, Output, Sequence
@@ -296,6 +297,36 @@ def test_no_request_waits_for_a_kernel_to_be_compiled(tmp_path: Path, precision:
     command = [sys.executable, "-c", COMPILED, str(tmp_path), precision]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
+
+
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", ["pre-norm", "post-norm"])
+def test_skipped_layers_remember_what_they_would_have_of_the_same_input(
+    tmp_path: Path, threads: int, precision: str, name: str
+) -> None:
+    """To the bit, also where a tile holds the last queries and the first keys."""
+    save_variant(tmp_path, name, seed=5, hidden_size=48)
+    model = load_plan(tmp_path, None, EngineSettings(precision=precision, memory_bytes=MEMORY)).model
+    TEAM.threads = threads  # loading lent them anew
+    hidden = torch.randn(3, 48)
+    positions, blocks = torch.tensor([0, 1, 9]), torch.arange(3)
+    slots = 16 * blocks + positions
+    ids = torch.zeros(3, dtype=torch.int64)
+    batch = Batch(ids, positions, slots, blocks[:, None], blocks, 3, 16, (), blocks)
+    skipped, walked = (
+        KVCache(
+            model.depth, 3, 16, model.config.num_heads, model.config.head_dim, torch.float32, hidden.device
+        )
+        for _ in range(2)
+    )
+    model.propagate(2, hidden, slots, skipped)
+    for index in range(2, model.depth):
+        model.layers(index, index + 1, hidden, batch, walked)
+    for kept, expected in ((skipped.keys, walked.keys), (skipped.values, walked.values)):
+        assert all(not layer.any() for layer in kept[:2])
+        assert all(layer.any() for layer in kept[2:])
+        assert all(torch.equal(one, other) for one, other in zip(kept, expected, strict=True))
 
 
 def test_fewer_bits_take_less_memory(tmp_path: Path) -> None:
