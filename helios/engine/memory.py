@@ -1,5 +1,6 @@
 """The memory budget: weights + activations + KV pool, planned before anything is allocated."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,24 +27,46 @@ class MemoryPlan:
 
 
 def plan_memory(
-    model: Model, budget: int, max_running: int, step_token_budget: int, block_tokens: int
+    model: Model,
+    exit_layers: Sequence[int],
+    budget: int,
+    max_running: int,
+    step_token_budget: int,
+    block_tokens: int,
 ) -> MemoryPlan:
     """Fits a loaded model into `budget` bytes.
 
     The pool never exceeds what `max_running` sequences of full context can use.
-    Raises OutOfMemoryError when not even one such sequence fits, with the bytes that would do.
+    Raises OutOfMemoryError when not even one such sequence fits, with the bytes that would do and the exit
+    layers of the same model that fit.
     """
-    return share_memory(
-        model.config,
-        model.depth,
-        model.dtype,
-        model.kv_dtype,
-        model.weight_bytes,
-        budget,
-        max_running,
-        step_token_budget,
-        block_tokens,
-    )
+
+    def share(depth: int) -> MemoryPlan:
+        return share_memory(
+            model.config,
+            depth,
+            model.dtype,
+            model.kv_dtype,
+            model.weight_bytes if depth == model.depth else model.weight_bytes_at(depth),
+            budget,
+            max_running,
+            step_token_budget,
+            block_tokens,
+        )
+
+    def fits(depth: int) -> bool:
+        try:
+            share(depth)
+        except OutOfMemoryError:
+            return False
+        return True
+
+    try:
+        return share(model.depth)
+    except OutOfMemoryError as error:
+        smaller = [str(depth) for depth in exit_layers if depth < model.depth and fits(depth)]
+        choices = f"depths that fit: {', '.join(smaller)}" if smaller else "no smaller depth fits"
+        raise OutOfMemoryError(f"{error.message}; {choices}") from error
 
 
 def share_memory(

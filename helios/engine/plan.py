@@ -112,6 +112,7 @@ def load_plan(
         tokenizer_json=loaded.tokenizer_json,
         memory=plan_memory(
             model,
+            entry.exit_layers,
             settings.memory_bytes or device_budget(device),
             settings.max_running,
             settings.step_token_budget,

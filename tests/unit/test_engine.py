@@ -297,13 +297,26 @@ def test_unusable_settings_are_refused(model: Path) -> None:
         Engine.load(model, 3)
     with pytest.raises(SettingsError, match="exit mode full"):
         Engine.load(model, 2, EngineSettings(exit_mode=ExitMode.FULL))
-    with pytest.raises(OutOfMemoryError, match="give at least"):
+    with pytest.raises(OutOfMemoryError, match=r"give at least .* no smaller depth fits"):
         Engine.load(model, 2, EngineSettings(memory_bytes=1000))
     with pytest.raises(SettingsError, match="step_token_budget"):
         EngineSettings(step_token_budget=3)
     for stretch in (1.0, float("nan")):
         with pytest.raises(SettingsError, match="prefill_stretch"):
             EngineSettings(prefill_stretch=stretch)
+
+
+def test_a_reload_beyond_memory_names_what_fits_and_leaves_the_old_plan(model: Path) -> None:
+    one_context = Engine.load(model, 4, EngineSettings(memory_bytes=MEMORY, max_running=1)).plan.memory
+    room = one_context.num_blocks * 16 * one_context.kv_bytes_per_token
+    enough = one_context.weight_bytes + one_context.activation_bytes + room
+    engine = Engine.load(model, 2, EngineSettings(memory_bytes=enough, max_running=1))
+    before = engine.plan
+    with pytest.raises(OutOfMemoryError, match=r"6 layers .*; depths that fit: 1, 2, 4$"):
+        engine.reload(model, 6)
+    assert engine.plan is before
+    tokens = list(engine.generate("In the beginning", SamplingParams(max_tokens=3, ignore_eos=True)))
+    assert [token.exit_layer for token in tokens] == [2, 2, 2]
 
 
 def test_fewer_layers_leave_room_for_more_sequences(model: Path) -> None:
