@@ -29,6 +29,7 @@ from helios import catalog
 from helios.client import AsyncClient, error_from
 from helios.controller_client import ControllerClient, connect
 from helios.engine.exit_trace import trace_dynamic
+from helios.engine.precision import Precision
 from helios.engine.threads import set_threads
 from helios.errors import SettingsError, UnavailableError
 from helios.hardware import available_memory
@@ -137,14 +138,19 @@ SYSTEMS = {
 class Quality:
     """How good any plan is on held-out text of a phase, from every exit's view on that text."""
 
-    def __init__(self, models_dir: Path, tokenizer_id: str, say: Callable[[str], None]) -> None:
-        """Runs every candidate over the texts. Raises SettingsError when there is none."""
+    def __init__(
+        self, models_dir: Path, tokenizer_id: str, precision: Precision, say: Callable[[str], None]
+    ) -> None:
+        """Runs every candidate over the texts, computed as the workers do.
+
+        Raises SettingsError when there is none.
+        """
         set_threads(1)
         models = catalog.list_models(models_dir)
         movable = [model for model in models if model.tokenizer_id in (None, tokenizer_id)]
         context = min((model.context_tokens for model in movable), default=_HELD_OUT.window_tokens)
         sizes = replace(_HELD_OUT, window_tokens=min(_HELD_OUT.window_tokens, context))
-        self._subject = Subject(movable, sizes, available_memory() // 4, say)
+        self._subject = Subject(movable, sizes, available_memory() // 4, say, precision)
         self._plans: dict[tuple[str, int, str], tuple[float, float]] = {}
         for model, domain in itertools.product(self._subject.models, held_out.DOMAINS):
             self._subject.traces(model, domain)
@@ -208,9 +214,12 @@ def run(running: StackState | None, seconds: float, show: Show) -> Outcome:
         controller = open_ones.enter_context(connect(state.controller))
         workers = asyncio.run(_workers(state.gateway))
         _check(controller, workers)
-        tokenizer_id = next(iter(workers.values())).model.tokenizer_id
+        any_worker = next(iter(workers.values()))
         quality = Quality(
-            Path(state.models_dir), tokenizer_id, lambda what: show(Progress(f"quality: {what}"))
+            Path(state.models_dir),
+            any_worker.model.tokenizer_id,
+            Precision(any_worker.precision),
+            lambda what: show(Progress(f"quality: {what}")),
         )
         traffic = _Traffic(quality.best(PHASES[0]), quality.tokenizer)
         open_ones.enter_context(default_orders(controller))
