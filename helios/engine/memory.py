@@ -47,7 +47,7 @@ def plan_memory(
             depth,
             model.dtype,
             model.kv_dtype,
-            model.weight_bytes if depth == model.depth else model.weight_bytes_at(depth),
+            model.weight_bytes if depth == model.depth else model.weights.bytes_at(depth),
             budget,
             max_running,
             step_token_budget,
