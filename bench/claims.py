@@ -1,4 +1,4 @@
-"""The paper's results (spec/helios.md, Results to beat), and what was measured here, row by row."""
+"""The paper's results (arXiv 2504.10724), and what was measured here, row by row."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

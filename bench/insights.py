@@ -1,4 +1,4 @@
-"""The three insights that HELIOS rests on (spec/helios.md, Why it works), on our models and texts."""
+"""The three insights that HELIOS rests on (arXiv 2504.10724, its motivation), on our models and texts."""
 
 import itertools
 import statistics

@@ -1,4 +1,4 @@
-"""HELIOS against the paper's claims (spec/helios.md, Results to beat; Targets): on the engine alone, but for
+"""HELIOS against the paper's claims (arXiv 2504.10724): on the engine alone, but for
 what profiling and control cost, which only real services tell."""
 
 import hashlib

@@ -2,7 +2,7 @@
 
 Five requests say little: the perplexity of an exit over the last layer varies by a few per cent from one
 such handful to the next, which is as much as the bound on it. Histograms stay valid while the traffic stays
-(spec/helios.md, Why it works, 3), so evaluations are pooled until a test finds that it has changed.
+(the third insight of arXiv 2504.10724), so evaluations are pooled until a test finds that it has changed.
 """
 
 import math

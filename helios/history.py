@@ -1,4 +1,4 @@
-"""The performance history table (PHT): what profiling measured of each candidate (spec/helios.md, Terms).
+"""The performance history table (PHT): what profiling measured of each candidate (arXiv 2504.10724).
 
 One JSON document per model in Redis, under the schema of `helios.redis_schema`.
 """

@@ -1,4 +1,4 @@
-"""Which models are worth profiling (spec/helios.md, The loop, 1), from offline facts alone. Free of torch."""
+"""Which models are worth profiling (TopK in arXiv 2504.10724), from offline facts alone. Free of torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Evaluates a candidate on given prompts (spec/helios.md, The loop, 2): quality, speed, size of each exit."""
+"""Evaluates a candidate on given prompts (arXiv 2504.10724): quality, speed, size of each exit."""
 
 import math
 import socket

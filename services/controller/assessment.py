@@ -1,4 +1,4 @@
-"""Asking the profiler to evaluate the candidates on recent requests (spec/helios.md, The loop, 2 and 5)."""
+"""Asking the profiler to evaluate the candidates on recent requests (arXiv 2504.10724)."""
 
 import asyncio
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The loop around the policy: watch, decide, record, roll out (spec/helios.md, The loop)."""
+"""The loop around the policy: watch, decide, record, roll out (arXiv 2504.10724)."""
 
 import asyncio
 import logging

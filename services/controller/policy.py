@@ -1,4 +1,4 @@
-"""The policy (spec/helios.md, The loop): which model and depth to serve, and why.
+"""The policy (arXiv 2504.10724): which model and depth to serve, and why.
 
 Pure functions: no IO, no clock, no chance. What they take and return is JSON, so `decide` can be replayed
 from the decision record.
