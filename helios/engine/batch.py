@@ -104,41 +104,52 @@ def build_batch(
 
     A sequence gets a token when its last known token is among the rows.
     """
-    decodes = [(seq, count) for seq, count in scheduled if count == seq.pending == 1]
-    prefills = [(seq, count) for seq, count in scheduled if not count == seq.pending == 1]
-    token_ids: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    row_tables: list[int] = []
-    read_rows: list[int] = []
-    readers: list[Sequence] = []
+    decodes: list[Sequence] = []
+    prefills: list[tuple[Sequence, int]] = []
+    for seq, count in scheduled:
+        if count == 1 and seq.pending == 1:
+            decodes.append(seq)
+        else:
+            prefills.append((seq, count))
+    # Each decode row is the last token of its sequence, and read.
+    token_ids = [seq.token_ids[-1] for seq in decodes]
+    positions = [seq.computed for seq in decodes]
+    slots = [
+        seq.blocks[position // block_tokens] * block_tokens + position % block_tokens
+        for seq, position in zip(decodes, positions, strict=True)
+    ]
+    row_tables = list(range(len(decodes)))
+    read_rows, readers = row_tables.copy(), decodes.copy()
+    tables = [seq.blocks for seq in decodes]
     chunks: list[tuple[int, int, bool]] = []
-    for index, (seq, count) in enumerate((*decodes, *prefills)):
+    for seq, count in prefills:
         start, end = seq.computed, seq.computed + count
-        if index >= len(decodes):
-            chunks.append((len(token_ids), len(token_ids) + count, start == 0))
+        chunks.append((len(token_ids), len(token_ids) + count, start == 0))
         token_ids += seq.token_ids[start:end]
         positions += range(start, end)
         slots += (seq.blocks[p // block_tokens] * block_tokens + p % block_tokens for p in range(start, end))
-        row_tables += [index] * count
+        row_tables += [len(tables)] * count
+        tables.append(seq.blocks[: -(-end // block_tokens)])
         if count == seq.pending:
             read_rows.append(len(token_ids) - 1)
             readers.append(seq)
-    tables = [
-        seq.blocks[: -(-(seq.computed + count) // block_tokens)] for seq, count in (*decodes, *prefills)
-    ]
     width = max(map(len, tables))
     # One transfer for all that has a number a row.
-    rows = torch.tensor([token_ids, positions, slots, row_tables], device=device)
+    rows = _tensor([token_ids, positions, slots, row_tables], device)
     batch = Batch(
         token_ids=rows[0],
         positions=rows[1],
         slots=rows[2],
         row_tables=rows[3],
-        tables=torch.tensor([table + [0] * (width - len(table)) for table in tables], device=device),
+        tables=_tensor([table + [0] * (width - len(table)) for table in tables], device),
         decode_rows=len(decodes),
         block_tokens=block_tokens,
         chunks=tuple(chunks),
-        read_rows=torch.tensor(read_rows, dtype=torch.int64, device=device),
+        read_rows=_tensor(read_rows, device),
     )
     return batch, readers
+
+
+def _tensor(numbers: list[int] | list[list[int]], device: torch.device) -> torch.Tensor:
+    """Of int64. By way of numpy, which takes lists several times as fast as torch does."""
+    return torch.from_numpy(np.array(numbers, dtype=np.int64)).to(device)

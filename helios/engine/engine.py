@@ -238,7 +238,8 @@ class Engine:
             return False
         now = time.time_ns()
         for seq, _ in scheduled:
-            seq.times.scheduled = seq.times.scheduled or now
+            if not seq.times.scheduled:
+                seq.times.scheduled = now
         batch, readers = build_batch(scheduled, self.settings.block_tokens, self.plan.model.device)
         if self.settings.exit_mode is ExitMode.DYNAMIC:
             logits, exits = run_dynamic(self.plan.model, batch, self._cache, self.plan.thresholds)
@@ -298,23 +299,23 @@ class Engine:
 
     def _deliver(self, readers: list[Sequence], sampled: Sampled, exits: list[int]) -> None:
         columns = sampled.on_host()
-        now = time.time_ns()
+        now, model, thresholds = time.time_ns(), self.plan.entry.name, self.plan.thresholds
         outputs: list[Output] = []
         for seq, token_id, logprob, certainty, exit_layer in zip(readers, *columns, exits, strict=True):
             index = seq.completion_tokens
             seq.token_ids.append(token_id)
-            seq.times.first_token = seq.times.first_token or now
+            if not seq.times.first_token:
+                seq.times.first_token = now
             text = seq.detokenizer.push(token_id)
             reason = self._reason(seq, token_id)
+            finish = None
             if reason is not None:
                 text += seq.detokenizer.flush()
-            generated = GeneratedToken(
-                index, token_id, text, logprob, certainty, exit_layer, self.plan.entry.name
-            )
-            self._counters.generated_tokens += 1
-            self._counters.high_exit_tokens += certainty < self.plan.thresholds.get(exit_layer, 0.0)
-            finish = seq.finish(reason) if reason is not None else None
-            outputs.append(Output(tokens=(generated,), finish=finish, more=len(outputs) + 1 < len(readers)))
+                finish = seq.finish(reason)
+            token = GeneratedToken(index, token_id, text, logprob, certainty, exit_layer, model)
+            self._counters.high_exit_tokens += certainty < thresholds.get(exit_layer, 0.0)
+            outputs.append(Output((token,), finish, more=len(outputs) + 1 < len(readers)))
+        self._counters.generated_tokens += len(outputs)
         # In one go, and only when the last is ready: detokenizing lets go of the interpreter's lock.
         for seq, output in zip(readers, outputs, strict=True):
             if output.finish is None:
@@ -344,7 +345,7 @@ class Engine:
         """Whether, and why, a sequence ends with the token it just got."""
         if seq.detokenizer.stopped:
             return FinishReason.STOP
-        if token_id in self.plan.model.config.eos_token_ids and not seq.sampling.ignore_eos:
+        if not seq.sampling.ignore_eos and token_id in self.plan.model.config.eos_token_ids:
             return FinishReason.EOS
         if seq.completion_tokens >= seq.sampling.max_tokens:
             return FinishReason.LENGTH

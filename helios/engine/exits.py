@@ -38,7 +38,10 @@ def run_static(
     logits = None if graphs is None else graphs.run(batch)
     if logits is None:
         hidden = model.forward(batch, cache)
-        logits = model.read_out(hidden[batch.read_rows], model.depth)
+        # Rows are read in their order: as many as there are, these are all.
+        if len(batch.read_rows) < len(hidden):
+            hidden = hidden[batch.read_rows]
+        logits = model.read_out(hidden, model.depth)
     return logits, [model.depth] * len(logits)
 
 

@@ -6,6 +6,7 @@ A row's draw depends on its logits and on (seed, position) alone: not on the bat
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -18,8 +19,7 @@ _MASK64 = (1 << 64) - 1
 _NUCLEUS_CANDIDATES = 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """What decides one row's token: its parameters, the position it will take, the ids before it."""
 
     sampling: SamplingParams
