@@ -319,13 +319,13 @@ def _batch(one: ExitProfile, worker: WorkerView, situation: Situation) -> int:
 
 def _cost(plan: Plan, one: ExitProfile, workers: Sequence[WorkerView], before: Plan | None) -> float:
     """Seconds that a move takes of one worker: the load, and the prefill anew of what is in flight."""
-    if plan == before:
+    kept = before.depth if before is not None and plan.model == before.model else 0
+    if plan.depth <= kept:
+        # Nothing is loaded, and what the lower layers have cached stays valid.
         return 0.0
-    if before is not None and plan.model == before.model and plan.depth < before.depth:
-        # What the lower layers have cached stays valid.
-        return one.load_seconds
     in_flight = sum(worker.tokens_in_flight for worker in workers) / len(workers)
-    return one.load_seconds + in_flight / one.prefill_tokens_per_second
+    # The layers that it has are not loaded again.
+    return one.load_seconds * (1 - kept / plan.depth) + in_flight / one.prefill_tokens_per_second
 
 
 def _refusals(

@@ -182,9 +182,12 @@ def test_a_breach_is_answered_by_the_cheaper_of_deeper_and_switch() -> None:
     assert "confidence breach" in option(deeper, "small", 2).refused
 
 
-def test_a_breach_costs_the_load_and_the_prefill_of_what_is_in_flight() -> None:
-    one = option(breach([SMALL, LARGE]), "small", 4)
-    assert one.cost_seconds == pytest.approx(0.1 + 400 / (2000 / 4))
+def test_a_breach_costs_the_load_of_what_is_missing_and_the_prefill_of_what_is_in_flight() -> None:
+    answer = breach([SMALL, LARGE])
+    # Two of four layers are there.
+    assert option(answer, "small", 4).cost_seconds == pytest.approx(0.1 / 2 + 400 / (2000 / 4))
+    assert option(answer, "large", 8).cost_seconds == pytest.approx(0.1 + 400 / (2000 / 8))
+    assert option(decide(situation(), SETTINGS), "small", 2).cost_seconds == 0
 
 
 def test_moves_can_be_restricted_to_one_kind() -> None:
