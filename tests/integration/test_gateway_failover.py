@@ -317,6 +317,8 @@ async def test_a_stream_goes_on_elsewhere_before_its_client_has_read_on(stack: S
 
     async with scripted_workers(torrent(messages, HeliosError("gone")), goes_on) as workers:
         gateway = stack.start_gateway([worker.address for worker in workers])
+        async with AsyncClient(gateway.address) as client:
+            await until(lambda: all_ready(client), "the workers to be ready")
         async with slow_reader(gateway.address) as call:
             received = aiter(call)
             responses = [await anext(received)]
