@@ -93,7 +93,7 @@ class EvaluationSettings:
     @property
     def kv_dtype(self) -> torch.dtype:
         """Of keys and values."""
-        return kv_dtype(self.precision_here.dtype, torch.device(self.device))
+        return kv_dtype(self.precision_here, torch.device(self.device))
 
     @property
     def weight_item_bytes(self) -> int:

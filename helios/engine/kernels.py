@@ -32,6 +32,7 @@ from helios.engine.simd import (
     lane_numbers,
     larger,
     largest,
+    load_kept,
     load_long,
     load_shared,
     load_single,
@@ -47,11 +48,13 @@ from helios.engine.simd import (
     spread_word,
     store_bfloats,
     store_bytes,
+    store_kept,
     store_long,
     store_shared,
     store_single,
     store_singles,
     store_some,
+    store_totals,
     store_words,
     subtract,
     subtract_words,
@@ -261,13 +264,13 @@ def _scores(qkv, query, keys, slab, head_dim, block_tokens):
     a, b, c, d = no_singles(), no_singles(), no_singles(), no_singles()
     for dim in range(0, head_dim, 4):
         at = slab + dim * block_tokens
-        a = multiply_add(spread_single(load_single(qkv, query + dim)), load_singles(keys, at), a)
+        a = multiply_add(spread_single(load_single(qkv, query + dim)), load_kept(keys, at), a)
         at += block_tokens
-        b = multiply_add(spread_single(load_single(qkv, query + dim + 1)), load_singles(keys, at), b)
+        b = multiply_add(spread_single(load_single(qkv, query + dim + 1)), load_kept(keys, at), b)
         at += block_tokens
-        c = multiply_add(spread_single(load_single(qkv, query + dim + 2)), load_singles(keys, at), c)
+        c = multiply_add(spread_single(load_single(qkv, query + dim + 2)), load_kept(keys, at), c)
         at += block_tokens
-        d = multiply_add(spread_single(load_single(qkv, query + dim + 3)), load_singles(keys, at), d)
+        d = multiply_add(spread_single(load_single(qkv, query + dim + 3)), load_kept(keys, at), d)
     return add(add(a, b), add(c, d))
 
 
@@ -280,8 +283,8 @@ def _scores_of_four(qkv, query, stride, keys, slab, head_dim, block_tokens):
     a3, b3, c3, d3 = no_singles(), no_singles(), no_singles(), no_singles()
     for dim in range(0, head_dim, 4):
         at = slab + dim * block_tokens
-        a, b = load_singles(keys, at), load_singles(keys, at + block_tokens)
-        c, d = load_singles(keys, at + 2 * block_tokens), load_singles(keys, at + 3 * block_tokens)
+        a, b = load_kept(keys, at), load_kept(keys, at + block_tokens)
+        c, d = load_kept(keys, at + 2 * block_tokens), load_kept(keys, at + 3 * block_tokens)
         at = query + dim
         a0 = multiply_add(spread_single(load_single(qkv, at)), a, a0)
         b0 = multiply_add(spread_single(load_single(qkv, at + 1)), b, b0)
@@ -329,15 +332,6 @@ def _weigh(scores, length, padded):
 
 
 @_compiled
-def _keep_four(out, at, a, b, c, d, share):
-    """Four sums, divided."""
-    store_single(out, at, total(a) * share)
-    store_single(out, at + 1, total(b) * share)
-    store_single(out, at + 2, total(c) * share)
-    store_single(out, at + 3, total(d) * share)
-
-
-@_compiled
 def _attend_one(qkv, heads, head_dim, keys, values, block_tokens, rows_of, out, row, head, scores):
     """A head of one row over its context. scores: room for one row's."""
     width = heads * head_dim
@@ -353,18 +347,32 @@ def _attend_one(qkv, heads, head_dim, keys, values, block_tokens, rows_of, out, 
             value = _scores(qkv, query, keys, slab + lane, head_dim, block_tokens)
             store_singles(scores, index * block_tokens + lane, multiply(value, factor))
     share = _weigh(scores, length, blocks * block_tokens)
-    for dim in range(0, head_dim, 4):
+    dim = 0
+    while dim < head_dim:
         a, b, c, d = no_singles(), no_singles(), no_singles(), no_singles()
+        e, f, g, h = no_singles(), no_singles(), no_singles(), no_singles()
+        # Eight at a time: one alone waits for its own last sum.
+        is_eight = dim + 8 <= head_dim
         for index in range(blocks):
             slab = (load_long(tables, index) * heads + head) * slab_size
             for lane in range(0, block_tokens, LANES):
                 weight = load_singles(scores, index * block_tokens + lane)
                 at = slab + dim * block_tokens + lane
-                a = multiply_add(weight, load_singles(values, at), a)
-                b = multiply_add(weight, load_singles(values, at + block_tokens), b)
-                c = multiply_add(weight, load_singles(values, at + 2 * block_tokens), c)
-                d = multiply_add(weight, load_singles(values, at + 3 * block_tokens), d)
-        _keep_four(out, row * width + head * head_dim + dim, a, b, c, d, share)
+                a = multiply_add(weight, load_kept(values, at), a)
+                b = multiply_add(weight, load_kept(values, at + block_tokens), b)
+                c = multiply_add(weight, load_kept(values, at + 2 * block_tokens), c)
+                d = multiply_add(weight, load_kept(values, at + 3 * block_tokens), d)
+                if is_eight:
+                    at += 4 * block_tokens
+                    e = multiply_add(weight, load_kept(values, at), e)
+                    f = multiply_add(weight, load_kept(values, at + block_tokens), f)
+                    g = multiply_add(weight, load_kept(values, at + 2 * block_tokens), g)
+                    h = multiply_add(weight, load_kept(values, at + 3 * block_tokens), h)
+        at = row * width + head * head_dim + dim
+        store_totals(out, at, a, b, c, d, share)
+        if is_eight:
+            store_totals(out, at + 4, e, f, g, h, share)
+        dim += 8 if is_eight else 4
 
 
 @_compiled
@@ -407,9 +415,9 @@ def _attend_four(
             slab = (load_long(tables, index) * heads + head) * slab_size
             for lane in range(0, block_tokens, LANES):
                 at = slab + dim * block_tokens + lane
-                a, b = load_singles(values, at), load_singles(values, at + block_tokens)
-                c = load_singles(values, at + 2 * block_tokens)
-                d = load_singles(values, at + 3 * block_tokens)
+                a, b = load_kept(values, at), load_kept(values, at + block_tokens)
+                c = load_kept(values, at + 2 * block_tokens)
+                d = load_kept(values, at + 3 * block_tokens)
                 at = index * block_tokens + lane
                 weight = load_singles(scores, at)
                 a0, b0 = multiply_add(weight, a, a0), multiply_add(weight, b, b0)
@@ -424,10 +432,10 @@ def _attend_four(
                 a3, b3 = multiply_add(weight, a, a3), multiply_add(weight, b, b3)
                 c3, d3 = multiply_add(weight, c, c3), multiply_add(weight, d, d3)
         at = row * width + head * head_dim + dim
-        _keep_four(out, at, a0, b0, c0, d0, share0)
-        _keep_four(out, at + width, a1, b1, c1, d1, share1)
-        _keep_four(out, at + 2 * width, a2, b2, c2, d2, share2)
-        _keep_four(out, at + 3 * width, a3, b3, c3, d3, share3)
+        store_totals(out, at, a0, b0, c0, d0, share0)
+        store_totals(out, at + width, a1, b1, c1, d1, share1)
+        store_totals(out, at + 2 * width, a2, b2, c2, d2, share2)
+        store_totals(out, at + 3 * width, a3, b3, c3, d3, share3)
 
 
 @_compiled
@@ -459,6 +467,12 @@ def _attend(thread, threads, qkv, rows, heads, head_dim, keys, values, block_tok
 
 
 @_compiled
+def _clamped(value):
+    """Within what float16 holds: what is kept is never infinite."""
+    return min(max(value, np.float32(-65504)), np.float32(65504))
+
+
+@_compiled
 def _remember(qkv, start, end, width, keys, values, block_tokens, slots):
     """Stores keys and values of the rows start..end of qkv, float32 [rows, 3, width], at their slots."""
     for row in range(start, end):
@@ -467,8 +481,8 @@ def _remember(qkv, start, end, width, keys, values, block_tokens, slots):
         source = row * 3 * width + width
         for entry in range(width):
             at = target + entry * block_tokens
-            store_single(keys, at, load_single(qkv, source + entry))
-            store_single(values, at, load_single(qkv, source + width + entry))
+            store_kept(keys, at, _clamped(load_single(qkv, source + entry)))
+            store_kept(values, at, _clamped(load_single(qkv, source + width + entry)))
 
 
 @_compiled

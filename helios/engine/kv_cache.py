@@ -1,17 +1,26 @@
 """Paged KV: the tensors that hold keys and values, block by block (`block_pool.py` says whose they are)."""
 
 import logging
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from helios.engine.precision import Precision
+
 log = logging.getLogger(__name__)
 
 
-def kv_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Of keys and values beside activations of `dtype`: on a CPU float32, as compiled attention reads."""
-    return torch.float32 if device.type == "cpu" else dtype
+def kv_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """Of keys and values beside products in `precision`.
+
+    On a CPU float16 beside bfloat16 and int8, which are coarser: attention waits for memory, and reads half
+    as many bytes then.
+    """
+    if device.type != "cpu":
+        return precision.dtype
+    return torch.float32 if precision is Precision.FLOAT32 else torch.float16
 
 
 class KVCache:
@@ -43,10 +52,11 @@ class KVCache:
         """Blocks that all layers have."""
         return min(map(len, (*self.keys, *self.values)))
 
-    def _locate(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Where the keys and the values of each layer lie, for compiled code."""
+    def _locate(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Where each layer's keys and values lie, for compiled code: unsigned where they are float16."""
+        kind = np.uint64 if self.keys[0].dtype == torch.float16 else np.int64
         keys, values = (
-            np.array([tensor.data_ptr() for tensor in tensors], dtype=np.int64)
+            np.array([tensor.data_ptr() for tensor in tensors], dtype=kind)
             for tensors in (self.keys, self.values)
         )
         return keys, values

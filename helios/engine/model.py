@@ -17,6 +17,7 @@ from helios.engine.kv_cache import KVCache, kv_dtype
 from helios.engine.linear import PackedLinear
 from helios.engine.packed_weights import Head, PackedWeights
 from helios.engine.paged_attention import attend, reads_in_place
+from helios.engine.precision import Precision
 from helios.model_config import POSITION_OFFSET, ModelConfig
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"relu": F.relu, "gelu": F.gelu}
@@ -51,7 +52,7 @@ class Model:
     @property
     def kv_dtype(self) -> torch.dtype:
         """Of keys and values."""
-        return kv_dtype(self.dtype, self.device)
+        return kv_dtype(Precision(self.precision), self.device)
 
     @property
     def weight_bytes(self) -> int:
@@ -132,12 +133,13 @@ def _attention(qkv: torch.Tensor, batch: Batch, cache: KVCache, layer: int, num_
     # three times [T, heads, head_dim]
     query, key, value = qkv.view(len(qkv), 3, num_heads, -1).unbind(1)
     cache.write(layer, batch.slots, key, value)
-    query, key, value = (part.to(cache.keys[layer].dtype) for part in (query, key, value))
     parts = []
     if batch.decode_rows:
         decode = slice(batch.decode_rows)
         # [rows, heads, context, head_dim]
-        context_keys, context_values = cache.gather(layer, batch.decode_blocks)
+        context_keys, context_values = (
+            part.to(qkv.dtype) for part in cache.gather(layer, batch.decode_blocks)
+        )
         attended = F.scaled_dot_product_attention(
             query[decode, :, None], context_keys, context_values, attn_mask=batch.decode_mask
         )
@@ -148,7 +150,9 @@ def _attention(qkv: torch.Tensor, batch: Batch, cache: KVCache, layer: int, num_
         if chunk.mask is None:
             chunk_keys, chunk_values = key[rows].transpose(0, 1)[None], value[rows].transpose(0, 1)[None]
         else:
-            chunk_keys, chunk_values = cache.gather(layer, chunk.context_blocks)
+            chunk_keys, chunk_values = (
+                part.to(qkv.dtype) for part in cache.gather(layer, chunk.context_blocks)
+            )
         attended = F.scaled_dot_product_attention(
             query[rows].transpose(0, 1)[None],
             chunk_keys,
@@ -158,4 +162,4 @@ def _attention(qkv: torch.Tensor, batch: Batch, cache: KVCache, layer: int, num_
         )[0]
         parts.append(attended.transpose(0, 1))
     # [T, heads, head_dim] -> [T, hidden]
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1).to(qkv.dtype)
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1)

@@ -10,11 +10,11 @@ from helios.engine.team import TEAM
 
 
 def reads_in_place(cache: KVCache) -> bool:
-    """Whether `attend` can work on this cache: float32 on a CPU, dimensions in fours, whole registers."""
+    """Whether `attend` can work on this cache: on a CPU, dimensions in fours, whole registers."""
     keys = cache.keys[0]
     return (
         keys.device.type == "cpu"
-        and keys.dtype == torch.float32
+        and keys.dtype in (torch.float32, torch.float16)
         and keys.shape[2] % 4 == 0
         and cache.block_tokens % LANES == 0
     )

@@ -18,6 +18,7 @@ from numba.extending import intrinsic, models, register_model
 LANES = 16
 
 _BYTE, _SHORT, WORD, SINGLE = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.FloatType()
+_HALF = ir.HalfType()
 WORDS, SINGLES = ir.VectorType(WORD, LANES), ir.VectorType(SINGLE, LANES)
 
 Builder = Any  # llvmlite's ir.IRBuilder, which is untyped
@@ -79,6 +80,9 @@ def _operation(
         lambda _typing, _a, _b: (signature, generate),
         lambda _typing, _a, _b, _c: (signature, generate),
         lambda _typing, _a, _b, _c, _d: (signature, generate),
+        lambda _typing, _a, _b, _c, _d, _e: (signature, generate),
+        lambda _typing, _a, _b, _c, _d, _e, _f: (signature, generate),
+        lambda _typing, _a, _b, _c, _d, _e, _f, _g: (signature, generate),
     )
     return intrinsic(by_arguments[len(arguments)])
 
@@ -157,6 +161,41 @@ load_words = _operation(words, (types.intp, types.intp), _load(WORD, WORDS))
 spread_single = _operation(singles, (types.float32,), lambda b, v: build_spread(b, v[0], SINGLES))
 
 
+def _load_kept(_typing: Any, address: types.Type, _index: Any) -> Any:
+    """16 numbers of keys or values as float32; they are float16 where the address is unsigned."""
+    is_half = address == types.uintp
+
+    def generate(_context: Any, builder: Builder, _: Any, values: Sequence[Value]) -> Value:
+        if not is_half:
+            return _load(SINGLE, SINGLES)(builder, values)
+        loaded = builder.load(_at(builder, values[0], values[1], _HALF, ir.VectorType(_HALF, LANES)))
+        loaded.align = 2
+        return builder.fpext(loaded, SINGLES)
+
+    return singles(types.uintp if is_half else types.intp, types.intp), generate
+
+
+def _store_kept(_typing: Any, address: types.Type, _index: Any, _value: Any) -> Any:
+    """One number of keys or values, as `_load_kept` reads it."""
+    is_half = address == types.uintp
+
+    def generate(context: Any, builder: Builder, _: Any, values: Sequence[Value]) -> Value:
+        if is_half:
+            stored = builder.store(
+                builder.fptrunc(values[2], _HALF), _at(builder, values[0], values[1], _HALF)
+            )
+            stored.align = 2
+        else:
+            _store(SINGLE)(builder, values)
+        return context.get_dummy_value()
+
+    return types.void(types.uintp if is_half else types.intp, types.intp, types.float32), generate
+
+
+load_kept: Any = intrinsic(_load_kept)
+store_kept: Any = intrinsic(_store_kept)
+
+
 def _first(builder: Builder, count: Value) -> Value:
     """True in the first `count` lanes."""
     numbers = ir.Constant(WORDS, list(range(LANES)))
@@ -217,6 +256,42 @@ absolute = _operation(singles, (singles,), build_call("llvm.fabs.v16f32", SINGLE
 floor = _operation(singles, (singles,), build_call("llvm.floor.v16f32", SINGLES))
 total = _operation(types.float32, (singles,), _sum)
 largest = _operation(types.float32, (singles,), _largest)
+
+
+def _store_totals(builder: Builder, values: Sequence[Value]) -> Value:
+    """The totals of four vectors, each in `_sum`'s order, times a number, side by side."""
+    address, index, *vectors, factor = values
+
+    def fold(left: Value, right: Value, half: int) -> Value:
+        """Two vectors of groups of 2 * half lanes: groups' halves added, those of the left first."""
+        lanes = range(0, 2 * LANES, 2 * half)
+        low = [start + lane for start in lanes for lane in range(half)]
+        high = [start + half + lane for start in lanes for lane in range(half)]
+        parts = (ir.Constant(WORDS, order) for order in (low, high))
+        return builder.fadd(*(builder.shuffle_vector(left, right, part) for part in parts))
+
+    a, b, c, d = vectors
+    # Eight lanes of each, then four.
+    sums = fold(fold(a, b, 8), fold(c, d, 8), 4)
+    for step in (2, 1):
+        order = ir.Constant(WORDS, [(lane + step) % LANES for lane in range(LANES)])
+        sums = builder.fadd(sums, builder.shuffle_vector(sums, sums, order))
+    four = ir.VectorType(WORD, 4)
+    totals = builder.shuffle_vector(sums, sums, ir.Constant(four, [0, 4, 8, 12]))
+    nothing = ir.Constant(totals.type, ir.Undefined)
+    factors = builder.insert_element(nothing, factor, ir.Constant(WORD, 0))
+    factors = builder.shuffle_vector(factors, nothing, ir.Constant(four, [0] * 4))
+    stored = builder.store(builder.fmul(totals, factors), _at(builder, address, index, SINGLE, totals.type))
+    stored.align = 4
+    return stored
+
+
+# To (address, index): the totals of four vectors times a number.
+store_totals = _operation(
+    types.void,
+    (types.intp, types.intp, singles, singles, singles, singles, types.float32),
+    _store_totals,
+)
 
 # 0 to 15, and the same number in all lanes.
 lane_numbers = _operation(words, (), lambda _b, _v: ir.Constant(WORDS, list(range(LANES))))

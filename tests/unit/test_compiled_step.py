@@ -148,12 +148,15 @@ def test_without_the_instruction_the_sums_are_the_same(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("threads", [1, 2], indirect=True)
 @pytest.mark.parametrize("block_tokens", [16, 32])
-def test_paged_attention_sees_each_rows_own_context(threads: int, block_tokens: int) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_paged_attention_sees_each_rows_own_context(
+    threads: int, block_tokens: int, dtype: torch.dtype
+) -> None:
     """Decodes of several lengths beside a first and a later chunk of prefills."""
     torch.manual_seed(0)
     heads, head_dim = 3, 8
     computed, count = (0, 40, 16, 1, 35), (20, 1, 17, 1, 1)
-    cache = KVCache(1, 20, block_tokens, heads, head_dim, torch.float32, torch.device("cpu"))
+    cache = KVCache(1, 20, block_tokens, heads, head_dim, dtype, torch.device("cpu"))
     numbers = iter(torch.randperm(20).tolist())
     scheduled, states = [], {}
     for before, added in zip(computed, count, strict=True):
@@ -174,6 +177,7 @@ def test_paged_attention_sees_each_rows_own_context(threads: int, block_tokens: 
     row = 0
     for seq, added in order:
         query, key, value = states[seq.arrival].transpose(0, 2).transpose(0, 1).unbind(0)
+        key, value = key.to(dtype).float(), value.to(dtype).float()
         causal = torch.ones(len(query[0]), len(query[0]), dtype=torch.bool).tril()
         expected = F.scaled_dot_product_attention(query, key, value, attn_mask=causal)[:, seq.computed :]
         torch.testing.assert_close(
@@ -185,6 +189,16 @@ def test_paged_attention_sees_each_rows_own_context(threads: int, block_tokens: 
             state = states[seq.arrival][position].flatten()[None]
             assert torch.equal(attend(state, single, cache, 0)[0], attended[row]), "a row alone is the same"
             row += 1
+
+
+def test_keys_and_values_beyond_float16_are_kept_at_its_end() -> None:
+    cache = KVCache(1, 1, 16, 1, 4, torch.float16, torch.device("cpu"))
+    zero = torch.zeros(1, dtype=torch.int64)
+    batch = Batch(zero, zero, zero, zero[None], zero, 1, 16, (), zero)
+    query = torch.ones(4)
+    attended = attend(torch.cat([query, 1e9 * query, -1e9 * query])[None], batch, cache, 0)
+    assert torch.equal(attended[0], torch.full((4,), -65504.0))
+    assert torch.isfinite(cache.keys[0]).all()
 
 
 def generate(
