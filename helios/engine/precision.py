@@ -11,7 +11,7 @@ from helios.errors import SettingsError
 class Precision(enum.StrEnum):
     """auto: int8 on a CPU that multiplies bytes fast (AVX-512 VNNI), float32 on others, bfloat16 on a GPU.
 
-    On a CPU products are computed in it; between them, and in KV, all is float32. int8: weights with a scale
+    On a CPU products are computed in it, and all between them in float32. int8: weights with a scale
     per output channel, activations with a scale per token. float16: torch's products, on a CPU slow ones.
     """
 
