@@ -23,14 +23,18 @@ class ChunkBudget:
         self._decode: dict[int, float] = {}
         self._per_token: float | None = None
 
-    def tokens(self, decoding: int) -> int:
-        """Most prompt tokens of a step in which so many sequences decode."""
+    def tokens(self, decoding: int, waiting: int = 1) -> int:
+        """Most prompt tokens of a step in which so many sequences decode and so many wait for their prefill.
+
+        Where more wait than decode, it is for those who wait: a step may take longer in proportion.
+        """
         if not decoding or math.isinf(self._stretch):
             return self._most
         step = self._decode_seconds(decoding)
         if step is None or self._per_token is None:
             return self._least
-        fitting = (self._stretch - 1) * step / max(self._per_token, 1e-9)
+        room = (self._stretch - 1) * step * max(1.0, waiting / decoding)
+        fitting = room / max(self._per_token, 1e-9)
         return int(min(max(fitting, self._least), self._most))
 
     def observe(self, decoding: int, prompt_tokens: int, seconds: float) -> None:

@@ -63,6 +63,7 @@ class CompiledLayers:
     ) -> torch.Tensor:
         """The layers first..last of hidden, float32 [T, hidden]; writes the rows' KV."""
         config, rows = self._config, len(hidden)
+        width, context = config.hidden_size, batch.tables.shape[1] * batch.block_tokens
         size = kernels.layers_scratch(self._numbers, rows, config.hidden_size, config.ffn_dim)
         scratch = torch.empty(size, dtype=torch.uint8)
         keys, values = cache.addresses
@@ -84,6 +85,7 @@ class CompiledLayers:
             cache.block_tokens,
             batch.addresses,
             scratch.data_ptr(),
+            operations=(last - first) * rows * 2 * width * (2 * width + config.ffn_dim + context),
         )
         return hidden
 
@@ -109,6 +111,7 @@ class CompiledLayers:
             cache.block_tokens,
             slots.data_ptr(),
             scratch.data_ptr(),
+            operations=(len(self._layers) - first) * rows * 3 * config.hidden_size**2,
         )
 
 

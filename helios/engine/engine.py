@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 
 Sink = Callable[[Output], None]
 
+_ENDED = object()
 # How long an idle loop sleeps at most, seconds.
 _IDLE_SECONDS = 0.1
 
@@ -114,6 +115,8 @@ class Engine:
         self._counters = Counters()
         self._last_step = time.monotonic()
         self._scheduler, self._cache, self._graphs = self._allocate(plan)
+        # What is left to do of a pool that grows.
+        self._growth: Iterator[None] = iter(())
         self._reload_lock = threading.Lock()
 
     @classmethod
@@ -232,10 +235,11 @@ class Engine:
         began = time.perf_counter()
         self._take_inbox()
         self._expire()
+        has_grown = next(self._growth, _ENDED) is not _ENDED
         scheduled = self._scheduler.schedule()
         if not scheduled:
             self._last_step = time.monotonic()
-            return False
+            return has_grown
         now = time.time_ns()
         for seq, _ in scheduled:
             if not seq.times.scheduled:
@@ -396,11 +400,13 @@ class Engine:
         try:
             if new.checkpoint_id == old.checkpoint_id and new.depth <= old.depth:
                 # What the lower layers have cached stays valid; only the upper layers' KV goes.
-                spare = self._cache.num_blocks - scheduler.pool.num_blocks
-                blocks = self._cache.shrink(new.depth, new.memory.num_blocks + spare)
-                scheduler.pool.grow(blocks - spare)
-                self._graphs = self._graphs_of(new, self._cache)
+                self._cache.drop(new.depth)
+                self._growth = self._grow_pool(new.memory.num_blocks)
                 self.plan = new
+                if self._graphs is not None:
+                    # What they captured must not move beneath them.
+                    deque(self._growth, maxlen=0)
+                    self._graphs = self._graphs_of(new, self._cache)
             else:
                 self._replace(new)
             swap.result = Reloaded(new.bytes_read, moved, time.monotonic() - began)
@@ -410,17 +416,28 @@ class Engine:
             # Whoever waits for the reload hears of its end even if it takes the loop down.
             swap.done.set()
 
+    def _grow_pool(self, num_blocks: int) -> Iterator[None]:
+        """Gives the pool the room of layers that went, a part between two steps each."""
+        cache, pool = self._cache, self._scheduler.pool
+        spare = cache.num_blocks - pool.num_blocks
+        try:
+            yield from cache.grow(num_blocks + spare)
+        except (RuntimeError, MemoryError) as error:
+            log.warning("the KV pool stays as large as it was, there is no memory for more: %s", error)
+        pool.grow(cache.num_blocks - spare)
+
     def _replace(self, new: Plan) -> None:
         """Makes the pool anew for another plan, under which all running sequences are recomputed."""
         old = self._scheduler
         old.preempt_all()
         # The old pool goes before the new one comes: both together would break the budget.
+        self._growth = iter(())
         del self._cache, self._graphs
         try:
-            self._scheduler, self._cache, self._graphs = self._allocate(new)
+            self._scheduler, self._cache, self._graphs = self._allocate(new, commit=False)
             self.plan = new
-        except RuntimeError as error:  # torch's allocator
-            self._scheduler, self._cache, self._graphs = self._allocate(self.plan)
+        except (RuntimeError, MemoryError) as error:
+            self._scheduler, self._cache, self._graphs = self._allocate(self.plan, commit=False)
             raise OutOfMemoryError(f"no memory for the KV pool of the new plan: {error}") from error
         finally:
             self._scheduler.preemptions = old.preemptions
@@ -455,7 +472,7 @@ class Engine:
             step_age=time.monotonic() - self._last_step,
         )
 
-    def _allocate(self, plan: Plan) -> tuple[Scheduler, KVCache, DecodeGraphs | None]:
+    def _allocate(self, plan: Plan, *, commit: bool = True) -> tuple[Scheduler, KVCache, DecodeGraphs | None]:
         settings, config = self.settings, plan.model.config
         pool = BlockPool(plan.memory.num_blocks, settings.block_tokens)
         cache = KVCache(
@@ -467,6 +484,8 @@ class Engine:
             config.head_dim,
             plan.model.kv_dtype,
             plan.model.device,
+            # During a reload streams wait, and as much memory has just been given back.
+            commit=commit,
         )
         chunks = ChunkBudget(settings.prefill_stretch, settings.block_tokens, settings.step_token_budget)
         # In exit mode dynamic the KV of generated tokens is an estimate, which a prompt's is not.

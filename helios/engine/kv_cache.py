@@ -1,6 +1,6 @@
 """Paged KV: the tensors that hold keys and values, block by block (`block_pool.py` says whose they are)."""
 
-import logging
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from helios.engine.precision import Precision
 
-log = logging.getLogger(__name__)
+# Of a cache on a CPU (`kv_dtype`).
+_NUMPY_DTYPES = {torch.float32: np.float32, torch.float16: np.float16}
 
 
 def kv_dtype(precision: Precision, device: torch.device) -> torch.dtype:
@@ -39,12 +40,14 @@ class KVCache:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        commit: bool = True,
     ) -> None:
+        """commit: the system gives its memory now, ahead of serving; else page by page, at its first use."""
         self.block_tokens = block_tokens
         shape = (num_blocks, num_heads, head_dim, block_tokens)
-        # Zeros, not empty: the pages are committed here, ahead of serving.
-        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.keys = [_zeros(shape, dtype, device, commit=commit) for _ in range(num_layers)]
+        self.values = [_zeros(shape, dtype, device, commit=commit) for _ in range(num_layers)]
         self.addresses = self._locate()
 
     @property
@@ -83,21 +86,30 @@ class KVCache:
 
         return of(self.keys[layer]), of(self.values[layer])
 
-    def shrink(self, num_layers: int, num_blocks: int) -> int:
-        """Drops the layers above `num_layers` and gives the others `num_blocks` blocks, no fewer than before.
-
-        Layer by layer, so that no more than one layer is held twice. Returns the blocks that all layers have
-        now: those of before when there is no memory for more.
-        """
+    def drop(self, num_layers: int) -> None:
+        """Drops the layers from `num_layers` on."""
         del self.keys[num_layers:], self.values[num_layers:]
-        try:
-            for tensors in (self.keys, self.values):
-                for layer, old in enumerate(tensors):
-                    if num_blocks > len(old):
-                        grown = torch.zeros((num_blocks, *old.shape[1:]), dtype=old.dtype, device=old.device)
-                        grown[: len(old)] = old
-                        tensors[layer] = grown
-        except RuntimeError as error:  # torch's allocator
-            log.warning("the KV pool stays as large as it was, there is no memory for more: %s", error)
         self.addresses = self._locate()
-        return self.num_blocks
+
+    def grow(self, num_blocks: int) -> Iterator[None]:
+        """Gives each layer `num_blocks` blocks where it has fewer, one tensor of keys or values at a time.
+
+        No more than that one is held twice, and whoever iterates can serve in between. Raises RuntimeError or
+        MemoryError when there is no memory for more; what there was stays.
+        """
+        for tensors in (self.keys, self.values):
+            for layer, old in enumerate(tensors):
+                if num_blocks > len(old):
+                    shape = (num_blocks, *old.shape[1:])
+                    grown = _zeros(shape, old.dtype, old.device, commit=False)
+                    grown[: len(old)] = old
+                    tensors[layer] = grown
+                    self.addresses = self._locate()
+                    yield
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, commit: bool) -> torch.Tensor:
+    if commit or device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy asks for zeroed memory, which the system gives without touching it; torch would write the zeros.
+    return torch.from_numpy(np.zeros(shape, dtype=_NUMPY_DTYPES[dtype]))

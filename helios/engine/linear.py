@@ -112,6 +112,7 @@ class PackedLinear:
             kernels.NONE,
             0,
             scratch.data_ptr(),
+            operations=rows * self.in_size * channels,
         )
         return out
 

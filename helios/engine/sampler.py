@@ -80,7 +80,16 @@ def summarized(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.
     logits = logits.contiguous()
     rows, width = logits.shape
     best, summaries = torch.empty(rows, dtype=torch.int64), torch.empty(rows, 2)
-    TEAM.run(kernels.summarize, logits.data_ptr(), rows, width, best.data_ptr(), summaries.data_ptr())
+    TEAM.run(
+        kernels.summarize,
+        logits.data_ptr(),
+        rows,
+        width,
+        best.data_ptr(),
+        summaries.data_ptr(),
+        # An exponential each.
+        operations=10 * rows * width,
+    )
     return best, summaries[:, 0], summaries[:, 1]
 
 

@@ -59,7 +59,8 @@ class Scheduler:
         decodes = [seq for seq in self.running if seq.pending == 1]
         for seq in decodes:
             scheduled.append((seq, 1))
-        budget = min(budget - len(decodes), self.chunks.tokens(len(decodes)))
+        waiting = len(self.running) - len(decodes) + len(self.waiting)
+        budget = min(budget - len(decodes), self.chunks.tokens(len(decodes), waiting))
         for seq in [seq for seq in self.running if seq.pending > 1]:
             budget = self._chunk(seq, budget, scheduled)
         while self.waiting and budget > 0 and len(self.running) < self._max_running:

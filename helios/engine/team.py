@@ -14,12 +14,18 @@ import numpy as np
 
 Kernel = Callable[..., None]
 
+# Multiply-adds of a call from which on several threads are faster than one that need not wake the others and
+# wait for them: what one thread does in half a millisecond.
+_WORTHWHILE = 32 << 20
+
 
 class Team:
     """`threads` threads, the caller's own among them (`threads.lend`). One call at a time."""
 
     def __init__(self) -> None:
         self.threads = 1
+        # Multiply-adds below which the caller's thread works alone. The results are the same.
+        self.worthwhile = _WORTHWHILE
         # That callers have spent in compiled calls.
         self.seconds = 0.0
         self._lock = threading.Lock()
@@ -27,9 +33,12 @@ class Team:
         # Where the threads meet (`kernels._meet`): how many have come, and how often they met.
         self._meeting = np.zeros(2, dtype=np.int64)
 
-    def run(self, kernel: Kernel, *arguments: Any) -> None:
-        """Calls kernel(thread, threads, team, *arguments) on every thread; returns when all are done."""
-        began, threads = time.perf_counter(), self.threads
+    def run(self, kernel: Kernel, *arguments: Any, operations: int) -> None:
+        """Calls kernel(thread, threads, team, *arguments) on every thread; returns when all are done.
+
+        operations: multiply-adds of the call, about.
+        """
+        began, threads = time.perf_counter(), self.threads if operations >= self.worthwhile else 1
         if threads == 1:
             kernel(0, 1, 0, *arguments)
         else:

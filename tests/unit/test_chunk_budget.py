@@ -35,6 +35,13 @@ def test_a_bound_that_leaves_nothing_leaves_the_least() -> None:
     assert observed(1.0001).tokens(8) == 16
 
 
+def test_those_who_wait_count_as_much_as_those_who_decode() -> None:
+    budget = observed(2.5)
+    assert budget.tokens(8, 4) == budget.tokens(8, 8) == budget.tokens(8)
+    assert budget.tokens(8, 24) == pytest.approx(3 * 150, abs=3)
+    assert budget.tokens(8, 64) == 512
+
+
 def test_no_bound_is_the_whole_step() -> None:
     assert observed(math.inf).tokens(8) == 512
 

@@ -39,10 +39,11 @@ PRECISIONS = ("float32", "bfloat16", "int8")
 
 @pytest.fixture
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = TEAM.threads
-    TEAM.threads = request.param
+    before, worthwhile = TEAM.threads, TEAM.worthwhile
+    # However little there is to do.
+    TEAM.threads, TEAM.worthwhile = request.param, 0
     yield request.param
-    TEAM.threads = before
+    TEAM.threads, TEAM.worthwhile = before, worthwhile
 
 
 @dataclass(frozen=True)

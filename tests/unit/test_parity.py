@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import OPTForCausalLM
@@ -229,6 +230,7 @@ def test_going_shallower_keeps_the_lower_layers_kv(tmp_path: Path) -> None:
     for _ in range(5):
         engine.step()
     moved = engine.reload(tmp_path, 2)
+    assert engine.telemetry().blocks_total == blocks, "the room that is new comes between later steps"
     prefilled = engine.telemetry().counters.prefill_tokens
     while engine.step():
         pass
@@ -254,17 +256,17 @@ def test_going_shallower_without_memory_for_more_blocks_keeps_those_there_are(
     engine.submit("one", [2, 9, 30], GREEDY, outputs.append)
     for _ in range(5):
         engine.step()
-    zeros, asked = torch.zeros, []
+    zeros, asked = np.zeros, []
 
-    def exhausted(shape: object, **options: Any) -> torch.Tensor:
+    def exhausted(shape: object, **options: Any) -> Any:
         # The pool's blocks have four dimensions; the third layer's find no memory.
         if isinstance(shape, tuple) and len(shape) == 4 and shape[0] > 1:
             asked.append(shape)
             if len(asked) > 2:
-                raise RuntimeError("out of memory")
+                raise MemoryError("out of memory")
         return zeros(shape, **options)
 
-    monkeypatch.setattr("helios.engine.kv_cache.torch.zeros", exhausted)
+    monkeypatch.setattr("helios.engine.kv_cache.np.zeros", exhausted)
     engine.reload(tmp_path, 2)
     while engine.step():
         pass
