@@ -419,7 +419,8 @@ class Engine:
     def _grow_pool(self, num_blocks: int) -> Iterator[None]:
         """Gives the pool the room of layers that went, a part between two steps each."""
         cache, pool = self._cache, self._scheduler.pool
-        spare = cache.num_blocks - pool.num_blocks
+        # Not what the cache has more than the pool: an earlier growth may have been cut off between the two.
+        spare = int(self._captures(self.plan))
         try:
             yield from cache.grow(num_blocks + spare)
         except (RuntimeError, MemoryError) as error:

@@ -246,6 +246,21 @@ def test_going_shallower_keeps_the_lower_layers_kv(tmp_path: Path) -> None:
     assert after == greedy(truncated(full, 2), [2, 9, 30, *before], len(after))[0]
 
 
+def test_a_reload_that_cuts_off_a_growing_pool_stays_within_its_plan(tmp_path: Path) -> None:
+    save_variant(tmp_path, "pre-norm", 13, exits=EXITS)
+    engine = Engine.load(tmp_path, 6, EngineSettings(memory_bytes=3 << 20, block_tokens=4))
+    blocks = engine.telemetry().blocks_total
+    engine.reload(tmp_path, 4)
+    # Until all layers have grown, and the pool has not been told.
+    while engine._cache.num_blocks == blocks:
+        assert engine.step()
+    assert engine.telemetry().blocks_total == blocks
+    engine.reload(tmp_path, 2)
+    while engine.step():
+        pass
+    assert engine._cache.num_blocks == engine.telemetry().blocks_total == engine.plan.memory.num_blocks
+
+
 def test_going_shallower_without_memory_for_more_blocks_keeps_those_there_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
