@@ -105,6 +105,7 @@ class CompiledLayers:
             hidden.data_ptr(),
             rows,
             config.hidden_size,
+            config.num_heads,
             config.norm_before,
             keys,
             values,

@@ -41,7 +41,6 @@ log = logging.getLogger(__name__)
 
 Sink = Callable[[Output], None]
 
-_ENDED = object()
 # How long an idle loop sleeps at most, seconds.
 _IDLE_SECONDS = 0.1
 
@@ -115,8 +114,6 @@ class Engine:
         self._counters = Counters()
         self._last_step = time.monotonic()
         self._scheduler, self._cache, self._graphs = self._allocate(plan)
-        # What is left to do of a pool that grows.
-        self._growth: Iterator[None] = iter(())
         self._reload_lock = threading.Lock()
 
     @classmethod
@@ -235,11 +232,10 @@ class Engine:
         began = time.perf_counter()
         self._take_inbox()
         self._expire()
-        has_grown = next(self._growth, _ENDED) is not _ENDED
         scheduled = self._scheduler.schedule()
         if not scheduled:
             self._last_step = time.monotonic()
-            return has_grown
+            return False
         now = time.time_ns()
         for seq, _ in scheduled:
             if not seq.times.scheduled:
@@ -380,7 +376,7 @@ class Engine:
                     f"{plan.entry.name} has another tokenizer than {self.plan.entry.name}: sequences in "
                     "flight cannot move to it; start a worker for it instead"
                 )
-            swap = _Swap(plan)
+            swap, cache = _Swap(plan), self._cache
             with self._lock:
                 if self._stopping:
                     raise UnavailableError("the engine is stopping")
@@ -389,6 +385,8 @@ class Engine:
             if self._thread is None:
                 self.step()
             swap.done.wait()
+            # Here, where no stream waits for it.
+            cache.give_back()
             if isinstance(swap.result, HeliosError):
                 raise swap.result
             return swap.result
@@ -400,13 +398,10 @@ class Engine:
         try:
             if new.checkpoint_id == old.checkpoint_id and new.depth <= old.depth:
                 # What the lower layers have cached stays valid; only the upper layers' KV goes.
-                self._cache.drop(new.depth)
-                self._growth = self._grow_pool(new.memory.num_blocks)
-                self.plan = new
-                if self._graphs is not None:
-                    # What they captured must not move beneath them.
-                    deque(self._growth, maxlen=0)
-                    self._graphs = self._graphs_of(new, self._cache)
+                spare = self._spare_blocks(new)
+                self._cache.resize(new.depth, new.memory.num_blocks + spare)
+                scheduler.pool.grow(self._cache.num_blocks - spare)
+                self.plan, self._graphs = new, self._graphs_of(new, self._cache)
             else:
                 self._replace(new)
             swap.result = Reloaded(new.bytes_read, moved, time.monotonic() - began)
@@ -416,30 +411,19 @@ class Engine:
             # Whoever waits for the reload hears of its end even if it takes the loop down.
             swap.done.set()
 
-    def _grow_pool(self, num_blocks: int) -> Iterator[None]:
-        """Gives the pool the room of layers that went, a part between two steps each."""
-        cache, pool = self._cache, self._scheduler.pool
-        # Not what the cache has more than the pool: an earlier growth may have been cut off between the two.
-        spare = int(self._captures(self.plan))
-        try:
-            yield from cache.grow(num_blocks + spare)
-        except (RuntimeError, MemoryError) as error:
-            log.warning("the KV pool stays as large as it was, there is no memory for more: %s", error)
-        pool.grow(cache.num_blocks - spare)
-
     def _replace(self, new: Plan) -> None:
         """Makes the pool anew for another plan, under which all running sequences are recomputed."""
-        old = self._scheduler
+        old, cache = self._scheduler, self._cache
         old.preempt_all()
-        # The old pool goes before the new one comes: both together would break the budget.
-        self._growth = iter(())
-        del self._cache, self._graphs
+        # On a GPU the old pool goes before the new one comes: both together would break the budget.
+        self._graphs = None
+        cache.resize(0, 0)
         try:
-            self._scheduler, self._cache, self._graphs = self._allocate(new, commit=False)
+            self._scheduler, self._cache, self._graphs = self._allocate(new, cache)
             self.plan = new
-        except (RuntimeError, MemoryError) as error:
-            self._scheduler, self._cache, self._graphs = self._allocate(self.plan, commit=False)
-            raise OutOfMemoryError(f"no memory for the KV pool of the new plan: {error}") from error
+        except OutOfMemoryError:
+            self._scheduler, self._cache, self._graphs = self._allocate(self.plan, cache)
+            raise
         finally:
             self._scheduler.preemptions = old.preemptions
             self._scheduler.cached_tokens = old.cached_tokens
@@ -473,21 +457,13 @@ class Engine:
             step_age=time.monotonic() - self._last_step,
         )
 
-    def _allocate(self, plan: Plan, *, commit: bool = True) -> tuple[Scheduler, KVCache, DecodeGraphs | None]:
-        settings, config = self.settings, plan.model.config
+    def _allocate(
+        self, plan: Plan, before: KVCache | None = None
+    ) -> tuple[Scheduler, KVCache, DecodeGraphs | None]:
+        """What runs a plan; with the cache of the plan before, if that one has room."""
+        settings = self.settings
         pool = BlockPool(plan.memory.num_blocks, settings.block_tokens)
-        cache = KVCache(
-            plan.depth,
-            # A spare one for the padding of graphs.
-            plan.memory.num_blocks + self._captures(plan),
-            settings.block_tokens,
-            config.num_heads,
-            config.head_dim,
-            plan.model.kv_dtype,
-            plan.model.device,
-            # During a reload streams wait, and as much memory has just been given back.
-            commit=commit,
-        )
+        cache = self._allocate_cache(plan, before)
         chunks = ChunkBudget(settings.prefill_stretch, settings.block_tokens, settings.step_token_budget)
         # In exit mode dynamic the KV of generated tokens is an estimate, which a prompt's is not.
         shares = settings.prefix_cache and settings.exit_mode is not ExitMode.DYNAMIC
@@ -500,12 +476,36 @@ class Engine:
         )
         return scheduler, cache, self._graphs_of(plan, cache)
 
-    def _captures(self, plan: Plan) -> bool:
-        return self.settings.cuda_graphs and plan.model.device.type == "cuda"
+    def _allocate_cache(self, plan: Plan, before: KVCache | None) -> KVCache:
+        settings, config, memory = self.settings, plan.model.config, plan.memory
+        num_blocks, kept = memory.num_blocks + self._spare_blocks(plan), plan.model.kv_dtype
+        heads, head_dim = config.num_heads, config.head_dim
+        try:
+            if before is not None and before.has_room_for(num_blocks, heads, head_dim, kept):
+                before.resize(plan.depth, num_blocks)
+                return before
+            return KVCache(
+                plan.depth,
+                num_blocks,
+                settings.block_tokens,
+                heads,
+                head_dim,
+                kept,
+                plan.model.device,
+                most_blocks=memory.most_blocks,
+                # During a reload streams wait.
+                commit=before is None,
+            )
+        except (RuntimeError, MemoryError, OSError) as error:
+            raise OutOfMemoryError(f"no memory for {num_blocks} blocks of KV: {error}") from error
+
+    def _spare_blocks(self, plan: Plan) -> int:
+        """One for the padding of graphs, where there are graphs."""
+        return int(self.settings.cuda_graphs and plan.model.device.type == "cuda")
 
     def _graphs_of(self, plan: Plan, cache: KVCache) -> DecodeGraphs | None:
         """Graphs for the decode steps of a plan, where its device has them."""
-        if not self._captures(plan):
+        if not self._spare_blocks(plan):
             return None
         return DecodeGraphs(plan.model, cache, cache.num_blocks - 1, self.settings.max_running)
 

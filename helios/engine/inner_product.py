@@ -17,6 +17,7 @@ from numba.extending import intrinsic
 from helios.engine.simd import (
     LANES,
     SINGLES,
+    SOON,
     WORD,
     WORDS,
     Builder,
@@ -39,8 +40,6 @@ STEP_BYTES = 4 * TILE
 BLOCK_ROWS = 8 if has_long_registers() else 2
 
 _BYTE, _LONG = ir.IntType(8), ir.IntType(64)
-# To be read, soon and more than once.
-_READ, _KEEP, _DATA = (ir.Constant(WORD, value) for value in (0, 3, 1))
 
 # Makes sums out of sums and the words of a row and of channels.
 _Accumulate = Callable[[Builder, Value, Value, Value], Value]
@@ -112,7 +111,7 @@ def _build_loop(
     for value in before:
         value.add_incoming(ir.Constant(kind, [0] * LANES), begin)
     next_tile = builder.inttoptr(builder.add(ahead, builder.mul(step, ahead_step)), _BYTE.as_pointer())
-    build_call("llvm.prefetch.p0", ir.VoidType())(builder, [next_tile, _READ, _KEEP, _DATA])
+    build_call("llvm.prefetch.p0", ir.VoidType())(builder, [next_tile, *SOON])
     channels = []
     for half in (0, 1):
         place = builder.add(builder.mul(step, ir.Constant(_LONG, 2)), ir.Constant(_LONG, half))

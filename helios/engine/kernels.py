@@ -28,6 +28,7 @@ from helios.engine.simd import (
     add,
     add_shared,
     add_words,
+    fetch_kept,
     floor,
     lane_numbers,
     larger,
@@ -54,7 +55,6 @@ from helios.engine.simd import (
     store_single,
     store_singles,
     store_some,
-    store_totals,
     store_words,
     subtract,
     subtract_words,
@@ -313,7 +313,7 @@ def _scores_of_four(qkv, query, stride, keys, slab, head_dim, block_tokens):
 
 @_compiled
 def _weigh(scores, length, padded):
-    """A row's scores as weights of its slots, in place; returns the share of a weight of one."""
+    """A row's scores as the weights of its slots, in place."""
     for slot in range(length, padded):
         store_single(scores, slot, np.float32(-np.inf))
     peaks = load_singles(scores, 0)
@@ -328,51 +328,84 @@ def _weigh(scores, length, padded):
     sums = no_singles()
     for slot in range(0, padded, LANES):
         sums = add(sums, load_singles(scores, slot))
-    return np.float32(1) / total(sums)
+    share = spread_single(np.float32(1) / total(sums))
+    for slot in range(0, padded, LANES):
+        store_singles(scores, slot, multiply(load_singles(scores, slot), share))
 
 
 @_compiled
-def _attend_one(qkv, heads, head_dim, keys, values, block_tokens, rows_of, out, row, head, scores):
-    """A head of one row over its context. scores: room for one row's."""
+def _add_weighted(weights, count, values, at, head_dim, out, target):
+    """Adds to a head's output the values of `count` tokens, [tokens, head_dim], times their weights."""
+    dim = 0
+    while dim + 4 * LANES <= head_dim:
+        a, b = load_singles(out, target + dim), load_singles(out, target + dim + LANES)
+        c, d = load_singles(out, target + dim + 2 * LANES), load_singles(out, target + dim + 3 * LANES)
+        place = at + dim
+        for token in range(count):
+            weight = spread_single(load_single(weights, token))
+            a = multiply_add(weight, load_kept(values, place), a)
+            b = multiply_add(weight, load_kept(values, place + LANES), b)
+            c = multiply_add(weight, load_kept(values, place + 2 * LANES), c)
+            d = multiply_add(weight, load_kept(values, place + 3 * LANES), d)
+            place += head_dim
+        store_singles(out, target + dim, a)
+        store_singles(out, target + dim + LANES, b)
+        store_singles(out, target + dim + 2 * LANES, c)
+        store_singles(out, target + dim + 3 * LANES, d)
+        dim += 4 * LANES
+    while dim < head_dim:
+        a = load_some(out, target + dim, head_dim - dim)
+        for token in range(count):
+            weight = spread_single(load_single(weights, token))
+            # What lies beyond the head is read too, but goes nowhere.
+            a = multiply_add(weight, load_kept(values, at + token * head_dim + dim), a)
+        store_some(out, target + dim, head_dim - dim, a)
+        dim += LANES
+
+
+@_compiled
+def _attend_one(
+    qkv, heads, head_dim, keys, values, block_tokens, rows_of, out, row, first, last, scores, room, following
+):
+    """The heads first..last of one row over its context, block by block as they lie in memory.
+
+    While one block is computed the next is fetched: memory would be waited for otherwise. scores: room for as
+    many heads, `room` numbers each; following: the block that is read next.
+    """
     width = heads * head_dim
     tables = rows_of[1] + 8 * load_long(rows_of[3], row) * rows_of[2]
     length = load_long(rows_of[4], row)
     blocks = (length + block_tokens - 1) // block_tokens
     slab_size = head_dim * block_tokens
     factor = spread_single(np.float32(1) / np.sqrt(np.float32(head_dim)))
-    query = row * 3 * width + head * head_dim
+    query = row * 3 * width
     for index in range(blocks):
-        slab = (load_long(tables, index) * heads + head) * slab_size
-        for lane in range(0, block_tokens, LANES):
-            value = _scores(qkv, query, keys, slab + lane, head_dim, block_tokens)
-            store_singles(scores, index * block_tokens + lane, multiply(value, factor))
-    share = _weigh(scores, length, blocks * block_tokens)
-    dim = 0
-    while dim < head_dim:
-        a, b, c, d = no_singles(), no_singles(), no_singles(), no_singles()
-        e, f, g, h = no_singles(), no_singles(), no_singles(), no_singles()
-        # Eight at a time: one alone waits for its own last sum.
-        is_eight = dim + 8 <= head_dim
-        for index in range(blocks):
-            slab = (load_long(tables, index) * heads + head) * slab_size
+        block = load_long(tables, index) * heads
+        is_last = index + 1 == blocks
+        fetched, ahead = values if is_last else keys, load_long(tables, 0 if is_last else index + 1) * heads
+        for head in range(first, last):
+            slab = (block + head) * slab_size
+            fetch_kept(fetched, (ahead + head) * slab_size, slab_size)
+            at = (head - first) * room + index * block_tokens
             for lane in range(0, block_tokens, LANES):
-                weight = load_singles(scores, index * block_tokens + lane)
-                at = slab + dim * block_tokens + lane
-                a = multiply_add(weight, load_kept(values, at), a)
-                b = multiply_add(weight, load_kept(values, at + block_tokens), b)
-                c = multiply_add(weight, load_kept(values, at + 2 * block_tokens), c)
-                d = multiply_add(weight, load_kept(values, at + 3 * block_tokens), d)
-                if is_eight:
-                    at += 4 * block_tokens
-                    e = multiply_add(weight, load_kept(values, at), e)
-                    f = multiply_add(weight, load_kept(values, at + block_tokens), f)
-                    g = multiply_add(weight, load_kept(values, at + 2 * block_tokens), g)
-                    h = multiply_add(weight, load_kept(values, at + 3 * block_tokens), h)
-        at = row * width + head * head_dim + dim
-        store_totals(out, at, a, b, c, d, share)
-        if is_eight:
-            store_totals(out, at + 4, e, f, g, h, share)
-        dim += 8 if is_eight else 4
+                value = _scores(qkv, query + head * head_dim, keys, slab + lane, head_dim, block_tokens)
+                store_singles(scores, at + lane, multiply(value, factor))
+    for head in range(first, last):
+        _weigh(scores + 4 * (head - first) * room, length, blocks * block_tokens)
+    target = row * width
+    for at in range(target + first * head_dim, target + last * head_dim):
+        store_single(out, at, np.float32(0))
+    for index in range(blocks):
+        block = load_long(tables, index) * heads
+        count = min(block_tokens, length - index * block_tokens)
+        is_last = index + 1 == blocks
+        ahead = (following if is_last else load_long(tables, index + 1)) * heads
+        fetched = keys if is_last else values
+        for head in range(first, last):
+            fetch_kept(fetched, (ahead + head) * slab_size, slab_size)
+            weights = scores + 4 * ((head - first) * room + index * block_tokens)
+            at = (block + head) * slab_size
+            _add_weighted(weights, count, values, at, head_dim, out, target + head * head_dim)
 
 
 @_compiled
@@ -386,7 +419,8 @@ def _attend_four(
     width = heads * head_dim
     tables = rows_of[1] + 8 * load_long(rows_of[3], row) * rows_of[2]
     # The last one sees most. What the others do not see weighs nothing.
-    blocks = (load_long(rows_of[4], row + 3) + block_tokens - 1) // block_tokens
+    length = load_long(rows_of[4], row + 3)
+    blocks = (length + block_tokens - 1) // block_tokens
     slab_size = head_dim * block_tokens
     factor = spread_single(np.float32(1) / np.sqrt(np.float32(head_dim)))
     query = row * 3 * width + head * head_dim
@@ -401,99 +435,90 @@ def _attend_four(
             store_singles(scores, at + room, multiply(s1, factor))
             store_singles(scores, at + 2 * room, multiply(s2, factor))
             store_singles(scores, at + 3 * room, multiply(s3, factor))
-    padded = blocks * block_tokens
-    share0 = _weigh(scores, load_long(rows_of[4], row), padded)
-    share1 = _weigh(scores + 4 * room, load_long(rows_of[4], row + 1), padded)
-    share2 = _weigh(scores + 8 * room, load_long(rows_of[4], row + 2), padded)
-    share3 = _weigh(scores + 12 * room, load_long(rows_of[4], row + 3), padded)
-    for dim in range(0, head_dim, 4):
+    for index in range(4):
+        _weigh(scores + 4 * index * room, load_long(rows_of[4], row + index), blocks * block_tokens)
+    target = row * width + head * head_dim
+    # Two registers of dimensions at a time: sums of one alone wait for each other.
+    for dim in range(0, head_dim, 2 * LANES):
         a0, b0, c0, d0 = no_singles(), no_singles(), no_singles(), no_singles()
         a1, b1, c1, d1 = no_singles(), no_singles(), no_singles(), no_singles()
-        a2, b2, c2, d2 = no_singles(), no_singles(), no_singles(), no_singles()
-        a3, b3, c3, d3 = no_singles(), no_singles(), no_singles(), no_singles()
         for index in range(blocks):
-            slab = (load_long(tables, index) * heads + head) * slab_size
-            for lane in range(0, block_tokens, LANES):
-                at = slab + dim * block_tokens + lane
-                a, b = load_kept(values, at), load_kept(values, at + block_tokens)
-                c = load_kept(values, at + 2 * block_tokens)
-                d = load_kept(values, at + 3 * block_tokens)
-                at = index * block_tokens + lane
-                weight = load_singles(scores, at)
-                a0, b0 = multiply_add(weight, a, a0), multiply_add(weight, b, b0)
-                c0, d0 = multiply_add(weight, c, c0), multiply_add(weight, d, d0)
-                weight = load_singles(scores, at + room)
-                a1, b1 = multiply_add(weight, a, a1), multiply_add(weight, b, b1)
-                c1, d1 = multiply_add(weight, c, c1), multiply_add(weight, d, d1)
-                weight = load_singles(scores, at + 2 * room)
-                a2, b2 = multiply_add(weight, a, a2), multiply_add(weight, b, b2)
-                c2, d2 = multiply_add(weight, c, c2), multiply_add(weight, d, d2)
-                weight = load_singles(scores, at + 3 * room)
-                a3, b3 = multiply_add(weight, a, a3), multiply_add(weight, b, b3)
-                c3, d3 = multiply_add(weight, c, c3), multiply_add(weight, d, d3)
-        at = row * width + head * head_dim + dim
-        store_totals(out, at, a0, b0, c0, d0, share0)
-        store_totals(out, at + width, a1, b1, c1, d1, share1)
-        store_totals(out, at + 2 * width, a2, b2, c2, d2, share2)
-        store_totals(out, at + 3 * width, a3, b3, c3, d3, share3)
+            at = (load_long(tables, index) * heads + head) * slab_size + dim
+            slot = index * block_tokens
+            for token in range(slot, min(slot + block_tokens, length)):
+                x, y = load_kept(values, at), load_kept(values, at + LANES)
+                weight = spread_single(load_single(scores, token))
+                a0, a1 = multiply_add(weight, x, a0), multiply_add(weight, y, a1)
+                weight = spread_single(load_single(scores, room + token))
+                b0, b1 = multiply_add(weight, x, b0), multiply_add(weight, y, b1)
+                weight = spread_single(load_single(scores, 2 * room + token))
+                c0, c1 = multiply_add(weight, x, c0), multiply_add(weight, y, c1)
+                weight = spread_single(load_single(scores, 3 * room + token))
+                d0, d1 = multiply_add(weight, x, d0), multiply_add(weight, y, d1)
+                at += head_dim
+        for half in range(2):
+            count, at = head_dim - dim - half * LANES, target + dim + half * LANES
+            store_some(out, at, count, a1 if half else a0)
+            store_some(out, at + width, count, b1 if half else b0)
+            store_some(out, at + 2 * width, count, c1 if half else c0)
+            store_some(out, at + 3 * width, count, d1 if half else d0)
 
 
 @_compiled
 def _attend(thread, threads, qkv, rows, heads, head_dim, keys, values, block_tokens, rows_of, out):
-    """Every `threads`-th head, counted through all rows, over their rows' contexts. See `attend`."""
+    """A thread's share of the heads, of all rows, over the rows' contexts. See `attend`."""
     longest = np.int64(0)
     for row in range(rows):
         longest = max(longest, load_long(rows_of[4], row))
     room = longest + block_tokens
-    scores = np.empty(4 * room, np.float32)
-    row, unit = 0, 0
+    first, last = heads * thread // threads, heads * (thread + 1) // threads
+    scores = np.empty(max(4, last - first) * room, np.float32)
+    row = 0
     while row < rows:
         # Rows of one sequence follow each other.
-        is_four = row + 3 < rows and load_long(rows_of[3], row) == load_long(rows_of[3], row + 3)
-        for head in range(heads):
-            if unit % threads == thread:
-                if is_four:
-                    _attend_four(
-                        qkv, heads, head_dim, keys, values, block_tokens, rows_of, out, row, head,
-                        scores.ctypes.data, room,
-                    )
-                else:
-                    _attend_one(
-                        qkv, heads, head_dim, keys, values, block_tokens, rows_of, out, row, head,
-                        scores.ctypes.data,
-                    )
-            unit += 1
-        row += 4 if is_four else 1
+        if row + 3 < rows and load_long(rows_of[3], row) == load_long(rows_of[3], row + 3):
+            for head in range(first, last):
+                _attend_four(
+                    qkv, heads, head_dim, keys, values, block_tokens, rows_of, out, row, head,
+                    scores.ctypes.data, room,
+                )
+            row += 4
+        else:
+            beside = load_long(rows_of[3], min(row + 1, rows - 1))
+            following = load_long(rows_of[1] + 8 * beside * rows_of[2], 0)
+            _attend_one(
+                qkv, heads, head_dim, keys, values, block_tokens, rows_of, out, row, first, last,
+                scores.ctypes.data, room, following,
+            )
+            row += 1
 
 
 @_compiled
-def _clamped(value):
-    """Within what float16 holds: what is kept is never infinite."""
-    return min(max(value, np.float32(-65504)), np.float32(65504))
-
-
-@_compiled
-def _remember(qkv, start, end, width, keys, values, block_tokens, slots):
+def _remember(qkv, start, end, width, head_dim, keys, values, block_tokens, slots):
     """Stores keys and values of the rows start..end of qkv, float32 [rows, 3, width], at their slots."""
     for row in range(start, end):
         slot = load_long(slots, row)
-        target = slot // block_tokens * width * block_tokens + slot % block_tokens
+        block, offset = slot // block_tokens * width * block_tokens, slot % block_tokens
         source = row * 3 * width + width
-        for entry in range(width):
-            at = target + entry * block_tokens
-            store_kept(keys, at, _clamped(load_single(qkv, source + entry)))
-            store_kept(values, at, _clamped(load_single(qkv, source + width + entry)))
+        for entry in range(0, width, LANES):
+            key = load_some(qkv, source + entry, width - entry)
+            store_kept(keys, block + entry * block_tokens + offset, block_tokens, width - entry, key)
+        for head in range(width // head_dim):
+            at, start = block + (head * block_tokens + offset) * head_dim, source + width + head * head_dim
+            for dim in range(0, head_dim, LANES):
+                value = load_some(qkv, start + dim, head_dim - dim)
+                store_kept(values, at + dim, 1, head_dim - dim, value)
 
 
 @_compiled
 def attend(thread, threads, team, qkv, rows, heads, head_dim, keys, values, block_tokens, rows_of, out):
     """Stores the rows' keys and values, then attends from each row to its own context: one thread's part.
 
-    qkv: float32 [rows, 3, heads, head_dim]; keys, values: float32 [blocks, heads, head_dim, block_tokens];
+    qkv: float32 [rows, 3, heads, head_dim]; keys, values: of a layer (`KVCache`);
     rows_of: `Batch.addresses`; out: float32 [rows, heads, head_dim].
     """
     start, end = rows * thread // threads, rows * (thread + 1) // threads
-    _remember(qkv, start, end, heads * head_dim, keys, values, block_tokens, rows_of[0])
+    _remember(qkv, start, end, heads * head_dim, head_dim, keys, values, block_tokens, rows_of[0])
     _meet(team, threads)
     _attend(thread, threads, qkv, rows, heads, head_dim, keys, values, block_tokens, rows_of, out)
     _meet(team, threads)
@@ -553,8 +578,8 @@ def layers(
 
 @_compiled
 def propagate(
-    thread, threads, team, numbers, parts, first, last, hidden, rows, width, norm_before, keys, values,
-    block_tokens, slots, scratch,
+    thread, threads, team, numbers, parts, first, last, hidden, rows, width, heads, norm_before, keys,
+    values, block_tokens, slots, scratch,
 ):
     """Keys and values of the layers first..last, all of hidden, float32 [rows, width]: one thread's part.
 
@@ -583,7 +608,7 @@ def propagate(
             first_tile, last_tile,
         )
         _meet(team, threads)
-        _remember(qkv, start, end, width, keys[index], values[index], block_tokens, slots)
+        _remember(qkv, start, end, width, width // heads, keys[index], values[index], block_tokens, slots)
         _meet(team, threads)
 
 

@@ -1,6 +1,8 @@
 """Paged KV: the tensors that hold keys and values, block by block (`block_pool.py` says whose they are)."""
 
-from collections.abc import Iterator
+import logging
+import math
+import mmap
 from typing import Any
 
 import numpy as np
@@ -8,9 +10,16 @@ import torch
 from numpy.typing import NDArray
 
 from helios.engine.precision import Precision
+from helios.engine.simd import LANES
 
-# Of a cache on a CPU (`kv_dtype`).
-_NUMPY_DTYPES = {torch.float32: np.float32, torch.float16: np.float16}
+log = logging.getLogger(__name__)
+
+# Compiled code reads whole registers of a head's values, the last ones beyond their end: readable memory.
+_SPARE_NUMBERS = 2 * LANES
+# Memory is given back in parts, between which other threads go on.
+_RELEASED_BYTES = 4 << 20
+# Address space is not memory yet (mmap(2); Python's module lacks the name until 3.13).
+_MAP_NORESERVE = 0x4000
 
 
 def kv_dtype(precision: Precision, device: torch.device) -> torch.dtype:
@@ -27,8 +36,13 @@ def kv_dtype(precision: Precision, device: torch.device) -> torch.dtype:
 class KVCache:
     """Keys and values of every slot; slot = block * block_tokens + offset in the block.
 
-    A block's tokens lie side by side in each dimension of each head: [blocks, heads, head_dim, block_tokens],
-    so that attention takes as many tokens at once as a register has lanes.
+    Keys of a block lie side by side in each dimension of a head, [blocks, heads, head_dim, block_tokens], so
+    that a query meets as many of them at once as a register has lanes; values [blocks, heads, block_tokens,
+    head_dim], as their weighted sum takes them.
+
+    Layers and blocks can become more and fewer while sequences hold blocks (`resize`). On a CPU each layer
+    has address space for the most blocks there may ever be and nothing moves: the system gives memory page by
+    page, at the first use, and gets it back when somebody has time for it (`give_back`).
     """
 
     def __init__(
@@ -41,34 +55,62 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         *,
+        most_blocks: int = 0,
         commit: bool = True,
     ) -> None:
-        """commit: the system gives its memory now, ahead of serving; else page by page, at its first use."""
-        self.block_tokens = block_tokens
-        shape = (num_blocks, num_heads, head_dim, block_tokens)
-        self.keys = [_zeros(shape, dtype, device, commit=commit) for _ in range(num_layers)]
-        self.values = [_zeros(shape, dtype, device, commit=commit) for _ in range(num_layers)]
-        self.addresses = self._locate()
+        """most_blocks: what `resize` may ask for, if that is more than num_blocks.
+
+        commit: the system gives the memory of all blocks now, ahead of serving.
+        Raises RuntimeError, MemoryError or OSError when there is none.
+        """
+        self.block_tokens, self.dtype, self.device = block_tokens, dtype, device
+        self._shapes = (num_heads, head_dim, block_tokens), (num_heads, block_tokens, head_dim)
+        self._most_blocks = max(num_blocks, most_blocks)
+        self._rooms: list[tuple[_Room, _Room]] = []
+        # Of each layer.
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+        self.addresses: tuple[NDArray[Any], NDArray[Any]]
+        self.resize(num_layers, num_blocks)
+        if commit and device.type == "cpu":
+            for tensor in (*self.keys, *self.values):
+                tensor.zero_()
 
     @property
     def num_blocks(self) -> int:
         """Blocks that all layers have."""
-        return min(map(len, (*self.keys, *self.values)))
+        return min(map(len, (*self.keys, *self.values)), default=0)
 
-    def _locate(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Where each layer's keys and values lie, for compiled code: unsigned where they are float16."""
-        kind = np.uint64 if self.keys[0].dtype == torch.float16 else np.int64
-        keys, values = (
-            np.array([tensor.data_ptr() for tensor in tensors], dtype=kind)
-            for tensors in (self.keys, self.values)
-        )
-        return keys, values
+    def has_room_for(self, num_blocks: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> bool:
+        """Whether `resize` can make this cache one of such blocks."""
+        same = (self._shapes[0][:2], self.dtype) == ((num_heads, head_dim), dtype)
+        return same and num_blocks <= self._most_blocks
+
+    def resize(self, num_layers: int, num_blocks: int) -> None:
+        """Has the first `num_layers` layers and `num_blocks` blocks from now on.
+
+        What layers and blocks that stay hold is kept. On a GPU layers keep as many blocks as they have where
+        there is no memory for more; then `num_blocks` is less. Raises RuntimeError, MemoryError or OSError
+        when there is no room for another layer, which leaves the cache with fewer.
+        """
+        del self.keys[num_layers:], self.values[num_layers:]
+        try:
+            for layer in range(num_layers):
+                self._resize_layer(layer, num_blocks)
+        finally:
+            self.addresses = self._locate()
+
+    def give_back(self) -> None:
+        """Gives back to the system what fell away since the last time. Others may use the cache meanwhile."""
+        for layer, rooms in enumerate(self._rooms):
+            for room, tensors in zip(rooms, (self.keys, self.values), strict=True):
+                room.give_back(tensors[layer].nbytes if layer < len(tensors) else 0)
 
     def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Stores keys and values [tokens, heads, head_dim] at slots [tokens]."""
         blocks, offsets = slots // self.block_tokens, slots % self.block_tokens
-        for tensor, new in ((self.keys[layer], keys), (self.values[layer], values)):
-            tensor[blocks, :, :, offsets] = new.to(tensor.dtype)
+        self.keys[layer][blocks, :, :, offsets] = keys.to(self.dtype)
+        self.values[layer][blocks, :, offsets] = values.to(self.dtype)
 
     def copy(self, source: int, target: int) -> None:
         """Copies a block, in all layers."""
@@ -77,39 +119,67 @@ class KVCache:
 
     def gather(self, layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of blocks [rows, blocks], each [rows, heads, blocks * block_tokens, head_dim]."""
-        rows, width = blocks.shape
+        # [rows, heads, blocks, tokens, head_dim]
+        keys = self.keys[layer][blocks].permute(0, 2, 1, 4, 3)
+        values = self.values[layer][blocks].transpose(1, 2)
+        return keys.flatten(2, 3), values.flatten(2, 3)
 
-        def of(tensor: torch.Tensor) -> torch.Tensor:
-            whole = tensor.index_select(0, blocks.flatten()).view(rows, width, *tensor.shape[1:])
-            # [rows, blocks, heads, head_dim, tokens] -> [rows, heads, blocks, tokens, head_dim]
-            return whole.permute(0, 2, 1, 4, 3).flatten(2, 3)
+    def _resize_layer(self, layer: int, num_blocks: int) -> None:
+        if self.device.type != "cpu":
+            self._resize_on_device(layer, num_blocks)
+            return
+        if layer == len(self._rooms):
+            # Both kinds have as many numbers.
+            count = self._most_blocks * math.prod(self._shapes[0])
+            self._rooms.append((_Room(count, self.dtype), _Room(count, self.dtype)))
+        for tensors, room, shape in zip(
+            (self.keys, self.values), self._rooms[layer], self._shapes, strict=True
+        ):
+            tensors[layer : layer + 1] = [room.tensor((num_blocks, *shape))]
 
-        return of(self.keys[layer]), of(self.values[layer])
+    def _resize_on_device(self, layer: int, num_blocks: int) -> None:
+        for tensors, shape in zip((self.keys, self.values), self._shapes, strict=True):
+            if layer == len(tensors):
+                tensors.append(torch.zeros(num_blocks, *shape, dtype=self.dtype, device=self.device))
+            elif num_blocks > len(old := tensors[layer]):
+                try:
+                    grown = old.new_zeros(num_blocks, *shape)
+                except RuntimeError as error:
+                    log.warning("KV blocks stay as few as they were, there is no memory for more: %s", error)
+                    return
+                grown[: len(old)] = old
+                tensors[layer] = grown
 
-    def drop(self, num_layers: int) -> None:
-        """Drops the layers from `num_layers` on."""
-        del self.keys[num_layers:], self.values[num_layers:]
-        self.addresses = self._locate()
-
-    def grow(self, num_blocks: int) -> Iterator[None]:
-        """Gives each layer `num_blocks` blocks where it has fewer, one tensor of keys or values at a time.
-
-        No more than that one is held twice, and whoever iterates can serve in between. Raises RuntimeError or
-        MemoryError when there is no memory for more; what there was stays.
-        """
-        for tensors in (self.keys, self.values):
-            for layer, old in enumerate(tensors):
-                if num_blocks > len(old):
-                    shape = (num_blocks, *old.shape[1:])
-                    grown = _zeros(shape, old.dtype, old.device, commit=False)
-                    grown[: len(old)] = old
-                    tensors[layer] = grown
-                    self.addresses = self._locate()
-                    yield
+    def _locate(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Where each layer's keys and values lie, for compiled code: unsigned where they are float16."""
+        kind = np.uint64 if self.dtype == torch.float16 else np.int64
+        keys, values = (
+            np.array([tensor.data_ptr() for tensor in tensors], dtype=kind)
+            for tensors in (self.keys, self.values)
+        )
+        return keys, values
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, commit: bool) -> torch.Tensor:
-    if commit or device.type != "cpu":
-        return torch.zeros(shape, dtype=dtype, device=device)
-    # numpy asks for zeroed memory, which the system gives without touching it; torch would write the zeros.
-    return torch.from_numpy(np.zeros(shape, dtype=_NUMPY_DTYPES[dtype]))
+class _Room:
+    """Address space for a layer's keys or values, zeros at first."""
+
+    def __init__(self, count: int, dtype: torch.dtype) -> None:
+        size = (count + _SPARE_NUMBERS) * dtype.itemsize
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        self._map = mmap.mmap(-1, size, flags=flags)
+        self._numbers = torch.frombuffer(self._map, dtype=dtype)
+        # Bytes from the start that may have memory.
+        self._used = 0
+
+    def tensor(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Its first numbers."""
+        found = self._numbers[: math.prod(shape)].view(shape)
+        self._used = max(self._used, found.nbytes)
+        return found
+
+    def give_back(self, kept: int) -> None:
+        """Gives back all memory but that of the first `kept` bytes."""
+        start = -(-kept // mmap.PAGESIZE) * mmap.PAGESIZE
+        for at in range(start, self._used, _RELEASED_BYTES):
+            self._map.madvise(mmap.MADV_DONTNEED, at, min(_RELEASED_BYTES, self._used - at))
+        self._used = min(self._used, kept)

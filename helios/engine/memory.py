@@ -24,6 +24,8 @@ class MemoryPlan:
     activation_bytes: int
     kv_bytes_per_token: int
     num_blocks: int
+    # What any plan of the model could have in this budget.
+    most_blocks: int
 
 
 def plan_memory(
@@ -90,7 +92,8 @@ def share_memory(
     activations = step_token_budget * widest * dtype.itemsize + 3 * max_running * config.vocab_size * 4
     blocks_per_context = -(-config.context_tokens // block_tokens)
     block_bytes = kv_per_token * block_tokens
-    num_blocks = min((budget - weights - activations) // block_bytes, max_running * blocks_per_context)
+    contexts = max_running * blocks_per_context
+    num_blocks = min((budget - weights - activations) // block_bytes, contexts)
     if num_blocks < blocks_per_context:
         needed = weights + activations + blocks_per_context * block_bytes
         raise OutOfMemoryError(
@@ -98,7 +101,8 @@ def share_memory(
             f"activations ({activations:,}) and one full context of KV "
             f"({blocks_per_context * block_bytes:,}); give at least {needed:,} or load fewer layers"
         )
-    return MemoryPlan(weights, activations, kv_per_token, num_blocks)
+    most_blocks = min(budget * depth // block_bytes, contexts)
+    return MemoryPlan(weights, activations, kv_per_token, num_blocks, most_blocks)
 
 
 def kv_bytes_per_token(config: ModelConfig, depth: int, dtype: torch.dtype) -> int:

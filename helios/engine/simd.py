@@ -21,6 +21,10 @@ _BYTE, _SHORT, WORD, SINGLE = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.
 _HALF = ir.HalfType()
 WORDS, SINGLES = ir.VectorType(WORD, LANES), ir.VectorType(SINGLE, LANES)
 
+# What LLVM's prefetch is told: for reading, soon and more than once, data.
+SOON = tuple(ir.Constant(WORD, value) for value in (0, 3, 1))
+_LINE_BYTES = 64
+
 Builder = Any  # llvmlite's ir.IRBuilder, which is untyped
 Value = Any
 
@@ -175,25 +179,64 @@ def _load_kept(_typing: Any, address: types.Type, _index: Any) -> Any:
     return singles(types.uintp if is_half else types.intp, types.intp), generate
 
 
-def _store_kept(_typing: Any, address: types.Type, _index: Any, _value: Any) -> Any:
-    """One number of keys or values, as `_load_kept` reads it."""
+def _as_kept(builder: Builder, value: Value, *, is_half: bool) -> Value:
+    """Within what float16 holds, so that what is kept is never infinite; in float16 if that is how."""
+    for limit, operation in ((-65504.0, "maxnum"), (65504.0, "minnum")):
+        limits = ir.Constant(SINGLES, [limit] * LANES)
+        value = build_call(f"llvm.{operation}.v16f32", SINGLES)(builder, [value, limits])
+    return builder.fptrunc(value, ir.VectorType(_HALF, LANES)) if is_half else value
+
+
+def _store_kept(
+    _typing: Any, address: types.Type, _index: Any, _stride: Any, _count: Any, _value: Any
+) -> Any:
+    """The first lanes as numbers of keys or values, `stride` apart, as `_load_kept` reads them."""
     is_half = address == types.uintp
+    element, element_bytes = (_HALF, 2) if is_half else (SINGLE, 4)
 
     def generate(context: Any, builder: Builder, _: Any, values: Sequence[Value]) -> Value:
-        if is_half:
-            stored = builder.store(
-                builder.fptrunc(values[2], _HALF), _at(builder, values[0], values[1], _HALF)
-            )
-            stored.align = 2
-        else:
-            _store(SINGLE)(builder, values)
+        start, index, stride, count, value = values
+        value = _as_kept(builder, value, is_half=is_half)
+
+        def store(lane: int) -> None:
+            at = builder.add(index, builder.mul(stride, ir.Constant(stride.type, lane)))
+            one = builder.extract_element(value, ir.Constant(WORD, lane))
+            builder.store(one, _at(builder, start, at, element), align=element_bytes)
+
+        whole = builder.icmp_signed(">=", count, ir.Constant(count.type, LANES))
+        with builder.if_else(whole) as (all_of_them, some):
+            with all_of_them:
+                for lane in range(LANES):
+                    store(lane)
+            with some:
+                for lane in range(LANES):
+                    with builder.if_then(builder.icmp_signed(">", count, ir.Constant(count.type, lane))):
+                        store(lane)
         return context.get_dummy_value()
 
-    return types.void(types.uintp if is_half else types.intp, types.intp, types.float32), generate
+    kept = types.uintp if is_half else types.intp
+    return types.void(kept, types.intp, types.intp, types.intp, singles), generate
+
+
+def _fetch_kept(_typing: Any, address: types.Type, _index: Any, _count: Any) -> Any:
+    """Asks for the cache lines of `count` numbers of keys or values, ahead of their use."""
+    is_half = address == types.uintp
+    element = _HALF if is_half else SINGLE
+
+    def generate(context: Any, builder: Builder, _: Any, values: Sequence[Value]) -> Value:
+        start, index, count = values
+        step = ir.Constant(count.type, _LINE_BYTES // (2 if is_half else 4))
+        with cgutils.for_range_slice(builder, ir.Constant(count.type, 0), count, step, count.type) as (at, _):
+            line = _at(builder, start, builder.add(index, at), element, _BYTE)
+            build_call("llvm.prefetch.p0", ir.VoidType())(builder, [line, *SOON])
+        return context.get_dummy_value()
+
+    return types.void(types.uintp if is_half else types.intp, types.intp, types.intp), generate
 
 
 load_kept: Any = intrinsic(_load_kept)
 store_kept: Any = intrinsic(_store_kept)
+fetch_kept: Any = intrinsic(_fetch_kept)
 
 
 def _first(builder: Builder, count: Value) -> Value:
@@ -257,41 +300,6 @@ floor = _operation(singles, (singles,), build_call("llvm.floor.v16f32", SINGLES)
 total = _operation(types.float32, (singles,), _sum)
 largest = _operation(types.float32, (singles,), _largest)
 
-
-def _store_totals(builder: Builder, values: Sequence[Value]) -> Value:
-    """The totals of four vectors, each in `_sum`'s order, times a number, side by side."""
-    address, index, *vectors, factor = values
-
-    def fold(left: Value, right: Value, half: int) -> Value:
-        """Two vectors of groups of 2 * half lanes: groups' halves added, those of the left first."""
-        lanes = range(0, 2 * LANES, 2 * half)
-        low = [start + lane for start in lanes for lane in range(half)]
-        high = [start + half + lane for start in lanes for lane in range(half)]
-        parts = (ir.Constant(WORDS, order) for order in (low, high))
-        return builder.fadd(*(builder.shuffle_vector(left, right, part) for part in parts))
-
-    a, b, c, d = vectors
-    # Eight lanes of each, then four.
-    sums = fold(fold(a, b, 8), fold(c, d, 8), 4)
-    for step in (2, 1):
-        order = ir.Constant(WORDS, [(lane + step) % LANES for lane in range(LANES)])
-        sums = builder.fadd(sums, builder.shuffle_vector(sums, sums, order))
-    four = ir.VectorType(WORD, 4)
-    totals = builder.shuffle_vector(sums, sums, ir.Constant(four, [0, 4, 8, 12]))
-    nothing = ir.Constant(totals.type, ir.Undefined)
-    factors = builder.insert_element(nothing, factor, ir.Constant(WORD, 0))
-    factors = builder.shuffle_vector(factors, nothing, ir.Constant(four, [0] * 4))
-    stored = builder.store(builder.fmul(totals, factors), _at(builder, address, index, SINGLE, totals.type))
-    stored.align = 4
-    return stored
-
-
-# To (address, index): the totals of four vectors times a number.
-store_totals = _operation(
-    types.void,
-    (types.intp, types.intp, singles, singles, singles, singles, types.float32),
-    _store_totals,
-)
 
 # 0 to 15, and the same number in all lanes.
 lane_numbers = _operation(words, (), lambda _b, _v: ir.Constant(WORDS, list(range(LANES))))

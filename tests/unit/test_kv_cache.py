@@ -1,0 +1,94 @@
+"""Keys and values stay where they are while layers and blocks come and go, and their memory goes back."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from helios.engine.kv_cache import KVCache
+
+HEADS, HEAD_DIM, BLOCK_TOKENS = 2, 8, 16
+CPU = torch.device("cpu")
+
+
+def make(num_layers: int, num_blocks: int, most_blocks: int = 0, *, commit: bool = True) -> KVCache:
+    return KVCache(
+        num_layers,
+        num_blocks,
+        BLOCK_TOKENS,
+        HEADS,
+        HEAD_DIM,
+        torch.float16,
+        CPU,
+        most_blocks=most_blocks,
+        commit=commit,
+    )
+
+
+def resident_bytes() -> int:
+    """Of this process, as the system counts them."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
+def test_what_was_written_is_gathered_in_order() -> None:
+    cache = make(2, 5)
+    keys, values = (torch.randn(20, HEADS, HEAD_DIM).half() for _ in range(2))
+    # Twenty tokens in two blocks that do not follow each other.
+    slots = torch.tensor([3 * BLOCK_TOKENS + offset for offset in range(16)] + [16, 17, 18, 19])
+    cache.write(1, slots, keys, values)
+    found_keys, found_values = cache.gather(1, torch.tensor([[3, 1]]))
+    assert torch.equal(found_keys[0, :, :20], keys.transpose(0, 1))
+    assert torch.equal(found_values[0, :, :20], values.transpose(0, 1))
+    cache.copy(3, 4)
+    assert torch.equal(cache.gather(1, torch.tensor([[4]]))[0], cache.gather(1, torch.tensor([[3]]))[0])
+
+
+def test_layers_and_blocks_that_stay_keep_place_and_content() -> None:
+    cache = make(3, 4, most_blocks=8)
+    for tensor in (*cache.keys, *cache.values):
+        tensor.normal_()
+    before, places = [tensor.clone() for tensor in cache.keys[:2]], cache.addresses[0][:2].tolist()
+    cache.resize(2, 8)
+    assert (len(cache.keys), len(cache.values), cache.num_blocks) == (2, 2, 8)
+    assert cache.addresses[0].tolist() == places
+    for old, new in zip(before, cache.keys, strict=True):
+        assert torch.equal(new[:4], old)
+        assert not new[4:].any()
+    cache.resize(3, 4)
+    assert [tensor.shape[0] for tensor in cache.keys] == [4, 4, 4]
+    assert cache.addresses[0][:2].tolist() == places
+
+
+def test_memory_of_what_fell_away_goes_back_and_comes_again_as_zeros() -> None:
+    # 64 MB of each of keys and values in two layers.
+    blocks = (64 << 20) // (HEADS * HEAD_DIM * BLOCK_TOKENS * 2)
+    cache = make(2, blocks)
+    for tensor in (*cache.keys, *cache.values):
+        tensor.fill_(1)
+    full = resident_bytes()
+    cache.resize(1, blocks // 2)
+    cache.give_back()
+    # Half of one layer is left of two.
+    assert full - resident_bytes() == pytest.approx(3 * (64 << 20), rel=0.05)
+    assert cache.keys[0].all()
+    assert cache.values[0].all()
+    cache.resize(2, blocks)
+    assert cache.keys[0][: blocks // 2].all()
+    assert not cache.keys[0][blocks // 2 :].any()
+    assert not cache.values[1].any()
+
+
+def test_address_space_is_no_memory() -> None:
+    before = resident_bytes()
+    # More than this machine has: 16 layers of 2 x 64 GB.
+    most = (64 << 30) // (HEADS * HEAD_DIM * BLOCK_TOKENS * 2)
+    cache = make(16, 1000, most_blocks=most, commit=False)
+    assert resident_bytes() - before < 32 << 20
+    assert cache.has_room_for(most, HEADS, HEAD_DIM, torch.float16)
+    assert not cache.has_room_for(most + 1, HEADS, HEAD_DIM, torch.float16)
+    assert not cache.has_room_for(1, HEADS, 2 * HEAD_DIM, torch.float16)
+    assert not cache.has_room_for(1, HEADS, HEAD_DIM, torch.float32)
+    cache.resize(1, most)
+    cache.keys[0][-1] = 1
+    assert cache.keys[0][-1].all()
