@@ -1,7 +1,7 @@
 """The tensors of one step: decode rows first, then the chunks of prefills, flattened to one axis."""
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -24,21 +24,79 @@ class PrefillChunk:
     mask: torch.Tensor | None
 
 
-@dataclass(frozen=True)
+# Not frozen: one is made for each step, and that would take twice as long.
+@dataclass(eq=False)
 class Batch:
     """One step. T rows of S sequences; the first `decode_rows` are single tokens of as many sequences."""
 
-    token_ids: torch.Tensor  # [T]
-    positions: torch.Tensor  # [T], from 0: a row sees this many tokens before itself
-    slots: torch.Tensor  # [T], where each row's keys and values go
-    tables: torch.Tensor  # [S, blocks of the longest context], the sequences' block numbers
-    row_tables: torch.Tensor  # [T], the sequence of each row
+    # All that has a number a row or a block, in one transfer: token ids, positions, slots and row_tables, [T]
+    # each; read_rows, [R]; tables, [S, W].
+    numbers: torch.Tensor
+    rows: int
+    reads: int
+    sequences: int
     decode_rows: int
     block_tokens: int
     # Rows start..end of each prefill, and whether they are its whole context.
     chunks: tuple[tuple[int, int, bool], ...]
-    # Rows that a token is read from, in the order of the sequences that get one.
-    read_rows: torch.Tensor  # [R]
+
+    @classmethod
+    def of(
+        cls,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        tables: torch.Tensor,
+        row_tables: torch.Tensor,
+        decode_rows: int,
+        block_tokens: int,
+        chunks: tuple[tuple[int, int, bool], ...],
+        read_rows: torch.Tensor,
+    ) -> "Batch":
+        """A batch of its parts, int64."""
+        numbers = torch.cat([token_ids, positions, slots, row_tables, read_rows, tables.flatten()])
+        return cls(numbers, len(token_ids), len(read_rows), len(tables), decode_rows, block_tokens, chunks)
+
+    @property
+    def width(self) -> int:
+        """Blocks of the longest context."""
+        return (len(self.numbers) - 4 * self.rows - self.reads) // self.sequences
+
+    @property
+    def token_ids(self) -> torch.Tensor:
+        """[T]"""
+        return self._parts[0]
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """From 0: a row sees this many tokens before itself. [T]"""
+        return self._parts[1]
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """Where each row's keys and values go. [T]"""
+        return self._parts[2]
+
+    @property
+    def row_tables(self) -> torch.Tensor:
+        """The sequence of each row. [T]"""
+        return self._parts[3]
+
+    @property
+    def read_rows(self) -> torch.Tensor:
+        """Rows that a token is read from, in the order of the sequences that get one. [R]"""
+        return self._parts[4]
+
+    @property
+    def tables(self) -> torch.Tensor:
+        """The sequences' block numbers. [S, W]"""
+        return self._parts[5].view(self.sequences, -1)
+
+    @cached_property
+    def _parts(self) -> tuple[torch.Tensor, ...]:
+        rows, reads = self.rows, self.reads
+        sizes = [rows, rows, rows, rows, reads, len(self.numbers) - 4 * rows - reads]
+        return torch.split(self.numbers, sizes)
 
     @cached_property
     def lengths(self) -> torch.Tensor:
@@ -47,10 +105,11 @@ class Batch:
 
     @cached_property
     def addresses(self) -> NDArray[np.int64]:
-        """Where compiled code finds slots, tables (and their width), row_tables and lengths."""
-        parts = (self.slots, self.tables, self.row_tables, self.lengths)
-        slots, tables, row_tables, lengths = (tensor.data_ptr() for tensor in parts)
-        return np.array([slots, tables, self.tables.shape[1], row_tables, lengths], dtype=np.int64)
+        """Where compiled code finds token ids, positions, slots, row_tables, read_rows and tables; W."""
+        start, row = self.numbers.data_ptr(), 8 * self.rows
+        read_rows = start + 4 * row
+        parts = (start, start + row, start + 2 * row, start + 3 * row, read_rows, read_rows + 8 * self.reads)
+        return np.array([*parts, self.width], dtype=np.int64)
 
     @cached_property
     def decode_mask(self) -> torch.Tensor:
@@ -86,14 +145,16 @@ class Batch:
         prefill_rows = torch.arange(self.decode_rows, len(self.token_ids), device=rows.device)
         kept = torch.cat([rows, prefill_rows])
         shift = self.decode_rows - len(rows)
-        return replace(
-            self,
-            token_ids=self.token_ids[kept],
-            positions=self.positions[kept],
-            slots=self.slots[kept],
-            row_tables=self.row_tables[kept],
-            decode_rows=len(rows),
-            chunks=tuple((start - shift, end - shift, whole) for start, end, whole in self.chunks),
+        return Batch.of(
+            self.token_ids[kept],
+            self.positions[kept],
+            self.slots[kept],
+            self.tables,
+            self.row_tables[kept],
+            len(rows),
+            self.block_tokens,
+            tuple((start - shift, end - shift, whole) for start, end, whole in self.chunks),
+            self.read_rows,
         )
 
 
@@ -133,23 +194,12 @@ def build_batch(
         if count == seq.pending:
             read_rows.append(len(token_ids) - 1)
             readers.append(seq)
-    width = max(map(len, tables))
-    # One transfer for all that has a number a row.
-    rows = _tensor([token_ids, positions, slots, row_tables], device)
-    batch = Batch(
-        token_ids=rows[0],
-        positions=rows[1],
-        slots=rows[2],
-        row_tables=rows[3],
-        tables=_tensor([table + [0] * (width - len(table)) for table in tables], device),
-        decode_rows=len(decodes),
-        block_tokens=block_tokens,
-        chunks=tuple(chunks),
-        read_rows=_tensor(read_rows, device),
-    )
+    rows, width = len(token_ids), max(map(len, tables))
+    # One conversion and one transfer for all. numpy takes lists several times as fast as torch does.
+    numbers = token_ids + positions + slots + row_tables + read_rows
+    for table in tables:
+        numbers += table
+        numbers += [0] * (width - len(table))
+    together = torch.from_numpy(np.array(numbers, dtype=np.int64)).to(device)
+    batch = Batch(together, rows, len(read_rows), len(tables), len(decodes), block_tokens, tuple(chunks))
     return batch, readers
-
-
-def _tensor(numbers: list[int] | list[list[int]], device: torch.device) -> torch.Tensor:
-    """Of int64. By way of numpy, which takes lists several times as fast as torch does."""
-    return torch.from_numpy(np.array(numbers, dtype=np.int64)).to(device)

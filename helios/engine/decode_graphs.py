@@ -9,6 +9,7 @@ import torch
 from helios.engine.batch import Batch
 from helios.engine.kv_cache import KVCache
 from helios.engine.model import Model
+from helios.engine.readout import Readout
 
 log = logging.getLogger(__name__)
 
@@ -36,9 +37,9 @@ class PaddedDecode:
         zeros = torch.zeros(self.rows, dtype=torch.int64, device=device)
         each = torch.arange(self.rows, device=device)
         size = self.cache.block_tokens
-        return Batch(
+        return Batch.of(
             token_ids=zeros,
-            positions=zeros.clone(),
+            positions=zeros,
             slots=torch.full_like(zeros, self.spare_block * size),
             tables=torch.full((self.rows, self.blocks), self.spare_block, device=device),
             row_tables=each,
@@ -50,7 +51,7 @@ class PaddedDecode:
 
     def fill(self, batch: Batch) -> None:
         """Takes over the rows of a step of decodes alone."""
-        mine, rows, width = self.batch, len(batch.token_ids), batch.tables.shape[1]
+        mine, rows, width = self.batch, batch.rows, batch.width
         spare = self.spare_block
         for own, new, padding in (
             (mine.token_ids, batch.token_ids, 0),
@@ -63,11 +64,11 @@ class PaddedDecode:
         mine.tables[:rows, width:] = spare
         mine.tables[rows:] = spare
 
-    def compute(self) -> torch.Tensor:
-        """Logits of all rows: [rows, vocabulary]. Writes their KV."""
+    def compute(self) -> Readout:
+        """What all rows read out. Writes their KV."""
         # The batch's masks hang on its positions: they are computed anew, in the graph.
         batch = replace(self.batch)
-        return self.model.read_out(self.model.forward(batch, self.cache), self.model.depth)
+        return self.model.step(batch, self.cache, self.model.depth)
 
 
 @dataclass
@@ -81,24 +82,24 @@ class DecodeGraphs:
     cache: KVCache
     spare_block: int
     most_rows: int
-    _graphs: dict[tuple[int, int], tuple[PaddedDecode, torch.cuda.CUDAGraph, torch.Tensor]] = field(
+    _graphs: dict[tuple[int, int], tuple[PaddedDecode, torch.cuda.CUDAGraph, Readout]] = field(
         default_factory=dict
     )
 
-    def run(self, batch: Batch) -> torch.Tensor | None:
-        """Logits [rows, vocabulary] of a step of decodes alone, valid until the next call; else None."""
-        rows = len(batch.token_ids)
+    def run(self, batch: Batch) -> Readout | None:
+        """What a step of decodes alone reads out, valid until the next call; else None."""
+        rows = batch.rows
         if batch.chunks or rows > self.most_rows:
             return None
-        key = _at_least(rows), _at_least(batch.tables.shape[1])
+        key = _at_least(rows), _at_least(batch.width)
         if key not in self._graphs:
             self._graphs[key] = self._captured(*key)
-        step, graph, logits = self._graphs[key]
+        step, graph, found = self._graphs[key]
         step.fill(batch)
         graph.replay()
-        return logits[:rows]
+        return Readout(*(part[:rows] for part in found))
 
-    def _captured(self, rows: int, blocks: int) -> tuple[PaddedDecode, torch.cuda.CUDAGraph, torch.Tensor]:
+    def _captured(self, rows: int, blocks: int) -> tuple[PaddedDecode, torch.cuda.CUDAGraph, Readout]:
         step = PaddedDecode(self.model, self.cache, rows, blocks, self.spare_block)
         stream = torch.cuda.Stream(self.model.device)
         stream.wait_stream(torch.cuda.current_stream(self.model.device))
@@ -110,9 +111,9 @@ class DecodeGraphs:
         # All graphs share their memory, as one runs at a time; a reload in another thread may allocate.
         pool = next((graph.pool() for _, graph, _ in self._graphs.values()), None)
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            logits = step.compute()
+            found = step.compute()
         log.info("captured a decode step of %d rows and %d blocks", rows, blocks)
-        return step, graph, logits
+        return step, graph, found
 
 
 def _at_least(count: int) -> int:

@@ -229,6 +229,9 @@ class Engine:
     @torch.inference_mode()
     def step(self) -> bool:
         """Schedules, runs and delivers one step. False: there was nothing to do."""
+        return self._step()
+
+    def _step(self) -> bool:
         began = time.perf_counter()
         self._take_inbox()
         self._expire()
@@ -236,22 +239,25 @@ class Engine:
         if not scheduled:
             self._last_step = time.monotonic()
             return False
-        now = time.time_ns()
         for seq, _ in scheduled:
             if not seq.times.scheduled:
-                seq.times.scheduled = now
+                seq.times.scheduled = time.time_ns()
         batch, readers = build_batch(scheduled, self.settings.block_tokens, self.plan.model.device)
         if self.settings.exit_mode is ExitMode.DYNAMIC:
-            logits, exits = run_dynamic(self.plan.model, batch, self._cache, self.plan.thresholds)
+            found, exits = run_dynamic(self.plan.model, batch, self._cache, self.plan.thresholds)
         else:
-            logits, exits = run_static(self.plan.model, batch, self._cache, self._graphs)
+            found, exits = run_static(self.plan.model, batch, self._cache, self._graphs)
         for seq, count in scheduled:
             self._scheduler.advance(seq, count)
-        prompt_tokens = len(batch.token_ids) - batch.decode_rows
+        prompt_tokens = batch.rows - batch.decode_rows
         self._counters.prefill_tokens += prompt_tokens
         if readers:
-            rows = [Row(seq.sampling, len(seq.token_ids), seq.token_ids) for seq in readers]
-            self._deliver(readers, sample(logits, rows), exits)
+            rows = {
+                index: Row(seq.sampling, len(seq.token_ids), seq.token_ids)
+                for index, seq in enumerate(readers)
+                if not seq.takes_likeliest
+            }
+            self._deliver(readers, sample(found, rows), exits)
         self._counters.steps += 1
         self._scheduler.chunks.observe(batch.decode_rows, prompt_tokens, time.perf_counter() - began)
         self._last_step = time.monotonic()
@@ -259,9 +265,11 @@ class Engine:
 
     def _loop(self) -> None:
         try:
-            while not self._stopping:
-                if not self.step():
-                    self._wait()
+            # Once for all steps: entering it takes as long as scheduling a small batch.
+            with torch.inference_mode():
+                while not self._stopping:
+                    if not self._step():
+                        self._wait()
         except Exception as error:
             log.exception("the engine's loop failed")
             self._fail_all(HeliosError(f"the engine failed: {type(error).__name__}; see the worker's log"))
@@ -298,11 +306,10 @@ class Engine:
             self._end(seq, Output(error=error))
 
     def _deliver(self, readers: list[Sequence], sampled: Sampled, exits: list[int]) -> None:
-        columns = sampled.on_host()
-        now, model, thresholds = time.time_ns(), self.plan.entry.name, self.plan.thresholds
+        now, model, threshold_of = time.time_ns(), self.plan.entry.name, self.plan.thresholds.get
         outputs: list[Output] = []
-        for seq, token_id, logprob, certainty, exit_layer in zip(readers, *columns, exits, strict=True):
-            index = seq.completion_tokens
+        for seq, token_id, logprob, certainty, exit_layer in zip(readers, *sampled, exits, strict=True):
+            index = len(seq.token_ids) - seq.prompt_tokens
             seq.token_ids.append(token_id)
             if not seq.times.first_token:
                 seq.times.first_token = now
@@ -313,7 +320,7 @@ class Engine:
                 text += seq.detokenizer.flush()
                 finish = seq.finish(reason)
             token = GeneratedToken(index, token_id, text, logprob, certainty, exit_layer, model)
-            self._counters.high_exit_tokens += certainty < thresholds.get(exit_layer, 0.0)
+            self._counters.high_exit_tokens += certainty < threshold_of(exit_layer, 0.0)
             outputs.append(Output((token,), finish, more=len(outputs) + 1 < len(readers)))
         self._counters.generated_tokens += len(outputs)
         # In one go, and only when the last is ready: detokenizing lets go of the interpreter's lock.

@@ -105,8 +105,8 @@ def _walk(
     for position in range(prefix, length):
         scheduled = [(sequence, sequence.pending) for sequence in sequences]
         batch, _ = build_batch(scheduled, _BLOCK_TOKENS, plan.model.device)
-        logits, exit_layers = run_dynamic(plan.model, batch, cache, thresholds)
-        top, _, cost = _read(logits, torch.tensor([text[position] for text in texts]))
+        found, exit_layers = run_dynamic(plan.model, batch, cache, thresholds)
+        top, _, cost = _read(found.logits, torch.tensor([text[position] for text in texts]))
         exits.append(exit_layers)
         top_ids.append(top.numpy())
         nats.append(cost.numpy())

@@ -10,7 +10,7 @@ from helios.engine.batch import Batch
 from helios.engine.decode_graphs import DecodeGraphs
 from helios.engine.kv_cache import KVCache
 from helios.engine.model import Model
-from helios.engine.sampler import summarized
+from helios.engine.readout import Readout, read
 
 
 class ExitMode(enum.StrEnum):
@@ -22,55 +22,45 @@ class ExitMode(enum.StrEnum):
     GREEDY = "greedy"
 
 
-def confidence(logits: torch.Tensor) -> torch.Tensor:
-    """Probability of the top token: [rows, vocabulary] -> [rows]."""
-    _, peaks, normalizer = summarized(logits.float())
-    return (peaks - normalizer).exp()
-
-
 def run_static(
     model: Model, batch: Batch, cache: KVCache, graphs: DecodeGraphs | None = None
-) -> tuple[torch.Tensor, list[int]]:
-    """All rows through all loaded layers. Logits [R, vocabulary] and the exit layer of each.
+) -> tuple[Readout, list[int]]:
+    """All rows through all loaded layers. What the read rows read out, and the exit layer of each.
 
     `graphs` are of this model and cache, for the steps that one was captured of.
     """
-    logits = None if graphs is None else graphs.run(batch)
-    if logits is None:
-        hidden = model.forward(batch, cache)
-        # Rows are read in their order: as many as there are, these are all.
-        if len(batch.read_rows) < len(hidden):
-            hidden = hidden[batch.read_rows]
-        logits = model.read_out(hidden, model.depth)
-    return logits, [model.depth] * len(logits)
+    found = None if graphs is None else graphs.run(batch)
+    if found is None:
+        found = model.step(batch, cache, model.depth)
+    return found, [model.depth] * len(found.best)
 
 
 def run_dynamic(
     model: Model, batch: Batch, cache: KVCache, thresholds: Mapping[int, float]
-) -> tuple[torch.Tensor, list[int]]:
+) -> tuple[Readout, list[int]]:
     """Each decode row leaves at its first confident exit; the batch goes on for the others.
 
     Prefill rows walk all layers. The KV of layers that a row skips is computed from its state at the
     exit (state propagation, EE-LLM, Chen et al. 2024). `thresholds` maps the exits before the last to
-    the confidence they ask for. Logits [R, vocabulary] and the exit layer of each.
+    the confidence they ask for. What the read rows read out, and the exit layer of each.
     """
     hidden = model.embed(batch.token_ids, batch.positions)
     # Decode rows still in the model; `hidden` and `running` have these and the prefill rows behind them.
     active = torch.arange(batch.decode_rows, device=hidden.device)
     running = batch
     exit_layers = torch.full((len(batch.read_rows),), model.depth, device=hidden.device)
-    exited: list[tuple[torch.Tensor, torch.Tensor]] = []  # (rows, their logits)
+    exited: list[tuple[torch.Tensor, Readout]] = []  # (rows, what they read out)
     stops = sorted(layer for layer in thresholds if layer < model.depth)
     for first, last in itertools.pairwise((0, *stops, model.depth)):
         hidden = model.layers(first, last, hidden, running, cache)
         if last == model.depth or not len(active):
             continue
-        logits = model.read_out(hidden[: len(active)], last)
-        leaves = confidence(logits) >= thresholds[last]
+        found = read(model.read_out(hidden[: len(active)], last))
+        leaves = found.confidences >= thresholds[last]
         if not bool(leaves.any()):
             continue
         rows = active[leaves]
-        exited.append((rows, logits[leaves]))
+        exited.append((rows, Readout(*(part[leaves] for part in found))))
         exit_layers[rows] = last
         model.propagate(last, hidden[: len(active)][leaves], batch.slots[rows], cache)
         hidden = torch.cat([hidden[: len(active)][~leaves], hidden[len(active) :]])
@@ -83,6 +73,7 @@ def run_dynamic(
     if len(remaining) or not exited:
         prefilled = batch.read_rows[batch.decode_rows :] - (batch.decode_rows - len(active))
         at = torch.cat([torch.arange(len(active), device=hidden.device), prefilled])
-        exited.append((remaining, model.read_out(hidden[at], model.depth)))
+        exited.append((remaining, read(model.read_out(hidden[at], model.depth))))
     order = torch.cat([rows for rows, _ in exited]).argsort()
-    return torch.cat([values for _, values in exited])[order], exit_layers.tolist()
+    parts = zip(*(found for _, found in exited), strict=True)
+    return Readout(*(torch.cat(part)[order] for part in parts)), exit_layers.tolist()

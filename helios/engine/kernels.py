@@ -33,6 +33,8 @@ from helios.engine.simd import (
     lane_numbers,
     larger,
     largest,
+    load_bfloat,
+    load_half,
     load_kept,
     load_long,
     load_shared,
@@ -62,6 +64,7 @@ from helios.engine.simd import (
     total,
     where_greater,
 )
+from helios.model_config import POSITION_OFFSET
 
 _LOG2_E = math.log2(math.e)
 # 2**x on [0, 1): the Taylor series in x ln 2, as exact as float32 is.
@@ -77,8 +80,13 @@ _SPINS = 2000
 NONE, RELU = 0, 1
 # Behind the weights of a product; only int8 has the last two.
 _BIASES, _CORRECTIONS, _SCALES = 1, 2, 3
+# What is looked up is in one of the products' numbers, or in this; int8 is not.
+FLOAT16 = 3
 # Addresses of a product.
 PARTS = 4
+# Where `step` finds products among the addresses it is given.
+_PROJECT_IN, _PROJECT_OUT, _LM_HEAD = 8, 12, 16
+_HEAD_LINEAR = 2
 
 
 @_compiled
@@ -373,8 +381,8 @@ def _attend_one(
     many heads, `room` numbers each; following: the block that is read next.
     """
     width = heads * head_dim
-    tables = rows_of[1] + 8 * load_long(rows_of[3], row) * rows_of[2]
-    length = load_long(rows_of[4], row)
+    tables = rows_of[5] + 8 * load_long(rows_of[3], row) * rows_of[6]
+    length = load_long(rows_of[1], row) + 1
     blocks = (length + block_tokens - 1) // block_tokens
     slab_size = head_dim * block_tokens
     factor = spread_single(np.float32(1) / np.sqrt(np.float32(head_dim)))
@@ -417,9 +425,9 @@ def _attend_four(
     scores: room for four rows', `room` numbers each.
     """
     width = heads * head_dim
-    tables = rows_of[1] + 8 * load_long(rows_of[3], row) * rows_of[2]
+    tables = rows_of[5] + 8 * load_long(rows_of[3], row) * rows_of[6]
     # The last one sees most. What the others do not see weighs nothing.
-    length = load_long(rows_of[4], row + 3)
+    length = load_long(rows_of[1], row + 3) + 1
     blocks = (length + block_tokens - 1) // block_tokens
     slab_size = head_dim * block_tokens
     factor = spread_single(np.float32(1) / np.sqrt(np.float32(head_dim)))
@@ -436,7 +444,7 @@ def _attend_four(
             store_singles(scores, at + 2 * room, multiply(s2, factor))
             store_singles(scores, at + 3 * room, multiply(s3, factor))
     for index in range(4):
-        _weigh(scores + 4 * index * room, load_long(rows_of[4], row + index), blocks * block_tokens)
+        _weigh(scores + 4 * index * room, load_long(rows_of[1], row + index) + 1, blocks * block_tokens)
     target = row * width + head * head_dim
     # Two registers of dimensions at a time: sums of one alone wait for each other.
     for dim in range(0, head_dim, 2 * LANES):
@@ -469,7 +477,7 @@ def _attend(thread, threads, qkv, rows, heads, head_dim, keys, values, block_tok
     """A thread's share of the heads, of all rows, over the rows' contexts. See `attend`."""
     longest = np.int64(0)
     for row in range(rows):
-        longest = max(longest, load_long(rows_of[4], row))
+        longest = max(longest, load_long(rows_of[1], row) + 1)
     room = longest + block_tokens
     first, last = heads * thread // threads, heads * (thread + 1) // threads
     scores = np.empty(max(4, last - first) * room, np.float32)
@@ -485,7 +493,7 @@ def _attend(thread, threads, qkv, rows, heads, head_dim, keys, values, block_tok
             row += 4
         else:
             beside = load_long(rows_of[3], min(row + 1, rows - 1))
-            following = load_long(rows_of[1] + 8 * beside * rows_of[2], 0)
+            following = load_long(rows_of[5] + 8 * beside * rows_of[6], 0)
             _attend_one(
                 qkv, heads, head_dim, keys, values, block_tokens, rows_of, out, row, first, last,
                 scores.ctypes.data, room, following,
@@ -518,7 +526,7 @@ def attend(thread, threads, team, qkv, rows, heads, head_dim, keys, values, bloc
     rows_of: `Batch.addresses`; out: float32 [rows, heads, head_dim].
     """
     start, end = rows * thread // threads, rows * (thread + 1) // threads
-    _remember(qkv, start, end, heads * head_dim, head_dim, keys, values, block_tokens, rows_of[0])
+    _remember(qkv, start, end, heads * head_dim, head_dim, keys, values, block_tokens, rows_of[2])
     _meet(team, threads)
     _attend(thread, threads, qkv, rows, heads, head_dim, keys, values, block_tokens, rows_of, out)
     _meet(team, threads)
@@ -577,6 +585,101 @@ def layers(
 
 
 @_compiled
+def _load_number(numbers, address, index):
+    """One as float32."""
+    if numbers == FLOAT16:
+        return load_half(address, index)
+    return load_bfloat(address, index) if numbers == BFLOAT16 else load_single(address, index)
+
+
+@_compiled
+def _embed(ends, token_ids, start, end, out):
+    """The rows start..end of what `token_ids` stand for, float32 [rows, embed width]. ends: as in `step`."""
+    table, numbers, tile, together, tile_numbers, width = ends[0], ends[1], ends[2], ends[3], ends[4], ends[5]
+    for row in range(start, end):
+        token_id = load_long(token_ids, row)
+        source = token_id // tile * tile_numbers + token_id % tile * together
+        target = row * width
+        for first in range(0, width, together):
+            for column in range(min(together, width - first)):
+                store_single(out, target + first + column, _load_number(numbers, table, source + column))
+            source += tile * together
+
+
+@_compiled
+def _add_positions(ends, positions, start, end, width, hidden):
+    """Adds to rows start..end of hidden, float32 [rows, width], what stands for their positions."""
+    table, numbers = ends[6], ends[7]
+    for row in range(start, end):
+        source, target = (load_long(positions, row) + POSITION_OFFSET) * width, row * width
+        for column in range(width):
+            number = load_single(hidden, target + column) + _load_number(numbers, table, source + column)
+            store_single(hidden, target + column, number)
+
+
+@_compiled
+def step(
+    thread, threads, team, numbers, parts, depth, ends, head, rows, width, ffn, heads, norm_before, keys,
+    values, block_tokens, rows_of, reads, vocabulary, scratch, logits, best, summaries,
+):
+    """A step of the first `depth` layers, from token ids to what sampling needs: one thread's part.
+
+    ends: int64 [20]. Of the table of tokens: its address, its kind (FLOAT32, BFLOAT16, FLOAT16), and how its
+    numbers lie, which is as in `linear.pack`: tokens of a tile, numbers together, numbers of a tile, numbers
+    of a token. Of the table of positions: address and kind. Then the products of the projections in and out
+    and of the LM head, as `product` takes them, with weights at 0 where there is none. head: int64 [6], of
+    an exit: the addresses of its norm's weight (0: none) and bias, and its linear layer, as those.
+    rows_of: `Batch.addresses`; reads: how many rows are read; logits: float32 [reads, vocabulary]; best,
+    summaries: as in `summarize`; scratch: of `step_scratch` bytes; the rest as in `layers`.
+    """
+    hidden = scratch
+    x = hidden + 4 * rows * width
+    start, end = rows * thread // threads, rows * (thread + 1) // threads
+    embed_width = ends[5]
+    if ends[_PROJECT_IN]:
+        _embed(ends, rows_of[0], start, end, x)
+        product(
+            thread, threads, team, numbers, x, embed_width, rows, embed_width, ends, _PROJECT_IN, width,
+            hidden, width, NONE, 0, x + 4 * rows * embed_width,
+        )
+    else:
+        _embed(ends, rows_of[0], start, end, hidden)
+    _add_positions(ends, rows_of[1], start, end, width, hidden)
+    layers(
+        thread, threads, team, numbers, parts, 0, depth, hidden, rows, width, ffn, heads, norm_before, keys,
+        values, block_tokens, rows_of, x,
+    )
+    # From here on each thread goes on with rows of its own, but for the products' own barriers.
+    start, end = reads * thread // threads, reads * (thread + 1) // threads
+    for row in range(start, end):
+        source, target = load_long(rows_of[4], row) * width, row * width
+        for column in range(0, width, LANES):
+            count = width - column
+            store_some(x, target + column, count, load_some(hidden, source + column, count))
+    if head[0]:
+        norm(x, start, end, width, head[0], head[1], x)
+    other = x + 4 * reads * width
+    rest = other + 4 * reads * max(width, embed_width)
+    if head[_HEAD_LINEAR]:
+        product(
+            thread, threads, team, numbers, x, width, reads, width, head, _HEAD_LINEAR, width, other, width,
+            NONE, 0, rest,
+        )
+        x, other = other, x
+    if ends[_PROJECT_OUT]:
+        product(
+            thread, threads, team, numbers, x, width, reads, width, ends, _PROJECT_OUT, embed_width, other,
+            embed_width, NONE, 0, rest,
+        )
+        x = other
+    product(
+        thread, threads, team, numbers, x, embed_width, reads, embed_width, ends, _LM_HEAD, vocabulary,
+        logits, vocabulary, NONE, 0, rest,
+    )
+    summarize(thread, threads, team, logits, reads, vocabulary, best, summaries)
+
+
+@_compiled
 def propagate(
     thread, threads, team, numbers, parts, first, last, hidden, rows, width, heads, norm_before, keys,
     values, block_tokens, slots, scratch,
@@ -616,7 +719,8 @@ def propagate(
 def summarize(thread, threads, _team, logits, rows, width, best, summaries):
     """What sampling needs of each row of logits, float32 [rows, width].
 
-    best: int64 [rows], the first of the largest; summaries: float32 [rows, 2], the largest and log-sum-exp.
+    best: int64 [rows], the first of the largest; summaries: float32 [rows, 4], the largest, log-sum-exp, and
+    the largest's log-probability and probability.
     """
     whole = width - width % LANES
     room, places = np.empty(LANES, np.float32), np.empty(LANES, np.int32)
@@ -646,9 +750,12 @@ def summarize(thread, threads, _team, logits, rows, width, best, summaries):
         mass = total(sums)
         for column in range(whole, width):
             mass += np.exp(load_single(logits, base + column) - peak)
+        normalizer = peak + np.log(mass)
         store_long(best, row, place)
-        store_single(summaries, 2 * row, peak)
-        store_single(summaries, 2 * row + 1, peak + np.log(mass))
+        store_single(summaries, 4 * row, peak)
+        store_single(summaries, 4 * row + 1, normalizer)
+        store_single(summaries, 4 * row + 2, peak - normalizer)
+        store_single(summaries, 4 * row + 3, np.exp(peak - normalizer))
 
 
 @_compiled
@@ -673,6 +780,13 @@ def product_scratch(numbers: int, rows: int, width: int) -> int:
 def layers_scratch(numbers: int, rows: int, width: int, ffn: int) -> int:
     """Bytes that `layers` works on: states, projections, the feed-forward's middle, the widest product's."""
     return 4 * rows * (4 * width + ffn) + product_scratch(numbers, rows, max(width, ffn))
+
+
+def step_scratch(numbers: int, rows: int, width: int, ffn: int, embed_width: int) -> int:
+    """Bytes that `step` works on: states, then the layers' or, after them, the reading's."""
+    wide = max(width, embed_width)
+    reading = 4 * rows * (width + wide) + product_scratch(numbers, rows, wide)
+    return 4 * rows * width + max(layers_scratch(numbers, rows, width, ffn), reading)
 
 
 def propagate_scratch(numbers: int, rows: int, width: int) -> int:

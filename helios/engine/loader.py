@@ -12,10 +12,18 @@ import torch
 
 from helios.catalog import ModelEntry, checkpoint_id
 from helios.engine.checkpoint import Checkpoint, LinearWeights, PartReader, check_depths
-from helios.engine.compiled_layers import Layer
 from helios.engine.linear import LAYOUT_VERSION, linear, quantize, quantize_blocks
 from helios.engine.packed_cache import PackedCache, default_directory
-from helios.engine.packed_weights import Ends, Head, PackedWeights, Part, pack_layer, pack_norm, pack_optional
+from helios.engine.packed_weights import (
+    Ends,
+    Head,
+    Layer,
+    PackedWeights,
+    Part,
+    pack_layer,
+    pack_norm,
+    pack_optional,
+)
 from helios.engine.precision import Precision
 from helios.engine.threads import loading_threads
 

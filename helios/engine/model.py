@@ -12,12 +12,13 @@ from torch.nn import functional as F
 
 from helios.engine.batch import Batch
 from helios.engine.checkpoint import Norm
-from helios.engine.compiled_layers import CompiledLayers
+from helios.engine.compiled_model import CompiledModel
 from helios.engine.kv_cache import KVCache, kv_dtype
 from helios.engine.linear import PackedLinear
 from helios.engine.packed_weights import Head, PackedWeights
 from helios.engine.paged_attention import attend, reads_in_place
 from helios.engine.precision import Precision
+from helios.engine.readout import Readout, read
 from helios.model_config import POSITION_OFFSET, ModelConfig
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"relu": F.relu, "gelu": F.gelu}
@@ -46,8 +47,8 @@ class Model:
         self._exits = weights.exits
         self._activation = _ACTIVATIONS[config.activation]
         self._layers = weights.layers
-        # The layers in one call, where their precision has one.
-        self._compiled = CompiledLayers.of(config, self._layers)
+        # The step in one call, where its precision has one.
+        self._compiled = CompiledModel.of(config, weights)
 
     @property
     def kv_dtype(self) -> torch.dtype:
@@ -59,6 +60,19 @@ class Model:
         """Bytes of all loaded weights, shared ones once."""
         return self.weights.weight_bytes
 
+    def step(self, batch: Batch, cache: KVCache, depth: int) -> Readout:
+        """What the batch's read rows read out after the first `depth` layers; writes the KV of all rows.
+
+        On a CPU valid until the next step.
+        """
+        if self._compiled is not None and reads_in_place(cache):
+            return self._compiled.step(batch, cache, depth)
+        hidden = self.layers(0, depth, self.embed(batch.token_ids, batch.positions), batch, cache)
+        # Rows are read in their order: as many as there are, these are all.
+        if batch.reads < batch.rows:
+            hidden = hidden[batch.read_rows]
+        return read(self.read_out(hidden, depth))
+
     def embed(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Hidden states before the first layer: [T] -> [T, hidden]."""
         if self._embed_tokens is None:
@@ -69,16 +83,12 @@ class Model:
             hidden = self._project_in(hidden)
         return hidden + F.embedding(positions + POSITION_OFFSET, self._embed_positions)
 
-    def forward(self, batch: Batch, cache: KVCache) -> torch.Tensor:
-        """Hidden states after the last loaded layer: [T, hidden]. Writes the rows' KV."""
-        return self.layers(0, self.depth, self.embed(batch.token_ids, batch.positions), batch, cache)
-
     def layers(
         self, first: int, last: int, hidden: torch.Tensor, batch: Batch, cache: KVCache
     ) -> torch.Tensor:
         """The layers first..last: [T, hidden] -> [T, hidden]. Writes the rows' KV."""
         if self._compiled is not None and reads_in_place(cache):
-            return self._compiled(hidden, batch, cache, first, last)
+            return self._compiled.layers(hidden, batch, cache, first, last)
         for index in range(first, last):
             hidden = self._layer(index, hidden, batch, cache)
         return hidden

@@ -7,7 +7,6 @@ from typing import TypeAlias
 import torch
 
 from helios.engine.checkpoint import LayerWeights, LinearWeights, Norm
-from helios.engine.compiled_layers import Layer
 from helios.engine.linear import Linear, PackedLinear, linear
 
 
@@ -20,6 +19,18 @@ class Ends:
     project_in: Linear | None
     project_out: Linear | None
     lm_head: Linear
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A layer's weights as the step uses them: query, key and value in one product."""
+
+    attn_norm: Norm
+    qkv: Linear
+    out: Linear
+    ffn_norm: Norm
+    fc1: Linear
+    fc2: Linear
 
 
 @dataclass(frozen=True, slots=True)

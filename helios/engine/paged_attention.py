@@ -37,6 +37,6 @@ def attend(qkv: torch.Tensor, batch: Batch, cache: KVCache, layer: int) -> torch
         block_tokens,
         batch.addresses,
         out.data_ptr(),
-        operations=2 * rows * width * batch.tables.shape[1] * block_tokens,
+        operations=2 * rows * width * batch.width * block_tokens,
     )
     return out

@@ -131,5 +131,5 @@ def warm_up(model: Model, block_tokens: int) -> None:
         model.depth, 1, block_tokens, config.num_heads, config.head_dim, model.kv_dtype, model.device
     )
     zero = torch.zeros(1, dtype=torch.int64, device=model.device)
-    hidden = model.forward(Batch(zero, zero, zero, zero[None], zero, 1, block_tokens, (), zero), cache)
-    sample(model.read_out(hidden, model.depth), [Row(SamplingParams(), 1, [0])])
+    batch = Batch.of(zero, zero, zero, zero[None], zero, 1, block_tokens, (), zero)
+    sample(model.step(batch, cache, model.depth), {0: Row(SamplingParams(), 1, [0])})

@@ -4,14 +4,12 @@ A row's draw depends on its logits and on (seed, position) alone: not on the bat
 (but for the repetition penalty, which is defined by it). So a resumed stream continues as it would have.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
-from helios.engine import kernels
-from helios.engine.team import TEAM
+from helios.engine.readout import Readout
 from helios.sampling import SamplingParams
 
 _MASK64 = (1 << 64) - 1
@@ -27,21 +25,12 @@ class Row(NamedTuple):
     token_ids: Sequence[int]
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
-    """Per row: token ids (int64), natural log-probabilities and confidences, all [rows]."""
+class Sampled(NamedTuple):
+    """Per row: token id, natural log-probability, and confidence: the probability of the likeliest token."""
 
-    token_ids: torch.Tensor
-    logprobs: torch.Tensor
-    confidences: torch.Tensor
-
-    def on_host(self) -> tuple[list[int], list[float], list[float]]:
-        """The three as numbers; from a GPU in one transfer."""
-        if self.token_ids.device.type == "cpu":
-            return self.token_ids.tolist(), self.logprobs.tolist(), self.confidences.tolist()
-        parts = (self.token_ids, self.logprobs, self.confidences)
-        token_ids, logprobs, confidences = torch.stack([part.double() for part in parts]).tolist()
-        return list(map(int, token_ids)), logprobs, confidences
+    token_ids: list[int]
+    logprobs: list[float]
+    confidences: list[float]
 
 
 def uniform(seed: int, position: int) -> float:
@@ -52,45 +41,33 @@ def uniform(seed: int, position: int) -> float:
     return ((x ^ (x >> 31)) >> 11) * 2.0**-53
 
 
-def sample(logits: torch.Tensor, rows: Sequence[Row]) -> Sampled:
-    """Chooses a token for each row of logits [rows, vocabulary]."""
-    logits = logits.float()
-    # Of the model itself, before penalties and temperature.
-    chosen, peaks, normalizer = summarized(logits)
-    logprobs = peaks - normalizer
-    confidences = logprobs.exp()
+def sample(found: Readout, rows: Mapping[int, Row]) -> Sampled:
+    """Chooses a token for each row of what was read out: the likeliest, if it is not among `rows`."""
+    token_ids, logprobs = found.best, found.logprobs
+    if rows:
+        index = torch.tensor(list(rows), device=token_ids.device)
+        logits = found.logits[index]
+        # What was read out stays as it is: a graph's next run or a step's writes to it, nobody else.
+        chosen = _choose(logits, token_ids[index], list(rows.values()))
+        token_ids = token_ids.index_copy(0, index, chosen)
+        chances = logits.gather(1, chosen[:, None])[:, 0] - found.normalizers[index]
+        logprobs = logprobs.index_copy(0, index, chances)
+    if token_ids.device.type == "cpu":
+        return Sampled(token_ids.tolist(), logprobs.tolist(), found.confidences.tolist())
+    # In one transfer.
+    parts = torch.stack([token_ids.double(), logprobs.double(), found.confidences.double()]).tolist()
+    return Sampled(list(map(int, parts[0])), *parts[1:])
+
+
+def _choose(logits: torch.Tensor, best: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+    """Token ids [rows] from logits [rows, vocabulary], whose likeliest are `best`."""
     scores = _penalized(logits, rows)
+    chosen = best if scores is logits else scores.argmax(dim=-1)
     drawn = [index for index, row in enumerate(rows) if row.sampling.temperature > 0]
-    if scores is logits and not drawn:
-        return Sampled(chosen, logprobs, confidences)
-    if scores is not logits:
-        chosen = scores.argmax(dim=-1)
     if drawn:
         index = torch.tensor(drawn, device=logits.device)
-        chosen[index] = _draw(scores[index], [rows[i] for i in drawn])
-    logprobs = logits.gather(1, chosen[:, None])[:, 0] - normalizer
-    return Sampled(chosen, logprobs, confidences)
-
-
-def summarized(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of each row the index of its largest logit, that logit, and log-sum-exp."""
-    if logits.device.type != "cpu":
-        peaks, best = logits.max(dim=-1)
-        return best, peaks, logits.logsumexp(dim=-1)
-    logits = logits.contiguous()
-    rows, width = logits.shape
-    best, summaries = torch.empty(rows, dtype=torch.int64), torch.empty(rows, 2)
-    TEAM.run(
-        kernels.summarize,
-        logits.data_ptr(),
-        rows,
-        width,
-        best.data_ptr(),
-        summaries.data_ptr(),
-        # An exponential each.
-        operations=10 * rows * width,
-    )
-    return best, summaries[:, 0], summaries[:, 1]
+        chosen = chosen.index_copy(0, index, _draw(scores[index], [rows[i] for i in drawn]))
+    return chosen
 
 
 def _penalized(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:

@@ -56,12 +56,15 @@ class Scheduler:
         self._secure_blocks()
         budget = self._step_token_budget
         scheduled: list[tuple[Sequence, int]] = []
-        decodes = [seq for seq in self.running if seq.pending == 1]
-        for seq in decodes:
-            scheduled.append((seq, 1))
-        waiting = len(self.running) - len(decodes) + len(self.waiting)
-        budget = min(budget - len(decodes), self.chunks.tokens(len(decodes), waiting))
-        for seq in [seq for seq in self.running if seq.pending > 1]:
+        prefills = []
+        for seq in self.running:
+            if seq.pending == 1:
+                scheduled.append((seq, 1))
+            else:
+                prefills.append(seq)
+        decoding, waiting = len(scheduled), len(prefills) + len(self.waiting)
+        budget = min(budget - decoding, self.chunks.tokens(decoding, waiting))
+        for seq in prefills:
             budget = self._chunk(seq, budget, scheduled)
         while self.waiting and budget > 0 and len(self.running) < self._max_running:
             seq = self.waiting[0]

@@ -98,10 +98,16 @@ def _at(builder: Builder, address: Value, index: Value, element: Any, kind: Any 
     return pointer if kind is None else builder.bitcast(pointer, kind.as_pointer())
 
 
+def _align_of(element: Any) -> int:
+    if isinstance(element, ir.IntType):
+        return int(element.width // 8)
+    return 2 if isinstance(element, ir.HalfType) else 4
+
+
 def _load(element: Any, kind: Any = None) -> Callable[[Builder, Sequence[Value]], Value]:
     def build(builder: Builder, values: Sequence[Value]) -> Value:
         loaded = builder.load(_at(builder, values[0], values[1], element, kind))
-        loaded.align = element.width // 8 if isinstance(element, ir.IntType) else 4
+        loaded.align = _align_of(element)
         return loaded
 
     return build
@@ -110,7 +116,7 @@ def _load(element: Any, kind: Any = None) -> Callable[[Builder, Sequence[Value]]
 def _store(element: Any, kind: Any = None) -> Callable[[Builder, Sequence[Value]], Value]:
     def build(builder: Builder, values: Sequence[Value]) -> Value:
         stored = builder.store(values[2], _at(builder, values[0], values[1], element, kind))
-        stored.align = element.width // 8 if isinstance(element, ir.IntType) else 4
+        stored.align = _align_of(element)
         return stored
 
     return build
@@ -131,6 +137,13 @@ def build_call(name: str, result: Any) -> Callable[[Builder, Sequence[Value]], V
         return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), values)
 
     return build
+
+
+def _load_bfloat(builder: Builder, values: Sequence[Value]) -> Value:
+    """A bfloat16 as float32: its upper half."""
+    short = builder.load(_at(builder, values[0], values[1], _SHORT), align=2)
+    word = builder.shl(builder.zext(short, WORD), ir.Constant(WORD, 16))
+    return builder.bitcast(word, SINGLE)
 
 
 def _sum(builder: Builder, values: Sequence[Value]) -> Value:
@@ -155,6 +168,10 @@ def _largest(builder: Builder, values: Sequence[Value]) -> Value:
 # Scalars at (address, index).
 load_single = _operation(types.float32, (types.intp, types.intp), _load(SINGLE))
 store_single = _operation(types.void, (types.intp, types.intp, types.float32), _store(SINGLE))
+load_half = _operation(
+    types.float32, (types.intp, types.intp), lambda b, v: b.fpext(_load(_HALF)(b, v), SINGLE)
+)
+load_bfloat = _operation(types.float32, (types.intp, types.intp), _load_bfloat)
 load_long = _operation(types.int64, (types.intp, types.intp), _load(ir.IntType(64)))
 store_long = _operation(types.void, (types.intp, types.intp, types.int64), _store(ir.IntType(64)))
 

@@ -12,7 +12,7 @@ from helios.engine.batch import build_batch
 from helios.engine.kv_cache import KVCache
 from helios.engine.model import Model
 from helios.engine.pace import Pace
-from helios.engine.sampler import Row, sample
+from helios.engine.sampler import sample
 from helios.engine.sequence import Sequence
 from helios.engine.threads import get_threads
 
@@ -103,9 +103,5 @@ def measure_speed(
 def _step(model: Model, cache: KVCache, depth: int, sequences: Seq[Sequence], block_tokens: int) -> None:
     """An engine's step without its scheduling and detokenizing."""
     scheduled = [(sequence, sequence.pending) for sequence in sequences]
-    batch, readers = build_batch(scheduled, block_tokens, model.device)
-    # As one call, as an engine of this depth has it.
-    hidden = model.layers(0, depth, model.embed(batch.token_ids, batch.positions), batch, cache)
-    logits = model.read_out(hidden[batch.read_rows], depth)
-    rows = [Row(reader.sampling, len(reader.token_ids), reader.token_ids) for reader in readers]
-    sample(logits, rows).token_ids.tolist()
+    batch, _ = build_batch(scheduled, block_tokens, model.device)
+    sample(model.step(batch, cache, depth), {})

@@ -365,7 +365,7 @@ def test_a_failing_step_fails_its_streams_and_ends_the_loop(
     def explode(*args: object) -> None:
         raise RuntimeError("boom")
 
-    monkeypatch.setattr(engine.plan.model, "forward", explode)
+    monkeypatch.setattr(engine.plan.model, "step", explode)
     monkeypatch.setattr("threading.excepthook", lambda args: None)
     engine.start()
     stream = Stream()

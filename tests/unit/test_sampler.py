@@ -14,7 +14,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from helios.engine.sampler import Row, sample, uniform
+from helios.engine.readout import read
+from helios.engine.sampler import Row, Sampled, sample, uniform
 from helios.sampling import SamplingParams
 
 VOCABULARY = 50
@@ -22,6 +23,10 @@ VOCABULARY = 50
 
 def logits_of(seed: int, rows: int = 1, vocabulary: int = VOCABULARY) -> torch.Tensor:
     return 2 * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed))
+
+
+def draw(logits: torch.Tensor, rows: list[Row]) -> Sampled:
+    return sample(read(logits), dict(enumerate(rows)))
 
 
 def reference(logits: torch.Tensor, sampling: SamplingParams, history: list[int]) -> torch.Tensor:
@@ -55,7 +60,9 @@ def test_draws_follow_the_distribution_of_transformers(sampling: SamplingParams)
     history = [1, 2, 3, 3, 40]
     draws = 20_000
     rows = [Row(sampling, position, history) for position in range(draws)]
-    counts = torch.bincount(sample(logits.expand(draws, -1), rows).token_ids, minlength=VOCABULARY)
+    counts = torch.bincount(
+        torch.tensor(draw(logits.expand(draws, -1), rows).token_ids), minlength=VOCABULARY
+    )
     expected = reference(logits, sampling, history) * draws
     assert counts[expected == 0].sum() == 0
     possible = expected > 0
@@ -68,11 +75,11 @@ def test_draws_follow_the_distribution_of_transformers(sampling: SamplingParams)
 def test_greedy_logprob_and_confidence_are_the_models_own() -> None:
     logits = logits_of(4, rows=3)
     rows = [Row(SamplingParams(temperature=t, top_k=1), 0, []) for t in (0.0, 0.0, 0.3)]
-    sampled = sample(logits, rows)
+    sampled = draw(logits, rows)
     log_softmax = logits.log_softmax(-1)
-    assert sampled.token_ids.tolist() == logits.argmax(-1).tolist()
-    torch.testing.assert_close(sampled.logprobs, log_softmax.amax(-1))
-    torch.testing.assert_close(sampled.confidences, log_softmax.amax(-1).exp())
+    assert sampled.token_ids == logits.argmax(-1).tolist()
+    torch.testing.assert_close(torch.tensor(sampled.logprobs), log_softmax.amax(-1))
+    torch.testing.assert_close(torch.tensor(sampled.confidences), log_softmax.amax(-1).exp())
 
 
 @given(
@@ -91,8 +98,8 @@ def test_a_draw_depends_on_its_row_alone(
     others = [Row(SamplingParams(temperature=0.1 * i, top_k=i, seed=i), i, []) for i in range(31)]
     batch = [*others]
     batch[place] = Row(sampling, position, [])
-    together = sample(logits, batch)
-    alone = sample(logits[place : place + 1], [Row(sampling, position, [])])
+    together = draw(logits, batch)
+    alone = draw(logits[place : place + 1], [Row(sampling, position, [])])
     assert together.token_ids[place] == alone.token_ids[0]
 
 
@@ -100,7 +107,7 @@ def test_a_wide_nucleus_in_a_large_vocabulary_is_found() -> None:
     logits = 0.01 * logits_of(6, vocabulary=5000)
     sampling = SamplingParams(temperature=1.0, top_p=0.9)
     rows = [Row(sampling, position, []) for position in range(2000)]
-    drawn = sample(logits.expand(2000, -1), rows).token_ids
+    drawn = draw(logits.expand(2000, -1), rows).token_ids
     allowed = reference(logits, sampling, [0]) > 0
     assert allowed[drawn].all()
     assert 4000 < int(allowed.sum()) < 5000
@@ -109,7 +116,7 @@ def test_a_wide_nucleus_in_a_large_vocabulary_is_found() -> None:
 def test_temperatures_near_zero_are_greedy_and_finite() -> None:
     logits = logits_of(7)
     rows = [Row(SamplingParams(temperature=1e-30), 0, [])]
-    assert sample(logits, rows).token_ids.tolist() == logits.argmax(-1).tolist()
+    assert draw(logits, rows).token_ids == logits.argmax(-1).tolist()
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(0, 100_000))
