@@ -168,7 +168,9 @@ def build_batch(
     decodes: list[Sequence] = []
     prefills: list[tuple[Sequence, int]] = []
     for seq, count in scheduled:
-        if count == 1 and seq.pending == 1:
+        # A prompt's last token is no decode, however the prompt was cut: in exit mode dynamic it takes all
+        # layers.
+        if seq.pending == 1 and seq.computed >= seq.prompt_tokens:
             decodes.append(seq)
         else:
             prefills.append((seq, count))

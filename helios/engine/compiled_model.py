@@ -1,5 +1,6 @@
 """A model's step as one compiled call, and its layers as another: no Python between their products."""
 
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -13,12 +14,12 @@ from helios.engine.inner_product import BFLOAT16, FLOAT32, TILE
 from helios.engine.kv_cache import KVCache
 from helios.engine.linear import Linear, PackedLinear
 from helios.engine.packed_weights import Ends, Head, Layer, PackedWeights
-from helios.engine.readout import SUMMARY, Readout
+from helios.engine.readout import Readout
 from helios.engine.team import TEAM
 from helios.model_config import ModelConfig
 
-# Of `kernels.step`: numbers of the ends' addresses, and where among them the width of embeddings is.
-_ENDS, _EMBED_WIDTH = 20, 5
+# Numbers of what `kernels.step` is told of a model's ends.
+_ENDS = 20
 _KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: kernels.FLOAT16}
 
 
@@ -46,12 +47,10 @@ class CompiledModel:
         )
         self._vocabulary = config.vocab_size
         self._ends = _addresses_of_ends(weights.ends)
-        # Beside each head's addresses what they are of.
-        self._exits = {
-            layer: _addresses_of_head(head, config.hidden_size) for layer, head in weights.exits.items()
-        }
-        self._final = _addresses_of_head(weights.final or Head(None, None), config.hidden_size)
-        self._room = _Room.of(0, 0, 0)
+        self._heads = {layer: _Head.of(head, config.hidden_size) for layer, head in weights.exits.items()}
+        self._final = _Head.of(weights.final or Head(None, None), config.hidden_size)
+        self._exits: dict[tuple[tuple[int, float], ...], _Exits] = {}
+        self._room = _Room.of(0, 0, 0, works=False)
 
     @classmethod
     def of(cls, config: ModelConfig, weights: PackedWeights) -> Self | None:
@@ -74,23 +73,44 @@ class CompiledModel:
 
         What it returns is valid until the next step.
         """
-        config = self._config
-        rows, reads = batch.rows, batch.reads
-        width, embed_width = config.hidden_size, int(self._ends[_EMBED_WIDTH])
-        context = batch.width * batch.block_tokens
-        if rows > self._room.rows:
+        return self._run(batch, cache, ((depth, 0.0),))[0]
+
+    def step_dynamic(
+        self, batch: Batch, cache: KVCache, thresholds: Mapping[int, float]
+    ) -> tuple[Readout, list[int]]:
+        """All layers, from which decode rows leave at the first exit of `thresholds` where they are sure.
+
+        Also the exit layer of each row that is read. Valid until the next step.
+        """
+        depth = len(self._layers)
+        before = ((layer, threshold) for layer, threshold in thresholds.items() if layer < depth)
+        found, exit_layers = self._run(batch, cache, (*sorted(before), (depth, 0.0)))
+        return found, exit_layers.tolist()
+
+    def _run(
+        self, batch: Batch, cache: KVCache, exits: tuple[tuple[int, float], ...]
+    ) -> tuple[Readout, torch.Tensor]:
+        """exits: layers, ascending, and how sure a row must be to leave there."""
+        config, depth = self._config, exits[-1][0]
+        rows, reads, width, embed_width = batch.rows, batch.reads, config.hidden_size, int(self._ends[5])
+        if rows > self._room.rows or (len(exits) > 1 and self._room.found is None):
             size = kernels.step_scratch(self._numbers, rows, width, config.ffn_dim, embed_width)
-            self._room = _Room.of(rows, size, self._vocabulary)
-        scratch, logits, best, summaries = self._room.tensors
+            self._room = _Room.of(rows, size, self._vocabulary, works=len(exits) > 1)
+        if exits not in self._exits:
+            self._exits[exits] = _Exits.of(exits, [self._heads.get(layer, self._final) for layer, _ in exits])
+        room, chosen = self._room, self._exits[exits]
         keys, values = cache.addresses
+        per_row = 2 * width * (2 * width + config.ffn_dim + batch.width * batch.block_tokens)
         TEAM.run(
             kernels.step,
             self._numbers,
             self._parts,
-            depth,
+            chosen.layers,
+            chosen.thresholds,
+            chosen.heads,
             self._ends,
-            self._exits.get(depth, self._final)[0],
             rows,
+            batch.decode_rows,
             width,
             config.ffn_dim,
             config.num_heads,
@@ -101,14 +121,13 @@ class CompiledModel:
             batch.addresses,
             reads,
             self._vocabulary,
-            scratch.data_ptr(),
-            logits.data_ptr(),
-            best.data_ptr(),
-            summaries.data_ptr(),
-            operations=depth * rows * 2 * width * (2 * width + config.ffn_dim + context)
-            + reads * embed_width * self._vocabulary,
+            room.scratch.data_ptr(),
+            room.places[0],
+            room.places[1],
+            operations=depth * rows * per_row + reads * embed_width * self._vocabulary,
         )
-        return Readout(logits[:reads], best[:reads], summaries[:reads])
+        logits, best, summaries, exit_layers = room.out
+        return Readout(logits[:reads], best[:reads], summaries[:reads]), exit_layers[:reads]
 
     def layers(
         self, hidden: torch.Tensor, batch: Batch, cache: KVCache, first: int, last: int
@@ -168,24 +187,63 @@ class CompiledModel:
         )
 
 
-class _Room(NamedTuple):
-    """Tensors that steps of so many rows work in: scratch, logits, best and summaries (`Readout`)."""
+class _Head(NamedTuple):
+    """The addresses of an exit's head, and the tensors that must stay where they are."""
 
-    rows: int
-    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+    addresses: NDArray[np.int64]
+    kept: list[torch.Tensor]
 
     @classmethod
-    def of(cls, rows: int, scratch_bytes: int, vocabulary: int) -> Self:
+    def of(cls, head: Head, width: int) -> Self:
+        found, kept = np.zeros(2 + kernels.PARTS, dtype=np.int64), []
+        if head.norm is not None:
+            kept = list(_affine(head.norm, width))
+            found[:2] = [tensor.data_ptr() for tensor in kept]
+        if isinstance(head.linear, PackedLinear):
+            found[2:] = head.linear.addresses
+        return cls(found, kept)
+
+
+class _Exits(NamedTuple):
+    """Exits as `kernels.step` takes them."""
+
+    layers: NDArray[np.int64]
+    thresholds: NDArray[np.float32]
+    heads: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, exits: Sequence[tuple[int, float]], heads: Sequence[_Head]) -> Self:
+        layers, thresholds = zip(*exits, strict=True)
+        addresses = np.stack([head.addresses for head in heads])
+        return cls(np.array(layers, dtype=np.int64), np.array(thresholds, dtype=np.float32), addresses)
+
+
+class _Room(NamedTuple):
+    """Tensors that steps of so many rows work in."""
+
+    rows: int
+    scratch: torch.Tensor
+    # Logits, best and summaries (`Readout`), and exit layers; and the same to work in, if exits are several.
+    out: tuple[torch.Tensor, ...]
+    found: tuple[torch.Tensor, ...] | None
+    # Addresses of `found` and of `out`.
+    places: tuple[NDArray[np.int64], NDArray[np.int64]]
+
+    @classmethod
+    def of(cls, rows: int, scratch_bytes: int, vocabulary: int, *, works: bool) -> Self:
         """Memory comes at its first use: a step of many rows reads few of them."""
-        return cls(
-            rows,
-            (
-                torch.empty(scratch_bytes, dtype=torch.uint8),
+
+        def outputs() -> tuple[torch.Tensor, ...]:
+            return (
                 torch.empty(rows, vocabulary),
                 torch.empty(rows, dtype=torch.int64),
-                torch.empty(rows, SUMMARY),
-            ),
-        )
+                torch.empty(rows, kernels.SUMMARY),
+                torch.empty(rows, dtype=torch.int64),
+            )
+
+        out, found = outputs(), outputs() if works else None
+        places = [np.array([tensor.data_ptr() for tensor in tensors]) for tensors in (found or out, out)]
+        return cls(rows, torch.empty(scratch_bytes, dtype=torch.uint8), out, found, (places[0], places[1]))
 
 
 def _addresses_of_ends(ends: Ends) -> NDArray[np.int64]:
@@ -204,17 +262,6 @@ def _addresses_of_ends(ends: Ends) -> NDArray[np.int64]:
         if isinstance(part, PackedLinear):
             found[place : place + kernels.PARTS] = part.addresses
     return found
-
-
-def _addresses_of_head(head: Head, width: int) -> tuple[NDArray[np.int64], list[torch.Tensor]]:
-    """As `kernels.step` takes them, and the tensors that must stay where they are."""
-    found, kept = np.zeros(2 + kernels.PARTS, dtype=np.int64), []
-    if head.norm is not None:
-        kept = list(_affine(head.norm, width))
-        found[:2] = [tensor.data_ptr() for tensor in kept]
-    if isinstance(head.linear, PackedLinear):
-        found[2:] = head.linear.addresses
-    return found, kept
 
 
 def _products(layer: Layer) -> tuple[Linear, ...]:

@@ -375,7 +375,7 @@ def _time_steps(
     context = [index % candidate.entry.vocab_size for index in range(space.timed_context)]
     decoding = space.sequences(candidate.tokenizer, [context] * settings.batches[-1])
     for sequence in decoding:
-        sequence.computed = len(context) - 1
+        sequence.prompt_tokens = sequence.computed = len(context) - 1
     prompts = space.sequences(candidate.tokenizer, [context] * _TIMED_PROMPTS)
 
     def measure(depth: int) -> Speed:

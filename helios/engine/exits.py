@@ -44,6 +44,9 @@ def run_dynamic(
     exit (state propagation, EE-LLM, Chen et al. 2024). `thresholds` maps the exits before the last to
     the confidence they ask for. What the read rows read out, and the exit layer of each.
     """
+    compiled = model.step_dynamic(batch, cache, thresholds)
+    if compiled is not None:
+        return compiled
     hidden = model.embed(batch.token_ids, batch.positions)
     # Decode rows still in the model; `hidden` and `running` have these and the prefill rows behind them.
     active = torch.arange(batch.decode_rows, device=hidden.device)

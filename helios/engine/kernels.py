@@ -76,6 +76,8 @@ _yield = types.ExternalFunction("sched_yield", types.int32())
 # Looks at a barrier before a thread lets others on its processor go first.
 _SPINS = 2000
 
+# Numbers of a row's summary (`summarize`).
+SUMMARY = 4
 # What a product does with its sums.
 NONE, RELU = 0, 1
 # Behind the weights of a product; only int8 has the last two.
@@ -618,47 +620,39 @@ def _add_positions(ends, positions, start, end, width, hidden):
 
 
 @_compiled
-def step(
-    thread, threads, team, numbers, parts, depth, ends, head, rows, width, ffn, heads, norm_before, keys,
-    values, block_tokens, rows_of, reads, vocabulary, scratch, logits, best, summaries,
-):
-    """A step of the first `depth` layers, from token ids to what sampling needs: one thread's part.
+def _copy_row(source, target, width):
+    """One row of float32."""
+    for column in range(0, width, LANES):
+        count = width - column
+        store_some(target, column, count, load_some(source, column, count))
 
-    ends: int64 [20]. Of the table of tokens: its address, its kind (FLOAT32, BFLOAT16, FLOAT16), and how its
-    numbers lie, which is as in `linear.pack`: tokens of a tile, numbers together, numbers of a tile, numbers
-    of a token. Of the table of positions: address and kind. Then the products of the projections in and out
-    and of the LM head, as `product` takes them, with weights at 0 where there is none. head: int64 [6], of
-    an exit: the addresses of its norm's weight (0: none) and bias, and its linear layer, as those.
-    rows_of: `Batch.addresses`; reads: how many rows are read; logits: float32 [reads, vocabulary]; best,
-    summaries: as in `summarize`; scratch: of `step_scratch` bytes; the rest as in `layers`.
-    """
-    hidden = scratch
-    x = hidden + 4 * rows * width
+
+@_compiled
+def _enter(thread, threads, team, numbers, ends, rows_of, rows, width, hidden, scratch):
+    """What stands before the first layer, in hidden, float32 [rows, width]: each thread its rows."""
     start, end = rows * thread // threads, rows * (thread + 1) // threads
     embed_width = ends[5]
     if ends[_PROJECT_IN]:
-        _embed(ends, rows_of[0], start, end, x)
+        _embed(ends, rows_of[0], start, end, scratch)
         product(
-            thread, threads, team, numbers, x, embed_width, rows, embed_width, ends, _PROJECT_IN, width,
-            hidden, width, NONE, 0, x + 4 * rows * embed_width,
+            thread, threads, team, numbers, scratch, embed_width, rows, embed_width, ends, _PROJECT_IN, width,
+            hidden, width, NONE, 0, scratch + 4 * rows * embed_width,
         )
     else:
         _embed(ends, rows_of[0], start, end, hidden)
     _add_positions(ends, rows_of[1], start, end, width, hidden)
-    layers(
-        thread, threads, team, numbers, parts, 0, depth, hidden, rows, width, ffn, heads, norm_before, keys,
-        values, block_tokens, rows_of, x,
-    )
-    # From here on each thread goes on with rows of its own, but for the products' own barriers.
+
+
+@_compiled
+def _leave(
+    thread, threads, team, numbers, ends, head, x, reads, width, vocabulary, scratch, logits, best, summaries
+):
+    """Reads out the states x, float32 [reads, width], of which each thread has brought its rows."""
     start, end = reads * thread // threads, reads * (thread + 1) // threads
-    for row in range(start, end):
-        source, target = load_long(rows_of[4], row) * width, row * width
-        for column in range(0, width, LANES):
-            count = width - column
-            store_some(x, target + column, count, load_some(hidden, source + column, count))
+    embed_width = ends[5]
     if head[0]:
         norm(x, start, end, width, head[0], head[1], x)
-    other = x + 4 * reads * width
+    other = scratch
     rest = other + 4 * reads * max(width, embed_width)
     if head[_HEAD_LINEAR]:
         product(
@@ -677,6 +671,120 @@ def step(
         logits, vocabulary, NONE, 0, rest,
     )
     summarize(thread, threads, team, logits, reads, vocabulary, best, summaries)
+    _meet(team, threads)
+
+
+@_compiled
+def _hand_over(found, vocabulary, row, out, read, exit_layer):
+    """A row of what an exit has read out becomes that of a read. found, out: as in `step`."""
+    _copy_row(found[0] + 4 * row * vocabulary, out[0] + 4 * read * vocabulary, vocabulary)
+    store_long(out[1], read, load_long(found[1], row))
+    for number in range(SUMMARY):
+        store_single(out[2], SUMMARY * read + number, load_single(found[2], SUMMARY * row + number))
+    store_long(out[3], read, exit_layer)
+
+
+@_compiled
+def step(
+    thread, threads, team, numbers, parts, exits, thresholds, exit_heads, ends, rows, decode_rows, width, ffn,
+    heads, norm_before, keys, values, block_tokens, rows_of, reads, vocabulary, scratch, found, out,
+):
+    """A step, from token ids to what sampling needs: one thread's part.
+
+    exits: int64 [E], the layers at which tokens may leave, ascending; all that are left do at the last one.
+    thresholds: float32 [E], how sure a decode row must be to leave before. The KV of layers that it skips is
+    computed from its state at the exit. exit_heads: int64 [E, 6], of each exit the addresses of its norm's
+    weight (0: none) and bias, and its linear layer, as `product` takes it, with weights at 0 if it has none.
+    ends: int64 [20]. Of the table of tokens: its address, its kind (FLOAT32, BFLOAT16, FLOAT16), and how its
+    numbers lie, which is as in `linear.pack`: tokens of a tile, numbers together, numbers of a tile, numbers
+    of a token. Of the table of positions: address and kind. Then the products of the projections in and out
+    and of the LM head, as those of heads.
+    rows_of: `Batch.addresses`; out: int64 [4], addresses of logits, float32 [reads, vocabulary], best and
+    summaries (see `summarize`), and of each read's exit layer, int64 [reads]; found: the first three again,
+    to work in, where there are several exits; scratch: of `step_scratch` bytes; the rest as in `layers`.
+    """
+    # The rows that are still in the layers, decode rows first: those that leave are closed up.
+    positions = scratch
+    slots, tables = positions + 8 * rows, positions + 16 * rows
+    origins, left_slots = positions + 24 * rows, positions + 32 * rows
+    hidden = positions + 40 * rows
+    x = hidden + 4 * rows * width
+    _enter(thread, threads, team, numbers, ends, rows_of, rows, width, hidden, x)
+    running = rows_of.copy()
+    last = len(exits) - 1
+    if last:
+        running[1], running[2], running[3] = positions, slots, tables
+        if thread == 0:
+            for row in range(rows):
+                store_long(positions, row, load_long(rows_of[1], row))
+                store_long(slots, row, load_long(rows_of[2], row))
+                store_long(tables, row, load_long(rows_of[3], row))
+                store_long(origins, row, row)
+        _meet(team, threads)
+    count, active, first = rows, decode_rows, 0
+    for index in range(last + 1):
+        layers(
+            thread, threads, team, numbers, parts, first, exits[index], hidden, count, width, ffn, heads,
+            norm_before, keys, values, block_tokens, running, x,
+        )
+        if not norm_before:
+            # The layers ended with norms, each thread's of its own rows.
+            _meet(team, threads)
+        first = exits[index]
+        if index == last or active == 0:
+            continue
+        for row in range(active * thread // threads, active * (thread + 1) // threads):
+            _copy_row(hidden + 4 * row * width, x + 4 * row * width, width)
+        _leave(
+            thread, threads, team, numbers, ends, exit_heads[index], x, active, width, vocabulary,
+            x + 4 * active * width, found[0], found[1], found[2],
+        )
+        leaving = 0
+        for row in range(active):
+            leaving += load_single(found[2], SUMMARY * row + 3) >= thresholds[index]
+        if leaving == 0:
+            continue
+        if thread == 0:
+            gone = 0
+            for row in range(count):
+                if row < active and load_single(found[2], SUMMARY * row + 3) >= thresholds[index]:
+                    _hand_over(found, vocabulary, row, out, load_long(origins, row), first)
+                    _copy_row(hidden + 4 * row * width, x + 4 * gone * width, width)
+                    store_long(left_slots, gone, load_long(slots, row))
+                    gone += 1
+                elif gone:
+                    _copy_row(hidden + 4 * row * width, hidden + 4 * (row - gone) * width, width)
+                    store_long(positions, row - gone, load_long(positions, row))
+                    store_long(slots, row - gone, load_long(slots, row))
+                    store_long(tables, row - gone, load_long(tables, row))
+                    store_long(origins, row - gone, load_long(origins, row))
+        _meet(team, threads)
+        propagate(
+            thread, threads, team, numbers, parts, first, exits[last], x, leaving, width, heads, norm_before,
+            keys, values, block_tokens, left_slots, x + 4 * leaving * width,
+        )
+        active, count = active - leaving, count - leaving
+        if count == 0:
+            return
+    # Decode rows are read in their order; prefill rows, behind them, have moved up with those that left.
+    gone = decode_rows - active
+    remaining = reads - gone
+    for read in range(remaining * thread // threads, remaining * (thread + 1) // threads):
+        row = load_long(rows_of[4], read + gone) - gone if gone else load_long(rows_of[4], read)
+        if read < active:
+            row = read
+        _copy_row(hidden + 4 * row * width, x + 4 * read * width, width)
+    target = found if gone else out
+    _leave(
+        thread, threads, team, numbers, ends, exit_heads[last], x, remaining, width, vocabulary,
+        x + 4 * remaining * width, target[0], target[1], target[2],
+    )
+    for read in range(remaining * thread // threads, remaining * (thread + 1) // threads):
+        origin = load_long(origins, read) if last and read < active else read + gone
+        if gone:
+            _hand_over(found, vocabulary, read, out, origin, first)
+        else:
+            store_long(out[3], read, first)
 
 
 @_compiled
@@ -752,10 +860,10 @@ def summarize(thread, threads, _team, logits, rows, width, best, summaries):
             mass += np.exp(load_single(logits, base + column) - peak)
         normalizer = peak + np.log(mass)
         store_long(best, row, place)
-        store_single(summaries, 4 * row, peak)
-        store_single(summaries, 4 * row + 1, normalizer)
-        store_single(summaries, 4 * row + 2, peak - normalizer)
-        store_single(summaries, 4 * row + 3, np.exp(peak - normalizer))
+        store_single(summaries, SUMMARY * row, peak)
+        store_single(summaries, SUMMARY * row + 1, normalizer)
+        store_single(summaries, SUMMARY * row + 2, peak - normalizer)
+        store_single(summaries, SUMMARY * row + 3, np.exp(peak - normalizer))
 
 
 @_compiled
@@ -783,10 +891,12 @@ def layers_scratch(numbers: int, rows: int, width: int, ffn: int) -> int:
 
 
 def step_scratch(numbers: int, rows: int, width: int, ffn: int, embed_width: int) -> int:
-    """Bytes that `step` works on: states, then the layers' or, after them, the reading's."""
+    """Bytes that `step` works on: what follows rows, states, then the layers' or the reading's or, beside
+    states of their own, those of rows that leave early."""
     wide = max(width, embed_width)
     reading = 4 * rows * (width + wide) + product_scratch(numbers, rows, wide)
-    return 4 * rows * width + max(layers_scratch(numbers, rows, width, ffn), reading)
+    leaving = 4 * rows * width + propagate_scratch(numbers, rows, width)
+    return rows * (40 + 4 * width) + max(layers_scratch(numbers, rows, width, ffn), reading, leaving)
 
 
 def propagate_scratch(numbers: int, rows: int, width: int) -> int:

@@ -5,7 +5,7 @@ width projected in and out; with and without biases; tied and untied LM heads. W
 have, the model does not know.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch.nn import functional as F
@@ -72,6 +72,14 @@ class Model:
         if batch.reads < batch.rows:
             hidden = hidden[batch.read_rows]
         return read(self.read_out(hidden, depth))
+
+    def step_dynamic(
+        self, batch: Batch, cache: KVCache, thresholds: Mapping[int, float]
+    ) -> tuple[Readout, list[int]] | None:
+        """Of all layers, with exits token by token (`exits.run_dynamic`); None where no compiled step can."""
+        if self._compiled is not None and reads_in_place(cache):
+            return self._compiled.step_dynamic(batch, cache, thresholds)
+        return None
 
     def embed(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Hidden states before the first layer: [T] -> [T, hidden]."""

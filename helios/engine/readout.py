@@ -7,9 +7,6 @@ import torch
 from helios.engine import kernels
 from helios.engine.team import TEAM
 
-# Numbers of a row's summary.
-SUMMARY = 4
-
 
 class Readout(NamedTuple):
     """Of the model itself, before penalties and temperature."""
@@ -46,7 +43,7 @@ def read(logits: torch.Tensor) -> Readout:
         return Readout(logits, best, torch.stack([peaks, normalizers, logprobs, logprobs.exp()], dim=1))
     logits = logits.contiguous()
     rows, width = logits.shape
-    best, summaries = torch.empty(rows, dtype=torch.int64), torch.empty(rows, SUMMARY)
+    best, summaries = torch.empty(rows, dtype=torch.int64), torch.empty(rows, kernels.SUMMARY)
     TEAM.run(
         kernels.summarize,
         logits.data_ptr(),

@@ -18,6 +18,7 @@ from helios.engine.batch import Batch, build_batch
 from helios.engine.checkpoint import LinearWeights
 from helios.engine.detokenizer import Detokenizer
 from helios.engine.engine import Engine
+from helios.engine.exits import ExitMode
 from helios.engine.inner_product import BFLOAT16, INT8, TILE, inner_product
 from helios.engine.kv_cache import KVCache
 from helios.engine.linear import PackedLinear, pack, quantize
@@ -273,13 +274,14 @@ def test_fewer_bits_compute_nearly_what_float32_does(tmp_path: Path, name: str, 
     assert 0 < error < 0.05
 
 
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(
     ("name", "head"),
     [*((name, "shared") for name in VARIANTS), ("pre-norm", "norm"), ("projected", "linear")],
 )
 def test_one_call_computes_what_the_layers_one_by_one_do(
-    tmp_path: Path, name: str, head: Head, precision: str
+    tmp_path: Path, name: str, head: Head, precision: str, threads: int
 ) -> None:
     """The compiled step does not read blocks of 8 tokens: there the model applies linear after linear."""
     save_variant(tmp_path, name, seed=3, exits=[2, 4, 6], head=head)
@@ -288,12 +290,42 @@ def test_one_call_computes_what_the_layers_one_by_one_do(
     for block_tokens in (8, 16):
         settings = EngineSettings(precision=precision, memory_bytes=MEMORY, block_tokens=block_tokens)
         engine = Engine.load(tmp_path, 4, settings)
+        TEAM.threads = threads  # loading lent them anew
         told.append(generate(engine, prompts, [[], []], 1))
     for one, other in zip(*told, strict=True):
         assert one[0].token_id == other[0].token_id
         # Sums in another order are rounded otherwise, and random weights magnify it.
         tolerance = {"float32": 1e-4, "bfloat16": 0.02, "int8": 0.05}[precision]
         assert one[0].logprob == pytest.approx(other[0].logprob, abs=tolerance)
+
+
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+@pytest.mark.parametrize(
+    ("name", "head"), [("pre-norm", "shared"), ("post-norm", "norm"), ("projected", "linear")]
+)
+def test_tokens_leave_the_one_call_where_they_leave_the_layers_one_by_one(
+    tmp_path: Path, name: str, head: Head, threads: int
+) -> None:
+    """Rows that stay are closed up, beside prompts in chunks."""
+    save_variant(tmp_path, name, seed=3, exits=[1, 2, 4, 6], head=head)
+    prompts = [[2, *range(10 + 7 * index, 30 + 23 * index)] for index in range(8)]
+    told = []
+    for block_tokens in (8, 16):
+        settings = EngineSettings(
+            exit_mode=ExitMode.DYNAMIC,
+            threshold=0.05,
+            memory_bytes=MEMORY,
+            block_tokens=block_tokens,
+            step_token_budget=32,
+            max_running=8,
+        )
+        engine = Engine.load(tmp_path, settings=settings)
+        TEAM.threads = threads  # loading lent them anew
+        told.append(generate(engine, prompts, [[] for _ in prompts], 30))
+    for one, other in zip(*told, strict=True):
+        assert [(t.token_id, t.exit_layer) for t in one] == [(t.token_id, t.exit_layer) for t in other]
+        assert [t.logprob for t in one] == pytest.approx([t.logprob for t in other], abs=1e-4)
+    assert len({token.exit_layer for tokens in told[0] for token in tokens}) > 2
 
 
 COMPILED = """

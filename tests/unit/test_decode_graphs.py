@@ -27,7 +27,7 @@ def decodes(lengths: list[int], seed: int) -> Batch:
     for length in lengths:
         ids = torch.randint(4, 99, (length,), generator=generator).tolist()
         sequence = Sequence(
-            "", ids, length, SamplingParams(), Detokenizer(byte_tokenizer(), ()), lambda _: None
+            "", ids, length - 1, SamplingParams(), Detokenizer(byte_tokenizer(), ()), lambda _: None
         )
         sequence.blocks = [next(free) for _ in range(-(-length // BLOCK_TOKENS))]
         sequence.computed = length - 1
