@@ -160,32 +160,6 @@ class CompiledModel:
         )
         return hidden
 
-    def propagate(self, hidden: torch.Tensor, slots: torch.Tensor, cache: KVCache, first: int) -> None:
-        """KV of the layers from `first` on, with float32 [rows, hidden] as their input; slots: [rows]."""
-        config, rows = self._config, len(hidden)
-        size = kernels.propagate_scratch(self._numbers, rows, config.hidden_size)
-        scratch = torch.empty(size, dtype=torch.uint8)
-        keys, values = cache.addresses
-        hidden, slots = hidden.contiguous(), slots.contiguous()
-        TEAM.run(
-            kernels.propagate,
-            self._numbers,
-            self._parts,
-            first,
-            len(self._layers),
-            hidden.data_ptr(),
-            rows,
-            config.hidden_size,
-            config.num_heads,
-            config.norm_before,
-            keys,
-            values,
-            cache.block_tokens,
-            slots.data_ptr(),
-            scratch.data_ptr(),
-            operations=(len(self._layers) - first) * rows * 3 * config.hidden_size**2,
-        )
-
 
 class _Head(NamedTuple):
     """The addresses of an exit's head, and the tensors that must stay where they are."""

@@ -118,9 +118,6 @@ class Model:
 
         hidden: their states where they exited, [rows, hidden]; slots: [rows].
         """
-        if self._compiled is not None and reads_in_place(cache):
-            self._compiled.propagate(hidden, slots, cache, first)
-            return
         for index in range(first, self.depth):
             layer = self._layers[index]
             x = _norm(hidden, layer.attn_norm) if self.config.norm_before else hidden
