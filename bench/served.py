@@ -277,14 +277,15 @@ def report_of(results: dict[str, Any]) -> Report:
 def at_same_latency(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     """For each rate at which vLLM served all: the highest at which Helios did with no higher P99 TPOT.
 
-    Rates are of requests served, not offered: of a system that falls behind they are lower.
+    Rates are of requests served, not offered: of a system that falls behind they are lower. What a system does
+    at most is one of them.
     """
 
     def served(name: str) -> list[tuple[float, float]]:
         return [
             (run["requests_per_second"], run["summary"]["tpot_ms"]["p99"])
             for run in runs
-            if run["system"] == name and run["rate"] is not None and not run["summary"]["failed"]
+            if run["system"] == name and not run["summary"]["failed"]
         ]
 
     mine = served(HELIOS)
@@ -298,16 +299,16 @@ def at_same_latency(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]
 
 
 def targets(compared: Sequence[Mapping[str, float]]) -> list[Target]:
-    """The target, at the highest rate at which vLLM served all."""
+    """The target, at every rate of vLLM's."""
     if not compared:
         return []
-    last = compared[-1]
+    points = ", ".join(f"{one['ratio']:.2f}x of {one['vllm']:.1f}" for one in compared)
     return [
         Target(
-            f"requests/s of `vllm serve` at its P99 TPOT ({last['p99_tpot_ms']:.1f} ms)",
+            "requests/s of `vllm serve` at its P99 TPOT, from its lightest load to all it can",
             f">= {_FACTOR:g}x",
-            f"{last['ratio']:.2f}x",
-            last["ratio"] >= _FACTOR,
+            points,
+            all(one["ratio"] >= _FACTOR for one in compared),
         )
     ]
 

@@ -26,12 +26,15 @@ class ChunkBudget:
     def tokens(self, decoding: int, waiting: int = 1) -> int:
         """Most prompt tokens of a step in which so many sequences decode and so many wait for their prefill.
 
-        Where more wait than decode, it is for those who wait: a step may take longer in proportion.
+        Where more wait than decode, it is for those who wait: a step may take longer in proportion. 0 where it
+        is not known yet what a step of so many takes: one without prompts tells.
         """
         if not decoding or math.isinf(self._stretch):
             return self._most
-        step = self._decode_seconds(decoding)
-        if step is None or self._per_token is None:
+        step = self._decode.get(decoding.bit_length())
+        if step is None:
+            return 0
+        if self._per_token is None:
             return self._least
         room = (self._stretch - 1) * step * max(1.0, waiting / decoding)
         fitting = room / max(self._per_token, 1e-9)

@@ -19,7 +19,7 @@ def observed(stretch: float) -> ChunkBudget:
     return budget
 
 
-@pytest.mark.parametrize(("decoding", "tokens"), [(8, 150), (32, 512), (1, 150), (60, 512), (0, 512)])
+@pytest.mark.parametrize(("decoding", "tokens"), [(8, 150), (15, 150), (32, 512), (60, 512), (0, 512)])
 def test_a_chunk_fits_into_what_the_stretch_leaves(decoding: int, tokens: int) -> None:
     assert observed(2.5).tokens(decoding) == pytest.approx(tokens, abs=1)
 
@@ -46,8 +46,13 @@ def test_no_bound_is_the_whole_step() -> None:
     assert observed(math.inf).tokens(8) == 512
 
 
-def test_nothing_known_is_the_least() -> None:
-    assert ChunkBudget(2.5, 16, 512).tokens(3) == 16
+def test_a_size_that_is_not_known_is_told_by_a_step_without_prompts() -> None:
+    budget = ChunkBudget(2.5, 16, 512)
+    assert budget.tokens(3) == 0
+    budget.observe(3, 0, 0.010)
+    # What a prompt's token takes is not known either.
+    assert budget.tokens(3) == budget.tokens(2) == 16
+    assert budget.tokens(4) == 0
 
 
 @given(st.lists(st.tuples(st.integers(0, 64), st.integers(0, 512), st.floats(0, 10)), max_size=30), st.data())
@@ -57,4 +62,7 @@ def test_whatever_steps_took_a_chunk_is_within_its_bounds(
     budget = ChunkBudget(data.draw(st.floats(1.001, 100)), 16, 512)
     for decoding, prompt_tokens, seconds in steps:
         budget.observe(decoding, prompt_tokens, seconds)
-    assert 16 <= budget.tokens(data.draw(st.integers(1, 64))) <= 512
+    decoding = data.draw(st.integers(1, 64))
+    assert budget.tokens(decoding) == 0 or 16 <= budget.tokens(decoding) <= 512
+    budget.observe(decoding, 0, data.draw(st.floats(0, 10)))
+    assert 16 <= budget.tokens(decoding) <= 512

@@ -369,9 +369,7 @@ def test_skipped_layers_remember_what_they_would_have_of_the_same_input(
     ids = torch.tensor([5, 70, 200])
     batch = Batch.of(ids, positions, slots, blocks[:, None], blocks, 3, 16, (), blocks)
     skipped, walked = (
-        KVCache(
-            model.depth, 3, 16, model.config.num_heads, model.config.head_dim, torch.float32, ids.device
-        )
+        KVCache(model.depth, 3, 16, model.config.num_heads, model.config.head_dim, torch.float32, ids.device)
         for _ in range(2)
     )
     with torch.inference_mode():
