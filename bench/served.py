@@ -277,8 +277,8 @@ def report_of(results: dict[str, Any]) -> Report:
 def at_same_latency(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     """For each rate at which vLLM served all: the highest at which Helios did with no higher P99 TPOT.
 
-    Rates are of requests served, not offered: of a system that falls behind they are lower. What a system does
-    at most is one of them.
+    Rates are of requests served, not offered: of a system that falls behind they are lower. What a system
+    does at most is one of them.
     """
 
     def served(name: str) -> list[tuple[float, float]]:

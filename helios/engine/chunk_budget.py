@@ -26,8 +26,8 @@ class ChunkBudget:
     def tokens(self, decoding: int, waiting: int = 1) -> int:
         """Most prompt tokens of a step in which so many sequences decode and so many wait for their prefill.
 
-        Where more wait than decode, it is for those who wait: a step may take longer in proportion. 0 where it
-        is not known yet what a step of so many takes: one without prompts tells.
+        Where more wait than decode, it is for those who wait: a step may take longer in proportion. 0 where
+        it is not known yet what a step of so many takes: one without prompts tells.
         """
         if not decoding or math.isinf(self._stretch):
             return self._most
