@@ -9,6 +9,7 @@ from bench.peers.runner import Continuation, Generate, Job, private_stdout, serv
 from helios import catalog
 from helios.engine import Engine, EngineSettings
 from helios.engine.threads import set_threads
+from services.worker.settings import WorkerSettings
 
 # Like the peers', whose offline interfaces are made for throughput.
 _STEP_TOKENS = 2048
@@ -24,6 +25,7 @@ def load(job: Job) -> Generate:
         max_running=job.batch,
         step_token_budget=max(_STEP_TOKENS, job.batch),
         prefill_stretch=math.inf,
+        burst_seconds=WorkerSettings.model_fields["burst_seconds"].default,
     )
     engine = Engine.load(entry.path, job.depth, settings)
 

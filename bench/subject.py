@@ -15,6 +15,7 @@ from helios.engine.plan import Plan, load_plan
 from helios.engine.precision import Precision
 from helios.engine.tokenizer import load_tokenizer
 from helios.errors import SettingsError
+from services.worker.settings import WorkerSettings
 
 CACHE_DIR = Path.home() / ".cache" / "helios"
 
@@ -209,6 +210,7 @@ class Subject:
             # All prompts of a batch are prefilled in one step, so that decoding can be told from it.
             step_token_budget=max(512, running * (self.sizes.prompt_tokens + 1)),
             prefill_stretch=math.inf,
+            burst_seconds=WorkerSettings.model_fields["burst_seconds"].default,
             # Each round has the same prompts.
             prefix_cache=False,
         )

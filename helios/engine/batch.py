@@ -168,9 +168,7 @@ def build_batch(
     decodes: list[Sequence] = []
     prefills: list[tuple[Sequence, int]] = []
     for seq, count in scheduled:
-        # A prompt's last token is no decode, however the prompt was cut: in exit mode dynamic it takes all
-        # layers.
-        if seq.pending == 1 and seq.computed >= seq.prompt_tokens:
+        if seq.is_decoding:
             decodes.append(seq)
         else:
             prefills.append((seq, count))

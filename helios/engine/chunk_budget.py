@@ -31,7 +31,7 @@ class ChunkBudget:
         """
         if not decoding or math.isinf(self._stretch):
             return self._most
-        step = self._decode.get(decoding.bit_length())
+        step = self.decode_seconds(decoding)
         if step is None:
             return 0
         if self._per_token is None:
@@ -40,6 +40,10 @@ class ChunkBudget:
         fitting = room / max(self._per_token, 1e-9)
         return int(min(max(fitting, self._least), self._most))
 
+    def decode_seconds(self, decoding: int) -> float | None:
+        """What a step of so many decodes alone takes; None while that is not known."""
+        return self._decode.get(decoding.bit_length())
+
     def observe(self, decoding: int, prompt_tokens: int, seconds: float) -> None:
         """Takes in what a step took."""
         if not prompt_tokens:
@@ -47,13 +51,13 @@ class ChunkBudget:
             before = self._decode.get(key, seconds)
             self._decode[key] = _mean(before, seconds, _SLOWER_WEIGHT if seconds > before else _WEIGHT)
             return
-        step = self._decode_seconds(decoding) if decoding else 0.0
+        step = self._nearest_seconds(decoding) if decoding else 0.0
         # Chunks of a few tokens tell little: what one of them takes is mostly what any step takes.
         if step is not None and prompt_tokens >= self._least:
             added = max(seconds - step, 0.0) / prompt_tokens
             self._per_token = added if self._per_token is None else _mean(self._per_token, added, _WEIGHT)
 
-    def _decode_seconds(self, decoding: int) -> float | None:
+    def _nearest_seconds(self, decoding: int) -> float | None:
         """Of a step with so many sequences, or with the nearest number that has been observed."""
         if not self._decode:
             return None

@@ -50,7 +50,7 @@ class CompiledModel:
         self._heads = {layer: _Head.of(head, config.hidden_size) for layer, head in weights.exits.items()}
         self._final = _Head.of(weights.final or Head(None, None), config.hidden_size)
         self._exits: dict[tuple[tuple[int, float], ...], _Exits] = {}
-        self._room = _Room.of(0, 0, 0, works=False)
+        self._room = _Room.of(0, 0, 0, 0, works=False)
 
     @classmethod
     def of(cls, config: ModelConfig, weights: PackedWeights) -> Self | None:
@@ -68,41 +68,44 @@ class CompiledModel:
         (only,) = numbers
         return cls(config, only, weights)
 
-    def step(self, batch: Batch, cache: KVCache, depth: int) -> Readout:
+    def step(self, batch: Batch, cache: KVCache, depth: int, count: int) -> Readout:
         """The first `depth` layers of a batch and the reading of its rows; writes the KV of them all.
 
-        What it returns is valid until the next step.
+        count: of steps (`kernels.burst`); then the logits are the last one's, and all else is of all of them,
+        one after the other. What it returns is valid until the next call.
         """
-        return self._run(batch, cache, ((depth, 0.0),))[0]
+        return self._run(batch, cache, ((depth, 0.0),), count)[0]
 
     def step_dynamic(
-        self, batch: Batch, cache: KVCache, thresholds: Mapping[int, float]
+        self, batch: Batch, cache: KVCache, thresholds: Mapping[int, float], count: int
     ) -> tuple[Readout, list[int]]:
         """All layers, from which decode rows leave at the first exit of `thresholds` where they are sure.
 
-        Also the exit layer of each row that is read. Valid until the next step.
+        Also the exit layer of each row that is read. count and validity as in `step`.
         """
         depth = len(self._layers)
         before = ((layer, threshold) for layer, threshold in thresholds.items() if layer < depth)
-        found, exit_layers = self._run(batch, cache, (*sorted(before), (depth, 0.0)))
+        found, exit_layers = self._run(batch, cache, (*sorted(before), (depth, 0.0)), count)
         return found, exit_layers.tolist()
 
     def _run(
-        self, batch: Batch, cache: KVCache, exits: tuple[tuple[int, float], ...]
+        self, batch: Batch, cache: KVCache, exits: tuple[tuple[int, float], ...], count: int
     ) -> tuple[Readout, torch.Tensor]:
         """exits: layers, ascending, and how sure a row must be to leave there."""
         config, depth = self._config, exits[-1][0]
         rows, reads, width, embed_width = batch.rows, batch.reads, config.hidden_size, int(self._ends[5])
-        if rows > self._room.rows or (len(exits) > 1 and self._room.found is None):
+        works = len(exits) > 1
+        if not self._room.holds(rows, count * reads, works=works):
             size = kernels.step_scratch(self._numbers, rows, width, config.ffn_dim, embed_width)
-            self._room = _Room.of(rows, size, self._vocabulary, works=len(exits) > 1)
+            self._room = _Room.of(rows, count * reads, size, self._vocabulary, works=works)
         if exits not in self._exits:
             self._exits[exits] = _Exits.of(exits, [self._heads.get(layer, self._final) for layer, _ in exits])
         room, chosen = self._room, self._exits[exits]
         keys, values = cache.addresses
         per_row = 2 * width * (2 * width + config.ffn_dim + batch.width * batch.block_tokens)
         TEAM.run(
-            kernels.step,
+            kernels.burst,
+            count,
             self._numbers,
             self._parts,
             chosen.layers,
@@ -127,7 +130,8 @@ class CompiledModel:
             operations=depth * rows * per_row + reads * embed_width * self._vocabulary,
         )
         logits, best, summaries, exit_layers = room.out
-        return Readout(logits[:reads], best[:reads], summaries[:reads]), exit_layers[:reads]
+        total = count * reads
+        return Readout(logits[:reads], best[:total], summaries[:total]), exit_layers[:total]
 
     def layers(
         self, hidden: torch.Tensor, batch: Batch, cache: KVCache, first: int, last: int
@@ -193,7 +197,7 @@ class _Exits(NamedTuple):
 
 
 class _Room(NamedTuple):
-    """Tensors that steps of so many rows work in."""
+    """Tensors that steps of so many rows work in, and what they read out."""
 
     rows: int
     scratch: torch.Tensor
@@ -204,20 +208,25 @@ class _Room(NamedTuple):
     places: tuple[NDArray[np.int64], NDArray[np.int64]]
 
     @classmethod
-    def of(cls, rows: int, scratch_bytes: int, vocabulary: int, *, works: bool) -> Self:
-        """Memory comes at its first use: a step of many rows reads few of them."""
+    def of(cls, rows: int, reads: int, scratch_bytes: int, vocabulary: int, *, works: bool) -> Self:
+        """Memory comes at its first use: a step of many rows reads few of them. reads: of all steps."""
+        kept = max(rows, reads)
 
         def outputs() -> tuple[torch.Tensor, ...]:
             return (
                 torch.empty(rows, vocabulary),
-                torch.empty(rows, dtype=torch.int64),
-                torch.empty(rows, kernels.SUMMARY),
-                torch.empty(rows, dtype=torch.int64),
+                torch.empty(kept, dtype=torch.int64),
+                torch.empty(kept, kernels.SUMMARY),
+                torch.empty(kept, dtype=torch.int64),
             )
 
         out, found = outputs(), outputs() if works else None
         places = [np.array([tensor.data_ptr() for tensor in tensors]) for tensors in (found or out, out)]
         return cls(rows, torch.empty(scratch_bytes, dtype=torch.uint8), out, found, (places[0], places[1]))
+
+    def holds(self, rows: int, reads: int, *, works: bool) -> bool:
+        """Whether steps of this size find room."""
+        return rows <= self.rows and reads <= len(self.out[1]) and (self.found is not None or not works)
 
 
 def _addresses_of_ends(ends: Ends) -> NDArray[np.int64]:

@@ -242,13 +242,15 @@ class Engine:
         for seq, _ in scheduled:
             if not seq.times.scheduled:
                 seq.times.scheduled = time.time_ns()
+        count = self._burst(scheduled)
         batch, readers = build_batch(scheduled, self.settings.block_tokens, self.plan.model.device)
+        model, cache = self.plan.model, self._cache
         if self.settings.exit_mode is ExitMode.DYNAMIC:
-            found, exits = run_dynamic(self.plan.model, batch, self._cache, self.plan.thresholds)
+            found, exits = run_dynamic(model, batch, cache, self.plan.thresholds, count)
         else:
-            found, exits = run_static(self.plan.model, batch, self._cache, self._graphs)
-        for seq, count in scheduled:
-            self._scheduler.advance(seq, count)
+            found, exits = run_static(model, batch, cache, self._graphs, count)
+        for seq, tokens in scheduled:
+            self._scheduler.advance(seq, tokens)
         prompt_tokens = batch.rows - batch.decode_rows
         self._counters.prefill_tokens += prompt_tokens
         if readers:
@@ -258,10 +260,25 @@ class Engine:
                 if not seq.takes_likeliest
             }
             self._deliver(readers, sample(found, rows), exits)
-        self._counters.steps += 1
-        self._scheduler.chunks.observe(batch.decode_rows, prompt_tokens, time.perf_counter() - began)
+        self._counters.steps += count
+        seconds = (time.perf_counter() - began) / count
+        self._scheduler.chunks.observe(batch.decode_rows, prompt_tokens, seconds)
         self._last_step = time.monotonic()
         return True
+
+    def _burst(self, scheduled: list[tuple[Sequence, int]]) -> int:
+        """How many steps to take at once, with the blocks that they need."""
+        if not self.settings.burst_seconds or not self.plan.model.has_bursts(self._cache):
+            return 1
+        sequences = [seq for seq, _ in scheduled]
+        if not all(seq.is_decoding and seq.takes_likeliest for seq in sequences):
+            return 1
+        seconds = self._scheduler.chunks.decode_seconds(len(sequences))
+        if seconds is None:
+            return 1
+        left = min(seq.sampling.max_tokens - seq.completion_tokens for seq in sequences)
+        count = max(1, min(left, int(self.settings.burst_seconds / seconds)))
+        return count if count == 1 or self._scheduler.reserve(sequences, count - 1) else 1
 
     def _loop(self) -> None:
         try:
@@ -308,21 +325,32 @@ class Engine:
     def _deliver(self, readers: list[Sequence], sampled: Sampled, exits: list[int]) -> None:
         now, model, threshold_of = time.time_ns(), self.plan.entry.name, self.plan.thresholds.get
         outputs: list[Output] = []
-        for seq, token_id, logprob, certainty, exit_layer in zip(readers, *sampled, exits, strict=True):
-            index = len(seq.token_ids) - seq.prompt_tokens
-            seq.token_ids.append(token_id)
-            if not seq.times.first_token:
-                seq.times.first_token = now
-            text = seq.detokenizer.push(token_id)
-            reason = self._reason(seq, token_id)
-            finish = None
-            if reason is not None:
-                text += seq.detokenizer.flush()
-                finish = seq.finish(reason)
-            token = GeneratedToken(index, token_id, text, logprob, certainty, exit_layer, model)
-            self._counters.high_exit_tokens += certainty < threshold_of(exit_layer, 0.0)
-            outputs.append(Output((token,), finish, more=len(outputs) + 1 < len(readers)))
-        self._counters.generated_tokens += len(outputs)
+        generated = 0
+        for index, seq in enumerate(readers):
+            tokens, finish = [], None
+            # Of a burst, one from each step.
+            for at in range(index, len(sampled.token_ids), len(readers)):
+                if at > index:
+                    # The step before wrote the keys and values of the token before.
+                    self._scheduler.advance(seq, 1)
+                token_id, certainty, exit_layer = sampled.token_ids[at], sampled.confidences[at], exits[at]
+                number = len(seq.token_ids) - seq.prompt_tokens
+                seq.token_ids.append(token_id)
+                if not seq.times.first_token:
+                    seq.times.first_token = now
+                text = seq.detokenizer.push(token_id)
+                reason = self._reason(seq, token_id)
+                if reason is not None:
+                    text += seq.detokenizer.flush()
+                    finish = seq.finish(reason)
+                logprob = sampled.logprobs[at]
+                tokens.append(GeneratedToken(number, token_id, text, logprob, certainty, exit_layer, model))
+                self._counters.high_exit_tokens += certainty < threshold_of(exit_layer, 0.0)
+                if finish is not None:
+                    break
+            generated += len(tokens)
+            outputs.append(Output(tuple(tokens), finish, more=index + 1 < len(readers)))
+        self._counters.generated_tokens += generated
         # In one go, and only when the last is ready: detokenizing lets go of the interpreter's lock.
         for seq, output in zip(readers, outputs, strict=True):
             if output.finish is None:

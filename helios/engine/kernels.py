@@ -788,6 +788,41 @@ def step(
 
 
 @_compiled
+def burst(
+    thread, threads, team, count, numbers, parts, exits, thresholds, exit_heads, ends, rows, decode_rows,
+    width, ffn, heads, norm_before, keys, values, block_tokens, rows_of, reads, vocabulary, scratch, found,
+    out,
+):
+    """`count` steps: one, or as many of decodes alone, each of the likeliest tokens of the one before.
+
+    out: as in `step`, with logits of the last step and [count, reads] of all else. The sequences' tables have
+    the blocks of all these tokens.
+    """
+    mine = out.copy()
+    for index in range(count):
+        step(
+            thread, threads, team, numbers, parts, exits, thresholds, exit_heads, ends, rows, decode_rows,
+            width, ffn, heads, norm_before, keys, values, block_tokens, rows_of, reads, vocabulary, scratch,
+            found, mine,
+        )
+        if index + 1 == count:
+            return
+        _meet(team, threads)
+        if thread == 0:
+            for row in range(rows):
+                position = load_long(rows_of[1], row) + 1
+                table = rows_of[5] + 8 * load_long(rows_of[3], row) * rows_of[6]
+                slot = load_long(table, position // block_tokens) * block_tokens + position % block_tokens
+                store_long(rows_of[0], row, load_long(mine[1], row))
+                store_long(rows_of[1], row, position)
+                store_long(rows_of[2], row, slot)
+        _meet(team, threads)
+        mine[1] += 8 * reads
+        mine[2] += 4 * SUMMARY * reads
+        mine[3] += 8 * reads
+
+
+@_compiled
 def propagate(
     thread, threads, team, numbers, parts, first, last, hidden, rows, width, heads, norm_before, keys,
     values, block_tokens, slots, scratch,

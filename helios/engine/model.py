@@ -60,13 +60,19 @@ class Model:
         """Bytes of all loaded weights, shared ones once."""
         return self.weights.weight_bytes
 
-    def step(self, batch: Batch, cache: KVCache, depth: int) -> Readout:
+    def has_bursts(self, cache: KVCache) -> bool:
+        """Whether `step` and `step_dynamic` can take several steps at once."""
+        return self._compiled is not None and reads_in_place(cache)
+
+    def step(self, batch: Batch, cache: KVCache, depth: int, count: int = 1) -> Readout:
         """What the batch's read rows read out after the first `depth` layers; writes the KV of all rows.
 
-        On a CPU valid until the next step.
+        count: of steps, where the model has bursts: decodes alone, each of the likeliest tokens of the one
+        before, whose blocks the tables have. The logits are then the last one's. On a CPU valid until the
+        next call.
         """
         if self._compiled is not None and reads_in_place(cache):
-            return self._compiled.step(batch, cache, depth)
+            return self._compiled.step(batch, cache, depth, count)
         hidden = self.layers(0, depth, self.embed(batch.token_ids, batch.positions), batch, cache)
         # Rows are read in their order: as many as there are, these are all.
         if batch.reads < batch.rows:
@@ -74,11 +80,11 @@ class Model:
         return read(self.read_out(hidden, depth))
 
     def step_dynamic(
-        self, batch: Batch, cache: KVCache, thresholds: Mapping[int, float]
+        self, batch: Batch, cache: KVCache, thresholds: Mapping[int, float], count: int = 1
     ) -> tuple[Readout, list[int]] | None:
         """Of all layers, with exits token by token (`exits.run_dynamic`); None where no compiled step can."""
         if self._compiled is not None and reads_in_place(cache):
-            return self._compiled.step_dynamic(batch, cache, thresholds)
+            return self._compiled.step_dynamic(batch, cache, thresholds, count)
         return None
 
     def embed(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

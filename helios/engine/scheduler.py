@@ -12,7 +12,7 @@ are shared (`BlockPool`).
 
 from bisect import insort
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from helios.engine.block_pool import BlockPool
 from helios.engine.chunk_budget import ChunkBudget
@@ -76,6 +76,22 @@ class Scheduler:
             budget = self._chunk(seq, budget, scheduled)
         return scheduled
 
+    def reserve(self, sequences: Iterable[Sequence], tokens: int) -> bool:
+        """Gives each of these running sequences blocks for so many tokens more.
+
+        False, and none, if too few are free: nobody is preempted for them.
+        """
+        wanted = []
+        for seq in sequences:
+            missing = self.pool.blocks_for(len(seq.token_ids) + tokens) - len(seq.blocks)
+            if missing > 0:
+                wanted.append((seq, missing))
+        if sum(missing for _, missing in wanted) > self.pool.free_blocks:
+            return False
+        for seq, missing in wanted:
+            seq.blocks += self.pool.allocate(missing)
+        return True
+
     def advance(self, seq: Sequence, count: int) -> None:
         """Notes that keys and values of a sequence's next `count` tokens are in its blocks."""
         before = seq.computed // self.pool.block_tokens
@@ -138,7 +154,7 @@ class Scheduler:
             seq = self.running[index]
             missing = self.pool.blocks_for(len(seq.token_ids)) - len(seq.blocks)
             if missing <= self.pool.free_blocks:
-                if missing:
+                if missing > 0:
                     seq.blocks += self.pool.allocate(missing)
                 index += 1
             else:

@@ -117,6 +117,15 @@ class Sequence:
         """Tokens that must still be computed before the next one can be sampled."""
         return len(self.token_ids) - self.computed
 
+    @property
+    def is_decoding(self) -> bool:
+        """Whether the one token that must still be computed is a generated one.
+
+        A prompt's last token is no decode, however the prompt was cut into chunks: in exit mode dynamic all
+        layers compute it.
+        """
+        return self.computed + 1 == len(self.token_ids) > self.prompt_tokens
+
     def digests(self, block_tokens: int) -> list[bytes]:
         """Of each full block of its tokens, a digest of all tokens up to the block's end."""
         while (end := (len(self._digests) + 1) * block_tokens) <= len(self.token_ids):

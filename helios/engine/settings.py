@@ -1,5 +1,6 @@
 """Limits and modes of an engine."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,9 @@ class EngineSettings:
     step_token_budget: int = 512
     # A step that prefills beside decoding sequences takes at most this many times one that does not.
     prefill_stretch: float = 2.5
+    # Decode steps are taken several at once, as many as take this long: what is between them then is worth
+    # less than they are. 0: one by one.
+    burst_seconds: float = 0.0
     block_tokens: int = 16
     # Whether sequences with the same beginning share its KV.
     prefix_cache: bool = True
@@ -47,6 +51,8 @@ class EngineSettings:
             )
         if not self.prefill_stretch > 1:
             raise SettingsError(f"prefill_stretch must be above 1, not {self.prefill_stretch}")
+        if not 0 <= self.burst_seconds < math.inf:
+            raise SettingsError(f"burst_seconds must be at least 0, not {self.burst_seconds}")
         if self.packed_cache_bytes < 0:
             raise SettingsError("packed_cache_bytes must be at least 0")
         if self.threshold is not None and not 0 <= self.threshold <= 1:

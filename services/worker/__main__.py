@@ -99,6 +99,7 @@ def _engine_settings(settings: WorkerSettings) -> EngineSettings:
         max_waiting=settings.max_waiting,
         step_token_budget=settings.step_token_budget,
         prefill_stretch=settings.prefill_stretch,
+        burst_seconds=settings.burst_seconds,
         block_tokens=settings.block_tokens,
         prefix_cache=settings.prefix_cache,
         cuda_graphs=settings.cuda_graphs,

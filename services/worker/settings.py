@@ -52,6 +52,13 @@ class WorkerSettings(ServiceSettings):
         description="a step that prefills beside decoding sequences takes at most this many times one that "
         "does not; inf: no bound",
     )
+    burst_seconds: float = Field(
+        0.002,
+        ge=0,
+        allow_inf_nan=False,
+        description="decode steps that are so short that several fit into this are taken at once, and their "
+        "tokens leave together; 0: one by one",
+    )
     block_tokens: int = Field(16, ge=1, description="tokens in a KV block")
     prefix_cache: bool = Field(
         True, description="whether requests with the same beginning share its KV (their timing tells)"

@@ -1,0 +1,148 @@
+"""Several decode steps in one call say what they say one by one."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from helios.engine import Engine, EngineSettings, ExitMode, FinishReason, Output, SamplingParams
+from helios.engine.team import TEAM
+from helios.errors import SettingsError
+from tests.opt_variants import save_variant
+
+EXITS = (1, 2, 4, 6)
+PROMPTS = [[2, *range(10 + 9 * index, 20 + 12 * index)] for index in range(5)]
+# As long as they like.
+BURST = 10.0
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "random"
+    save_variant(path, "pre-norm", 21, exits=EXITS)
+    return path
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before, worthwhile = TEAM.threads, TEAM.worthwhile
+    TEAM.worthwhile = 0
+    yield request.param
+    TEAM.threads, TEAM.worthwhile = before, worthwhile
+
+
+def load(
+    path: Path, burst_seconds: float, mode: ExitMode = ExitMode.GREEDY, memory: int = 64 << 20
+) -> Engine:
+    settings = EngineSettings(
+        exit_mode=mode,
+        threshold=0.05 if mode is ExitMode.DYNAMIC else None,
+        memory_bytes=memory,
+        burst_seconds=burst_seconds,
+        max_running=8,
+        step_token_budget=64,
+    )
+    return Engine.load(path, settings=settings)
+
+
+def serve(engine: Engine, samplings: list[SamplingParams]) -> list[list[Output]]:
+    """What is said of each prompt, all served together."""
+    said: list[list[Output]] = [[] for _ in samplings]
+    for index, sampling in enumerate(samplings):
+        engine.submit(f"{index}", PROMPTS[index], sampling, said[index].append)
+    while engine.step():
+        pass
+    assert engine.telemetry().blocks_free == engine.telemetry().blocks_total
+    return said
+
+
+def told(said: list[Output]) -> tuple[object, ...]:
+    tokens = [
+        (t.index, t.token_id, t.text, t.logprob, t.confidence, t.exit_layer) for o in said for t in o.tokens
+    ]
+    return (*tokens, said[-1].finish)
+
+
+@pytest.mark.parametrize("mode", [ExitMode.GREEDY, ExitMode.DYNAMIC])
+def test_bursts_say_the_same_in_fewer_outputs(model: Path, mode: ExitMode, threads: int) -> None:
+    plain = load(model, 0, mode)
+    TEAM.threads = threads  # loading lent them anew
+    first = serve(plain, [SamplingParams(max_tokens=40, ignore_eos=True)] * 5)
+    text = first[1][-1].finish
+    assert text is not None
+    samplings = [
+        SamplingParams(max_tokens=40, ignore_eos=True),
+        # In the middle of a burst.
+        SamplingParams(max_tokens=40, ignore_eos=True, stop=(text.text[13:16],)),
+        SamplingParams(max_tokens=17),
+        SamplingParams(max_tokens=33, ignore_eos=True),
+        SamplingParams(max_tokens=1),
+    ]
+    expected = serve(plain, samplings)
+    bursting = load(model, BURST, mode)
+    TEAM.threads = threads
+    got = serve(bursting, samplings)
+    assert [told(said) for said in got] == [told(said) for said in expected]
+    assert got[1][-1].finish is not None
+    assert got[1][-1].finish.reason is FinishReason.STOP
+    # A step tells what steps of so many take, and what the shortest has left goes into the next call.
+    assert all(len(said) < 14 for said in got)
+    assert max(len(output.tokens) for said in got for output in said) > 4
+    counters = bursting.telemetry().counters
+    assert counters.generated_tokens == plain.telemetry().counters.generated_tokens - 5 * 40
+
+
+def test_a_sampled_row_is_served_step_by_step(model: Path) -> None:
+    samplings = [
+        SamplingParams(max_tokens=30, ignore_eos=True),
+        SamplingParams(max_tokens=12, ignore_eos=True, temperature=0.8, seed=5),
+    ]
+    said = serve(load(model, BURST), samplings)
+    assert [told(one) for one in said] == [told(one) for one in serve(load(model, 0), samplings)]
+    assert [len(output.tokens) for output in said[1]] == [1] * 12
+    # Once it has ended.
+    assert max(len(output.tokens) for output in said[0]) > 4
+
+
+def test_a_burst_takes_no_blocks_from_others(model: Path) -> None:
+    """A pool for one context and a bit: the blocks for a burst are not there when all decode."""
+    samplings = [SamplingParams(max_tokens=160, ignore_eos=True)] * 3
+    plain, bursting = load(model, 0, memory=1_100_000), load(model, BURST, memory=1_100_000)
+    assert plain.telemetry().blocks_total < 3 * (160 + 10) // 16
+    expected, got = serve(plain, samplings), serve(bursting, samplings)
+    assert [[t.token_id for o in said for t in o.tokens] for said in got] == [
+        [t.token_id for o in said for t in o.tokens] for said in expected
+    ]
+    assert bursting.telemetry().preemptions <= plain.telemetry().preemptions + 2
+
+
+def test_a_burst_ends_with_the_context(model: Path) -> None:
+    engine = load(model, BURST)
+    context = engine.plan.model.config.context_tokens
+    said: list[Output] = []
+    engine.submit("long", [2] * (context - 20), SamplingParams(max_tokens=500, ignore_eos=True), said.append)
+    while engine.step():
+        pass
+    assert said[-1].finish is not None
+    assert said[-1].finish.completion_tokens == 20
+
+
+def test_sequences_go_on_after_a_reload_between_bursts(model: Path) -> None:
+    engine = load(model, BURST)
+    said: list[Output] = []
+    engine.submit("one", PROMPTS[0], SamplingParams(max_tokens=60, ignore_eos=True), said.append)
+    for _ in range(3):
+        engine.step()
+    engine.submit("two", PROMPTS[1], SamplingParams(max_tokens=5, ignore_eos=True), lambda _: None)
+    engine.reload(model, 2)
+    engine.reload(model, 4)
+    while engine.step():
+        pass
+    tokens = [token for output in said for token in output.tokens]
+    assert [token.index for token in tokens] == list(range(60))
+
+
+@pytest.mark.parametrize("seconds", [-0.001, float("inf"), float("nan")])
+def test_a_burst_has_a_length(seconds: float) -> None:
+    with pytest.raises(SettingsError, match="burst_seconds"):
+        EngineSettings(burst_seconds=seconds)
