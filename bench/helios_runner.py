@@ -9,7 +9,7 @@ from bench.peers.runner import Continuation, Generate, Job, private_stdout, serv
 from helios import catalog
 from helios.engine import Engine, EngineSettings
 from helios.engine.threads import set_threads
-from services.worker.settings import WorkerSettings
+from helios.settings import SERVED_BURST_SECONDS
 
 # Like the peers', whose offline interfaces are made for throughput.
 _STEP_TOKENS = 2048
@@ -25,7 +25,7 @@ def load(job: Job) -> Generate:
         max_running=job.batch,
         step_token_budget=max(_STEP_TOKENS, job.batch),
         prefill_stretch=math.inf,
-        burst_seconds=WorkerSettings.model_fields["burst_seconds"].default,
+        burst_seconds=SERVED_BURST_SECONDS,
     )
     engine = Engine.load(entry.path, job.depth, settings)
 

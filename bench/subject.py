@@ -15,7 +15,7 @@ from helios.engine.plan import Plan, load_plan
 from helios.engine.precision import Precision
 from helios.engine.tokenizer import load_tokenizer
 from helios.errors import SettingsError
-from services.worker.settings import WorkerSettings
+from helios.settings import SERVED_BURST_SECONDS
 
 CACHE_DIR = Path.home() / ".cache" / "helios"
 
@@ -210,7 +210,7 @@ class Subject:
             # All prompts of a batch are prefilled in one step, so that decoding can be told from it.
             step_token_budget=max(512, running * (self.sizes.prompt_tokens + 1)),
             prefill_stretch=math.inf,
-            burst_seconds=WorkerSettings.model_fields["burst_seconds"].default,
+            burst_seconds=SERVED_BURST_SECONDS,
             # Each round has the same prompts.
             prefix_cache=False,
         )

@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from helios.settings import RedisUrl, ServiceSettings
+from helios.settings import SERVED_BURST_SECONDS, RedisUrl, ServiceSettings
 
 
 class WorkerSettings(ServiceSettings):
@@ -53,7 +53,7 @@ class WorkerSettings(ServiceSettings):
         "does not; inf: no bound",
     )
     burst_seconds: float = Field(
-        0.002,
+        SERVED_BURST_SECONDS,
         ge=0,
         allow_inf_nan=False,
         description="decode steps that are so short that several fit into this are taken at once, and their "
