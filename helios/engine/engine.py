@@ -323,34 +323,37 @@ class Engine:
             self._end(seq, Output(error=error))
 
     def _deliver(self, readers: list[Sequence], sampled: Sampled, exits: list[int]) -> None:
+        token_ids, logprobs, confidences = sampled
         now, model, threshold_of = time.time_ns(), self.plan.entry.name, self.plan.thresholds.get
         outputs: list[Output] = []
-        generated = 0
+        high_exits = 0
         for index, seq in enumerate(readers):
-            tokens, finish = [], None
+            tokens, finish, known = [], None, seq.token_ids
+            number, detokenizer = len(known) - seq.prompt_tokens, seq.detokenizer
+            if not seq.times.first_token:
+                seq.times.first_token = now
             # Of a burst, one from each step.
-            for at in range(index, len(sampled.token_ids), len(readers)):
+            for at in range(index, len(token_ids), len(readers)):
                 if at > index:
                     # The step before wrote the keys and values of the token before.
                     self._scheduler.advance(seq, 1)
-                token_id, certainty, exit_layer = sampled.token_ids[at], sampled.confidences[at], exits[at]
-                number = len(seq.token_ids) - seq.prompt_tokens
-                seq.token_ids.append(token_id)
-                if not seq.times.first_token:
-                    seq.times.first_token = now
-                text = seq.detokenizer.push(token_id)
+                token_id, confidence, exit_layer = token_ids[at], confidences[at], exits[at]
+                known.append(token_id)
+                text = detokenizer.push(token_id)
                 reason = self._reason(seq, token_id)
                 if reason is not None:
-                    text += seq.detokenizer.flush()
+                    text += detokenizer.flush()
                     finish = seq.finish(reason)
-                logprob = sampled.logprobs[at]
-                tokens.append(GeneratedToken(number, token_id, text, logprob, certainty, exit_layer, model))
-                self._counters.high_exit_tokens += certainty < threshold_of(exit_layer, 0.0)
+                tokens.append(
+                    GeneratedToken(number, token_id, text, logprobs[at], confidence, exit_layer, model)
+                )
+                number += 1
+                high_exits += confidence < threshold_of(exit_layer, 0.0)
                 if finish is not None:
                     break
-            generated += len(tokens)
+            self._counters.generated_tokens += len(tokens)
             outputs.append(Output(tuple(tokens), finish, more=index + 1 < len(readers)))
-        self._counters.generated_tokens += generated
+        self._counters.high_exit_tokens += high_exits
         # In one go, and only when the last is ready: detokenizing lets go of the interpreter's lock.
         for seq, output in zip(readers, outputs, strict=True):
             if output.finish is None:
@@ -380,9 +383,9 @@ class Engine:
         """Whether, and why, a sequence ends with the token it just got."""
         if seq.detokenizer.stopped:
             return FinishReason.STOP
-        if not seq.sampling.ignore_eos and token_id in self.plan.model.config.eos_token_ids:
+        if token_id in self.plan.model.config.eos_token_ids and not seq.sampling.ignore_eos:
             return FinishReason.EOS
-        if seq.completion_tokens >= seq.sampling.max_tokens:
+        if len(seq.token_ids) - seq.prompt_tokens >= seq.sampling.max_tokens:
             return FinishReason.LENGTH
         return None
 
