@@ -19,7 +19,6 @@ from bench.random_model import SHAPES, random_model
 from bench.report import Report, Target
 from helios.engine import Engine, EngineSettings, Output, SamplingParams
 from helios.engine.threads import set_threads
-from helios.settings import SERVED_BURST_SECONDS
 
 _SEED = 0
 _CHAT_PROMPT_TOKENS = 32
@@ -65,9 +64,7 @@ def prefill(
     set_threads(threads)
     with Console(stderr=True).status("loading the model") as status:
         model = random_model(shape, cache_dir / "bench-models")
-        settings = EngineSettings(
-            precision=precision, max_running=chats + 1, burst_seconds=SERVED_BURST_SECONDS
-        )
+        settings = EngineSettings(precision=precision, max_running=chats + 1)
         engine = Engine.load(model, settings=settings)
         unbounded = Engine(engine.plan, replace(engine.settings, prefill_stretch=float("inf")))
         draw = random.Random(_SEED)

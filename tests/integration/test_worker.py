@@ -307,8 +307,10 @@ def test_telemetry_keeps_coming_while_the_engine_works(
     busy_stub: worker_pb2_grpc.WorkerServiceStub,
 ) -> None:
     stub = busy_stub
-    watch = stub.WatchTelemetry(worker_pb2.WatchTelemetryRequest(interval_seconds=0.01), timeout=TIMEOUT)
-    streams = [stub.Generate(request([2] * 60, max_tokens=190), timeout=TIMEOUT) for _ in range(16)]
+    watch = stub.WatchTelemetry(worker_pb2.WatchTelemetryRequest(interval_seconds=0.05), timeout=TIMEOUT)
+    # Sampled ones take longer.
+    long = request([2] * 60, max_tokens=190, temperature=0.9)
+    streams = [stub.Generate(long, timeout=TIMEOUT) for _ in range(16)]
     seen = []
     for message in watch:
         seen.append(message.telemetry)
