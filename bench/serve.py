@@ -188,7 +188,9 @@ def _report(
 ) -> Report:
     gateway, direct = _median_run(measured.gateway), _median_run(measured.direct)
     cpu_us = load.percentile(measured.gateway_cpu_us_per_token, 0.5)
-    slowdown = gateway.tpot_ms.p50 / direct.tpot_ms.p50
+    # None: all tokens of a stream came in one message.
+    slowdown = gateway.tpot_ms.p50 / direct.tpot_ms.p50 if direct.tpot_ms.p50 else None
+    against = "" if slowdown is None else f"; TPOT P50 {slowdown:.2f} x"
     failed = sum(run.failed for run in (*measured.gateway, *measured.direct))
     part = measured.status[0]
     results = {
@@ -242,7 +244,7 @@ def _report(
         ("load", f"{gateway.streams} streams, {concurrency} at once, {gateway.tokens} tokens"),
         *_rows("through the gateway", gateway),
         *_rows("straight to the workers", direct),
-        ("gateway overhead", f"{cpu_us:.0f} us of CPU per token; TPOT P50 {slowdown:.2f} x"),
+        ("gateway overhead", f"{cpu_us:.0f} us of CPU per token{against}"),
         ("KV pool", f"{_kv_pool_bytes(part):,} bytes; all layers: {_kv_pool_bytes(full):,}"),
         ("resident memory", f"{part.resident_bytes:,} bytes; all layers: {full.resident_bytes:,}"),
         ("weights in memory", f"{part.model.weight_bytes:,} bytes; all layers: {full.model.weight_bytes:,}"),

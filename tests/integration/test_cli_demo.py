@@ -61,7 +61,8 @@ def test_demo_without_a_stack_shows_drift_decisions_and_every_system(helios: Hel
     for row in rows.values():
         assert (row["failed"], row["errors"]) == (0, [])
         assert row["tokens_per_second"] > 0
-        assert 0 < row["tpot_ms"]["p50"] <= row["tpot_ms"]["p99"]
+        # Tokens of so small a model may all come in one message.
+        assert 0 <= row["tpot_ms"]["p50"] <= row["tpot_ms"]["p99"]
     assert all(rows["full", phase]["perplexity_increase"] == 0 for phase in phases)
     assert all(rows["HELIOS", phase]["perplexity_increase"] > -1 for phase in phases)
     timeline = results["timeline"]
