@@ -1,7 +1,7 @@
 """A model's step as one compiled call, and its layers as another: no Python between their products."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -45,7 +45,6 @@ class CompiledModel:
                 for affines, layer in zip(self._affines, weights.layers, strict=True)
             ]
         )
-        self._vocabulary = config.vocab_size
         self._ends = _addresses_of_ends(weights.ends)
         self._heads = {layer: _Head.of(head, config.hidden_size) for layer, head in weights.exits.items()}
         self._final = _Head.of(weights.final or Head(None, None), config.hidden_size)
@@ -94,15 +93,15 @@ class CompiledModel:
         """exits: layers, ascending, and how sure a row must be to leave there."""
         config, depth = self._config, exits[-1][0]
         rows, reads, width, embed_width = batch.rows, batch.reads, config.hidden_size, int(self._ends[5])
-        works = len(exits) > 1
-        if not self._room.holds(rows, count * reads, works=works):
-            size = kernels.step_scratch(self._numbers, rows, width, config.ffn_dim, embed_width)
-            self._room = _Room.of(rows, count * reads, size, self._vocabulary, works=works)
+        if not self._room.holds(rows, count * reads, works=len(exits) > 1):
+            # As much as any call before needed, too: prompts and bursts take turns.
+            most, kept = max(rows, self._room.rows), max(count * reads, len(self._room.out[1]))
+            works = len(exits) > 1 or self._room.found is not None
+            size = kernels.step_scratch(self._numbers, most, width, config.ffn_dim, embed_width)
+            self._room = _Room.of(most, kept, size, config.vocab_size, works=works)
         if exits not in self._exits:
             self._exits[exits] = _Exits.of(exits, [self._heads.get(layer, self._final) for layer, _ in exits])
         room, chosen = self._room, self._exits[exits]
-        keys, values = cache.addresses
-        per_row = 2 * width * (2 * width + config.ffn_dim + batch.width * batch.block_tokens)
         TEAM.run(
             kernels.burst,
             count,
@@ -114,20 +113,13 @@ class CompiledModel:
             self._ends,
             rows,
             batch.decode_rows,
-            width,
-            config.ffn_dim,
-            config.num_heads,
-            config.norm_before,
-            keys,
-            values,
-            cache.block_tokens,
-            batch.addresses,
+            *self._of_layers(batch, cache),
             reads,
-            self._vocabulary,
+            config.vocab_size,
             room.scratch.data_ptr(),
             room.places[0],
             room.places[1],
-            operations=depth * rows * per_row + reads * embed_width * self._vocabulary,
+            operations=depth * rows * self._operations(batch) + reads * embed_width * config.vocab_size,
         )
         logits, best, summaries, exit_layers = room.out
         total = count * reads
@@ -138,10 +130,8 @@ class CompiledModel:
     ) -> torch.Tensor:
         """The layers first..last of hidden, float32 [T, hidden]; writes the rows' KV."""
         config, rows = self._config, len(hidden)
-        width, context = config.hidden_size, batch.width * batch.block_tokens
         size = kernels.layers_scratch(self._numbers, rows, config.hidden_size, config.ffn_dim)
         scratch = torch.empty(size, dtype=torch.uint8)
-        keys, values = cache.addresses
         hidden = hidden.clone(memory_format=torch.contiguous_format)
         TEAM.run(
             kernels.layers,
@@ -151,18 +141,22 @@ class CompiledModel:
             last,
             hidden.data_ptr(),
             rows,
-            config.hidden_size,
-            config.ffn_dim,
-            config.num_heads,
-            config.norm_before,
-            keys,
-            values,
-            cache.block_tokens,
-            batch.addresses,
+            *self._of_layers(batch, cache),
             scratch.data_ptr(),
-            operations=(last - first) * rows * 2 * width * (2 * width + config.ffn_dim + context),
+            operations=(last - first) * rows * self._operations(batch),
         )
         return hidden
+
+    def _of_layers(self, batch: Batch, cache: KVCache) -> tuple[Any, ...]:
+        """From width to rows_of, as `kernels.layers` takes them."""
+        config = self._config
+        shape = config.hidden_size, config.ffn_dim, config.num_heads, config.norm_before
+        return *shape, *cache.addresses, cache.block_tokens, batch.addresses
+
+    def _operations(self, batch: Batch) -> int:
+        """Multiply-adds of a layer for one row, about."""
+        width, context = self._config.hidden_size, batch.width * batch.block_tokens
+        return 2 * width * (2 * width + self._config.ffn_dim + context)
 
 
 class _Head(NamedTuple):

@@ -770,9 +770,7 @@ def step(
     gone = decode_rows - active
     remaining = reads - gone
     for read in range(remaining * thread // threads, remaining * (thread + 1) // threads):
-        row = load_long(rows_of[4], read + gone) - gone if gone else load_long(rows_of[4], read)
-        if read < active:
-            row = read
+        row = read if read < active else load_long(rows_of[4], read + gone) - gone
         _copy_row(hidden + 4 * row * width, x + 4 * read * width, width)
     target = found if gone else out
     _leave(
@@ -780,8 +778,8 @@ def step(
         x + 4 * remaining * width, target[0], target[1], target[2],
     )
     for read in range(remaining * thread // threads, remaining * (thread + 1) // threads):
-        origin = load_long(origins, read) if last and read < active else read + gone
         if gone:
+            origin = load_long(origins, read) if read < active else read + gone
             _hand_over(found, vocabulary, read, out, origin, first)
         else:
             store_long(out[3], read, first)

@@ -62,7 +62,7 @@ class Model:
 
     def has_bursts(self, cache: KVCache) -> bool:
         """Whether `step` and `step_dynamic` can take several steps at once."""
-        return self._compiled is not None and reads_in_place(cache)
+        return self._compiled_for(cache) is not None
 
     def step(self, batch: Batch, cache: KVCache, depth: int, count: int = 1) -> Readout:
         """What the batch's read rows read out after the first `depth` layers; writes the KV of all rows.
@@ -71,8 +71,8 @@ class Model:
         before, whose blocks the tables have. The logits are then the last one's. On a CPU valid until the
         next call.
         """
-        if self._compiled is not None and reads_in_place(cache):
-            return self._compiled.step(batch, cache, depth, count)
+        if (compiled := self._compiled_for(cache)) is not None:
+            return compiled.step(batch, cache, depth, count)
         hidden = self.layers(0, depth, self.embed(batch.token_ids, batch.positions), batch, cache)
         # Rows are read in their order: as many as there are, these are all.
         if batch.reads < batch.rows:
@@ -83,9 +83,8 @@ class Model:
         self, batch: Batch, cache: KVCache, thresholds: Mapping[int, float], count: int = 1
     ) -> tuple[Readout, list[int]] | None:
         """Of all layers, with exits token by token (`exits.run_dynamic`); None where no compiled step can."""
-        if self._compiled is not None and reads_in_place(cache):
-            return self._compiled.step_dynamic(batch, cache, thresholds, count)
-        return None
+        compiled = self._compiled_for(cache)
+        return None if compiled is None else compiled.step_dynamic(batch, cache, thresholds, count)
 
     def embed(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Hidden states before the first layer: [T] -> [T, hidden]."""
@@ -101,11 +100,15 @@ class Model:
         self, first: int, last: int, hidden: torch.Tensor, batch: Batch, cache: KVCache
     ) -> torch.Tensor:
         """The layers first..last: [T, hidden] -> [T, hidden]. Writes the rows' KV."""
-        if self._compiled is not None and reads_in_place(cache):
-            return self._compiled.layers(hidden, batch, cache, first, last)
+        if (compiled := self._compiled_for(cache)) is not None:
+            return compiled.layers(hidden, batch, cache, first, last)
         for index in range(first, last):
             hidden = self._layer(index, hidden, batch, cache)
         return hidden
+
+    def _compiled_for(self, cache: KVCache) -> CompiledModel | None:
+        """What computes on this cache in one call."""
+        return self._compiled if reads_in_place(cache) else None
 
     def _layer(self, index: int, hidden: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
         layer = self._layers[index]

@@ -47,7 +47,7 @@ def sample(found: Readout, rows: Mapping[int, Row]) -> Sampled:
     if rows:
         index = torch.tensor(list(rows), device=token_ids.device)
         logits = found.logits[index]
-        # What was read out stays as it is: a graph's next run or a step's writes to it, nobody else.
+        # Into copies: what was read out stays as it is.
         chosen = _choose(logits, token_ids[index], list(rows.values()))
         token_ids = token_ids.index_copy(0, index, chosen)
         chances = logits.gather(1, chosen[:, None])[:, 0] - found.normalizers[index]

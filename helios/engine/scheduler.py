@@ -81,11 +81,7 @@ class Scheduler:
 
         False, and none, if too few are free: nobody is preempted for them.
         """
-        wanted = []
-        for seq in sequences:
-            missing = self.pool.blocks_for(len(seq.token_ids) + tokens) - len(seq.blocks)
-            if missing > 0:
-                wanted.append((seq, missing))
+        wanted = [(seq, self._missing(seq, tokens)) for seq in sequences]
         if sum(missing for _, missing in wanted) > self.pool.free_blocks:
             return False
         for seq, missing in wanted:
@@ -152,13 +148,17 @@ class Scheduler:
         index = 0
         while index < len(self.running):
             seq = self.running[index]
-            missing = self.pool.blocks_for(len(seq.token_ids)) - len(seq.blocks)
+            missing = self._missing(seq)
             if missing <= self.pool.free_blocks:
-                if missing > 0:
+                if missing:
                     seq.blocks += self.pool.allocate(missing)
                 index += 1
             else:
                 self._preempt(self.running[-1])
+
+    def _missing(self, seq: Sequence, more: int = 0) -> int:
+        """Blocks that a sequence lacks for its tokens and so many more."""
+        return max(self.pool.blocks_for(len(seq.token_ids) + more) - len(seq.blocks), 0)
 
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)
