@@ -24,7 +24,6 @@ from helios.engine.inner_product import (
 )
 from helios.engine.simd import (
     LANES,
-    absolute,
     add,
     add_shared,
     add_words,
@@ -44,6 +43,7 @@ from helios.engine.simd import (
     load_words,
     multiply,
     multiply_add,
+    multiply_words,
     no_singles,
     power_of_two,
     round_to_even,
@@ -81,7 +81,7 @@ SUMMARY = 4
 # What a product does with its sums.
 NONE, RELU = 0, 1
 # Behind the weights of a product; only int8 has the last two.
-_BIASES, _CORRECTIONS, _SCALES = 1, 2, 3
+_BIASES, _SUMS, _SCALES = 1, 2, 3
 # What is looked up is in one of the products' numbers, or in this; int8 is not.
 FLOAT16 = 3
 # Addresses of a product.
@@ -110,18 +110,27 @@ def _meet(team, threads):
 
 @_compiled
 def _quantize(x, width, words, scale):
-    """A row of float32 at x as unsigned bytes around 128, and its scale."""
+    """A row of float32 at x as unsigned bytes; at scale what a step of them is, and the byte that is zero.
+
+    The bytes span what the row has, on both sides of zero: all of them go to what a ReLU let through.
+    """
     whole = width - width % LANES
-    peaks = absolute(load_some(x, whole, width - whole))
+    highest = larger(load_some(x, whole, width - whole), no_singles())
+    lowest = larger(subtract(no_singles(), load_some(x, whole, width - whole)), no_singles())
     for column in range(0, whole, LANES):
-        peaks = larger(peaks, absolute(load_singles(x, column)))
-    peak = largest(peaks)
-    store_single(scale, 0, peak / np.float32(127))
-    inverse = np.float32(127) / peak if peak > np.float32(0) else np.float32(0)
-    factor, middle = spread_single(inverse), spread_single(np.float32(128))
+        value = load_singles(x, column)
+        highest, lowest = larger(highest, value), larger(lowest, subtract(no_singles(), value))
+    below = largest(lowest)
+    # One byte less than there are: both ends may be rounded away from zero.
+    span = (largest(highest) + below) / np.float32(254)
+    inverse = np.float32(1) / span if span > np.float32(0) else np.float32(0)
+    zero = np.rint(below * inverse)
+    store_single(scale, 0, span)
+    store_single(scale, 1, zero)
+    factor, zeros = spread_single(inverse), spread_single(zero)
     for column in range(0, width, LANES):
         value = round_to_even(multiply(load_some(x, column, width - column), factor))
-        store_bytes(words, column, add(value, middle))
+        store_bytes(words, column, add(value, zeros))
 
 
 @_compiled
@@ -130,7 +139,7 @@ def _encode(numbers, x, x_stride, start, end, width, words, stride, scales):
     for row in range(start, end):
         source, target = x + 4 * row * x_stride, words + 4 * row * stride
         if numbers == INT8:
-            _quantize(source, width, target, scales + 4 * row)
+            _quantize(source, width, target, scales + 8 * row)
         elif numbers == BFLOAT16:
             for column in range(0, width, LANES):
                 store_bfloats(target, column, load_some(source, column, width - column))
@@ -173,11 +182,14 @@ def norm(x, start, end, width, weight, bias, out):
 
 
 @_compiled
-def _store(numbers, sums, place, parts, first, channel, channels, row_scale, activation, residual, out, at):
+def _store(
+    numbers, sums, place, parts, first, channel, channels, row_scale, zero, activation, residual, out, at
+):
     """A register of sums to where they go: scaled, biased, activated, added."""
     if numbers == INT8:
-        # The input is around 128: what that adds is taken off.
-        corrected = subtract_words(load_words(sums, place), load_words(parts[first + _CORRECTIONS], channel))
+        # Zero is a byte of its own in each row: what that adds is taken off.
+        added = multiply_words(load_words(parts[first + _SUMS], channel), spread_word(zero))
+        corrected = subtract_words(load_words(sums, place), added)
         scale = multiply(load_singles(parts[first + _SCALES], channel), spread_single(row_scale))
         value = multiply(to_singles(corrected), scale)
     else:
@@ -215,12 +227,15 @@ def _tiles(
                 numbers, count, words + 4 * row * stride, stride, weights, steps, sums, ahead, ahead_step
             )
             for index in range(count):
-                scale = load_single(row_scales, row) if numbers == INT8 else np.float32(1)
+                scale, zero = np.float32(1), np.int32(0)
+                if numbers == INT8:
+                    scale = load_single(row_scales, 2 * row)
+                    zero = np.int32(load_single(row_scales, 2 * row + 1))
                 place, at = index * TILE, row * out_stride + channel
                 for half in range(0, TILE, LANES):
                     _store(
                         numbers, sums, place + half, parts, first, channel + half, channels, scale,
-                        activation, residual, out, at + half,
+                        zero, activation, residual, out, at + half,
                     )
                 row += 1
 
@@ -234,7 +249,7 @@ def product(
 
     numbers: what it is computed in (`inner_product`); x: float32 [rows, width], out: float32 [rows,
     channels], with their strides; parts[first] and the three behind it: weights (`linear.pack`), biases
-    (float32) and, of int8, corrections (int32) and scales (float32), one a channel and padded to whole tiles;
+    (float32) and, of int8, sums of the weights (int32) and scales (float32), one a channel and padded to whole tiles;
     residual: laid out as out, or 0 for none; scratch: of `product_scratch` bytes.
     """
     steps, stride = _steps(numbers, width), _stride(numbers, width)
@@ -914,8 +929,8 @@ def _stride(numbers, width):
 
 
 def product_scratch(numbers: int, rows: int, width: int) -> int:
-    """Bytes that `product` works on: its input's words, and a scale for each row."""
-    return 4 * rows * (int(_stride(numbers, width)) + 1)
+    """Bytes that `product` works on: its input's words, and a scale and a zero for each row."""
+    return 4 * rows * (int(_stride(numbers, width)) + 2)
 
 
 def layers_scratch(numbers: int, rows: int, width: int, ffn: int) -> int:

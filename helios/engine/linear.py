@@ -16,7 +16,7 @@ from helios.engine.inner_product import BFLOAT16, FLOAT32, INT8, STEP_BYTES, TIL
 from helios.engine.team import TEAM
 
 # Of what a PackedLinear keeps: changes whenever the same tensors would mean something else.
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 
 # Quantising goes through as many float32 numbers at a time as a core's cache holds.
 _CHUNK_ITEMS = 1 << 18
@@ -148,7 +148,7 @@ def pack(weights: LinearWeights) -> PackedLinear:
 
     What one step multiplies lies side by side in words of 32 bits: float32 [out / 32, in, 32, 1], bfloat16
     [out / 32, in / 2, 32, 2], int8 [out / 32, in / 4, 32, 4]. Behind it the biases and, of int8, what the
-    kernel takes off the sums because its input is unsigned around 128, and the scales: [out] each.
+    kernel takes off the products times the byte that is zero in its unsigned input, and the scales: [out] each.
     """
     out_size, in_size = weights.weight.shape
     together = _WORD_BYTES // weights.weight.itemsize
@@ -164,7 +164,7 @@ def pack(weights: LinearWeights) -> PackedLinear:
     ]
     if weights.scales is not None:
         sums = [part.int().sum(1, dtype=torch.int32) for part in weights.weight.split(_rows(in_size))]
-        tensors += [128 * torch.cat(sums), weights.scales.float()]
+        tensors += [torch.cat(sums), weights.scales.float()]
     tensors[1:] = [F.pad(tensor, (0, tiles * TILE - out_size)) for tensor in tensors[1:]]
     return PackedLinear(_NUMBERS[weights.weight.dtype], out_size, in_size, tensors)
 
