@@ -18,9 +18,9 @@ from helios.catalog import ModelEntry
 from helios.engine.block_pool import BlockPool
 from helios.engine.detokenizer import Detokenizer
 from helios.engine.exit_tally import ExitTally, tally_continuations, tally_prompt
-from helios.engine.kv_cache import KVCache, kv_dtype
+from helios.engine.kv_cache import KVCache, kv_bytes, kv_dtype
 from helios.engine.loader import load_packed
-from helios.engine.memory import device_budget, kv_bytes_per_token
+from helios.engine.memory import device_budget
 from helios.engine.model import Model
 from helios.engine.pace import Pace
 from helios.engine.packed_cache import DEFAULT_LIMIT_BYTES
@@ -152,9 +152,10 @@ def load_candidate(entry: ModelEntry, settings: EvaluationSettings) -> Candidate
 
 def needed_bytes(entry: ModelEntry, prompts: Seq[Seq[int]], settings: EvaluationSettings) -> int:
     """Bytes that evaluating a model takes, its weights included, its steps' timing too."""
-    kv_per_token = kv_bytes_per_token(entry.config, entry.num_layers, settings.kv_dtype)
+    config = entry.config
+    block = kv_bytes(config.num_heads, config.head_dim, settings.block_tokens, settings.kv_dtype)
     blocks = _Space.plan(entry, [_fitted(prompt, entry, settings) for prompt in prompts], settings).num_blocks
-    return entry.parameters * settings.weight_item_bytes + blocks * settings.block_tokens * kv_per_token
+    return entry.parameters * settings.weight_item_bytes + blocks * entry.num_layers * block
 
 
 def evaluate(
@@ -217,6 +218,7 @@ def evaluate(
     once_cpu_seconds = time.process_time() - began_timing
 
     median_prompt = statistics.median_low(map(len, ids))
+    block_bytes = kv_bytes(cache.num_heads, cache.head_dim, block_tokens, cache.dtype)
 
     def profile(depth: int) -> ExitProfile:
         tally, speed = tallies[depth], timing.speeds[depth]
@@ -233,7 +235,7 @@ def evaluate(
             prefill_tokens_per_second=1 / speed.prefill_per_token,
             ttft_seconds=speed.first_token(median_prompt),
             weight_bytes=candidate.weight_bytes[depth],
-            kv_bytes_per_token=kv_bytes_per_token(entry.config, depth, model.kv_dtype),
+            kv_bytes_per_token=depth * block_bytes // block_tokens,
             load_seconds=timing.load_seconds[depth],
             joules_per_token=timing.joules[depth],
         )

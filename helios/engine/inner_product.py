@@ -27,6 +27,8 @@ from helios.engine.simd import (
     has_bfloat16_dot_product,
     has_byte_dot_product,
     has_long_registers,
+    operation,
+    words,
 )
 
 # What a product is computed in.
@@ -180,3 +182,5 @@ def _inner_product(
 
 
 inner_product: Any = intrinsic(_inner_product)
+# Sums and the products of four bytes with four in each lane: unsigned ones, signed ones.
+multiply_bytes = operation(words, (words, words, words), lambda b, v: _int8(b, *v))

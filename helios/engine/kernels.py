@@ -1,19 +1,18 @@
 """The step of a model on a CPU, compiled by Numba: products, norms and attention over paged KV.
 
 A product is computed in float32, in bfloat16 or in int8; between products all is float32. In bfloat16 each
-row of its input is rounded; in int8 it is quantised by the row's own largest value (per token), and the
-weight has a scale per output channel. Everything works on one row, in an order that no other row changes: a
-row's result does not depend on what else is in the batch.
+row of its input is rounded; in int8 it is quantised over the row's own range (per token), and the weight has
+a scale per output channel. Everything works on one row, in an order that no other row changes: a row's
+result does not depend on what else is in the batch.
 
 Addresses are integers and nothing is checked here; those who call these own the tensors. Kernels
 release the interpreter lock. docs/decisions/0009-compiled-kernels.md says why they are written so.
 """
 
-import math
-
 import numpy as np
-from numba import njit, types
+from numba import types
 
+from helios.engine import attention, byte_attention
 from helios.engine.inner_product import (
     BFLOAT16,
     BLOCK_ROWS,
@@ -27,14 +26,13 @@ from helios.engine.simd import (
     add,
     add_shared,
     add_words,
-    fetch_kept,
-    floor,
+    compiled,
+    exponential,
     lane_numbers,
     larger,
     largest,
     load_bfloat,
     load_half,
-    load_kept,
     load_long,
     load_shared,
     load_single,
@@ -45,13 +43,11 @@ from helios.engine.simd import (
     multiply_add,
     multiply_words,
     no_singles,
-    power_of_two,
     round_to_even,
     spread_single,
     spread_word,
     store_bfloats,
     store_bytes,
-    store_kept,
     store_long,
     store_shared,
     store_single,
@@ -65,12 +61,6 @@ from helios.engine.simd import (
     where_greater,
 )
 from helios.model_config import POSITION_OFFSET
-
-_LOG2_E = math.log2(math.e)
-# 2**x on [0, 1): the Taylor series in x ln 2, as exact as float32 is.
-_EXP = tuple(math.log(2) ** power / math.factorial(power) for power in range(8))
-
-_compiled = njit(nogil=True, error_model="numpy", cache=True)
 
 _yield = types.ExternalFunction("sched_yield", types.int32())
 # Looks at a barrier before a thread lets others on its processor go first.
@@ -91,7 +81,7 @@ _PROJECT_IN, _PROJECT_OUT, _LM_HEAD = 8, 12, 16
 _HEAD_LINEAR = 2
 
 
-@_compiled
+@compiled
 def _meet(team, threads):
     """A barrier: each of the team's threads goes on when all have come. team: int64 [2], zero at first."""
     if threads == 1:
@@ -108,7 +98,7 @@ def _meet(team, threads):
             _yield()
 
 
-@_compiled
+@compiled
 def _quantize(x, width, words, scale):
     """A row of float32 at x as unsigned bytes; at scale what a step of them is, and the byte that is zero.
 
@@ -133,7 +123,7 @@ def _quantize(x, width, words, scale):
         store_bytes(words, column, add(value, zeros))
 
 
-@_compiled
+@compiled
 def _encode(numbers, x, x_stride, start, end, width, words, stride, scales):
     """Rows start..end of float32 at x in the numbers of a product: words [rows, stride]."""
     for row in range(start, end):
@@ -148,7 +138,7 @@ def _encode(numbers, x, x_stride, start, end, width, words, stride, scales):
                 store_singles(target, column, load_some(source, column, width - column))
 
 
-@_compiled
+@compiled
 def norm(x, start, end, width, weight, bias, out):
     """Layer norm of rows start..end of float32 (epsilon 1e-5, as OPT's); out may be x."""
     whole = width - width % LANES
@@ -181,7 +171,7 @@ def norm(x, start, end, width, weight, bias, out):
             store_single(out, base + column, scaled * load_single(weight, column) + load_single(bias, column))
 
 
-@_compiled
+@compiled
 def _store(
     numbers, sums, place, parts, first, channel, channels, row_scale, zero, activation, residual, out, at
 ):
@@ -203,7 +193,7 @@ def _store(
     store_some(out, at, count, value)
 
 
-@_compiled
+@compiled
 def _tiles(
     numbers, words, stride, steps, row_scales, rows, parts, first, channels, out, out_stride, activation,
     residual, start, end,
@@ -240,7 +230,7 @@ def _tiles(
                 row += 1
 
 
-@_compiled
+@compiled
 def product(
     thread, threads, team, numbers, x, x_stride, rows, width, parts, first, channels, out, out_stride,
     activation, residual, scratch,
@@ -249,8 +239,8 @@ def product(
 
     numbers: what it is computed in (`inner_product`); x: float32 [rows, width], out: float32 [rows,
     channels], with their strides; parts[first] and the three behind it: weights (`linear.pack`), biases
-    (float32) and, of int8, sums of the weights (int32) and scales (float32), one a channel and padded to whole tiles;
-    residual: laid out as out, or 0 for none; scratch: of `product_scratch` bytes.
+    (float32) and, of int8, sums of weights (int32) and scales (float32), one a channel and padded to whole
+    tiles; residual: laid out as out, or 0 for none; scratch: of `product_scratch` bytes.
     """
     steps, stride = _steps(numbers, width), _stride(numbers, width)
     words, row_scales = scratch, scratch + 4 * rows * stride
@@ -266,290 +256,42 @@ def product(
     _meet(team, threads)
 
 
-@_compiled
-def _exponential(x):
-    """e to the power of lanes that are not positive."""
-    power = multiply(larger(x, spread_single(np.float32(-87))), spread_single(np.float32(_LOG2_E)))
-    whole = floor(power)
-    part = subtract(power, whole)
-    value = spread_single(np.float32(_EXP[7]))
-    value = multiply_add(value, part, spread_single(np.float32(_EXP[6])))
-    value = multiply_add(value, part, spread_single(np.float32(_EXP[5])))
-    value = multiply_add(value, part, spread_single(np.float32(_EXP[4])))
-    value = multiply_add(value, part, spread_single(np.float32(_EXP[3])))
-    value = multiply_add(value, part, spread_single(np.float32(_EXP[2])))
-    value = multiply_add(value, part, spread_single(np.float32(_EXP[1])))
-    value = multiply_add(value, part, spread_single(np.float32(_EXP[0])))
-    return multiply(value, power_of_two(whole))
-
-
-@_compiled
-def _scores(qkv, query, keys, slab, head_dim, block_tokens):
-    """A query with 16 keys of a block."""
-    a, b, c, d = no_singles(), no_singles(), no_singles(), no_singles()
-    for dim in range(0, head_dim, 4):
-        at = slab + dim * block_tokens
-        a = multiply_add(spread_single(load_single(qkv, query + dim)), load_kept(keys, at), a)
-        at += block_tokens
-        b = multiply_add(spread_single(load_single(qkv, query + dim + 1)), load_kept(keys, at), b)
-        at += block_tokens
-        c = multiply_add(spread_single(load_single(qkv, query + dim + 2)), load_kept(keys, at), c)
-        at += block_tokens
-        d = multiply_add(spread_single(load_single(qkv, query + dim + 3)), load_kept(keys, at), d)
-    return add(add(a, b), add(c, d))
-
-
-@_compiled
-def _scores_of_four(qkv, query, stride, keys, slab, head_dim, block_tokens):
-    """Four queries with the same 16 keys, each as by `_scores`."""
-    a0, b0, c0, d0 = no_singles(), no_singles(), no_singles(), no_singles()
-    a1, b1, c1, d1 = no_singles(), no_singles(), no_singles(), no_singles()
-    a2, b2, c2, d2 = no_singles(), no_singles(), no_singles(), no_singles()
-    a3, b3, c3, d3 = no_singles(), no_singles(), no_singles(), no_singles()
-    for dim in range(0, head_dim, 4):
-        at = slab + dim * block_tokens
-        a, b = load_kept(keys, at), load_kept(keys, at + block_tokens)
-        c, d = load_kept(keys, at + 2 * block_tokens), load_kept(keys, at + 3 * block_tokens)
-        at = query + dim
-        a0 = multiply_add(spread_single(load_single(qkv, at)), a, a0)
-        b0 = multiply_add(spread_single(load_single(qkv, at + 1)), b, b0)
-        c0 = multiply_add(spread_single(load_single(qkv, at + 2)), c, c0)
-        d0 = multiply_add(spread_single(load_single(qkv, at + 3)), d, d0)
-        at += stride
-        a1 = multiply_add(spread_single(load_single(qkv, at)), a, a1)
-        b1 = multiply_add(spread_single(load_single(qkv, at + 1)), b, b1)
-        c1 = multiply_add(spread_single(load_single(qkv, at + 2)), c, c1)
-        d1 = multiply_add(spread_single(load_single(qkv, at + 3)), d, d1)
-        at += stride
-        a2 = multiply_add(spread_single(load_single(qkv, at)), a, a2)
-        b2 = multiply_add(spread_single(load_single(qkv, at + 1)), b, b2)
-        c2 = multiply_add(spread_single(load_single(qkv, at + 2)), c, c2)
-        d2 = multiply_add(spread_single(load_single(qkv, at + 3)), d, d2)
-        at += stride
-        a3 = multiply_add(spread_single(load_single(qkv, at)), a, a3)
-        b3 = multiply_add(spread_single(load_single(qkv, at + 1)), b, b3)
-        c3 = multiply_add(spread_single(load_single(qkv, at + 2)), c, c3)
-        d3 = multiply_add(spread_single(load_single(qkv, at + 3)), d, d3)
-    return (
-        add(add(a0, b0), add(c0, d0)), add(add(a1, b1), add(c1, d1)),
-        add(add(a2, b2), add(c2, d2)), add(add(a3, b3), add(c3, d3)),
-    )
-
-
-@_compiled
-def _weigh(scores, length, padded):
-    """A row's scores as the weights of its slots, in place."""
-    for slot in range(length, padded):
-        store_single(scores, slot, np.float32(-np.inf))
-    peaks = load_singles(scores, 0)
-    for slot in range(LANES, padded, LANES):
-        peaks = larger(peaks, load_singles(scores, slot))
-    peak = spread_single(largest(peaks))
-    for slot in range(0, padded, LANES):
-        store_singles(scores, slot, _exponential(subtract(load_singles(scores, slot), peak)))
-    # The smallest exponential is not zero, but a slot beyond the context weighs nothing at all.
-    for slot in range(length, padded):
-        store_single(scores, slot, np.float32(0))
-    sums = no_singles()
-    for slot in range(0, padded, LANES):
-        sums = add(sums, load_singles(scores, slot))
-    share = spread_single(np.float32(1) / total(sums))
-    for slot in range(0, padded, LANES):
-        store_singles(scores, slot, multiply(load_singles(scores, slot), share))
-
-
-@_compiled
-def _add_weighted(weights, count, values, at, head_dim, out, target):
-    """Adds to a head's output the values of `count` tokens, [tokens, head_dim], times their weights."""
-    dim = 0
-    while dim + 4 * LANES <= head_dim:
-        a, b = load_singles(out, target + dim), load_singles(out, target + dim + LANES)
-        c, d = load_singles(out, target + dim + 2 * LANES), load_singles(out, target + dim + 3 * LANES)
-        place = at + dim
-        for token in range(count):
-            weight = spread_single(load_single(weights, token))
-            a = multiply_add(weight, load_kept(values, place), a)
-            b = multiply_add(weight, load_kept(values, place + LANES), b)
-            c = multiply_add(weight, load_kept(values, place + 2 * LANES), c)
-            d = multiply_add(weight, load_kept(values, place + 3 * LANES), d)
-            place += head_dim
-        store_singles(out, target + dim, a)
-        store_singles(out, target + dim + LANES, b)
-        store_singles(out, target + dim + 2 * LANES, c)
-        store_singles(out, target + dim + 3 * LANES, d)
-        dim += 4 * LANES
-    while dim < head_dim:
-        a = load_some(out, target + dim, head_dim - dim)
-        for token in range(count):
-            weight = spread_single(load_single(weights, token))
-            # What lies beyond the head is read too, but goes nowhere.
-            a = multiply_add(weight, load_kept(values, at + token * head_dim + dim), a)
-        store_some(out, target + dim, head_dim - dim, a)
-        dim += LANES
-
-
-@_compiled
-def _attend_one(
-    qkv, heads, head_dim, keys, values, block_tokens, rows_of, out, row, first, last, scores, room, following
+@compiled
+def attend(
+    thread, threads, team, numbers, qkv, rows, heads, head_dim, keys, values, block_tokens, rows_of, out
 ):
-    """The heads first..last of one row over its context, block by block as they lie in memory.
-
-    While one block is computed the next is fetched: memory would be waited for otherwise. scores: room for as
-    many heads, `room` numbers each; following: the block that is read next.
-    """
-    width = heads * head_dim
-    tables = rows_of[5] + 8 * load_long(rows_of[3], row) * rows_of[6]
-    length = load_long(rows_of[1], row) + 1
-    blocks = (length + block_tokens - 1) // block_tokens
-    slab_size = head_dim * block_tokens
-    factor = spread_single(np.float32(1) / np.sqrt(np.float32(head_dim)))
-    query = row * 3 * width
-    for index in range(blocks):
-        block = load_long(tables, index) * heads
-        is_last = index + 1 == blocks
-        fetched, ahead = values if is_last else keys, load_long(tables, 0 if is_last else index + 1) * heads
-        for head in range(first, last):
-            slab = (block + head) * slab_size
-            fetch_kept(fetched, (ahead + head) * slab_size, slab_size)
-            at = (head - first) * room + index * block_tokens
-            for lane in range(0, block_tokens, LANES):
-                value = _scores(qkv, query + head * head_dim, keys, slab + lane, head_dim, block_tokens)
-                store_singles(scores, at + lane, multiply(value, factor))
-    for head in range(first, last):
-        _weigh(scores + 4 * (head - first) * room, length, blocks * block_tokens)
-    target = row * width
-    for at in range(target + first * head_dim, target + last * head_dim):
-        store_single(out, at, np.float32(0))
-    for index in range(blocks):
-        block = load_long(tables, index) * heads
-        count = min(block_tokens, length - index * block_tokens)
-        is_last = index + 1 == blocks
-        ahead = (following if is_last else load_long(tables, index + 1)) * heads
-        fetched = keys if is_last else values
-        for head in range(first, last):
-            fetch_kept(fetched, (ahead + head) * slab_size, slab_size)
-            weights = scores + 4 * ((head - first) * room + index * block_tokens)
-            at = (block + head) * slab_size
-            _add_weighted(weights, count, values, at, head_dim, out, target + head * head_dim)
-
-
-@_compiled
-def _attend_four(
-    qkv, heads, head_dim, keys, values, block_tokens, rows_of, out, row, head, scores, room
-):
-    """A head of four rows of one sequence, each as by `_attend_one`: keys and values are read once for all.
-
-    scores: room for four rows', `room` numbers each.
-    """
-    width = heads * head_dim
-    tables = rows_of[5] + 8 * load_long(rows_of[3], row) * rows_of[6]
-    # The last one sees most. What the others do not see weighs nothing.
-    length = load_long(rows_of[1], row + 3) + 1
-    blocks = (length + block_tokens - 1) // block_tokens
-    slab_size = head_dim * block_tokens
-    factor = spread_single(np.float32(1) / np.sqrt(np.float32(head_dim)))
-    query = row * 3 * width + head * head_dim
-    for index in range(blocks):
-        slab = (load_long(tables, index) * heads + head) * slab_size
-        for lane in range(0, block_tokens, LANES):
-            s0, s1, s2, s3 = _scores_of_four(
-                qkv, query, 3 * width, keys, slab + lane, head_dim, block_tokens
-            )
-            at = index * block_tokens + lane
-            store_singles(scores, at, multiply(s0, factor))
-            store_singles(scores, at + room, multiply(s1, factor))
-            store_singles(scores, at + 2 * room, multiply(s2, factor))
-            store_singles(scores, at + 3 * room, multiply(s3, factor))
-    for index in range(4):
-        _weigh(scores + 4 * index * room, load_long(rows_of[1], row + index) + 1, blocks * block_tokens)
-    target = row * width + head * head_dim
-    # Two registers of dimensions at a time: sums of one alone wait for each other.
-    for dim in range(0, head_dim, 2 * LANES):
-        a0, b0, c0, d0 = no_singles(), no_singles(), no_singles(), no_singles()
-        a1, b1, c1, d1 = no_singles(), no_singles(), no_singles(), no_singles()
-        for index in range(blocks):
-            at = (load_long(tables, index) * heads + head) * slab_size + dim
-            slot = index * block_tokens
-            for token in range(slot, min(slot + block_tokens, length)):
-                x, y = load_kept(values, at), load_kept(values, at + LANES)
-                weight = spread_single(load_single(scores, token))
-                a0, a1 = multiply_add(weight, x, a0), multiply_add(weight, y, a1)
-                weight = spread_single(load_single(scores, room + token))
-                b0, b1 = multiply_add(weight, x, b0), multiply_add(weight, y, b1)
-                weight = spread_single(load_single(scores, 2 * room + token))
-                c0, c1 = multiply_add(weight, x, c0), multiply_add(weight, y, c1)
-                weight = spread_single(load_single(scores, 3 * room + token))
-                d0, d1 = multiply_add(weight, x, d0), multiply_add(weight, y, d1)
-                at += head_dim
-        for half in range(2):
-            count, at = head_dim - dim - half * LANES, target + dim + half * LANES
-            store_some(out, at, count, a1 if half else a0)
-            store_some(out, at + width, count, b1 if half else b0)
-            store_some(out, at + 2 * width, count, c1 if half else c0)
-            store_some(out, at + 3 * width, count, d1 if half else d0)
-
-
-@_compiled
-def _attend(thread, threads, qkv, rows, heads, head_dim, keys, values, block_tokens, rows_of, out):
-    """A thread's share of the heads, of all rows, over the rows' contexts. See `attend`."""
-    longest = np.int64(0)
-    for row in range(rows):
-        longest = max(longest, load_long(rows_of[1], row) + 1)
-    room = longest + block_tokens
-    first, last = heads * thread // threads, heads * (thread + 1) // threads
-    scores = np.empty(max(4, last - first) * room, np.float32)
-    row = 0
-    while row < rows:
-        # Rows of one sequence follow each other.
-        if row + 3 < rows and load_long(rows_of[3], row) == load_long(rows_of[3], row + 3):
-            for head in range(first, last):
-                _attend_four(
-                    qkv, heads, head_dim, keys, values, block_tokens, rows_of, out, row, head,
-                    scores.ctypes.data, room,
-                )
-            row += 4
-        else:
-            beside = load_long(rows_of[3], min(row + 1, rows - 1))
-            following = load_long(rows_of[5] + 8 * beside * rows_of[6], 0)
-            _attend_one(
-                qkv, heads, head_dim, keys, values, block_tokens, rows_of, out, row, first, last,
-                scores.ctypes.data, room, following,
-            )
-            row += 1
-
-
-@_compiled
-def _remember(qkv, start, end, width, head_dim, keys, values, block_tokens, slots):
-    """Stores keys and values of the rows start..end of qkv, float32 [rows, 3, width], at their slots."""
-    for row in range(start, end):
-        slot = load_long(slots, row)
-        block, offset = slot // block_tokens * width * block_tokens, slot % block_tokens
-        source = row * 3 * width + width
-        for entry in range(0, width, LANES):
-            key = load_some(qkv, source + entry, width - entry)
-            store_kept(keys, block + entry * block_tokens + offset, block_tokens, width - entry, key)
-        for head in range(width // head_dim):
-            at, start = block + (head * block_tokens + offset) * head_dim, source + width + head * head_dim
-            for dim in range(0, head_dim, LANES):
-                value = load_some(qkv, start + dim, head_dim - dim)
-                store_kept(values, at + dim, 1, head_dim - dim, value)
-
-
-@_compiled
-def attend(thread, threads, team, qkv, rows, heads, head_dim, keys, values, block_tokens, rows_of, out):
     """Stores the rows' keys and values, then attends from each row to its own context: one thread's part.
 
-    qkv: float32 [rows, 3, heads, head_dim]; keys, values: of a layer (`KVCache`);
+    numbers: of the products; qkv: float32 [rows, 3, heads, head_dim]; keys, values: of a layer (`KVCache`);
     rows_of: `Batch.addresses`; out: float32 [rows, heads, head_dim].
     """
     start, end = rows * thread // threads, rows * (thread + 1) // threads
-    _remember(qkv, start, end, heads * head_dim, head_dim, keys, values, block_tokens, rows_of[2])
+    _remember(numbers, qkv, start, end, heads * head_dim, head_dim, keys, values, block_tokens, rows_of[2])
     _meet(team, threads)
-    _attend(thread, threads, qkv, rows, heads, head_dim, keys, values, block_tokens, rows_of, out)
+    if numbers == INT8:
+        byte_attention.attend(
+            thread, threads, qkv, rows, heads, head_dim, np.int64(keys), np.int64(values), block_tokens,
+            rows_of, out,
+        )
+    else:
+        attention.attend(
+            thread, threads, qkv, rows, heads, head_dim, keys, values, block_tokens, rows_of, out
+        )
     _meet(team, threads)
 
 
-@_compiled
+@compiled
+def _remember(numbers, qkv, start, end, width, head_dim, keys, values, block_tokens, slots):
+    """Stores keys and values of the rows start..end of qkv, float32 [rows, 3, width], at their slots."""
+    if numbers == INT8:
+        byte_attention.remember(
+            qkv, start, end, width, head_dim, np.int64(keys), np.int64(values), block_tokens, slots
+        )
+    else:
+        attention.remember(qkv, start, end, width, head_dim, keys, values, block_tokens, slots)
+
+
+@compiled
 def layers(
     thread, threads, team, numbers, parts, first, last, hidden, rows, width, ffn, heads, norm_before, keys,
     values, block_tokens, rows_of, scratch,
@@ -577,8 +319,8 @@ def layers(
             NONE, 0, rest,
         )
         attend(
-            thread, threads, team, qkv, rows, heads, width // heads, keys[index], values[index], block_tokens,
-            rows_of, x,
+            thread, threads, team, numbers, qkv, rows, heads, width // heads, keys[index], values[index],
+            block_tokens, rows_of, x,
         )
         product(
             thread, threads, team, numbers, x, width, rows, width, at, 8, width, hidden, width, NONE, hidden,
@@ -601,7 +343,7 @@ def layers(
             norm(hidden, start, end, width, at[2], at[3], hidden)
 
 
-@_compiled
+@compiled
 def _load_number(numbers, address, index):
     """One as float32."""
     if numbers == FLOAT16:
@@ -609,7 +351,7 @@ def _load_number(numbers, address, index):
     return load_bfloat(address, index) if numbers == BFLOAT16 else load_single(address, index)
 
 
-@_compiled
+@compiled
 def _embed(ends, token_ids, start, end, out):
     """The rows start..end of what `token_ids` stand for, float32 [rows, embed width]. ends: as in `step`."""
     table, numbers, tile, together, tile_numbers, width = ends[0], ends[1], ends[2], ends[3], ends[4], ends[5]
@@ -623,7 +365,7 @@ def _embed(ends, token_ids, start, end, out):
             source += tile * together
 
 
-@_compiled
+@compiled
 def _add_positions(ends, positions, start, end, width, hidden):
     """Adds to rows start..end of hidden, float32 [rows, width], what stands for their positions."""
     table, numbers = ends[6], ends[7]
@@ -634,7 +376,7 @@ def _add_positions(ends, positions, start, end, width, hidden):
             store_single(hidden, target + column, number)
 
 
-@_compiled
+@compiled
 def _copy_row(source, target, width):
     """One row of float32."""
     for column in range(0, width, LANES):
@@ -642,7 +384,7 @@ def _copy_row(source, target, width):
         store_some(target, column, count, load_some(source, column, count))
 
 
-@_compiled
+@compiled
 def _enter(thread, threads, team, numbers, ends, rows_of, rows, width, hidden, scratch):
     """What stands before the first layer, in hidden, float32 [rows, width]: each thread its rows."""
     start, end = rows * thread // threads, rows * (thread + 1) // threads
@@ -658,7 +400,7 @@ def _enter(thread, threads, team, numbers, ends, rows_of, rows, width, hidden, s
     _add_positions(ends, rows_of[1], start, end, width, hidden)
 
 
-@_compiled
+@compiled
 def _leave(
     thread, threads, team, numbers, ends, head, x, reads, width, vocabulary, scratch, logits, best, summaries
 ):
@@ -689,7 +431,7 @@ def _leave(
     _meet(team, threads)
 
 
-@_compiled
+@compiled
 def _hand_over(found, vocabulary, row, out, read, exit_layer):
     """A row of what an exit has read out becomes that of a read. found, out: as in `step`."""
     _copy_row(found[0] + 4 * row * vocabulary, out[0] + 4 * read * vocabulary, vocabulary)
@@ -699,7 +441,7 @@ def _hand_over(found, vocabulary, row, out, read, exit_layer):
     store_long(out[3], read, exit_layer)
 
 
-@_compiled
+@compiled
 def step(
     thread, threads, team, numbers, parts, exits, thresholds, exit_heads, ends, rows, decode_rows, width, ffn,
     heads, norm_before, keys, values, block_tokens, rows_of, reads, vocabulary, scratch, found, out,
@@ -800,7 +542,7 @@ def step(
             store_long(out[3], read, first)
 
 
-@_compiled
+@compiled
 def burst(
     thread, threads, team, count, numbers, parts, exits, thresholds, exit_heads, ends, rows, decode_rows,
     width, ffn, heads, norm_before, keys, values, block_tokens, rows_of, reads, vocabulary, scratch, found,
@@ -835,7 +577,7 @@ def burst(
         mine[3] += 8 * reads
 
 
-@_compiled
+@compiled
 def propagate(
     thread, threads, team, numbers, parts, first, last, hidden, rows, width, heads, norm_before, keys,
     values, block_tokens, slots, scratch,
@@ -867,11 +609,13 @@ def propagate(
             first_tile, last_tile,
         )
         _meet(team, threads)
-        _remember(qkv, start, end, width, width // heads, keys[index], values[index], block_tokens, slots)
+        _remember(
+            numbers, qkv, start, end, width, width // heads, keys[index], values[index], block_tokens, slots
+        )
         _meet(team, threads)
 
 
-@_compiled
+@compiled
 def summarize(thread, threads, _team, logits, rows, width, best, summaries):
     """What sampling needs of each row of logits, float32 [rows, width].
 
@@ -902,7 +646,7 @@ def summarize(thread, threads, _team, logits, rows, width, best, summaries):
                 peak, place = single, np.int64(column)
         highest, sums = spread_single(peak), no_singles()
         for column in range(0, whole, LANES):
-            sums = add(sums, _exponential(subtract(load_singles(logits, base + column), highest)))
+            sums = add(sums, exponential(subtract(load_singles(logits, base + column), highest)))
         mass = total(sums)
         for column in range(whole, width):
             mass += np.exp(load_single(logits, base + column) - peak)
@@ -914,7 +658,7 @@ def summarize(thread, threads, _team, logits, rows, width, best, summaries):
         store_single(summaries, SUMMARY * row + 3, np.exp(peak - normalizer))
 
 
-@_compiled
+@compiled
 def _steps(numbers, width):
     """Words of a row."""
     if numbers == INT8:
@@ -922,7 +666,7 @@ def _steps(numbers, width):
     return (width + 1) // 2 if numbers == BFLOAT16 else width
 
 
-@_compiled
+@compiled
 def _stride(numbers, width):
     """Words from a row to the next: whole registers, and one more lest rows fall on the same cache lines."""
     return (_steps(numbers, width) + LANES - 1) // LANES * LANES + LANES

@@ -8,29 +8,45 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn import functional as F
 
+from helios.engine.byte_attention import LEAST, key_bytes, value_bytes
 from helios.engine.precision import Precision
 from helios.engine.simd import LANES
 
 log = logging.getLogger(__name__)
 
 # Compiled code reads whole registers of a head's values, the last ones beyond their end: readable memory.
-_SPARE_NUMBERS = 2 * LANES
+_SPARE_BYTES = 2 * LANES * 4
 # Memory is given back in parts, between which other threads go on.
 _RELEASED_BYTES = 4 << 20
 # Address space is not memory yet (mmap(2); Python's module lacks the name until 3.13).
 _MAP_NORESERVE = 0x4000
+_KEPT_BESIDE = {Precision.FLOAT32: torch.float32, Precision.INT8: torch.int8}
 
 
 def kv_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """Of keys and values beside products in `precision`.
 
-    On a CPU float16 beside bfloat16 and int8, which are coarser: attention waits for memory, and reads half
-    as many bytes then.
+    On a CPU int8 beside int8, and float16 beside bfloat16, which is coarser: attention waits for memory, and
+    reads a quarter or half of the bytes then.
     """
     if device.type != "cpu":
         return precision.dtype
-    return torch.float32 if precision is Precision.FLOAT32 else torch.float16
+    return _KEPT_BESIDE.get(precision, torch.float16)
+
+
+def kv_bytes(num_heads: int, head_dim: int, block_tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of a block's keys and values in a layer."""
+    return dtype.itemsize * num_heads * sum(map(math.prod, _slabs(head_dim, block_tokens, dtype)))
+
+
+def _slabs(head_dim: int, block_tokens: int, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of what a head has in a block: keys, values."""
+    if dtype == torch.int8:
+        keys, values = key_bytes(head_dim, block_tokens), value_bytes(head_dim, block_tokens)
+        return (keys,), (values,)
+    return (head_dim, block_tokens), (block_tokens, head_dim)
 
 
 class KVCache:
@@ -39,6 +55,11 @@ class KVCache:
     Keys of a block lie side by side in each dimension of a head, [blocks, heads, head_dim, block_tokens], so
     that a query meets as many of them at once as a register has lanes; values [blocks, heads, block_tokens,
     head_dim], as their weighted sum takes them.
+
+    In int8 four numbers lie together that a product takes at once: of a key's dimensions, [blocks, heads,
+    head_dim / 4, block_tokens, 4], around 128; of tokens, [blocks, heads, block_tokens / 4, head_dim, 4], the
+    dimensions padded to whole registers. Behind a head's keys are the scales of its keys and of its values,
+    float32 [2, block_tokens].
 
     Layers and blocks can become more and fewer while sequences hold blocks (`resize`). On a CPU each layer
     has address space for the most blocks there may ever be and nothing moves: the system gives memory page by
@@ -64,7 +85,9 @@ class KVCache:
         Raises RuntimeError, MemoryError or OSError when there is none.
         """
         self.block_tokens, self.dtype, self.device = block_tokens, dtype, device
-        self._shapes = (num_heads, head_dim, block_tokens), (num_heads, block_tokens, head_dim)
+        self.num_heads, self.head_dim = num_heads, head_dim
+        keys, values = _slabs(head_dim, block_tokens, dtype)
+        self._shapes = (num_heads, *keys), (num_heads, *values)
         self._most_blocks = max(num_blocks, most_blocks)
         self._rooms: list[tuple[_Room, _Room]] = []
         # Of each layer.
@@ -83,7 +106,7 @@ class KVCache:
 
     def has_room_for(self, num_blocks: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> bool:
         """Whether `resize` can make this cache one of such blocks."""
-        same = (self._shapes[0][:2], self.dtype) == ((num_heads, head_dim), dtype)
+        same = (self.num_heads, self.head_dim, self.dtype) == (num_heads, head_dim, dtype)
         return same and num_blocks <= self._most_blocks
 
     def resize(self, num_layers: int, num_blocks: int) -> None:
@@ -109,6 +132,9 @@ class KVCache:
     def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Stores keys and values [tokens, heads, head_dim] at slots [tokens]."""
         blocks, offsets = slots // self.block_tokens, slots % self.block_tokens
+        if self.dtype == torch.int8:
+            self._write_bytes(layer, blocks, offsets, keys.float(), values.float())
+            return
         self.keys[layer][blocks, :, :, offsets] = keys.to(self.dtype)
         self.values[layer][blocks, :, offsets] = values.to(self.dtype)
 
@@ -119,19 +145,55 @@ class KVCache:
 
     def gather(self, layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of blocks [rows, blocks], each [rows, heads, blocks * block_tokens, head_dim]."""
+        if self.dtype == torch.int8:
+            return self._gather_bytes(layer, blocks)
         # [rows, heads, blocks, tokens, head_dim]
         keys = self.keys[layer][blocks].permute(0, 2, 1, 4, 3)
         values = self.values[layer][blocks].transpose(1, 2)
         return keys.flatten(2, 3), values.flatten(2, 3)
+
+    def _write_bytes(
+        self,
+        layer: int,
+        blocks: torch.Tensor,
+        offsets: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> None:
+        key_numbers, value_numbers, scales = self._bytes_of(layer)
+        keys, scales[blocks, :, 0, offsets] = _rounded(keys)
+        values, scales[blocks, :, 1, offsets] = _rounded(values)
+        words = F.pad(keys + 128, (0, -self.head_dim % 4)).unflatten(2, (-1, 4))
+        key_numbers[blocks, :, :, offsets] = words.to(torch.uint8)
+        value_numbers[blocks, :, offsets // 4, : self.head_dim, offsets % 4] = values.to(torch.int8)
+
+    def _gather_bytes(self, layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        key_numbers, value_numbers, scales = self._bytes_of(layer)
+        # [rows, heads, blocks, tokens, head_dim]
+        keys = key_numbers[blocks].permute(0, 2, 1, 4, 3, 5).flatten(4).float() - 128
+        values = value_numbers[blocks].permute(0, 2, 1, 3, 5, 4).flatten(3, 4).float()
+        # [rows, heads, blocks, tokens, 1], two of them
+        factors = scales[blocks].transpose(1, 2)[..., None].unbind(3)
+        keys, values = (
+            (part[:, :, :, : self.block_tokens, : self.head_dim] * factor).flatten(2, 3)
+            for part, factor in zip((keys, values), factors, strict=True)
+        )
+        return keys, values
+
+    def _bytes_of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A layer's numbers, four together, and scales, as the class says they lie."""
+        keys, tokens = self.keys[layer], self.block_tokens
+        scales = keys[..., -8 * tokens :].view(torch.float32).unflatten(2, (2, tokens))
+        numbers = keys[..., : -8 * tokens].view(torch.uint8).unflatten(2, (-1, tokens, 4))
+        return numbers, self.values[layer].unflatten(2, (-(-tokens // 4), -1, 4)), scales
 
     def _resize_layer(self, layer: int, num_blocks: int) -> None:
         if self.device.type != "cpu":
             self._resize_on_device(layer, num_blocks)
             return
         if layer == len(self._rooms):
-            # Both kinds have as many numbers.
-            count = self._most_blocks * math.prod(self._shapes[0])
-            self._rooms.append((_Room(count, self.dtype), _Room(count, self.dtype)))
+            keys, values = (_Room(self._most_blocks * math.prod(shape), self.dtype) for shape in self._shapes)
+            self._rooms.append((keys, values))
         for tensors, room, shape in zip(
             (self.keys, self.values), self._rooms[layer], self._shapes, strict=True
         ):
@@ -160,11 +222,18 @@ class KVCache:
         return keys, values
 
 
+def _rounded(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `byte_attention.remember` rounds: [tokens, heads, head_dim] whole ones, [tokens, heads] scales."""
+    peaks = numbers.abs().amax(dim=2)
+    inverses = torch.where(peaks > LEAST, 127 / peaks, 0)
+    return (numbers * inverses[..., None]).round(), peaks / 127
+
+
 class _Room:
     """Address space for a layer's keys or values, zeros at first."""
 
     def __init__(self, count: int, dtype: torch.dtype) -> None:
-        size = (count + _SPARE_NUMBERS) * dtype.itemsize
+        size = count * dtype.itemsize + _SPARE_BYTES
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         self._map = mmap.mmap(-1, size, flags=flags)
         self._numbers = torch.frombuffer(self._map, dtype=dtype)

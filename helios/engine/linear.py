@@ -147,8 +147,8 @@ def pack(weights: LinearWeights) -> PackedLinear:
     """The weights [out, in] in the order in which a tile's sums take them, zero-padded.
 
     What one step multiplies lies side by side in words of 32 bits: float32 [out / 32, in, 32, 1], bfloat16
-    [out / 32, in / 2, 32, 2], int8 [out / 32, in / 4, 32, 4]. Behind it the biases and, of int8, what the
-    kernel takes off the products times the byte that is zero in its unsigned input, and the scales: [out] each.
+    [out / 32, in / 2, 32, 2], int8 [out / 32, in / 4, 32, 4]. Behind it the biases and, of int8, the
+    sums of each channel's weights, since the kernel's input is unsigned, and the scales: [out] each.
     """
     out_size, in_size = weights.weight.shape
     together = _WORD_BYTES // weights.weight.itemsize

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from helios.engine.kv_cache import kv_bytes
 from helios.engine.model import Model
 from helios.errors import OutOfMemoryError
 from helios.hardware import available_memory
@@ -86,12 +87,11 @@ def share_memory(
 
     dtype: of activations; kv: of keys and values.
     """
-    kv_per_token = kv_bytes_per_token(config, depth, kv)
+    block_bytes = depth * kv_bytes(config.num_heads, config.head_dim, block_tokens, kv)
     # The widest moment of a step: states, the fused projections or the feed-forward, and float32 logits.
     widest = 4 * config.hidden_size + max(config.ffn_dim, 3 * config.hidden_size)
     activations = step_token_budget * widest * dtype.itemsize + 3 * max_running * config.vocab_size * 4
     blocks_per_context = -(-config.context_tokens // block_tokens)
-    block_bytes = kv_per_token * block_tokens
     contexts = max_running * blocks_per_context
     num_blocks = min((budget - weights - activations) // block_bytes, contexts)
     if num_blocks < blocks_per_context:
@@ -102,12 +102,7 @@ def share_memory(
             f"({blocks_per_context * block_bytes:,}); give at least {needed:,} or load fewer layers"
         )
     most_blocks = min(budget * depth // block_bytes, contexts)
-    return MemoryPlan(weights, activations, kv_per_token, num_blocks, most_blocks)
-
-
-def kv_bytes_per_token(config: ModelConfig, depth: int, dtype: torch.dtype) -> int:
-    """Bytes of a token's keys and values in `depth` layers."""
-    return 2 * depth * config.hidden_size * dtype.itemsize
+    return MemoryPlan(weights, activations, block_bytes // block_tokens, num_blocks, most_blocks)
 
 
 def device_budget(device: torch.device) -> int:

@@ -108,7 +108,7 @@ class Model:
 
     def _compiled_for(self, cache: KVCache) -> CompiledModel | None:
         """What computes on this cache in one call."""
-        return self._compiled if reads_in_place(cache) else None
+        return self._compiled if reads_in_place(cache) and cache.dtype == self.kv_dtype else None
 
     def _layer(self, index: int, hidden: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
         layer = self._layers[index]
@@ -171,9 +171,10 @@ def _attention(qkv: torch.Tensor, batch: Batch, cache: KVCache, layer: int, num_
     for chunk in batch.prefills:
         rows = slice(chunk.start, chunk.end)
         # [1, heads, rows or context, head_dim]
-        if chunk.mask is None:
+        if chunk.mask is None and cache.dtype == qkv.dtype:
             chunk_keys, chunk_values = key[rows].transpose(0, 1)[None], value[rows].transpose(0, 1)[None]
         else:
+            # As they are kept: a chunk sees of itself what a later one will see of it.
             chunk_keys, chunk_values = (
                 part.to(qkv.dtype) for part in cache.gather(layer, chunk.context_blocks)
             )

@@ -6,12 +6,14 @@ Addresses are integers (`Tensor.data_ptr`), indices count elements, and nothing 
 Numba keeps compiled kernels by the time of their own file: after a change here, touch `kernels.py` too.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import llvmlite.binding
+import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
@@ -24,6 +26,13 @@ WORDS, SINGLES = ir.VectorType(WORD, LANES), ir.VectorType(SINGLE, LANES)
 # What LLVM's prefetch is told: for reading, soon and more than once, data.
 SOON = tuple(ir.Constant(WORD, value) for value in (0, 3, 1))
 _LINE_BYTES = 64
+
+# How kernels are compiled: they release the interpreter lock, and numbers are divided as the processor does.
+compiled = njit(nogil=True, error_model="numpy", cache=True)
+
+_LOG2_E = math.log2(math.e)
+# 2**x on [0, 1): the Taylor series in x ln 2, as exact as float32 is.
+_EXP = tuple(math.log(2) ** power / math.factorial(power) for power in range(8))
 
 Builder = Any  # llvmlite's ir.IRBuilder, which is untyped
 Value = Any
@@ -67,7 +76,7 @@ words = VectorType("words16", WORDS)  # int32
 singles = VectorType("singles16", SINGLES)  # float32
 
 
-def _operation(
+def operation(
     result: types.Type, arguments: Sequence[types.Type], build: Callable[[Builder, Sequence[Value]], Value]
 ) -> Any:
     """An intrinsic of fixed types out of the code that builds it."""
@@ -156,30 +165,43 @@ def _sum(builder: Builder, values: Sequence[Value]) -> Value:
     return builder.extract_element(vector, ir.Constant(WORD, 0))
 
 
+def _sum_words(builder: Builder, values: Sequence[Value]) -> Value:
+    return build_call("llvm.vector.reduce.add.v16i32", WORD)(builder, values)
+
+
+def _larger(builder: Builder, one: Value, other: Value) -> Value:
+    return builder.select(builder.fcmp_ordered(">", one, other), one, other)
+
+
 def _largest(builder: Builder, values: Sequence[Value]) -> Value:
     vector = values[0]
     for half in (8, 4, 2, 1):
         order = [*range(half, 2 * half), *([0] * (LANES - half))]
         moved = builder.shuffle_vector(vector, vector, ir.Constant(WORDS, order))
-        vector = build_call("llvm.maxnum.v16f32", SINGLES)(builder, [vector, moved])
+        vector = _larger(builder, vector, moved)
     return builder.extract_element(vector, ir.Constant(WORD, 0))
 
 
 # Scalars at (address, index).
-load_single = _operation(types.float32, (types.intp, types.intp), _load(SINGLE))
-store_single = _operation(types.void, (types.intp, types.intp, types.float32), _store(SINGLE))
-load_half = _operation(
+load_single = operation(types.float32, (types.intp, types.intp), _load(SINGLE))
+store_single = operation(types.void, (types.intp, types.intp, types.float32), _store(SINGLE))
+load_half = operation(
     types.float32, (types.intp, types.intp), lambda b, v: b.fpext(_load(_HALF)(b, v), SINGLE)
 )
-load_bfloat = _operation(types.float32, (types.intp, types.intp), _load_bfloat)
-load_long = _operation(types.int64, (types.intp, types.intp), _load(ir.IntType(64)))
-store_long = _operation(types.void, (types.intp, types.intp, types.int64), _store(ir.IntType(64)))
+load_bfloat = operation(types.float32, (types.intp, types.intp), _load_bfloat)
+load_long = operation(types.int64, (types.intp, types.intp), _load(ir.IntType(64)))
+store_long = operation(types.void, (types.intp, types.intp, types.int64), _store(ir.IntType(64)))
+
+load_word = operation(types.int32, (types.intp, types.intp), _load(WORD))
+store_word = operation(types.void, (types.intp, types.intp, types.int32), _store(WORD))
+load_byte = operation(types.int8, (types.intp, types.intp), _load(_BYTE))
+store_byte = operation(types.void, (types.intp, types.intp, types.int8), _store(_BYTE))
 
 # Vectors from and to (address, index); `spread_*` fill all lanes with one value.
-load_singles = _operation(singles, (types.intp, types.intp), _load(SINGLE, SINGLES))
-store_singles = _operation(types.void, (types.intp, types.intp, singles), _store(SINGLE, SINGLES))
-load_words = _operation(words, (types.intp, types.intp), _load(WORD, WORDS))
-spread_single = _operation(singles, (types.float32,), lambda b, v: build_spread(b, v[0], SINGLES))
+load_singles = operation(singles, (types.intp, types.intp), _load(SINGLE, SINGLES))
+store_singles = operation(types.void, (types.intp, types.intp, singles), _store(SINGLE, SINGLES))
+load_words = operation(words, (types.intp, types.intp), _load(WORD, WORDS))
+spread_single = operation(singles, (types.float32,), lambda b, v: build_spread(b, v[0], SINGLES))
 
 
 def _load_kept(_typing: Any, address: types.Type, _index: Any) -> Any:
@@ -276,15 +298,18 @@ def _store_some(builder: Builder, values: Sequence[Value]) -> Value:
 
 
 # The first lanes from and to (address, index, count); the others are zero, or stay as they were.
-load_some = _operation(singles, (types.intp, types.intp, types.intp), _load_some)
-store_some = _operation(types.void, (types.intp, types.intp, types.intp, singles), _store_some)
+load_some = operation(singles, (types.intp, types.intp, types.intp), _load_some)
+store_some = operation(types.void, (types.intp, types.intp, types.intp, singles), _store_some)
+
+
+def _store_low_bytes(builder: Builder, values: Sequence[Value]) -> Value:
+    octets = ir.VectorType(_BYTE, LANES)
+    return _store(_BYTE, octets)(builder, [values[0], values[1], builder.trunc(values[2], octets)])
 
 
 def _store_bytes(builder: Builder, values: Sequence[Value]) -> Value:
-    """Each lane, a whole number of 0 to 255, as a byte."""
-    octets = ir.VectorType(_BYTE, LANES)
-    narrow = builder.trunc(builder.fptosi(values[2], WORDS), octets)
-    return _store(_BYTE, octets)(builder, [values[0], values[1], narrow])
+    """Each lane, a whole number of -128 to 255, as a byte."""
+    return _store_low_bytes(builder, [values[0], values[1], builder.fptosi(values[2], WORDS)])
 
 
 def _store_bfloats(builder: Builder, values: Sequence[Value]) -> Value:
@@ -299,31 +324,40 @@ def _store_bfloats(builder: Builder, values: Sequence[Value]) -> Value:
 
 
 # Vectors to (address, index of byte or of bfloat16).
-store_bytes = _operation(types.void, (types.intp, types.intp, singles), _store_bytes)
-store_bfloats = _operation(types.void, (types.intp, types.intp, singles), _store_bfloats)
-round_to_even = _operation(singles, (singles,), build_call("llvm.rint.v16f32", SINGLES))
-no_words = _operation(words, (), lambda _b, _v: ir.Constant(WORDS, [0] * LANES))
-no_singles = _operation(singles, (), lambda _b, _v: ir.Constant(SINGLES, [0.0] * LANES))
-add_words = _operation(words, (words, words), lambda b, v: b.add(*v))
-subtract_words = _operation(words, (words, words), lambda b, v: b.sub(*v))
-multiply_words = _operation(words, (words, words), lambda b, v: b.mul(*v))
-to_singles = _operation(singles, (words,), lambda b, v: b.sitofp(v[0], SINGLES))
-add = _operation(singles, (singles, singles), lambda b, v: b.fadd(*v))
-subtract = _operation(singles, (singles, singles), lambda b, v: b.fsub(*v))
-multiply = _operation(singles, (singles, singles), lambda b, v: b.fmul(*v))
-multiply_add = _operation(singles, (singles, singles, singles), build_call("llvm.fma.v16f32", SINGLES))
-larger = _operation(singles, (singles, singles), build_call("llvm.maxnum.v16f32", SINGLES))
-floor = _operation(singles, (singles,), build_call("llvm.floor.v16f32", SINGLES))
-total = _operation(types.float32, (singles,), _sum)
-largest = _operation(types.float32, (singles,), _largest)
+store_bytes = operation(types.void, (types.intp, types.intp, singles), _store_bytes)
+store_low_bytes = operation(types.void, (types.intp, types.intp, words), _store_low_bytes)
+store_bfloats = operation(types.void, (types.intp, types.intp, singles), _store_bfloats)
+round_to_even = operation(singles, (singles,), build_call("llvm.rint.v16f32", SINGLES))
+no_words = operation(words, (), lambda _b, _v: ir.Constant(WORDS, [0] * LANES))
+no_singles = operation(singles, (), lambda _b, _v: ir.Constant(SINGLES, [0.0] * LANES))
+add_words = operation(words, (words, words), lambda b, v: b.add(*v))
+subtract_words = operation(words, (words, words), lambda b, v: b.sub(*v))
+multiply_words = operation(words, (words, words), lambda b, v: b.mul(*v))
+to_words = operation(words, (singles,), lambda b, v: b.fptosi(v[0], WORDS))
+both_of = operation(words, (words, words), lambda b, v: b.and_(*v))
+either_of = operation(words, (words, words), lambda b, v: b.or_(*v))
+shift_left = operation(words, (words, words), lambda b, v: b.shl(*v))
+shift_right = operation(words, (words, words), lambda b, v: b.lshr(*v))
+to_singles = operation(singles, (words,), lambda b, v: b.sitofp(v[0], SINGLES))
+add = operation(singles, (singles, singles), lambda b, v: b.fadd(*v))
+subtract = operation(singles, (singles, singles), lambda b, v: b.fsub(*v))
+multiply = operation(singles, (singles, singles), lambda b, v: b.fmul(*v))
+multiply_add = operation(singles, (singles, singles, singles), build_call("llvm.fma.v16f32", SINGLES))
+# Of a number and none, the second: what one instruction does.
+larger = operation(singles, (singles, singles), lambda b, v: _larger(b, *v))
+absolute = operation(singles, (singles,), build_call("llvm.fabs.v16f32", SINGLES))
+floor = operation(singles, (singles,), build_call("llvm.floor.v16f32", SINGLES))
+total_words = operation(types.int32, (words,), _sum_words)
+total = operation(types.float32, (singles,), _sum)
+largest = operation(types.float32, (singles,), _largest)
 
 
 # 0 to 15, and the same number in all lanes.
-lane_numbers = _operation(words, (), lambda _b, _v: ir.Constant(WORDS, list(range(LANES))))
-spread_word = _operation(words, (types.int32,), lambda b, v: build_spread(b, v[0], WORDS))
-store_words = _operation(types.void, (types.intp, types.intp, words), _store(WORD, WORDS))
+lane_numbers = operation(words, (), lambda _b, _v: ir.Constant(WORDS, list(range(LANES))))
+spread_word = operation(words, (types.int32,), lambda b, v: build_spread(b, v[0], WORDS))
+store_words = operation(types.void, (types.intp, types.intp, words), _store(WORD, WORDS))
 # Lane by lane, c where a > b, else d.
-where_greater = _operation(
+where_greater = operation(
     words,
     (singles, singles, words, words),
     lambda b, v: b.select(b.fcmp_ordered(">", v[0], v[1]), v[2], v[3]),
@@ -337,24 +371,41 @@ def _power_of_two(builder: Builder, values: Sequence[Value]) -> Value:
     return builder.bitcast(builder.shl(biased, ir.Constant(WORDS, [23] * LANES)), SINGLES)
 
 
-power_of_two = _operation(singles, (singles,), _power_of_two)
+power_of_two = operation(singles, (singles,), _power_of_two)
 
 
 # Counts that threads share, at (address, index).
 _LONG = ir.IntType(64)
-load_shared = _operation(
+load_shared = operation(
     types.int64,
     (types.intp, types.intp),
     lambda b, v: b.load_atomic(_at(b, v[0], v[1], _LONG), "acquire", 8),
 )
-store_shared = _operation(
+store_shared = operation(
     types.void,
     (types.intp, types.intp, types.int64),
     lambda b, v: b.store_atomic(v[2], _at(b, v[0], v[1], _LONG), "release", 8),
 )
 # Returns what was there before.
-add_shared = _operation(
+add_shared = operation(
     types.int64,
     (types.intp, types.intp, types.int64),
     lambda b, v: b.atomic_rmw("add", _at(b, v[0], v[1], _LONG), v[2], "acq_rel"),
 )
+
+
+@compiled
+def exponential(x):
+    """e to the power of lanes that are not positive."""
+    power = multiply(larger(x, spread_single(np.float32(-87))), spread_single(np.float32(_LOG2_E)))
+    whole = floor(power)
+    part = subtract(power, whole)
+    value = spread_single(np.float32(_EXP[7]))
+    value = multiply_add(value, part, spread_single(np.float32(_EXP[6])))
+    value = multiply_add(value, part, spread_single(np.float32(_EXP[5])))
+    value = multiply_add(value, part, spread_single(np.float32(_EXP[4])))
+    value = multiply_add(value, part, spread_single(np.float32(_EXP[3])))
+    value = multiply_add(value, part, spread_single(np.float32(_EXP[2])))
+    value = multiply_add(value, part, spread_single(np.float32(_EXP[1])))
+    value = multiply_add(value, part, spread_single(np.float32(_EXP[0])))
+    return multiply(value, power_of_two(whole))
