@@ -113,6 +113,18 @@ def test_a_row_is_the_same_to_the_bit_whatever_rows_are_beside_it(precision: str
             assert torch.equal(together[start : start + count], linear(x[start : start + count]))
 
 
+def test_int8_steps_span_what_a_row_has_and_no_more() -> None:
+    """Rows on one side of zero, as a ReLU leaves them, lose half as much as rows on both sides."""
+    eye = torch.eye(64)
+    whole, scales = quantize(eye)
+    same = pack(LinearWeights(whole, torch.zeros(64), scales))
+    for low, high in ((0.0, 1.0), (-1.0, 0.0), (-1.0, 1.0), (-0.2, 0.8), (3.0, 5.0)):
+        x = torch.linspace(low, high, 64)[None]
+        step = (max(high, 0) - min(low, 0)) / 254
+        assert ((same(x) - x).abs() <= 0.501 * step + 1e-6).all()
+        assert torch.allclose(same(torch.zeros(1, 64)), torch.zeros(1, 64)), "zero is always exact"
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_row_of_zeros_gives_the_biases(precision: str) -> None:
     case = packed(precision, 64, 96)

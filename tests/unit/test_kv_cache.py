@@ -5,20 +5,29 @@ from pathlib import Path
 import pytest
 import torch
 
-from helios.engine.kv_cache import KVCache
+from helios.engine.kv_cache import KVCache, kv_bytes
 
 HEADS, HEAD_DIM, BLOCK_TOKENS = 2, 8, 16
 CPU = torch.device("cpu")
 
 
-def make(num_layers: int, num_blocks: int, most_blocks: int = 0, *, commit: bool = True) -> KVCache:
+def make(
+    num_layers: int,
+    num_blocks: int,
+    most_blocks: int = 0,
+    *,
+    commit: bool = True,
+    dtype: torch.dtype = torch.float16,
+    block_tokens: int = BLOCK_TOKENS,
+    head_dim: int = HEAD_DIM,
+) -> KVCache:
     return KVCache(
         num_layers,
         num_blocks,
-        BLOCK_TOKENS,
+        block_tokens,
         HEADS,
-        HEAD_DIM,
-        torch.float16,
+        head_dim,
+        dtype,
         CPU,
         most_blocks=most_blocks,
         commit=commit,
@@ -42,6 +51,33 @@ def test_what_was_written_is_gathered_in_order() -> None:
     assert torch.equal(found_values[0, :, :20], values.transpose(0, 1))
     cache.copy(3, 4)
     assert torch.equal(cache.gather(1, torch.tensor([[4]]))[0], cache.gather(1, torch.tensor([[3]]))[0])
+
+
+@pytest.mark.parametrize(("block_tokens", "head_dim"), [(16, 8), (16, 64), (6, 10)])
+def test_in_int8_each_token_keeps_a_step_of_its_own(block_tokens: int, head_dim: int) -> None:
+    cache = make(1, 3, dtype=torch.int8, block_tokens=block_tokens, head_dim=head_dim)
+    count = block_tokens + 2
+    keys, values = (torch.randn(count, HEADS, head_dim) for _ in range(2))
+    # One token is louder than the others by far, and a head of another is silent.
+    keys[3] *= 1e6
+    values[4, 1] = 0
+    slots = torch.tensor([2 * block_tokens + offset for offset in range(block_tokens)] + [0, 1])
+    cache.write(0, slots, keys, values)
+    for found, written in zip(cache.gather(0, torch.tensor([[2, 0]])), (keys, values), strict=True):
+        kept = found[0, :, :count].transpose(0, 1)
+        steps = written.abs().amax(dim=2, keepdim=True) / 127
+        assert ((kept - written).abs() <= 0.501 * steps).all()
+        assert (kept.abs().amax(dim=2) == written.abs().amax(dim=2)).float().mean() > 0.9
+    cache.copy(2, 1)
+    for copied, source in zip(*(cache.gather(0, torch.tensor([[block]])) for block in (1, 2)), strict=True):
+        assert torch.equal(copied, source)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8])
+def test_the_bytes_of_a_block_are_known_beforehand(dtype: torch.dtype) -> None:
+    cache = make(1, 3, dtype=dtype)
+    kept = cache.keys[0].nbytes + cache.values[0].nbytes
+    assert 3 * kv_bytes(HEADS, HEAD_DIM, BLOCK_TOKENS, dtype) == kept
 
 
 def test_layers_and_blocks_that_stay_keep_place_and_content() -> None:
