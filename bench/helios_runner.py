@@ -11,9 +11,6 @@ from helios.engine import Engine, EngineSettings
 from helios.engine.threads import set_threads
 from helios.settings import SERVED_BURST_SECONDS
 
-# Like the peers', whose offline interfaces are made for throughput.
-_STEP_TOKENS = 2048
-
 
 def load(job: Job) -> Generate:
     """The engine with all that serving does: text, log probabilities, confidences."""
@@ -23,7 +20,7 @@ def load(job: Job) -> Generate:
         precision=job.precision,
         memory_bytes=job.memory_bytes,
         max_running=job.batch,
-        step_token_budget=max(_STEP_TOKENS, job.batch),
+        # Like the peers', whose offline interfaces are made for throughput.
         prefill_stretch=math.inf,
         burst_seconds=SERVED_BURST_SECONDS,
     )

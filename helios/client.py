@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 from helios import errors
-from helios.errors import HeliosError, OverloadedError
+from helios.errors import HeliosError, InvalidRequestError, OverloadedError
 from helios.server import CHANNEL_OPTIONS
 from helios.v1 import generation_pb2, inference_pb2, inference_pb2_grpc
 
@@ -163,6 +163,9 @@ def error_from(rpc_error: grpc.RpcError, target: str) -> HeliosError:
     if code is grpc.StatusCode.UNAVAILABLE and not status.details:
         # gRPC's own words: nothing listens there, or the connection broke.
         message = f"{target} does not answer ({message}); is it running?"
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and not status.details and "larger than max" in message:
+        # gRPC's own words, too: to come back later would not help.
+        return InvalidRequestError(f"the request is larger than {target} takes: {message}")
     return error_of(status_pb2.Status(code=code.value[0], message=message, details=status.details))
 
 

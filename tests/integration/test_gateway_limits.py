@@ -9,7 +9,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_status import rpc_status
 
 from helios.client import AsyncClient, generate_request
-from helios.errors import DeadlineExceededError, OverloadedError, UnavailableError
+from helios.errors import DeadlineExceededError, InvalidRequestError, OverloadedError, UnavailableError
 from helios.v1 import inference_pb2_grpc
 from helios.v1.generation_pb2 import SamplingParams
 from tests.stack import STOP_SECONDS, Process, Stack
@@ -58,6 +58,16 @@ def _refusal(address: str) -> grpc.RpcError:
         with pytest.raises(grpc.RpcError) as caught:
             list(stub.Generate(generate_request("c", sampling=SHORT)))
         return caught.value
+
+
+async def test_a_request_beyond_what_grpc_takes_is_not_one_to_try_again(
+    stack: Stack, long_worker: Process
+) -> None:
+    gateway = stack.start_gateway([long_worker.address], max_request_bytes=2000)
+    async with AsyncClient(gateway.address) as client:
+        with pytest.raises(InvalidRequestError, match="larger than"):
+            await stream(client, generate_request("a" * 3000, sampling=SHORT))
+        await stream(client, generate_request("a", sampling=SHORT))
 
 
 async def test_open_streams_are_bounded(stack: Stack, long_worker: Process) -> None:
