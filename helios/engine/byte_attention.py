@@ -106,20 +106,24 @@ def _load(numbers, at, count):
 
 
 @compiled
-def remember(qkv, start, end, width, head_dim, keys, values, block_tokens, slots):
-    """Stores keys and values of the rows start..end of qkv, float32 [rows, 3, width], at their slots."""
-    heads, whole = width // head_dim, _whole(head_dim)
+def remember(thread, threads, qkv, rows, heads, head_dim, keys, values, block_tokens, slots):
+    """Stores keys and values of qkv, float32 [rows, 3, heads, head_dim], at their slots: a thread's heads.
+
+    Not its rows: tokens side by side share words.
+    """
+    width, whole = heads * head_dim, _whole(head_dim)
+    first, last = heads * thread // threads, heads * (thread + 1) // threads
     slab_of_keys, slab_of_values = key_bytes(head_dim, block_tokens), value_bytes(head_dim, block_tokens)
     room = np.empty(LANES // _TOGETHER, np.int32)
     own = room.ctypes.data
     middle, byte = spread_single(np.float32(_MIDDLE)), spread_word(np.int32(255))
-    for row in range(start, end):
+    for row in range(rows):
         slot = load_long(slots, row)
         block, token = slot // block_tokens * heads, slot % block_tokens
         # The token's byte in a word, and the bytes of others.
         word, shift = token // _TOGETHER * whole, spread_word(np.int32(8 * (token % _TOGETHER)))
         others = spread_word(np.int32(~(255 << (8 * (token % _TOGETHER)))))
-        for head in range(heads):
+        for head in range(first, last):
             key = row * 3 * width + width + head * head_dim
             slab = keys + (block + head) * slab_of_keys
             scales = slab + slab_of_keys - 8 * block_tokens
@@ -429,7 +433,7 @@ def _scratch(count, head_dim, room):
 
 @compiled
 def attend(thread, threads, qkv, rows, heads, head_dim, keys, values, block_tokens, rows_of, out):
-    """A thread's share of the heads, of all rows, over the rows' contexts."""
+    """A thread's heads (as of `remember`), of all rows, over the rows' contexts."""
     longest = np.int64(0)
     for row in range(rows):
         longest = max(longest, load_long(rows_of[1], row) + 1)

@@ -31,6 +31,11 @@ class Detokenizer:
         new = self._stream.step(self._tokenizer, token_id)
         if new is None:
             return ""
+        if not self._stop:
+            # Nothing is ever held back. Once a token: a call more would be felt.
+            self._decoded += new
+            self._emitted = len(self._decoded)
+            return new
         return self._emit(new, last=False)
 
     def flush(self) -> str:

@@ -334,9 +334,6 @@ class Engine:
                 seq.times.first_token = now
             # Of a burst, one from each step.
             for at in range(index, len(token_ids), len(readers)):
-                if at > index:
-                    # The step before wrote the keys and values of the token before.
-                    self._scheduler.advance(seq, 1)
                 token_id, confidence, exit_layer = token_ids[at], confidences[at], exits[at]
                 known.append(token_id)
                 text = detokenizer.push(token_id)
@@ -351,6 +348,9 @@ class Engine:
                 high_exits += confidence < threshold_of(exit_layer, 0.0)
                 if finish is not None:
                     break
+            if len(tokens) > 1:
+                # Each step of a burst wrote the keys and values of the token before.
+                self._scheduler.advance(seq, len(tokens) - 1)
             self._counters.generated_tokens += len(tokens)
             outputs.append(Output(tuple(tokens), finish, more=index + 1 < len(readers)))
         self._counters.high_exit_tokens += high_exits

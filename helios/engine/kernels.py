@@ -66,6 +66,9 @@ _yield = types.ExternalFunction("sched_yield", types.int32())
 # Looks at a barrier before a thread lets others on its processor go first.
 _SPINS = 2000
 
+# Rows of a step, for each thread, from which on every thread has its own; it takes as many at a time.
+OWN_ROWS = 64
+
 # Numbers of a row's summary (`summarize`).
 SUMMARY = 4
 # What a product does with its sums.
@@ -262,12 +265,12 @@ def attend(
 ):
     """Stores the rows' keys and values, then attends from each row to its own context: one thread's part.
 
-    numbers: of the products; qkv: float32 [rows, 3, heads, head_dim]; keys, values: of a layer (`KVCache`);
-    rows_of: `Batch.addresses`; out: float32 [rows, heads, head_dim].
+    numbers: of the products; qkv: float32 [rows, 3, heads, head_dim], all of it there; keys, values: of a
+    layer (`KVCache`); rows_of: `Batch.addresses`; out: float32 [rows, heads, head_dim].
     """
-    start, end = rows * thread // threads, rows * (thread + 1) // threads
-    _remember(numbers, qkv, start, end, heads * head_dim, head_dim, keys, values, block_tokens, rows_of[2])
-    _meet(team, threads)
+    _remember(
+        thread, threads, team, numbers, qkv, rows, heads, head_dim, keys, values, block_tokens, rows_of[2]
+    )
     if numbers == INT8:
         byte_attention.attend(
             thread, threads, qkv, rows, heads, head_dim, np.int64(keys), np.int64(values), block_tokens,
@@ -281,14 +284,63 @@ def attend(
 
 
 @compiled
-def _remember(numbers, qkv, start, end, width, head_dim, keys, values, block_tokens, slots):
-    """Stores keys and values of the rows start..end of qkv, float32 [rows, 3, width], at their slots."""
+def _remember(
+    thread, threads, team, numbers, qkv, rows, heads, head_dim, keys, values, block_tokens, slots
+):
+    """Stores keys and values of qkv, float32 [rows, 3, heads, head_dim], at slots: those of a thread's heads,
+    of all rows, are there when it returns."""
     if numbers == INT8:
         byte_attention.remember(
-            qkv, start, end, width, head_dim, np.int64(keys), np.int64(values), block_tokens, slots
+            thread, threads, qkv, rows, heads, head_dim, np.int64(keys), np.int64(values), block_tokens, slots
         )
+        return
+    start, end = rows * thread // threads, rows * (thread + 1) // threads
+    attention.remember(qkv, start, end, heads * head_dim, head_dim, keys, values, block_tokens, slots)
+    _meet(team, threads)
+
+
+@compiled
+def _project(
+    thread, threads, team, numbers, at, norm_before, hidden, rows, width, x, qkv, scratch
+):
+    """Queries, keys and values of rows of hidden. at: as `layers` takes a layer; x: room for states."""
+    source = hidden
+    if norm_before:
+        # The rows that a thread norms are those that it encodes next: no barrier between.
+        start, end = rows * thread // threads, rows * (thread + 1) // threads
+        norm(hidden, start, end, width, at[0], at[1], x)
+        source = x
+    product(
+        thread, threads, team, numbers, source, width, rows, width, at, 4, 3 * width, qkv, 3 * width, NONE, 0,
+        scratch,
+    )
+
+
+@compiled
+def _feed(
+    thread, threads, team, numbers, at, norm_before, hidden, rows, width, ffn, x, wide, scratch
+):
+    """What comes behind attention, whose output is x; then x is room for states, wide for the middle."""
+    start, end = rows * thread // threads, rows * (thread + 1) // threads
+    product(
+        thread, threads, team, numbers, x, width, rows, width, at, 8, width, hidden, width, NONE, hidden,
+        scratch,
+    )
+    source = hidden
+    if norm_before:
+        norm(hidden, start, end, width, at[2], at[3], x)
+        source = x
     else:
-        attention.remember(qkv, start, end, width, head_dim, keys, values, block_tokens, slots)
+        norm(hidden, start, end, width, at[0], at[1], hidden)
+    product(
+        thread, threads, team, numbers, source, width, rows, width, at, 12, ffn, wide, ffn, RELU, 0, scratch
+    )
+    product(
+        thread, threads, team, numbers, wide, ffn, rows, ffn, at, 16, width, hidden, width, NONE, hidden,
+        scratch,
+    )
+    if not norm_before:
+        norm(hidden, start, end, width, at[2], at[3], hidden)
 
 
 @compiled
@@ -306,41 +358,41 @@ def layers(
     qkv = x + 4 * rows * width
     wide = qkv + 4 * rows * 3 * width
     rest = wide + 4 * rows * ffn
-    # The rows that this thread norms are those that it encodes next: no barrier between.
+    # Few rows: all threads share each product, by its channels. Many: each has rows of its own, and takes
+    # them through all products between two attentions a few at a time: what is between stays in its cache.
     start, end = rows * thread // threads, rows * (thread + 1) // threads
+    own = rows >= threads * OWN_ROWS
+    own_wide = wide + 4 * start * ffn
+    own_rest = rest + 4 * start * (max(_stride(numbers, width), _stride(numbers, ffn)) + 2)
     for index in range(first, last):
         at = parts[index]
-        source = hidden
-        if norm_before:
-            norm(hidden, start, end, width, at[0], at[1], x)
-            source = x
-        product(
-            thread, threads, team, numbers, source, width, rows, width, at, 4, 3 * width, qkv, 3 * width,
-            NONE, 0, rest,
-        )
+        if own:
+            for row in range(start, end, OWN_ROWS):
+                _project(
+                    0, 1, 0, numbers, at, norm_before, hidden + 4 * row * width, min(OWN_ROWS, end - row),
+                    width, x + 4 * row * width, qkv + 4 * row * 3 * width, own_rest,
+                )
+            _meet(team, threads)
+        else:
+            _project(
+                thread, threads, team, numbers, at, norm_before, hidden, rows, width, x, qkv, rest
+            )
         attend(
             thread, threads, team, numbers, qkv, rows, heads, width // heads, keys[index], values[index],
             block_tokens, rows_of, x,
         )
-        product(
-            thread, threads, team, numbers, x, width, rows, width, at, 8, width, hidden, width, NONE, hidden,
-            rest,
-        )
-        source = hidden
-        if norm_before:
-            norm(hidden, start, end, width, at[2], at[3], x)
-            source = x
+        if own:
+            for row in range(start, end, OWN_ROWS):
+                _feed(
+                    0, 1, 0, numbers, at, norm_before, hidden + 4 * row * width, min(OWN_ROWS, end - row),
+                    width, ffn, x + 4 * row * width, own_wide, own_rest,
+                )
         else:
-            norm(hidden, start, end, width, at[0], at[1], hidden)
-        product(
-            thread, threads, team, numbers, source, width, rows, width, at, 12, ffn, wide, ffn, RELU, 0, rest
-        )
-        product(
-            thread, threads, team, numbers, wide, ffn, rows, ffn, at, 16, width, hidden, width, NONE, hidden,
-            rest,
-        )
-        if not norm_before:
-            norm(hidden, start, end, width, at[2], at[3], hidden)
+            _feed(
+                thread, threads, team, numbers, at, norm_before, hidden, rows, width, ffn, x, wide, rest
+            )
+    if own:
+        _meet(team, threads)
 
 
 @compiled
@@ -610,7 +662,8 @@ def propagate(
         )
         _meet(team, threads)
         _remember(
-            numbers, qkv, start, end, width, width // heads, keys[index], values[index], block_tokens, slots
+            thread, threads, team, numbers, qkv, rows, heads, width // heads, keys[index], values[index],
+            block_tokens, slots,
         )
         _meet(team, threads)
 

@@ -20,6 +20,7 @@ from helios.engine.detokenizer import Detokenizer
 from helios.engine.engine import Engine
 from helios.engine.exits import ExitMode
 from helios.engine.inner_product import BFLOAT16, INT8, TILE, inner_product
+from helios.engine.kernels import OWN_ROWS
 from helios.engine.kv_cache import KVCache
 from helios.engine.linear import PackedLinear, pack, quantize
 from helios.engine.paged_attention import attend
@@ -271,6 +272,27 @@ def test_a_resumed_stream_goes_on_to_the_bit_whatever_it_is_batched_with(
         assert [(t.token_id, t.logprob, t.confidence) for t in alone[-1]] == [
             (t.token_id, t.logprob, t.confidence) for t in tokens[cut:]
         ]
+
+
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", ["pre-norm", "post-norm"])
+def test_many_rows_at_once_are_the_same_to_the_bit_as_a_few_at_a_time(
+    tmp_path: Path, name: str, precision: str, threads: int
+) -> None:
+    """Of many rows each thread has its own; of few all threads share the channels."""
+    save_variant(tmp_path, name, seed=2, exits=[2, 4, 6])
+    prompts = [[2, *range(10 + 5 * index, 90 + 5 * index)] for index in range(3)]
+    told = []
+    for budget in (16, 3 * OWN_ROWS + 5):
+        settings = EngineSettings(
+            precision=precision, memory_bytes=MEMORY, step_token_budget=budget, max_running=3
+        )
+        engine = Engine.load(tmp_path, 4, settings)
+        TEAM.threads = threads  # loading lent them anew
+        tokens = generate(engine, prompts, [[], [], []], 4)
+        told.append([[(one.token_id, one.logprob, one.confidence) for one in stream] for stream in tokens])
+    assert told[0] == told[1]
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "int8"])
