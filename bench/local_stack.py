@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from helios import stack_state
@@ -19,8 +19,10 @@ _CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
 
 @contextlib.contextmanager
-def local_stack(*options: str) -> Iterator[StackState]:
+def local_stack(*options: str, settings: Mapping[str, str] | None = None) -> Iterator[StackState]:
     """Runs `helios up` with the options, on a free port, apart from any other stack.
+
+    settings: environment variables that this stack has besides.
 
     Without profiler and controller, unless the options ask for them: nothing changes what is measured.
 
@@ -33,7 +35,7 @@ def local_stack(*options: str) -> Iterator[StackState]:
         ]
         # Not the Redis that another stack is told to use.
         environment = {key: value for key, value in os.environ.items() if key != "HELIOS_REDIS_URL"}
-        environment["HELIOS_STATE_DIR"] = name
+        environment |= {**(settings or {}), "HELIOS_STATE_DIR": name}
         # A bench sends the same prompts again and again, and measures what new ones take.
         environment.setdefault("HELIOS_WORKER_PREFIX_CACHE", "false")
         # Tethered: a bench that is killed leaves no stack behind.

@@ -29,6 +29,10 @@ from helios.catalog import ModelEntry
 from helios.errors import HeliosError, SettingsError
 
 VLLM = "vllm"
+# As an operator sets a worker who can wait for tokens as vLLM's clients do: as much of the prompts in a step as
+# makes it this many times as long. Only what it does at most is measured.
+_STRETCH = "6"
+HELIOS_STRETCHED = f"{HELIOS}, prefill_stretch {_STRETCH}"
 # Offered load, as shares of what each system does at most.
 SHARES = (0.4, 0.6, 0.8, 0.9)
 _FACTOR = 2.0
@@ -114,9 +118,13 @@ def served(
             status.update("starting a stack")
             options = ["--models-dir", str(model.path.parent), "--model", model.name]
             options += ["--workers", str(workers), "--threads", str(max(1, threads // workers))]
-            state = running.enter_context(local_stack(*options, "--depth", str(depth or model.num_layers)))
+            options += ["--depth", str(depth or model.num_layers)]
             bench = _Bench(results, trace, model.config.vocab_size, streams, json_path, status.update)
-            asyncio.run(bench.run(systems, state.gateway))
+            with local_stack(*options) as state:
+                asyncio.run(bench.run(systems, HELIOS, state.gateway, SHARES))
+            status.update("starting a stack for throughput")
+            with local_stack(*options, settings={"HELIOS_WORKER_PREFILL_STRETCH": _STRETCH}) as state:
+                asyncio.run(bench.run({}, HELIOS_STRETCHED, state.gateway, ()))
     report = report_of(results)
     report.show()
     if json_path is not None:
@@ -170,16 +178,21 @@ class _Bench:
         self._json_path = json_path
         self._say = say
 
-    async def run(self, systems: Mapping[str, _System], gateway: str) -> None:
-        """Every system's capacity, then each share of it, the systems by turns."""
+    async def run(
+        self, systems: Mapping[str, _System], helios: str, gateway: str, shares: Sequence[float]
+    ) -> None:
+        """Every system's capacity, then each share of it, the systems by turns.
+
+        helios: name of the one behind the gateway.
+        """
         async with load.connect(gateway) as channel:
-            every = {**systems, HELIOS: _System(load.through_gateway(channel))}
+            every = {**systems, helios: _System(load.through_gateway(channel))}
             for name, system in every.items():
                 self._say(f"{name}: warming up")
                 with system.awake():
                     first = self._requests(-1)[:_WARM_UP_REQUESTS]
                     await load.run(system.open_stream, first, _WARM_UP_REQUESTS)
-            for number, share in enumerate((None, *SHARES)):
+            for number, share in enumerate((None, *shares)):
                 for name, system in every.items():
                     if any((run["system"], run["share"]) == (name, share) for run in self._results["runs"]):
                         continue
@@ -288,7 +301,7 @@ def at_same_latency(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]
             if run["system"] == name and not run["summary"]["failed"]
         ]
 
-    mine = served(HELIOS)
+    mine = served(HELIOS) + served(HELIOS_STRETCHED)
     if not mine:
         return []
     found = []

@@ -142,6 +142,8 @@ def test_systems_are_compared_at_no_higher_p99_and_only_where_all_was_served() -
 
 
 def test_a_system_that_never_reaches_the_latency_misses_the_target() -> None:
+    stretched = [run("vllm", 2.0, 30), run("helios", 3.0, 20), run(served.HELIOS_STRETCHED, 4.0, 30)]
+    assert served.at_same_latency(stretched)[0]["helios"] == 4.0
     compared = served.at_same_latency([run("vllm", 2.0, 30), run("helios", 4.0, 40)])
     assert [target.met for target in served.targets(compared)] == [False]
     assert served.targets(served.at_same_latency([run("helios", 4.0, 40)])) == []
