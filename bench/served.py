@@ -29,8 +29,8 @@ from helios.catalog import ModelEntry
 from helios.errors import HeliosError, SettingsError
 
 VLLM = "vllm"
-# As an operator sets a worker whose clients can wait for tokens as long as vLLM's do: a step with prompts in it
-# takes so many times one without. Only what it does at most is measured.
+# As an operator sets it whose clients can wait for tokens as long as vLLM's do: a step with prompts takes at
+# most so many times one without. Only what it does at most is measured.
 _STRETCH = "6"
 HELIOS_STRETCHED = f"{HELIOS}, prefill_stretch {_STRETCH}"
 # Offered load, as shares of what each system does at most.

@@ -327,23 +327,27 @@ class Engine:
         now, model, threshold_of = time.time_ns(), self.plan.entry.name, self.plan.thresholds.get
         outputs: list[Output] = []
         high_exits = 0
+        width = len(readers)
         for index, seq in enumerate(readers):
             tokens, finish, known = [], None, seq.token_ids
             number, detokenizer = len(known) - seq.prompt_tokens, seq.detokenizer
             if not seq.times.first_token:
                 seq.times.first_token = now
             # Of a burst, one from each step.
-            for at in range(index, len(token_ids), len(readers)):
-                token_id, confidence, exit_layer = token_ids[at], confidences[at], exits[at]
+            for token_id, logprob, confidence, exit_layer in zip(
+                token_ids[index::width],
+                logprobs[index::width],
+                confidences[index::width],
+                exits[index::width],
+                strict=True,
+            ):
                 known.append(token_id)
                 text = detokenizer.push(token_id)
                 reason = self._reason(seq, token_id)
                 if reason is not None:
                     text += detokenizer.flush()
                     finish = seq.finish(reason)
-                tokens.append(
-                    GeneratedToken(number, token_id, text, logprobs[at], confidence, exit_layer, model)
-                )
+                tokens.append(GeneratedToken(number, token_id, text, logprob, confidence, exit_layer, model))
                 number += 1
                 high_exits += confidence < threshold_of(exit_layer, 0.0)
                 if finish is not None:
