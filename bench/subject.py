@@ -46,7 +46,7 @@ class Sizes:
     profiled_requests: int = 5
     # A shape of `random_model`, and what is measured of it.
     shape: str = "opt-1.3b"
-    shape_batches: tuple[int, ...] = (1, 8)
+    shape_batches: tuple[int, ...] = (1, 8, 32)
     shape_tokens: int = 16
     # More than the profiler's own, since all of a simulation hangs on them.
     timed_steps: int = 21
