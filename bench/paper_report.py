@@ -19,6 +19,7 @@ class Page:
     """A report in the making: lines of Markdown, and plots named after it."""
 
     def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._lines: list[str] = []
 

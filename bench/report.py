@@ -44,6 +44,7 @@ class Report:
             "results": self.results,
             "targets": [asdict(target) for target in self.targets],
         }
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
 
     def show(self) -> None:

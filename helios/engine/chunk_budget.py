@@ -21,7 +21,15 @@ class ChunkBudget:
         self._most = most
         # Seconds of a step without prefill, by the power of two that its sequences reach.
         self._decode: dict[int, float] = {}
+        # What they are expected to take while nothing is observed.
+        self._expected: dict[int, float] = {}
         self._per_token: float | None = None
+
+    def expect(self, other: "ChunkBudget", factor: float) -> None:
+        """Expects `factor` times what steps take that another one knows, until it is observed."""
+        known = {**other._expected, **other._decode}
+        self._expected = {key: factor * seconds for key, seconds in known.items()}
+        self._per_token = None if other._per_token is None else factor * other._per_token
 
     def tokens(self, decoding: int, waiting: int = 1) -> int:
         """Most prompt tokens of a step in which so many sequences decode and so many wait for their prefill.
@@ -42,7 +50,8 @@ class ChunkBudget:
 
     def decode_seconds(self, decoding: int) -> float | None:
         """What a step of so many decodes alone takes; None while that is not known."""
-        return self._decode.get(decoding.bit_length())
+        key = decoding.bit_length()
+        return self._decode.get(key, self._expected.get(key))
 
     def observe(self, decoding: int, prompt_tokens: int, seconds: float) -> None:
         """Takes in what a step took."""
@@ -51,18 +60,11 @@ class ChunkBudget:
             before = self._decode.get(key, seconds)
             self._decode[key] = _mean(before, seconds, _SLOWER_WEIGHT if seconds > before else _WEIGHT)
             return
-        step = self._nearest_seconds(decoding) if decoding else 0.0
+        step = self.decode_seconds(decoding) if decoding else 0.0
         # Chunks of a few tokens tell little: what one of them takes is mostly what any step takes.
         if step is not None and prompt_tokens >= self._least:
             added = max(seconds - step, 0.0) / prompt_tokens
             self._per_token = added if self._per_token is None else _mean(self._per_token, added, _WEIGHT)
-
-    def _nearest_seconds(self, decoding: int) -> float | None:
-        """Of a step with so many sequences, or with the nearest number that has been observed."""
-        if not self._decode:
-            return None
-        key = decoding.bit_length()
-        return self._decode[min(self._decode, key=lambda known: (abs(known - key), known))]
 
 
 def _mean(before: float, new: float, weight: float) -> float:

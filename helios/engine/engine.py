@@ -23,7 +23,7 @@ from helios.engine.memory import device_budget
 from helios.engine.plan import Plan, load_plan
 from helios.engine.sampler import Row, Sampled, sample
 from helios.engine.scheduler import Scheduler
-from helios.engine.sequence import FinishReason, GeneratedToken, Output, Sequence
+from helios.engine.sequence import Finish, FinishReason, GeneratedToken, Output, Sequence
 from helios.engine.settings import EngineSettings
 from helios.errors import (
     CancelledError,
@@ -323,40 +323,36 @@ class Engine:
             self._end(seq, Output(error=error))
 
     def _deliver(self, readers: list[Sequence], sampled: Sampled, exits: list[int]) -> None:
-        token_ids, logprobs, confidences = sampled
         now, model, threshold_of = time.time_ns(), self.plan.entry.name, self.plan.thresholds.get
-        outputs: list[Output] = []
-        high_exits = 0
-        width = len(readers)
-        for index, seq in enumerate(readers):
-            tokens, finish, known = [], None, seq.token_ids
-            number, detokenizer = len(known) - seq.prompt_tokens, seq.detokenizer
-            if not seq.times.first_token:
-                seq.times.first_token = now
-            # Of a burst, one from each step.
-            for token_id, logprob, confidence, exit_layer in zip(
-                token_ids[index::width],
-                logprobs[index::width],
-                confidences[index::width],
-                exits[index::width],
-                strict=True,
-            ):
+        tokens: list[list[GeneratedToken]] = [[] for _ in readers]
+        finishes: list[Finish | None] = [None] * len(readers)
+        index, high_exits = 0, 0
+        # Of a burst, all readers' tokens of a step, then those of the next.
+        for token_id, logprob, confidence, exit_layer in zip(*sampled, exits, strict=True):
+            if finishes[index] is None:
+                seq = readers[index]
+                known, detokenizer = seq.token_ids, seq.detokenizer
+                number = len(known) - seq.prompt_tokens
                 known.append(token_id)
                 text = detokenizer.push(token_id)
                 reason = self._reason(seq, token_id)
                 if reason is not None:
                     text += detokenizer.flush()
-                    finish = seq.finish(reason)
-                tokens.append(GeneratedToken(number, token_id, text, logprob, confidence, exit_layer, model))
-                number += 1
+                    finishes[index] = seq.finish(reason)
+                tokens[index].append(
+                    GeneratedToken(number, token_id, text, logprob, confidence, exit_layer, model)
+                )
                 high_exits += confidence < threshold_of(exit_layer, 0.0)
-                if finish is not None:
-                    break
-            if len(tokens) > 1:
+            index = index + 1 if index + 1 < len(readers) else 0
+        outputs: list[Output] = []
+        for seq, made, finish in zip(readers, tokens, finishes, strict=True):
+            if not seq.times.first_token:
+                seq.times.first_token = now
+            if len(made) > 1:
                 # Each step of a burst wrote the keys and values of the token before.
-                self._scheduler.advance(seq, len(tokens) - 1)
-            self._counters.generated_tokens += len(tokens)
-            outputs.append(Output(tuple(tokens), finish, more=index + 1 < len(readers)))
+                self._scheduler.advance(seq, len(made) - 1)
+            self._counters.generated_tokens += len(made)
+            outputs.append(Output(tuple(made), finish, more=len(outputs) + 1 < len(readers)))
         self._counters.high_exit_tokens += high_exits
         # In one go, and only when the last is ready: detokenizing lets go of the interpreter's lock.
         for seq, output in zip(readers, outputs, strict=True):
@@ -507,6 +503,9 @@ class Engine:
         pool = BlockPool(plan.memory.num_blocks, settings.block_tokens)
         cache = self._allocate_cache(plan, before)
         chunks = ChunkBudget(settings.prefill_stretch, settings.block_tokens, settings.step_token_budget)
+        if before is not None:
+            # Until its steps are known: streams in flight wait for their prefill.
+            chunks.expect(self._scheduler.chunks, plan.depth / self.plan.depth)
         # In exit mode dynamic the KV of generated tokens is an estimate, which a prompt's is not.
         shares = settings.prefix_cache and settings.exit_mode is not ExitMode.DYNAMIC
         scheduler = Scheduler(

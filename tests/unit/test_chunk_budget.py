@@ -55,6 +55,21 @@ def test_a_size_that_is_not_known_is_told_by_a_step_without_prompts() -> None:
     assert budget.tokens(4) == 0
 
 
+def test_what_is_known_of_a_plan_is_expected_of_the_next_until_it_is_observed() -> None:
+    budget = ChunkBudget(2.5, 16, 512)
+    budget.expect(observed(2.5), 0.5)
+    # Steps are expected to take half as long, and prompts too.
+    assert budget.decode_seconds(8) == pytest.approx(0.005)
+    assert budget.tokens(8) == pytest.approx(150, abs=1)
+    assert budget.tokens(1) == 0, "no plan has told"
+    budget.observe(8, 0, 0.020)
+    assert budget.decode_seconds(8) == pytest.approx(0.020)
+    again = ChunkBudget(2.5, 16, 512)
+    again.expect(budget, 1)
+    assert again.decode_seconds(8) == pytest.approx(0.020)
+    assert again.decode_seconds(32) == pytest.approx(0.020), "expected of the plan before, too"
+
+
 @given(st.lists(st.tuples(st.integers(0, 64), st.integers(0, 512), st.floats(0, 10)), max_size=30), st.data())
 def test_whatever_steps_took_a_chunk_is_within_its_bounds(
     steps: list[tuple[int, int, float]], data: st.DataObject
