@@ -172,16 +172,17 @@ def build_batch(
             decodes.append(seq)
         else:
             prefills.append((seq, count))
-    # Each decode row is the last token of its sequence, and read.
-    token_ids = [seq.token_ids[-1] for seq in decodes]
-    positions = [seq.computed for seq in decodes]
-    slots = [
-        seq.blocks[position // block_tokens] * block_tokens + position % block_tokens
-        for seq, position in zip(decodes, positions, strict=True)
-    ]
+    # Each decode row is the last token of its sequence, and read. What belongs to a sequence lies scattered: it
+    # is gone through once.
+    token_ids, positions, slots, tables = [], [], [], []
+    for seq in decodes:
+        position, blocks = seq.computed, seq.blocks
+        token_ids.append(seq.token_ids[-1])
+        positions.append(position)
+        slots.append(blocks[position // block_tokens] * block_tokens + position % block_tokens)
+        tables.append(blocks)
     row_tables = list(range(len(decodes)))
     read_rows, readers = row_tables.copy(), decodes.copy()
-    tables = [seq.blocks for seq in decodes]
     chunks: list[tuple[int, int, bool]] = []
     for seq, count in prefills:
         start, end = seq.computed, seq.computed + count

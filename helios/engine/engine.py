@@ -239,9 +239,6 @@ class Engine:
         if not scheduled:
             self._last_step = time.monotonic()
             return False
-        for seq, _ in scheduled:
-            if not seq.times.scheduled:
-                seq.times.scheduled = time.time_ns()
         count = self._burst(scheduled)
         batch, readers = build_batch(scheduled, self.settings.block_tokens, self.plan.model.device)
         model, cache = self.plan.model, self._cache

@@ -10,6 +10,7 @@ What this or an earlier sequence has computed of the same beginning is not compu
 are shared (`BlockPool`).
 """
 
+import time
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -72,6 +73,7 @@ class Scheduler:
                 break  # first come, first served: nobody overtakes it
             self.waiting.popleft()
             seq.state = SequenceState.RUNNING
+            seq.times.scheduled = seq.times.scheduled or time.time_ns()
             insort(self.running, seq, key=lambda running: running.arrival)
             budget = self._chunk(seq, budget, scheduled)
         return scheduled
