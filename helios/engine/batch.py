@@ -172,8 +172,8 @@ def build_batch(
             decodes.append(seq)
         else:
             prefills.append((seq, count))
-    # Each decode row is the last token of its sequence, and read. What belongs to a sequence lies scattered: it
-    # is gone through once.
+    # Each decode row is the last token of its sequence, and read. What a sequence has lies scattered: it is
+    # gone through once.
     token_ids, positions, slots, tables = [], [], [], []
     for seq in decodes:
         position, blocks = seq.computed, seq.blocks
