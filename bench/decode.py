@@ -1,5 +1,6 @@
 """An engine under load in this process: no sockets, no services, the time of its own steps."""
 
+import gc
 import itertools
 import statistics
 import time
@@ -73,6 +74,9 @@ def run(
         sampling = SamplingParams(max_tokens=lengths[index], ignore_eos=True)
         engine.submit(f"{number}-{index}", list(prompts[index]), sampling, partial(take, index))
 
+    # As in a service that is ready (`service_process.say_ready`).
+    gc.collect()
+    gc.freeze()
     meter = power_meter(engine.settings.device)
     before = meter.read() if meter is not None else ()
     began, began_cpu = time.perf_counter(), time.thread_time()
@@ -94,6 +98,8 @@ def run(
             between_steps()
     seconds, cpu = time.perf_counter() - began, time.thread_time() - began_cpu
     joules = None if meter is None else meter.joules_since(before)
+    # What belongs to an engine is not kept for ever.
+    gc.unfreeze()
     total = sum(map(len, tokens))
     warm = max(times[0] for times in arrivals[:concurrency])
     decoded = sum(moment > warm for times in arrivals for moment in times)
