@@ -39,8 +39,8 @@ def run(
 def say_ready(address: str) -> None:
     """The one line on stdout that tells whoever started the process that it serves, and where.
 
-    What is there now stays: the garbage collector leaves it alone from here on. To go through all of it takes a
-    tenth of a second in a process with torch, in which no stream gets a token.
+    What is there now stays: the garbage collector leaves it alone from here on. To go through all of it takes
+    a tenth of a second in a process with torch, in which no stream gets a token.
     """
     gc.collect()
     gc.freeze()
