@@ -57,7 +57,7 @@ from helios.engine.simd import (
 _TOGETHER = 4
 # What a key's zero is: products take one side unsigned.
 _MIDDLE = 128
-# The largest weight, in two bytes.
+# The largest weight, in two bytes. Sums of 32 bits hold the products of contexts up to 66,000 tokens.
 _MOST = 65535
 # A group's smallest largest value that is not taken for zero: its inverse is still a number.
 LEAST = 1e-30
