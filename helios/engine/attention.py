@@ -35,6 +35,28 @@ from helios.engine.simd import (
 
 
 @compiled
+def longest_context(rows_of, rows):
+    """Tokens that the row with most of them sees. rows_of: `Batch.addresses`."""
+    longest = np.int64(0)
+    for row in range(rows):
+        longest = max(longest, load_long(rows_of[1], row) + 1)
+    return longest
+
+
+@compiled
+def are_of_one_sequence(rows_of, row, last, rows):
+    """Whether the rows from `row` to `last` are there, and of one sequence: its rows follow each other."""
+    return last < rows and load_long(rows_of[3], row) == load_long(rows_of[3], last)
+
+
+@compiled
+def first_block_after(rows_of, row, rows):
+    """The block that is read first for the row behind this one, or for the last one again."""
+    beside = load_long(rows_of[3], min(row + 1, rows - 1))
+    return load_long(rows_of[5] + 8 * beside * rows_of[6], 0)
+
+
+@compiled
 def _scores(qkv, query, keys, slab, head_dim, block_tokens):
     """A query with 16 keys of a block."""
     a, b, c, d = no_singles(), no_singles(), no_singles(), no_singles()
@@ -243,16 +265,12 @@ def _attend_four(
 @compiled
 def attend(thread, threads, qkv, rows, heads, head_dim, keys, values, block_tokens, rows_of, out):
     """A thread's share of the heads, of all rows, over the rows' contexts. """
-    longest = np.int64(0)
-    for row in range(rows):
-        longest = max(longest, load_long(rows_of[1], row) + 1)
-    room = longest + block_tokens
+    room = longest_context(rows_of, rows) + block_tokens
     first, last = heads * thread // threads, heads * (thread + 1) // threads
     scores = np.empty(max(4, last - first) * room, np.float32)
     row = 0
     while row < rows:
-        # Rows of one sequence follow each other.
-        if row + 3 < rows and load_long(rows_of[3], row) == load_long(rows_of[3], row + 3):
+        if are_of_one_sequence(rows_of, row, row + 3, rows):
             for head in range(first, last):
                 _attend_four(
                     qkv, heads, head_dim, keys, values, block_tokens, rows_of, out, row, head,
@@ -260,8 +278,7 @@ def attend(thread, threads, qkv, rows, heads, head_dim, keys, values, block_toke
                 )
             row += 4
         else:
-            beside = load_long(rows_of[3], min(row + 1, rows - 1))
-            following = load_long(rows_of[5] + 8 * beside * rows_of[6], 0)
+            following = first_block_after(rows_of, row, rows)
             _attend_one(
                 qkv, heads, head_dim, keys, values, block_tokens, rows_of, out, row, first, last,
                 scores.ctypes.data, room, following,

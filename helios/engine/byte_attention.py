@@ -10,6 +10,7 @@ Numba keeps compiled kernels by the time of their own file: after a change here,
 
 import numpy as np
 
+from helios.engine.attention import are_of_one_sequence, first_block_after, longest_context
 from helios.engine.inner_product import multiply_bytes
 from helios.engine.simd import (
     LANES,
@@ -434,25 +435,21 @@ def _scratch(count, head_dim, room):
 @compiled
 def attend(thread, threads, qkv, rows, heads, head_dim, keys, values, block_tokens, rows_of, out):
     """A thread's heads (as of `remember`), of all rows, over the rows' contexts."""
-    longest = np.int64(0)
-    for row in range(rows):
-        longest = max(longest, load_long(rows_of[1], row) + 1)
+    longest = longest_context(rows_of, rows)
     room = (longest + block_tokens - 1) // block_tokens * block_tokens
     first, last = heads * thread // threads, heads * (thread + 1) // threads
     scratch = np.empty(_scratch(max(4, last - first), head_dim, room), np.uint8)
     own = scratch.ctypes.data
     row = 0
     while row < rows:
-        # Rows of one sequence follow each other.
-        if row + 3 < rows and load_long(rows_of[3], row) == load_long(rows_of[3], row + 3):
+        if are_of_one_sequence(rows_of, row, row + 3, rows):
             for head in range(first, last):
                 _attend_four(
                     qkv, heads, head_dim, keys, values, block_tokens, rows_of, out, row, head, own, room
                 )
             row += 4
         else:
-            beside = load_long(rows_of[3], min(row + 1, rows - 1))
-            following = load_long(rows_of[5] + 8 * beside * rows_of[6], 0)
+            following = first_block_after(rows_of, row, rows)
             _attend_one(
                 qkv, heads, head_dim, keys, values, block_tokens, rows_of, out, row, first, last, own, room,
                 following,

@@ -194,8 +194,6 @@ store_long = operation(types.void, (types.intp, types.intp, types.int64), _store
 
 load_word = operation(types.int32, (types.intp, types.intp), _load(WORD))
 store_word = operation(types.void, (types.intp, types.intp, types.int32), _store(WORD))
-load_byte = operation(types.int8, (types.intp, types.intp), _load(_BYTE))
-store_byte = operation(types.void, (types.intp, types.intp, types.int8), _store(_BYTE))
 
 # Vectors from and to (address, index); `spread_*` fill all lanes with one value.
 load_singles = operation(singles, (types.intp, types.intp), _load(SINGLE, SINGLES))
