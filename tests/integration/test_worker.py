@@ -42,8 +42,8 @@ def worker(stack: Stack, models: Path) -> Process:
 
 @pytest.fixture
 def busy_stub(stack: Stack, models: Path) -> Iterator[worker_pb2_grpc.WorkerServiceStub]:
-    """Of a worker with two places in its batch: many streams keep it busy for seconds."""
-    worker = stack.start_worker(model="tiny", depth=4, models_dir=models, max_running=2)
+    """Of a worker with two places in its batch and no bursts: many streams keep it busy for seconds."""
+    worker = stack.start_worker(model="tiny", depth=4, models_dir=models, max_running=2, burst_seconds=0)
     with grpc.insecure_channel(worker.address) as channel:
         yield worker_pb2_grpc.WorkerServiceStub(channel)
 
@@ -208,7 +208,7 @@ def test_a_reload_moves_running_streams_without_loss(
     busy_stub: worker_pb2_grpc.WorkerServiceStub,
 ) -> None:
     stub = busy_stub
-    streams = [stub.Generate(request([2, 30 + n], max_tokens=150), timeout=TIMEOUT) for n in range(32)]
+    streams = [stub.Generate(request([2, 30 + n], max_tokens=150), timeout=TIMEOUT) for n in range(96)]
     next(streams[0])
     moved = 0
     for model, depth in (("tiny", 2), ("other", 4), ("tiny", 1)):
