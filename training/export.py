@@ -24,26 +24,8 @@ from training.tokenizer import tokenizer_id
 
 
 def hf_tensors(model: EarlyExitOPT) -> dict[str, Tensor]:
-    """The model's weights under `OPTForCausalLM`'s names; the LM head is tied, so it is not among them."""
-    decoder = "model.decoder"
-    tensors: dict[str, Tensor] = {
-        f"{decoder}.embed_tokens.weight": model.embed_tokens,
-        f"{decoder}.embed_positions.weight": model.embed_positions,
-        f"{decoder}.final_layer_norm.weight": model.final_norm_weight,
-        f"{decoder}.final_layer_norm.bias": model.final_norm_bias,
-    }
-    for layer in range(model.shape.num_layers):
-        prefix = f"{decoder}.layers.{layer}"
-        for index, name in enumerate(("q_proj", "k_proj", "v_proj", "out_proj")):
-            tensors[f"{prefix}.self_attn.{name}.weight"] = model.attention[layer, index]
-            tensors[f"{prefix}.self_attn.{name}.bias"] = model.attention_bias[layer, index]
-        for index, name in enumerate(("self_attn_layer_norm", "final_layer_norm")):
-            tensors[f"{prefix}.{name}.weight"] = model.norm_weight[layer, index]
-            tensors[f"{prefix}.{name}.bias"] = model.norm_bias[layer, index]
-        for name, weight, bias in (("fc1", model.fc1, model.fc1_bias), ("fc2", model.fc2, model.fc2_bias)):
-            tensors[f"{prefix}.{name}.weight"] = weight[layer]
-            tensors[f"{prefix}.{name}.bias"] = bias[layer]
-    return {name: tensor.detach().to(torch.bfloat16).contiguous().clone() for name, tensor in tensors.items()}
+    """A copy of the model's weights in bf16 under `OPTForCausalLM`'s names."""
+    return {name: tensor.to(torch.bfloat16).contiguous().clone() for name, tensor in model.hf_views().items()}
 
 
 def export_model(state_path: Path, target: Path, tokenizer: Path, *, force: bool = False) -> None:

@@ -110,6 +110,28 @@ class EarlyExitOPT(nn.Module):
         matrices = {id(matrix) for matrix in self.matrices()}
         return [parameter for parameter in self.parameters() if id(parameter) not in matrices]
 
+    def hf_views(self) -> dict[str, Tensor]:
+        """The weights themselves under `OPTForCausalLM`'s names, but for the LM head, which is tied."""
+        decoder = "model.decoder"
+        tensors: dict[str, Tensor] = {
+            f"{decoder}.embed_tokens.weight": self.embed_tokens,
+            f"{decoder}.embed_positions.weight": self.embed_positions,
+            f"{decoder}.final_layer_norm.weight": self.final_norm_weight,
+            f"{decoder}.final_layer_norm.bias": self.final_norm_bias,
+        }
+        for layer in range(self.shape.num_layers):
+            prefix = f"{decoder}.layers.{layer}"
+            for index, name in enumerate(("q_proj", "k_proj", "v_proj", "out_proj")):
+                tensors[f"{prefix}.self_attn.{name}.weight"] = self.attention[layer, index]
+                tensors[f"{prefix}.self_attn.{name}.bias"] = self.attention_bias[layer, index]
+            for index, name in enumerate(("self_attn_layer_norm", "final_layer_norm")):
+                tensors[f"{prefix}.{name}.weight"] = self.norm_weight[layer, index]
+                tensors[f"{prefix}.{name}.bias"] = self.norm_bias[layer, index]
+            for name, weight, bias in (("fc1", self.fc1, self.fc1_bias), ("fc2", self.fc2, self.fc2_bias)):
+                tensors[f"{prefix}.{name}.weight"] = weight[layer]
+                tensors[f"{prefix}.{name}.bias"] = bias[layer]
+        return {name: tensor.detach() for name, tensor in tensors.items()}
+
     def forward(self, tokens: Tensor, exits: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
         """tokens [batch, length] -> per exit the normed hidden state, [batch, length, hidden] in `dtype`."""
         shape = self.shape

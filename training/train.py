@@ -3,7 +3,8 @@
 Every step reads the last layer and some exits through the shared final norm and LM head (the joint loss of
 LayerSkip and EE-LLM, a random part of the exits at a time). The learning rate is constant, then falls to zero
 over the last part (warmup-stable-decay), so that a run can be lengthened or shortened while it is stable:
-change `--steps` and start again. A run resumes by itself from its state directory.
+change `--steps` and start again. A run resumes by itself from its state directory. `--start` trains an
+exported checkpoint on whose state is gone.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from types import FrameType
 from typing import Any, Self
 
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
+from helios.catalog import read_model
 from helios.errors import CheckpointError, HeliosError, SettingsError
 from training.checkpoint import load_state, save_state
 from training.corpora import DEFAULT_DIRECTORY
@@ -100,10 +103,16 @@ class TrainConfig:
         return config
 
 
-def learning_rate_factor(step: int, steps: int, warmup_steps: int, decay_share: float) -> float:
-    """Warmup-stable-decay: what the peak learning rates are multiplied by at `step` of `steps`."""
+def learning_rate_factor(
+    step: int, steps: int, warmup_steps: int, decay_share: float, first_step: int = 0
+) -> float:
+    """Warmup-stable-decay: what the peak learning rates are multiplied by at `step` of `steps`.
+
+    first_step: where the optimisers began with nothing; the rates warm up from there.
+    """
     decay_steps = max(1, round(steps * decay_share))
-    return min(1.0, (step + 1) / max(1, warmup_steps), max(0.0, (steps - step) / decay_steps))
+    warmup = min(1.0, (step - first_step + 1) / max(1, warmup_steps))
+    return warmup * min(1.0, max(0.0, (steps - step) / decay_steps))
 
 
 class Training:
@@ -117,6 +126,7 @@ class Training:
         self.directory = directory
         self.held = held
         self.step = 0
+        self.first_step = 0  # of these optimisers: above 0 for weights from a checkpoint
         self.seconds = 0.0  # spent training, over all resumptions
         self.model = EarlyExitOPT(config.shape)
         self.muon = Muon(self.model.matrices(), lr=config.matrix_lr, weight_decay=config.weight_decay)
@@ -126,6 +136,18 @@ class Training:
         self.windows = WindowStream(streams, config.domains, config.seed, {})
         directory.mkdir(parents=True, exist_ok=True)
         self.log = LossLog(directory / "log.jsonl")
+
+    def start_from(self, checkpoint: Path) -> None:
+        """Take the weights of an exported checkpoint, and the steps and hours they have behind them."""
+        facts = read_model(checkpoint).facts
+        tensors, views = load_file(checkpoint / "model.safetensors"), self.model.hf_views()
+        for name, view in views.items():
+            if name not in tensors or tensors[name].shape != view.shape:
+                raise CheckpointError(f"{checkpoint} is of another shape than the config: see its {name}")
+        for name, view in views.items():
+            view.copy_(tensors[name])
+        self.step = self.first_step = int(facts.training.get("steps", 0))
+        self.seconds = float(facts.training.get("hours", 0)) * 3600
 
     def resume(self) -> bool:
         """Go on from the state directory's checkpoint if there is one; CheckpointError if it is bad."""
@@ -144,6 +166,7 @@ class Training:
         self.adamw.load_state_dict(state["adamw"])
         self.windows.drawn.update(state["drawn"])
         self.step, self.seconds = state["step"], state["seconds"]
+        self.first_step = state["first_step"]
         torch.set_rng_state(state["rng"])
         self.log.cut(self.step)
         return True
@@ -156,6 +179,7 @@ class Training:
             "adamw": self.adamw.state_dict(),
             "drawn": dict(self.windows.drawn),
             "step": self.step,
+            "first_step": self.first_step,
             "seconds": self.seconds,
             "rng": torch.get_rng_state(),
             "config": asdict(self.config),
@@ -166,7 +190,9 @@ class Training:
         """One optimiser step; returns its losses in nats per token."""
         config, step = self.config, self.step
         started = time.monotonic()
-        factor = learning_rate_factor(step, config.steps, config.warmup_steps, config.decay_share)
+        factor = learning_rate_factor(
+            step, config.steps, config.warmup_steps, config.decay_share, self.first_step
+        )
         for optimiser, peak in ((self.muon, config.matrix_lr), (self.adamw, config.vector_lr)):
             optimiser.param_groups[0]["lr"] = peak * factor
         length = config.lengths[step % len(config.lengths)]
@@ -271,6 +297,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--corpora", type=Path, default=DEFAULT_DIRECTORY)
     parser.add_argument("--state", type=Path, help="default: ~/.cache/helios/training/NAME")
+    parser.add_argument("--start", type=Path, help="an exported checkpoint to train on, with its tokenizer")
     parser.add_argument("--steps", type=int, help="instead of the config's; the schedule follows")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--save-minutes", type=float, default=10)
@@ -281,7 +308,7 @@ def main() -> None:
     config = TrainConfig.read(arguments.config)
     if arguments.steps is not None:
         config = replace(config, steps=arguments.steps)
-    tokenizer_path = arguments.corpora / "tokenizer" / "tokenizer.json"
+    tokenizer_path = (arguments.start or arguments.corpora / "tokenizer") / "tokenizer.json"
     if not tokenizer_path.exists():
         raise SettingsError(f"{tokenizer_path} does not exist: run `python -m training.tokenizer` first")
     tokenizer = Tokenizer.from_file(str(tokenizer_path))
@@ -297,6 +324,8 @@ def main() -> None:
     directory = arguments.state or STATE_ROOT / config.name
     training = Training(config, directory, streams, held)
     resumed = training.resume()
+    if not resumed and arguments.start is not None:
+        training.start_from(arguments.start)
     print(
         f"{'resuming' if resumed else 'starting'} {config.name} at step {training.step}/{config.steps}",
         flush=True,

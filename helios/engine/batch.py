@@ -1,5 +1,6 @@
 """The tensors of one step: decode rows first, then the chunks of prefills, flattened to one axis."""
 
+from array import array
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,9 +30,10 @@ class PrefillChunk:
 class Batch:
     """One step. T rows of S sequences; the first `decode_rows` are single tokens of as many sequences."""
 
-    # All that has a number a row or a block, in one transfer: token ids, positions, slots and row_tables, [T]
-    # each; read_rows, [R]; tables, [S, W].
-    numbers: torch.Tensor
+    # All that has a number a row or a block: token ids, positions, slots and row_tables, [T] each; read_rows,
+    # [R]; tables, [S, W]. An array of 64 bits each is on its way to the device.
+    values: "torch.Tensor | array[int]"
+    device: torch.device
     rows: int
     reads: int
     sequences: int
@@ -55,12 +57,20 @@ class Batch:
     ) -> "Batch":
         """A batch of its parts, int64."""
         numbers = torch.cat([token_ids, positions, slots, row_tables, read_rows, tables.flatten()])
-        return cls(numbers, len(token_ids), len(read_rows), len(tables), decode_rows, block_tokens, chunks)
+        sizes = len(token_ids), len(read_rows), len(tables)
+        return cls(numbers, numbers.device, *sizes, decode_rows, block_tokens, chunks)
+
+    @cached_property
+    def numbers(self) -> torch.Tensor:
+        """`values` on the device, in one transfer. Compiled code needs no tensor of them."""
+        if isinstance(self.values, torch.Tensor):
+            return self.values
+        return torch.frombuffer(self.values, dtype=torch.int64).to(self.device)
 
     @property
     def width(self) -> int:
         """Blocks of the longest context."""
-        return (len(self.numbers) - 4 * self.rows - self.reads) // self.sequences
+        return (len(self.values) - 4 * self.rows - self.reads) // self.sequences
 
     @property
     def token_ids(self) -> torch.Tensor:
@@ -95,7 +105,7 @@ class Batch:
     @cached_property
     def _parts(self) -> tuple[torch.Tensor, ...]:
         rows, reads = self.rows, self.reads
-        sizes = [rows, rows, rows, rows, reads, len(self.numbers) - 4 * rows - reads]
+        sizes = [rows, rows, rows, rows, reads, len(self.values) - 4 * rows - reads]
         return torch.split(self.numbers, sizes)
 
     @cached_property
@@ -106,7 +116,8 @@ class Batch:
     @cached_property
     def addresses(self) -> NDArray[np.int64]:
         """Where compiled code finds token ids, positions, slots, row_tables, read_rows and tables; W."""
-        start, row = self.numbers.data_ptr(), 8 * self.rows
+        values, row = self.values, 8 * self.rows
+        start = values.data_ptr() if isinstance(values, torch.Tensor) else values.buffer_info()[0]
         read_rows = start + 4 * row
         parts = (start, start + row, start + 2 * row, start + 3 * row, read_rows, read_rows + 8 * self.reads)
         return np.array([*parts, self.width], dtype=np.int64)
@@ -196,11 +207,10 @@ def build_batch(
             read_rows.append(len(token_ids) - 1)
             readers.append(seq)
     rows, width = len(token_ids), max(map(len, tables))
-    # One conversion and one transfer for all. numpy takes lists several times as fast as torch does.
+    # One conversion for all.
     numbers = token_ids + positions + slots + row_tables + read_rows
     for table in tables:
         numbers += table
         numbers += [0] * (width - len(table))
-    together = torch.from_numpy(np.array(numbers, dtype=np.int64)).to(device)
-    batch = Batch(together, rows, len(read_rows), len(tables), len(decodes), block_tokens, tuple(chunks))
-    return batch, readers
+    sizes = rows, len(read_rows), len(tables)
+    return Batch(array("q", numbers), device, *sizes, len(decodes), block_tokens, tuple(chunks)), readers

@@ -20,6 +20,8 @@ from helios.model_config import ModelConfig
 
 # Numbers of what `kernels.step` is told of a model's ends.
 _ENDS = 20
+# Sizes of steps whose readouts are kept.
+_KEPT_READOUTS = 256
 _KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: kernels.FLOAT16}
 
 
@@ -73,7 +75,8 @@ class CompiledModel:
         count: of steps (`kernels.burst`); then the logits are the last one's, and all else is of all of them,
         one after the other. What it returns is valid until the next call.
         """
-        return self._run(batch, cache, ((depth, 0.0),), count)[0]
+        self._run(batch, cache, ((depth, 0.0),), count)
+        return self._room.read(batch.reads, count)
 
     def step_dynamic(
         self, batch: Batch, cache: KVCache, thresholds: Mapping[int, float], count: int
@@ -84,12 +87,11 @@ class CompiledModel:
         """
         depth = len(self._layers)
         before = ((layer, threshold) for layer, threshold in thresholds.items() if layer < depth)
-        found, exit_layers = self._run(batch, cache, (*sorted(before), (depth, 0.0)), count)
-        return found, exit_layers.tolist()
+        self._run(batch, cache, (*sorted(before), (depth, 0.0)), count)
+        exit_layers = self._room.out[3][: count * batch.reads]
+        return self._room.read(batch.reads, count), exit_layers.tolist()
 
-    def _run(
-        self, batch: Batch, cache: KVCache, exits: tuple[tuple[int, float], ...], count: int
-    ) -> tuple[Readout, torch.Tensor]:
+    def _run(self, batch: Batch, cache: KVCache, exits: tuple[tuple[int, float], ...], count: int) -> None:
         """exits: layers, ascending, and how sure a row must be to leave there."""
         config, depth = self._config, exits[-1][0]
         rows, reads, width, embed_width = batch.rows, batch.reads, config.hidden_size, int(self._ends[5])
@@ -121,9 +123,6 @@ class CompiledModel:
             room.places[1],
             operations=depth * rows * self._operations(batch) + reads * embed_width * config.vocab_size,
         )
-        logits, best, summaries, exit_layers = room.out
-        total = count * reads
-        return Readout(logits[:reads], best[:total], summaries[:total]), exit_layers[:total]
 
     def layers(
         self, hidden: torch.Tensor, batch: Batch, cache: KVCache, first: int, last: int
@@ -200,6 +199,8 @@ class _Room(NamedTuple):
     found: tuple[torch.Tensor, ...] | None
     # Addresses of `found` and of `out`.
     places: tuple[NDArray[np.int64], NDArray[np.int64]]
+    # What was read here before, by sizes.
+    readouts: dict[tuple[int, int], Readout]
 
     @classmethod
     def of(cls, rows: int, reads: int, scratch_bytes: int, vocabulary: int, *, works: bool) -> Self:
@@ -216,7 +217,20 @@ class _Room(NamedTuple):
 
         out, found = outputs(), outputs() if works else None
         places = [np.array([tensor.data_ptr() for tensor in tensors]) for tensors in (found or out, out)]
-        return cls(rows, torch.empty(scratch_bytes, dtype=torch.uint8), out, found, (places[0], places[1]))
+        scratch = torch.empty(scratch_bytes, dtype=torch.uint8)
+        return cls(rows, scratch, out, found, (places[0], places[1]), {})
+
+    def read(self, reads: int, count: int) -> Readout:
+        """What `count` steps of so many reads have read out; kept, as the next are mostly of these sizes."""
+        key = reads, count
+        if key not in self.readouts:
+            if len(self.readouts) >= _KEPT_READOUTS:
+                self.readouts.clear()
+            logits, best, summaries, _ = self.out
+            best, summaries = best[: count * reads], summaries[: count * reads]
+            host = best.numpy(), summaries.numpy()
+            self.readouts[key] = Readout(logits[:reads], best, summaries, host)
+        return self.readouts[key]
 
     def holds(self, rows: int, reads: int, *, works: bool) -> bool:
         """Whether steps of this size find room."""

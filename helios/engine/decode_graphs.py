@@ -97,7 +97,7 @@ class DecodeGraphs:
         step, graph, found = self._graphs[key]
         step.fill(batch)
         graph.replay()
-        return Readout(*(part[:rows] for part in found))
+        return found.rows(slice(rows))
 
     def _captured(self, rows: int, blocks: int) -> tuple[PaddedDecode, torch.cuda.CUDAGraph, Readout]:
         step = PaddedDecode(self.model, self.cache, rows, blocks, self.spare_block)

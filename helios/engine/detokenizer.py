@@ -1,6 +1,6 @@
 """Text from token ids, as they come: never half a character, never part of a stop string."""
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 from tokenizers.decoders import DecodeStream
 
 
@@ -11,9 +11,16 @@ class Detokenizer:
     from its ids goes on with the same text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stop: tuple[str, ...], texts: dict[int, str] | None = None
+    ) -> None:
+        """texts: of the tokens of this tokenizer that were met, kept for all its sequences."""
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
+        # Byte-level tokens (Radford et al. 2019) are bytes whatever is before them: a text may begin at any.
+        self._is_byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
+        self._texts = {} if texts is None else texts
+        # Of the tokens from the last whole character on, or of all.
+        self._stream: DecodeStream | None = None
         self._stop = stop
         self._ids: list[int] = []
         self._decoded = ""
@@ -28,15 +35,29 @@ class Detokenizer:
     def push(self, token_id: int) -> str:
         """Takes the next id and returns the text it completes. Sets `stopped` at a stop string."""
         self._ids.append(token_id)
-        new = self._stream.step(self._tokenizer, token_id)
+        new = self._texts.get(token_id) if self._stream is None else None
         if new is None:
-            return ""
+            new = self._decode(token_id)
         if not self._stop:
             # Nothing is ever held back. Once a token: a call more would be felt.
             self._decoded += new
             self._emitted = len(self._decoded)
             return new
-        return self._emit(new, last=False)
+        return self._emit(new, last=False) if new else ""
+
+    def _decode(self, token_id: int) -> str:
+        """Text that an id completes, by the tokenizer itself."""
+        is_first = self._stream is None
+        if self._stream is None:
+            self._stream = DecodeStream(skip_special_tokens=True)
+        new = self._stream.step(self._tokenizer, token_id)
+        if new is None:
+            return ""
+        if self._is_byte_level:
+            self._stream = None
+            if is_first:
+                self._texts[token_id] = new
+        return new
 
     def flush(self) -> str:
         """The text still held back, when no more tokens will come."""

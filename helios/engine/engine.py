@@ -111,6 +111,8 @@ class Engine:
         self._stopping = False
         self._thread: threading.Thread | None = None
         self._sequences: dict[str, Sequence] = {}
+        # All plans have the same tokenizer.
+        self._token_texts: dict[int, str] = {}
         self._counters = Counters()
         self._last_step = time.monotonic()
         self._scheduler, self._cache, self._graphs = self._allocate(plan)
@@ -152,7 +154,7 @@ class Engine:
             token_ids=[*prompt_ids, *emitted],
             prompt_tokens=len(prompt_ids),
             sampling=sampling,
-            detokenizer=Detokenizer(self.plan.tokenizer, sampling.stop),
+            detokenizer=Detokenizer(self.plan.tokenizer, sampling.stop, self._token_texts),
             sink=sink,
             deadline=deadline,
         )
@@ -267,14 +269,16 @@ class Engine:
         """How many steps to take at once, with the blocks that they need."""
         if not self.settings.burst_seconds or not self.plan.model.has_bursts(self._cache):
             return 1
-        sequences = [seq for seq, _ in scheduled]
-        if not all(seq.is_decoding and seq.takes_likeliest for seq in sequences):
-            return 1
-        seconds = self._scheduler.chunks.decode_seconds(len(sequences))
+        left = scheduled[0][0].sampling.max_tokens
+        for seq, _ in scheduled:
+            if not (seq.takes_likeliest and seq.is_decoding):
+                return 1
+            left = min(left, seq.sampling.max_tokens - seq.completion_tokens)
+        seconds = self._scheduler.chunks.decode_seconds(len(scheduled))
         if seconds is None:
             return 1
-        left = min(seq.sampling.max_tokens - seq.completion_tokens for seq in sequences)
         count = max(1, min(left, int(self.settings.burst_seconds / seconds)))
+        sequences = (seq for seq, _ in scheduled)
         return count if count == 1 or self._scheduler.reserve(sequences, count - 1) else 1
 
     def _loop(self) -> None:
@@ -321,35 +325,33 @@ class Engine:
 
     def _deliver(self, readers: list[Sequence], sampled: Sampled, exits: list[int]) -> None:
         now, model, threshold_of = time.time_ns(), self.plan.entry.name, self.plan.thresholds.get
-        tokens: list[list[GeneratedToken]] = [[] for _ in readers]
-        finishes: list[Finish | None] = [None] * len(readers)
-        index, high_exits = 0, 0
-        # Of a burst, all readers' tokens of a step, then those of the next.
-        for token_id, logprob, confidence, exit_layer in zip(*sampled, exits, strict=True):
-            if finishes[index] is None:
-                seq = readers[index]
-                known, detokenizer = seq.token_ids, seq.detokenizer
+        outputs: list[Output] = []
+        high_exits, count = 0, len(readers)
+        for index, seq in enumerate(readers):
+            known, push = seq.token_ids, seq.detokenizer.push
+            made: list[GeneratedToken] = []
+            finish: Finish | None = None
+            # Of a burst, all readers' tokens of a step, then those of the next.
+            rows = (part[index::count] for part in (*sampled, exits))
+            for token_id, logprob, confidence, exit_layer in zip(*rows, strict=True):
                 number = len(known) - seq.prompt_tokens
                 known.append(token_id)
-                text = detokenizer.push(token_id)
+                text = push(token_id)
                 reason = self._reason(seq, token_id)
                 if reason is not None:
-                    text += detokenizer.flush()
-                    finishes[index] = seq.finish(reason)
-                tokens[index].append(
-                    GeneratedToken(number, token_id, text, logprob, confidence, exit_layer, model)
-                )
+                    text += seq.detokenizer.flush()
+                    finish = seq.finish(reason)
+                made.append(GeneratedToken(number, token_id, text, logprob, confidence, exit_layer, model))
                 high_exits += confidence < threshold_of(exit_layer, 0.0)
-            index = index + 1 if index + 1 < len(readers) else 0
-        outputs: list[Output] = []
-        for seq, made, finish in zip(readers, tokens, finishes, strict=True):
+                if finish is not None:
+                    break
             if not seq.times.first_token:
                 seq.times.first_token = now
             if len(made) > 1:
                 # Each step of a burst wrote the keys and values of the token before.
                 self._scheduler.advance(seq, len(made) - 1)
             self._counters.generated_tokens += len(made)
-            outputs.append(Output(tuple(made), finish, more=len(outputs) + 1 < len(readers)))
+            outputs.append(Output(tuple(made), finish, more=index + 1 < count))
         self._counters.high_exit_tokens += high_exits
         # In one go, and only when the last is ready: detokenizing lets go of the interpreter's lock.
         for seq, output in zip(readers, outputs, strict=True):

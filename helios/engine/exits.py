@@ -32,7 +32,7 @@ def run_static(
     found = None if graphs is None else graphs.run(batch)
     if found is None:
         found = model.step(batch, cache, model.depth, count)
-    return found, [model.depth] * len(found.best)
+    return found, [model.depth] * (count * batch.reads)
 
 
 def run_dynamic(
@@ -64,7 +64,7 @@ def run_dynamic(
         if not bool(leaves.any()):
             continue
         rows = active[leaves]
-        exited.append((rows, Readout(*(part[leaves] for part in found))))
+        exited.append((rows, found.rows(leaves)))
         exit_layers[rows] = last
         model.propagate(last, hidden[: len(active)][leaves], batch.slots[rows], cache)
         hidden = torch.cat([hidden[: len(active)][~leaves], hidden[len(active) :]])
@@ -79,5 +79,4 @@ def run_dynamic(
         at = torch.cat([torch.arange(len(active), device=hidden.device), prefilled])
         exited.append((remaining, read(model.read_out(hidden[at], model.depth))))
     order = torch.cat([rows for rows, _ in exited]).argsort()
-    parts = zip(*(found for _, found in exited), strict=True)
-    return Readout(*(torch.cat(part)[order] for part in parts)), exit_layers.tolist()
+    return Readout.joined([found for _, found in exited], order), exit_layers.tolist()

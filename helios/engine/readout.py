@@ -1,14 +1,18 @@
 """Logits, and of each row what sampling needs first."""
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
+from numpy.typing import NDArray
 
 from helios.engine import kernels
 from helios.engine.team import TEAM
 
 
-class Readout(NamedTuple):
+@dataclass(frozen=True, slots=True, eq=False)
+class Readout:
     """Of the model itself, before penalties and temperature."""
 
     logits: torch.Tensor  # float32 [rows, vocabulary]
@@ -16,6 +20,28 @@ class Readout(NamedTuple):
     best: torch.Tensor
     # The largest logit, log-sum-exp, and the largest's log-probability and probability: float32 [rows, 4].
     summaries: torch.Tensor
+    # The memory of best and of summaries, where a step is so short that reading it through torch is felt.
+    host: tuple[NDArray[Any], NDArray[Any]] | None = None
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self], order: torch.Tensor) -> Self:
+        """The rows of all parts, in an order of their own."""
+        kinds = zip(*((part.logits, part.best, part.summaries) for part in parts), strict=True)
+        logits, best, summaries = (torch.cat(kind)[order] for kind in kinds)
+        return cls(logits, best, summaries)
+
+    def rows(self, chosen: torch.Tensor | slice) -> "Readout":
+        """Some of the rows."""
+        return Readout(self.logits[chosen], self.best[chosen], self.summaries[chosen])
+
+    def likeliest(self) -> tuple[list[int], list[float], list[float]]:
+        """Of each row the likeliest token, its natural log-probability and its probability."""
+        if self.host is not None:
+            best, summaries = self.host
+            return best.tolist(), summaries[:, 2].tolist(), summaries[:, 3].tolist()
+        # In one transfer.
+        parts = torch.cat([self.best[None].double(), self.summaries[:, 2:].T.double()]).tolist()
+        return list(map(int, parts[0])), parts[1], parts[2]
 
     @property
     def normalizers(self) -> torch.Tensor:

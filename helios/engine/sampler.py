@@ -43,17 +43,16 @@ def uniform(seed: int, position: int) -> float:
 
 def sample(found: Readout, rows: Mapping[int, Row]) -> Sampled:
     """Chooses a token for each row of what was read out: the likeliest, if it is not among `rows`."""
+    if not rows:
+        return Sampled(*found.likeliest())
     token_ids, logprobs = found.best, found.logprobs
-    if rows:
-        index = torch.tensor(list(rows), device=token_ids.device)
-        logits = found.logits[index]
-        # Into copies: what was read out stays as it is.
-        chosen = _choose(logits, token_ids[index], list(rows.values()))
-        token_ids = token_ids.index_copy(0, index, chosen)
-        chances = logits.gather(1, chosen[:, None])[:, 0] - found.normalizers[index]
-        logprobs = logprobs.index_copy(0, index, chances)
-    if token_ids.device.type == "cpu":
-        return Sampled(token_ids.tolist(), logprobs.tolist(), found.confidences.tolist())
+    index = torch.tensor(list(rows), device=token_ids.device)
+    logits = found.logits[index]
+    # Into copies: what was read out stays as it is.
+    chosen = _choose(logits, token_ids[index], list(rows.values()))
+    token_ids = token_ids.index_copy(0, index, chosen)
+    chances = logits.gather(1, chosen[:, None])[:, 0] - found.normalizers[index]
+    logprobs = logprobs.index_copy(0, index, chances)
     # In one transfer.
     parts = torch.stack([token_ids.double(), logprobs.double(), found.confidences.double()]).tolist()
     return Sampled(list(map(int, parts[0])), *parts[1:])

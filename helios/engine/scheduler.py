@@ -39,6 +39,7 @@ class Scheduler:
         self.preemptions = 0
         # Tokens that need not be computed because others have.
         self.cached_tokens = 0
+        self._block_tokens = pool.block_tokens
         self._max_running = max_running
         self._step_token_budget = step_token_budget
         self._copy_block = copy_block
@@ -64,6 +65,8 @@ class Scheduler:
             else:
                 prefills.append(seq)
         decoding, waiting = len(scheduled), len(prefills) + len(self.waiting)
+        if not waiting:
+            return scheduled
         budget = min(budget - decoding, self.chunks.tokens(decoding, waiting))
         for seq in prefills:
             budget = self._chunk(seq, budget, scheduled)
@@ -83,8 +86,8 @@ class Scheduler:
 
         False, and none, if too few are free: nobody is preempted for them.
         """
-        wanted = [(seq, self._missing(seq, tokens)) for seq in sequences]
-        if sum(missing for _, missing in wanted) > self.pool.free_blocks:
+        wanted = [(seq, missing) for seq in sequences if (missing := self._missing(seq, tokens))]
+        if wanted and sum(missing for _, missing in wanted) > self.pool.free_blocks:
             return False
         for seq, missing in wanted:
             seq.blocks += self.pool.allocate(missing)
@@ -150,17 +153,18 @@ class Scheduler:
         index = 0
         while index < len(self.running):
             seq = self.running[index]
-            missing = self._missing(seq)
-            if missing <= self.pool.free_blocks:
-                if missing:
-                    seq.blocks += self.pool.allocate(missing)
-                index += 1
-            else:
-                self._preempt(self.running[-1])
+            if missing := self._missing(seq):
+                if missing > self.pool.free_blocks:
+                    self._preempt(self.running[-1])
+                    continue
+                seq.blocks += self.pool.allocate(missing)
+            index += 1
 
     def _missing(self, seq: Sequence, more: int = 0) -> int:
         """Blocks that a sequence lacks for its tokens and so many more."""
-        return max(self.pool.blocks_for(len(seq.token_ids) + more) - len(seq.blocks), 0)
+        # Asked of each sequence in each step, which mostly lacks none: of no other object.
+        tokens = len(seq.token_ids) + more - len(seq.blocks) * self._block_tokens
+        return -(-tokens // self._block_tokens) if tokens > 0 else 0
 
     def _preempt(self, seq: Sequence) -> None:
         self.running.remove(seq)

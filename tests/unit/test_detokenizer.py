@@ -3,10 +3,12 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
 
 from helios.engine.detokenizer import Detokenizer
 from tests.opt_variants import byte_tokenizer
 
+KNOWN: dict[int, str] = {}  # texts that earlier examples have left
 TOKENIZER = byte_tokenizer()  # a token a byte, so every non-ASCII character is split
 
 
@@ -25,10 +27,24 @@ def test_deltas_concatenate_to_the_text_and_never_split_a_character(text: str) -
 
 @given(st.lists(st.integers(0, 259), max_size=60))
 def test_any_ids_give_the_text_that_the_tokenizer_decodes(ids: list[int]) -> None:
-    detokenizer = Detokenizer(TOKENIZER, ())
+    detokenizer = Detokenizer(TOKENIZER, (), KNOWN)
     text = "".join(detokenizer.push(token_id) for token_id in ids) + detokenizer.flush()
     assert text == TOKENIZER.decode(ids, skip_special_tokens=True)
     assert text == detokenizer.text
+
+
+@given(st.lists(st.sampled_from(["a", "▁b", "▁c", "<s>"]), min_size=1, max_size=12))
+def test_a_token_whose_text_depends_on_its_place_is_decoded_in_its_place(tokens: list[str]) -> None:
+    # Metaspace drops the space before a text's first word.
+    vocabulary = {"a": 0, "▁b": 1, "▁c": 2, "<s>": 3}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.add_special_tokens(["<s>"])
+    ids, known = [vocabulary[token] for token in tokens], {}
+    for _ in range(2):
+        detokenizer = Detokenizer(tokenizer, (), known)
+        text = "".join(detokenizer.push(token_id) for token_id in ids) + detokenizer.flush()
+        assert text == tokenizer.decode(ids, skip_special_tokens=True)
 
 
 @given(

@@ -108,6 +108,9 @@ def test_learning_rate_warms_up_stays_and_falls_to_zero() -> None:
     assert factors[9:61] == [1.0] * 52
     assert factors[80] == pytest.approx(0.5)
     assert factors[100] == 0.0
+    # New optimisers warm up wherever they begin.
+    assert learning_rate_factor(80, 100, 10, 0.4, first_step=80) == pytest.approx(0.05)
+    assert learning_rate_factor(95, 100, 10, 0.4, first_step=80) == factors[95]
 
 
 def test_resumed_run_has_the_losses_of_an_uninterrupted_one(tmp_path: Path) -> None:
@@ -208,6 +211,35 @@ def test_training_learns_logs_and_exports_what_transformers_computes(tmp_path: P
     with torch.no_grad():
         (hidden,) = model(ids, (3,), torch.float32)
         torch.testing.assert_close(hidden @ model.embed_tokens.T, exported(ids).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_an_exported_checkpoint_is_trained_on(tmp_path: Path) -> None:
+    run = training(tmp_path / "run", steps=20)
+    train(run, save_minutes=10, eval_steps=20, log_steps=20)
+    save_tokenizer(tmp_path)
+    export_model(tmp_path / "run/state.pt", tmp_path / "model", tmp_path)
+    further = training(tmp_path / "further", steps=30)
+    further.start_from(tmp_path / "model")
+    assert (further.step, further.first_step) == (20, 20)
+    for name, weights in further.model.state_dict().items():
+        assert torch.equal(weights, run.model.state_dict()[name].bfloat16().float()), name
+    assert train(further, save_minutes=10, eval_steps=30, log_steps=10)
+    resumed = training(tmp_path / "further", steps=40)
+    assert resumed.resume()
+    assert (resumed.step, resumed.first_step) == (30, 20)
+
+
+def test_a_checkpoint_of_another_shape_is_not_trained_on(tmp_path: Path) -> None:
+    run = training(tmp_path / "run", steps=1)
+    run.save()
+    save_tokenizer(tmp_path)
+    export_model(tmp_path / "run/state.pt", tmp_path / "model", tmp_path)
+    deeper = replace(SHAPE, num_layers=4, exit_layers=(1, 2, 4))
+    other = training(tmp_path / "other", shape=deeper)
+    before = {name: weights.clone() for name, weights in other.model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"another shape than the config: see its .*layers\.3"):
+        other.start_from(tmp_path / "model")
+    assert all(torch.equal(weights, before[name]) for name, weights in other.model.state_dict().items())
 
 
 def test_windows_cover_a_text_once_a_pass_and_start_as_served_sequences_do() -> None:
