@@ -187,7 +187,9 @@ class Stack:
 
     def _record(self) -> None:
         pids = {child.name: child.pid for child in self.children}
-        self.state = replace(self.state, processes={name: pid for name, pid in pids.items() if pid})
+        starting = [child.name for child in self.children if child.pid and not child.ready.is_set()]
+        processes = {name: pid for name, pid in pids.items() if pid}
+        self.state = replace(self.state, processes=processes, starting=starting)
         stack_state.write(self._directory, self.state)
 
     def _child(self, name: str, command: list[str], ready_line: re.Pattern[str], **environment: str) -> Child:

@@ -45,7 +45,7 @@ class Child:
     ) -> None:
         """`ready_line` is searched in each line of stdout; stdout and stderr go to `log_path`.
 
-        `on_change` is called whenever `pid` has changed; `environment` adds to the supervisor's own.
+        `on_change` is called whenever `pid` or `ready` has changed; `environment` adds to what this one has.
         """
         self.name = name
         self.ready = asyncio.Event()
@@ -158,6 +158,7 @@ class Child:
             if not self.ready.is_set() and self._ready_line.search(line.decode(errors="replace")):
                 log.info("%s is ready", self.name)
                 self.ready.set()
+                self._on_change()
 
 
 def last_words(log_path: Path, offset: int = 0) -> str:

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import grpc
 from helios import stack_state
 from helios.client import Client, error_from
 from helios.controller_client import ControllerClient, connect
-from helios.errors import HeliosError
+from helios.errors import HeliosError, UnavailableError
 from helios.rates import Rates, rates
 from helios.server import CHANNEL_OPTIONS
 from helios.slo import Slo
@@ -114,12 +114,15 @@ class Observer:
         controller: ControllerClient | None,
         profiler: profiler_pb2_grpc.ProfilerServiceStub | None,
         profiler_address: str,
+        starting: Callable[[], Collection[str]] = tuple,
     ) -> None:
+        """starting: names of the processes that cannot answer yet."""
         self._gateway = gateway
         self._client = client
         self._controller = controller
         self._profiler = profiler
         self._profiler_address = profiler_address
+        self._starting = starting
         self._before: dict[str, worker_pb2.Telemetry] = {}
         self._profiles: dict[str, ModelProfile] = {}
         self._profiles_problem = ""
@@ -137,7 +140,7 @@ class Observer:
                 problems += plan.problems
                 made = list(self._controller.decisions(decisions, follow=False)) if decisions else []
             except HeliosError as error:
-                problems.append(f"controller: {error.message}; the last plan stays")
+                problems.append(self._silent("controller", error, "the last plan stays"))
         if self._profiler is not None and time.monotonic() >= self._profiles_due:
             self._read_profiles(self._profiler)
         problems += [self._profiles_problem] if self._profiles_problem else []
@@ -155,11 +158,17 @@ class Observer:
         try:
             answer = profiler.GetHistory(profiler_pb2.GetHistoryRequest(), timeout=_TIMEOUT_SECONDS)
         except grpc.RpcError as error:
-            said = error_from(error, self._profiler_address).message
-            self._profiles_problem = f"profiler: {said}; decisions rest on the last profiles"
+            said = error_from(error, self._profiler_address)
+            self._profiles_problem = self._silent("profiler", said, "decisions rest on the last profiles")
             return
         self._profiles = {one.model: ModelProfile.from_proto(one) for one in answer.profiles}
         self._profiles_problem = ""
+
+    def _silent(self, name: str, error: HeliosError, consequence: str) -> str:
+        """What to say of a service that gave no answer."""
+        if isinstance(error, UnavailableError) and name in self._starting():
+            return f"{name}: still starting"
+        return f"{name}: {error.message}; {consequence}"
 
 
 @contextlib.contextmanager
@@ -169,7 +178,9 @@ def observe(target: str | None, controller: str | None, profiler: str | None) ->
     Raises UnavailableError when there is no stack.
     """
     gateway = stack_state.find_gateway(target)
+    starting: Callable[[], Collection[str]] = tuple
     if target is None:
+        starting = _starting
         state = stack_state.find_serving()
         controller, profiler = controller or state.controller, profiler or state.profiler
     with contextlib.ExitStack() as open_ones:
@@ -179,7 +190,13 @@ def observe(target: str | None, controller: str | None, profiler: str | None) ->
         if profiler:
             channel = grpc.insecure_channel(profiler, options=CHANNEL_OPTIONS)
             measuring = profiler_pb2_grpc.ProfilerServiceStub(open_ones.enter_context(channel))
-        yield Observer(gateway, client, deciding, measuring, profiler or "")
+        yield Observer(gateway, client, deciding, measuring, profiler or "", starting)
+
+
+def _starting() -> Collection[str]:
+    """Processes of the stack that runs here which are not ready yet."""
+    state = stack_state.read(stack_state.state_dir())
+    return state.starting if state else ()
 
 
 def histogram(counts: Sequence[int]) -> str:

@@ -218,6 +218,18 @@ def test_status_tells_workers_load_and_limits(running: Helios) -> None:
     assert "plans stay as they are" in shown
 
 
+def test_status_tells_a_profiler_that_starts_from_one_that_is_gone(running: Helios) -> None:
+    file, state = running.state_dir / "stack.json", running.state()
+    assert state["starting"] == []
+    try:
+        for starting, said in (["profiler"], "profiler: still starting"), ([], "127.0.0.1:1 does not answer"):
+            file.write_text(json.dumps(state | {"profiler": "127.0.0.1:1", "starting": starting}))
+            problems = json.loads(running.run("status", "--json").stdout)["problems"]
+            assert said in " ".join(problems)
+    finally:
+        file.write_text(json.dumps(state))
+
+
 def test_target_finds_a_stack_from_elsewhere(running: Helios, tmp_path: Path) -> None:
     elsewhere = Helios(tmp_path, running.models_dir)
     answer = elsewhere.run("status", "--json", "--target", running.state()["gateway"])
