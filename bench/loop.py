@@ -324,6 +324,7 @@ def _simulate(
     bars: tuple[Bar, ...] = ()
     moved_at: int | None = None
     next_assessment, brought_forward = 0, math.inf
+    dwell_over: float = math.inf
     is_breached = False
     for number, request in enumerate(scene.requests):
         trigger = None
@@ -356,6 +357,8 @@ def _simulate(
                 history[name] = pooled(history.get(name), now, max(pooled_requests, sample), target)
             allowance.spend(assessment_seconds or 0.0, threads=1)
             run.assessments += 1
+        elif number >= dwell_over:
+            trigger = Trigger.DWELL
         if trigger is not None:
             began = time.perf_counter()
             situation = Situation(
@@ -372,6 +375,8 @@ def _simulate(
             )
             decision = decide(situation, settings)
             run.deciding_seconds += time.perf_counter() - began
+            again = decision.again_after_requests
+            dwell_over = math.inf if again is None else number + again
             chosen = decision.plan or _deepest(scene)
             if plan is not None and chosen != plan:
                 cost = next(one.cost_seconds for one in decision.options if one.plan == chosen)

@@ -69,6 +69,8 @@ class Controller:
         self._delayed_seconds = 0.0
         # Finished requests at which a breach or a suspicion asks for another look; None: neither has.
         self._breach_due_at: int | None = None
+        # Finished requests at which the dwell ends that kept a better plan out; None: none was.
+        self._dwell_over_at: int | None = None
         self._retry_at = 0.0
         self._moved_at: int | None = None
         self._breaches_answered: set[Plan] = set()
@@ -303,6 +305,9 @@ class Controller:
             self._assess()
             if self._assessment is None:
                 await self._decide(Trigger.REASSESSMENT)
+        elif self._dwell_over_at is not None and finished >= self._dwell_over_at:
+            # The next evaluation may be far: until then this is what is known.
+            await self._decide(Trigger.DWELL)
         elif self._history.times != self._decided_on:
             # Somebody else has asked the profiler.
             await self._decide(Trigger.REASSESSMENT)
@@ -497,6 +502,8 @@ class Controller:
             self._decisions.add(1, {"helios.trigger": str(trigger)})
             log.info("decision %d (%s): %s", number, trigger, decision.reason)
             totals = self.fleet.totals
+            again = decision.again_after_requests
+            self._dwell_over_at = None if again is None else totals.finished + again
             self._measuring = Measurement(number, totals, len(self.fleet.serving))
             self._rollout = Rollout()
             if trigger in (Trigger.START, Trigger.REASSESSMENT):

@@ -53,6 +53,8 @@ class Decision(Record):
     chosen: tuple[WorkerPlan, ...]
     options: tuple[Option, ...]
     reason: str
+    again_after_requests: int | None = None
+    """Finished requests until a better plan may be chosen that only the dwell of this one kept out."""
 
     @property
     def moves(self) -> bool:

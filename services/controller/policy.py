@@ -149,6 +149,7 @@ def decide(situation: Situation, settings: PolicySettings) -> Decision:
         chosen=chosen,
         options=tuple(one.explained(plan) for one in weighed),
         reason=reason,
+        again_after_requests=next((one.dwell_left for one in weighed if one.dwell_left is not None), None),
     )
 
 
@@ -175,6 +176,8 @@ class _Weighed:
         self.refusals = dict(refusals)
         # Within the bounds, but passed over: said in the record.
         self.note = ""
+        # The same, for so many requests: another plan has just been chosen.
+        self.dwell_left: int | None = None
 
     @property
     def eligible(self) -> bool:
@@ -458,9 +461,14 @@ def _best(
         best.note = f"gains {gain:.1%}, less than {settings.min_gain:.1%}"
         return before, f"{stays}: {best.option.plan} {best.note}"
     since = situation.requests_since_move
-    dwells = since is not None and since < settings.min_dwell_requests
-    if dwells and not at_once and situation.trigger is Trigger.REASSESSMENT:
+    if (
+        since is not None
+        and since < settings.min_dwell_requests
+        and not at_once
+        and situation.trigger is Trigger.REASSESSMENT
+    ):
         best.note = f"the plan in force is {since} requests old, its dwell {settings.min_dwell_requests}"
+        best.dwell_left = settings.min_dwell_requests - since
         return before, f"{stays}: {best.note}"
     return best.option.plan, f"{chosen}, a gain of {gain:.1%} over {before}, its cost included"
 

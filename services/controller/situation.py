@@ -20,6 +20,7 @@ class Trigger(enum.StrEnum):
 
     START = "start"
     REASSESSMENT = "reassessment"
+    DWELL = "dwell over"
     BREACH = "confidence breach"
     SLO = "SLO"
     OPERATOR = "operator"

@@ -317,6 +317,25 @@ async def test_a_breach_brings_the_next_reassessment_forward(parts: Stack) -> No
         assert reassessment.number > breach.number
 
 
+async def test_what_only_the_dwell_kept_out_is_chosen_when_it_is_over(parts: Stack) -> None:
+    gateway = parts.start_gateway(telemetry_seconds=0.1, discovery_seconds=0.2)
+    await write_profiles(parts, await profile(parts, time.time()))
+    controller = parts.start_controller(
+        min_dwell_requests=8, reassess_requests=10_000, breach_reassess_requests=10_000, **QUICK
+    )
+    async with connect(controller) as stub, AsyncClient(gateway.address) as client:
+        await await_depths(stub, a=2, b=2)
+        running = start_streams(client, 4, 200)
+        await await_depths(stub, a=4, b=4)
+        await asyncio.gather(*running)
+        await write_profiles(parts, await profile(parts, time.time() + 1))
+        assert "dwell 8" in (await decision(stub, "reassessment")).reason
+        assert await served(stub) == {"a": 4, "b": 4}
+        await asyncio.gather(*start_streams(client, 4, 5))
+        await decision(stub, "dwell over")
+        await await_depths(stub, a=2, b=2)
+
+
 async def test_a_plan_that_no_worker_can_load_is_given_up_for_the_next(parts: Stack) -> None:
     """The profile knows an exit that the checkpoint has not."""
     exits = (exit_profile(2, 0.905), exit_profile(3, 0.9005, step_seconds=0.001), exit_profile(4, 0.9))

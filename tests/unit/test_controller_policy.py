@@ -255,8 +255,17 @@ def test_a_plan_stays_for_its_dwell_unless_it_breaks_the_bound() -> None:
     kept = decide(situation(plan=plan("small", 6), requests_since_move=10), SETTINGS)
     assert kept.plan == plan("small", 6)
     assert "dwell" in kept.reason
+    assert kept.again_after_requests == SETTINGS.min_dwell_requests - 10
     moved = decide(situation(plan=plan("small", 2), requests_since_move=10), SETTINGS)
     assert moved.plan == plan("small", 4)
+    assert moved.again_after_requests is None
+
+
+def test_what_only_the_dwell_kept_out_is_chosen_at_its_end() -> None:
+    now = situation(plan=plan("small", 6), requests_since_move=SETTINGS.min_dwell_requests)
+    decision = decide(now.model_copy(update={"trigger": Trigger.DWELL}), SETTINGS)
+    assert decision.plan == plan("small", 4)
+    assert decision.again_after_requests is None
 
 
 @pytest.mark.parametrize("trigger", list(Trigger))
