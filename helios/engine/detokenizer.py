@@ -1,7 +1,25 @@
 """Text from token ids, as they come: never half a character, never part of a stop string."""
 
+from collections.abc import Mapping
+
 from tokenizers import Tokenizer, decoders
 from tokenizers.decoders import DecodeStream
+
+_HALF_CHARACTER = "\ufffd"
+
+
+def token_texts(tokenizer: Tokenizer) -> dict[int, str]:
+    """The texts of tokens that have the same one wherever they stand; none where a tokenizer has no such.
+
+    Byte-level tokens (Radford et al. 2019) are bytes whatever is before them. Left out are those that are no
+    whole characters, and those without any text.
+    """
+    if not isinstance(tokenizer.decoder, decoders.ByteLevel):
+        return {}
+    ids = sorted(tokenizer.get_vocab().values())
+    texts = tokenizer.decode_batch([[token_id] for token_id in ids], skip_special_tokens=True)
+    found = zip(ids, texts, strict=True)
+    return {token_id: text for token_id, text in found if text and _HALF_CHARACTER not in text}
 
 
 class Detokenizer:
@@ -12,14 +30,12 @@ class Detokenizer:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: tuple[str, ...], texts: dict[int, str] | None = None
+        self, tokenizer: Tokenizer, stop: tuple[str, ...], texts: Mapping[int, str] | None = None
     ) -> None:
-        """texts: of the tokens of this tokenizer that were met, kept for all its sequences."""
+        """texts: `token_texts` of this tokenizer, which spare most of the decoding."""
         self._tokenizer = tokenizer
-        # Byte-level tokens (Radford et al. 2019) are bytes whatever is before them: a text may begin at any.
-        self._is_byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
-        self._texts = {} if texts is None else texts
-        # Of the tokens from the last whole character on, or of all.
+        self._texts = texts or {}
+        # Of the tokens since the last one that `texts` had; of all where it has none.
         self._stream: DecodeStream | None = None
         self._stop = stop
         self._ids: list[int] = []
@@ -47,16 +63,14 @@ class Detokenizer:
 
     def _decode(self, token_id: int) -> str:
         """Text that an id completes, by the tokenizer itself."""
-        is_first = self._stream is None
         if self._stream is None:
             self._stream = DecodeStream(skip_special_tokens=True)
         new = self._stream.step(self._tokenizer, token_id)
         if new is None:
             return ""
-        if self._is_byte_level:
+        if self._texts:
+            # All characters are whole: the next token may stand at the beginning as well.
             self._stream = None
-            if is_first:
-                self._texts[token_id] = new
         return new
 
     def flush(self) -> str:

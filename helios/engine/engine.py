@@ -15,7 +15,7 @@ from helios.engine.batch import build_batch
 from helios.engine.block_pool import BlockPool
 from helios.engine.chunk_budget import ChunkBudget
 from helios.engine.decode_graphs import DecodeGraphs
-from helios.engine.detokenizer import Detokenizer
+from helios.engine.detokenizer import Detokenizer, token_texts
 from helios.engine.exits import ExitMode, run_dynamic, run_static
 from helios.engine.kv_cache import KVCache
 from helios.engine.loader import Progress
@@ -112,7 +112,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._sequences: dict[str, Sequence] = {}
         # All plans have the same tokenizer.
-        self._token_texts: dict[int, str] = {}
+        self._token_texts = token_texts(plan.tokenizer)
         self._counters = Counters()
         self._last_step = time.monotonic()
         self._scheduler, self._cache, self._graphs = self._allocate(plan)

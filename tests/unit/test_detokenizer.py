@@ -5,11 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
-from helios.engine.detokenizer import Detokenizer
+from helios.engine.detokenizer import Detokenizer, token_texts
 from tests.opt_variants import byte_tokenizer
 
-KNOWN: dict[int, str] = {}  # texts that earlier examples have left
 TOKENIZER = byte_tokenizer()  # a token a byte, so every non-ASCII character is split
+TEXTS = token_texts(TOKENIZER)
 
 
 def ids_of(text: str) -> list[int]:
@@ -27,7 +27,7 @@ def test_deltas_concatenate_to_the_text_and_never_split_a_character(text: str) -
 
 @given(st.lists(st.integers(0, 259), max_size=60))
 def test_any_ids_give_the_text_that_the_tokenizer_decodes(ids: list[int]) -> None:
-    detokenizer = Detokenizer(TOKENIZER, (), KNOWN)
+    detokenizer = Detokenizer(TOKENIZER, (), TEXTS)
     text = "".join(detokenizer.push(token_id) for token_id in ids) + detokenizer.flush()
     assert text == TOKENIZER.decode(ids, skip_special_tokens=True)
     assert text == detokenizer.text
@@ -40,11 +40,21 @@ def test_a_token_whose_text_depends_on_its_place_is_decoded_in_its_place(tokens:
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.decoder = decoders.Metaspace()
     tokenizer.add_special_tokens(["<s>"])
-    ids, known = [vocabulary[token] for token in tokens], {}
-    for _ in range(2):
-        detokenizer = Detokenizer(tokenizer, (), known)
-        text = "".join(detokenizer.push(token_id) for token_id in ids) + detokenizer.flush()
-        assert text == tokenizer.decode(ids, skip_special_tokens=True)
+    ids = [vocabulary[token] for token in tokens]
+    detokenizer = Detokenizer(tokenizer, (), token_texts(tokenizer))
+    text = "".join(detokenizer.push(token_id) for token_id in ids) + detokenizer.flush()
+    assert text == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_texts_are_those_of_tokens_that_are_whole_characters() -> None:
+    assert all(TEXTS[token_id] == letter for letter in "aZ 0" for token_id in ids_of(letter))
+    assert not TEXTS.keys() & {*ids_of("é€"), 0, 1, 2}  # halves of characters, and special tokens
+
+
+@given(st.lists(st.integers(0, 259), max_size=60))
+def test_texts_known_before_change_no_delta(ids: list[int]) -> None:
+    slow, fast = Detokenizer(TOKENIZER, ()), Detokenizer(TOKENIZER, (), TEXTS)
+    assert [fast.push(token_id) for token_id in ids] == [slow.push(token_id) for token_id in ids]
 
 
 @given(
