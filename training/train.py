@@ -166,7 +166,7 @@ class Training:
         self.adamw.load_state_dict(state["adamw"])
         self.windows.drawn.update(state["drawn"])
         self.step, self.seconds = state["step"], state["seconds"]
-        self.first_step = state["first_step"]
+        self.first_step = state.get("first_step", 0)
         torch.set_rng_state(state["rng"])
         self.log.cut(self.step)
         return True

@@ -45,17 +45,14 @@ def sample(found: Readout, rows: Mapping[int, Row]) -> Sampled:
     """Chooses a token for each row of what was read out: the likeliest, if it is not among `rows`."""
     if not rows:
         return Sampled(*found.likeliest())
-    token_ids, logprobs = found.best, found.logprobs
-    index = torch.tensor(list(rows), device=token_ids.device)
+    index = torch.tensor(list(rows), device=found.best.device)
     logits = found.logits[index]
-    # Into copies: what was read out stays as it is.
-    chosen = _choose(logits, token_ids[index], list(rows.values()))
-    token_ids = token_ids.index_copy(0, index, chosen)
+    chosen = _choose(logits, found.best[index], list(rows.values()))
     chances = logits.gather(1, chosen[:, None])[:, 0] - found.normalizers[index]
-    logprobs = logprobs.index_copy(0, index, chances)
-    # In one transfer.
-    parts = torch.stack([token_ids.double(), logprobs.double(), found.confidences.double()]).tolist()
-    return Sampled(list(map(int, parts[0])), *parts[1:])
+    # Into copies: what was read out stays as it is.
+    summaries = found.summaries.clone()
+    summaries[index, 2] = chances
+    return Sampled(*Readout(found.logits, found.best.index_copy(0, index, chosen), summaries).likeliest())
 
 
 def _choose(logits: torch.Tensor, best: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from numba import njit
-from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from helios.engine import inner_product as inner_product_module
@@ -296,40 +295,30 @@ def test_many_rows_at_once_are_the_same_to_the_bit_as_a_few_at_a_time(
     assert told[0] == told[1]
 
 
-def logits_of(path: Path, precision: str) -> torch.Tensor:
-    """Of all layers, behind a prompt of 61 tokens: [1, vocabulary]."""
-    settings = EngineSettings(precision=precision, memory_bytes=MEMORY, packed_cache_bytes=0)
-    engine = Engine.load(path, 6, settings)
-    model, detokenizer = engine.plan.model, Detokenizer(engine.plan.tokenizer, ())
-    sequence = Sequence("", [2, *range(20, 80)], 1, SamplingParams(), detokenizer, lambda _: None)
-    sequence.blocks = [0, 1, 2, 3]
-    batch, _ = build_batch([(sequence, 61)], 16, model.device)
-    cache = KVCache(6, 4, 16, model.config.num_heads, model.config.head_dim, model.dtype, model.device)
-    with torch.inference_mode():
-        return model.step(batch, cache, 6).logits.clone()
-
-
-def error_of(path: Path, precision: str) -> float:
-    """Against float32, relative."""
-    expected = logits_of(path, "float32")
-    return float((logits_of(path, precision) - expected).norm() / expected.norm())
-
-
 @pytest.mark.parametrize("precision", ["bfloat16", "int8"])
 @pytest.mark.parametrize("name", list(VARIANTS))
 def test_fewer_bits_compute_nearly_what_float32_does(tmp_path: Path, name: str, precision: str) -> None:
     """Random weights are the hardest case: they have no redundancy."""
     save_variant(tmp_path, name, seed=3, exits=[2, 4, 6])
-    assert 0 < error_of(tmp_path, precision) < 0.05
-
-
-def test_a_norm_that_is_zero_everywhere_stays_as_it_is(tmp_path: Path) -> None:
-    save_variant(tmp_path, "pre-norm", seed=3, exits=[2, 4, 6])
-    tensors = load_file(tmp_path / "model.safetensors")
-    tensors["model.decoder.layers.1.final_layer_norm.weight"].zero_()
-    tensors["model.decoder.layers.2.self_attn_layer_norm.weight"][3] = 0
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert 0 < error_of(tmp_path, "int8") < 0.05
+    logits = {}
+    for numbers in ("float32", precision):
+        engine = Engine.load(tmp_path, 6, EngineSettings(precision=numbers, memory_bytes=MEMORY))
+        model = engine.plan.model
+        sequence = Sequence(
+            "",
+            [2, *range(20, 80)],
+            1,
+            SamplingParams(),
+            Detokenizer(engine.plan.tokenizer, ()),
+            lambda _: None,
+        )
+        sequence.blocks = [0, 1, 2, 3]
+        batch, _ = build_batch([(sequence, 61)], 16, model.device)
+        cache = KVCache(6, 4, 16, model.config.num_heads, model.config.head_dim, model.dtype, model.device)
+        with torch.inference_mode():
+            logits[numbers] = model.step(batch, cache, 6).logits
+    error = (logits[precision] - logits["float32"]).norm() / logits["float32"].norm()
+    assert 0 < error < 0.05
 
 
 @pytest.mark.parametrize("threads", [1, 2], indirect=True)
