@@ -14,6 +14,7 @@ from helios.engine.simd import (
     compiled,
     exponential,
     fetch_kept,
+    keep,
     larger,
     largest,
     load_kept,
@@ -284,6 +285,7 @@ def attend(thread, threads, qkv, rows, heads, head_dim, keys, values, block_toke
                 scores.ctypes.data, room, following,
             )
             row += 1
+    keep(scores)
 
 
 @compiled

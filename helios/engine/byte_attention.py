@@ -22,6 +22,7 @@ from helios.engine.simd import (
     either_of,
     exponential,
     fetch_kept,
+    keep,
     larger,
     largest,
     load_long,
@@ -148,6 +149,7 @@ def remember(thread, threads, qkv, rows, heads, head_dim, keys, values, block_to
                 added = shift_left(both_of(to_words(round_to_even(value)), byte), shift)
                 kept = both_of(load_words(slab, word + dim), others)
                 store_words(slab, word + dim, either_of(kept, added))
+    keep(room)
 
 
 @compiled
@@ -455,3 +457,4 @@ def attend(thread, threads, qkv, rows, heads, head_dim, keys, values, block_toke
                 following,
             )
             row += 1
+    keep(scratch)

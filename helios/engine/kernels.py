@@ -28,6 +28,7 @@ from helios.engine.simd import (
     add_words,
     compiled,
     exponential,
+    keep,
     lane_numbers,
     larger,
     largest,
@@ -231,6 +232,7 @@ def _tiles(
                         zero, activation, residual, out, at + half,
                     )
                 row += 1
+    keep(room)
 
 
 @compiled
@@ -709,6 +711,8 @@ def summarize(thread, threads, _team, logits, rows, width, best, summaries):
         store_single(summaries, SUMMARY * row + 1, normalizer)
         store_single(summaries, SUMMARY * row + 2, peak - normalizer)
         store_single(summaries, SUMMARY * row + 3, np.exp(peak - normalizer))
+    keep(room)
+    keep(places)
 
 
 @compiled

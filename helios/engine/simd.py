@@ -372,6 +372,15 @@ def _power_of_two(builder: Builder, values: Sequence[Value]) -> Value:
 power_of_two = operation(singles, (singles,), _power_of_two)
 
 
+def _keep(_typing: Any, array: types.Type) -> Any:
+    return types.void(array), lambda context, _builder, _signature, _values: context.get_dummy_value()
+
+
+# Keeps an array's memory until here. Numba frees it behind the last use of the array itself, which the use of
+# its address is not: a kernel that takes an address keeps the array at its end.
+keep: Any = intrinsic(_keep)
+
+
 # Counts that threads share, at (address, index).
 _LONG = ir.IntType(64)
 load_shared = operation(

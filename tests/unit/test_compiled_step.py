@@ -1,10 +1,13 @@
 """The compiled step: its sums, rows that leave each other alone, streams that resume to the bit, quality."""
 
+import ast
+import inspect
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,7 @@ import torch
 from numba import njit
 from torch.nn import functional as F
 
+from helios.engine import attention, byte_attention, kernels
 from helios.engine import inner_product as inner_product_module
 from helios.engine.batch import Batch, build_batch
 from helios.engine.checkpoint import LinearWeights
@@ -29,6 +33,7 @@ from helios.engine.precision import Precision
 from helios.engine.readout import read
 from helios.engine.sequence import GeneratedToken, Output, Sequence
 from helios.engine.settings import EngineSettings
+from helios.engine.simd import keep, store_long
 from helios.engine.team import TEAM
 from helios.engine.threads import get_threads, lend, set_threads
 from helios.errors import SettingsError
@@ -477,6 +482,42 @@ def test_threads_belong_to_torch_or_to_the_team() -> None:
         assert (torch.get_num_threads(), TEAM.threads, get_threads()) == (2, 1, 2)
     finally:
         set_threads(before)
+
+
+@njit
+def take_twice(count: int) -> tuple[int, int]:
+    """The addresses of two arrays, of which only these are used."""
+    first = np.empty(64, np.int64)
+    one = first.ctypes.data
+    for index in range(count):
+        store_long(one, index, index)
+    second = np.empty(64, np.int64)
+    other = second.ctypes.data
+    for index in range(count):
+        store_long(other, index, index)
+    keep(first)
+    keep(second)
+    return one, other
+
+
+def test_kept_memory_is_not_given_to_others() -> None:
+    one, other = take_twice(3)
+    assert one != other
+
+
+@pytest.mark.parametrize("module", [attention, byte_attention, kernels])
+def test_memory_whose_address_a_kernel_takes_is_kept_to_its_end(module: ModuleType) -> None:
+    """Otherwise other threads get it while the kernel works in it, now and then."""
+    taken = 0
+    for kernel in ast.walk(ast.parse(inspect.getsource(module))):
+        if not isinstance(kernel, ast.FunctionDef):
+            continue
+        nodes = [ast.unparse(node) for node in ast.walk(kernel) if isinstance(node, ast.Attribute)]
+        arrays = {node.removesuffix(".ctypes.data") for node in nodes if node.endswith(".ctypes.data")}
+        last = [ast.unparse(statement) for statement in kernel.body[len(kernel.body) - len(arrays) :]]
+        assert set(last) == {f"keep({array})" for array in arrays}, kernel.name
+        taken += len(arrays)
+    assert taken
 
 
 @pytest.mark.parametrize("threads", [1, 2], indirect=True)
