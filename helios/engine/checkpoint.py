@@ -31,6 +31,8 @@ _SAFETENSORS_DTYPES = {
 # Reading goes through a buffer of this size, so that converting types never doubles a tensor.
 _BUFFER_BYTES = 4 << 20
 _CPU = torch.device("cpu")
+# Of a norm's largest weight: smaller ones move no further into the product behind it.
+_LEAST_SIZE = 1e-3
 
 # Makes int8 [out, in] and scales [out] of a weight's rows, given in blocks [rows, in], and of its two sizes.
 Quantizer = Callable[[Iterable[torch.Tensor], int, int], tuple[torch.Tensor, torch.Tensor]]
@@ -457,14 +459,21 @@ class PartReader:
         name = f"layers.{index}"
         hidden, ffn = self.config.hidden_size, self.config.ffn_dim
         bias, affine = self.config.has_bias, self.config.norm_affine
+        attn_norm = self._norm(f"{name}.self_attn_layer_norm", affine=affine)
+        ffn_norm = self._norm(f"{name}.final_layer_norm", affine=affine)
+        attn_moved = ffn_moved = None
+        # Behind a residual sum a norm is read by more than the next product.
+        if self.quantize is not None and self.config.norm_before:
+            attn_norm, attn_moved = _evened(attn_norm)
+            ffn_norm, ffn_moved = _evened(ffn_norm)
         return LayerWeights(
-            attn_norm=self._norm(f"{name}.self_attn_layer_norm", affine=affine),
-            q=self._linear(f"{name}.self_attn.q_proj", hidden, hidden, bias=bias),
-            k=self._linear(f"{name}.self_attn.k_proj", hidden, hidden, bias=bias),
-            v=self._linear(f"{name}.self_attn.v_proj", hidden, hidden, bias=bias),
+            attn_norm=attn_norm,
+            q=self._linear(f"{name}.self_attn.q_proj", hidden, hidden, bias=bias, columns=attn_moved),
+            k=self._linear(f"{name}.self_attn.k_proj", hidden, hidden, bias=bias, columns=attn_moved),
+            v=self._linear(f"{name}.self_attn.v_proj", hidden, hidden, bias=bias, columns=attn_moved),
             out=self._linear(f"{name}.self_attn.out_proj", hidden, hidden, bias=bias),
-            ffn_norm=self._norm(f"{name}.final_layer_norm", affine=affine),
-            fc1=self._linear(f"{name}.fc1", ffn, hidden, bias=bias),
+            ffn_norm=ffn_norm,
+            fc1=self._linear(f"{name}.fc1", ffn, hidden, bias=bias, columns=ffn_moved),
             fc2=self._linear(f"{name}.fc2", hidden, ffn, bias=bias),
         )
 
@@ -487,12 +496,17 @@ class PartReader:
     def _embedding(self, name: str) -> torch.Tensor:
         return self._table(name, self.config.vocab_size, self.config.embed_size)
 
-    def _linear(self, name: str, out_size: int, in_size: int, *, bias: bool) -> LinearWeights:
+    def _linear(
+        self, name: str, out_size: int, in_size: int, *, bias: bool, columns: torch.Tensor | None = None
+    ) -> LinearWeights:
+        """columns: factors of the weight's columns [in], where it is quantised."""
         scales = None
         if self.quantize is None:
             weight = self._tensor(f"{name}.weight", out_size, in_size)
         else:
             blocks = self.checkpoint.blocks(f"{name}.weight", (out_size, in_size))
+            if columns is not None:
+                blocks = (block.float() * columns for block in blocks)
             weight, scales = self.quantize(blocks, out_size, in_size)
         return LinearWeights(weight, self._tensor(f"{name}.bias", out_size) if bias else None, scales)
 
@@ -501,6 +515,21 @@ class PartReader:
             return Norm(None, None)
         hidden = self.config.hidden_size
         return Norm(self._tensor(f"{name}.weight", hidden), self._tensor(f"{name}.bias", hidden))
+
+
+def _evened(norm: Norm) -> tuple[Norm, torch.Tensor | None]:
+    """A norm whose channels differ less, and what the columns of the product behind it are multiplied by.
+
+    Its largest channels decide how coarsely a row of its output is rounded. They move into the weights (gamma
+    migration, Wei et al. 2022), by half, in the exponent: weights are rounded, too.
+    """
+    if norm.weight is None or norm.bias is None:
+        return norm, None
+    sizes = norm.weight.abs().float()
+    moved = sizes.clamp_min(_LEAST_SIZE * sizes.max().item()).sqrt()
+    if not moved.all():
+        return norm, None
+    return Norm(norm.weight / moved, norm.bias / moved), moved
 
 
 def _allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

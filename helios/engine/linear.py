@@ -16,7 +16,7 @@ from helios.engine.inner_product import BFLOAT16, FLOAT32, INT8, STEP_BYTES, TIL
 from helios.engine.team import TEAM
 
 # Of what a PackedLinear keeps: changes whenever the same tensors would mean something else.
-LAYOUT_VERSION = 2
+LAYOUT_VERSION = 3
 
 # Quantising goes through as many float32 numbers at a time as a core's cache holds.
 _CHUNK_ITEMS = 1 << 18

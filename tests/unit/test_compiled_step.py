@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 from numba import njit
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from helios.engine import attention, byte_attention, kernels
+from helios.engine import attention, byte_attention, checkpoint, kernels
 from helios.engine import inner_product as inner_product_module
 from helios.engine.batch import Batch, build_batch
 from helios.engine.checkpoint import LinearWeights
@@ -300,30 +301,59 @@ def test_many_rows_at_once_are_the_same_to_the_bit_as_a_few_at_a_time(
     assert told[0] == told[1]
 
 
+def logits_of(path: Path, precision: str) -> torch.Tensor:
+    """Of all layers, behind a prompt of 61 tokens: [1, vocabulary]."""
+    settings = EngineSettings(precision=precision, memory_bytes=MEMORY, packed_cache_bytes=0)
+    engine = Engine.load(path, 6, settings)
+    model, detokenizer = engine.plan.model, Detokenizer(engine.plan.tokenizer, ())
+    sequence = Sequence("", [2, *range(20, 80)], 1, SamplingParams(), detokenizer, lambda _: None)
+    sequence.blocks = [0, 1, 2, 3]
+    batch, _ = build_batch([(sequence, 61)], 16, model.device)
+    cache = KVCache(6, 4, 16, model.config.num_heads, model.config.head_dim, model.dtype, model.device)
+    with torch.inference_mode():
+        return model.step(batch, cache, 6).logits.clone()
+
+
+def error_of(path: Path, precision: str) -> float:
+    """Against float32, relative."""
+    expected = logits_of(path, "float32")
+    return float((logits_of(path, precision) - expected).norm() / expected.norm())
+
+
 @pytest.mark.parametrize("precision", ["bfloat16", "int8"])
 @pytest.mark.parametrize("name", list(VARIANTS))
 def test_fewer_bits_compute_nearly_what_float32_does(tmp_path: Path, name: str, precision: str) -> None:
     """Random weights are the hardest case: they have no redundancy."""
     save_variant(tmp_path, name, seed=3, exits=[2, 4, 6])
-    logits = {}
-    for numbers in ("float32", precision):
-        engine = Engine.load(tmp_path, 6, EngineSettings(precision=numbers, memory_bytes=MEMORY))
-        model = engine.plan.model
-        sequence = Sequence(
-            "",
-            [2, *range(20, 80)],
-            1,
-            SamplingParams(),
-            Detokenizer(engine.plan.tokenizer, ()),
-            lambda _: None,
-        )
-        sequence.blocks = [0, 1, 2, 3]
-        batch, _ = build_batch([(sequence, 61)], 16, model.device)
-        cache = KVCache(6, 4, 16, model.config.num_heads, model.config.head_dim, model.dtype, model.device)
-        with torch.inference_mode():
-            logits[numbers] = model.step(batch, cache, 6).logits
-    error = (logits[precision] - logits["float32"]).norm() / logits["float32"].norm()
-    assert 0 < error < 0.05
+    assert 0 < error_of(tmp_path, precision) < 0.05
+
+
+def test_a_large_channel_of_a_norm_leaves_the_others_their_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same function, with a channel of each norm 64 times as large and its weights as much smaller."""
+    save_variant(tmp_path, "pre-norm", seed=3, exits=[2, 4, 6])
+    tensors = load_file(tmp_path / "model.safetensors")
+    for layer in range(6):
+        name = f"model.decoder.layers.{layer}."
+        for norm in ("self_attn_layer_norm", "final_layer_norm"):
+            for kind in ("weight", "bias"):
+                tensors[f"{name}{norm}.{kind}"][5] *= 64
+        for product in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "fc1"):
+            tensors[f"{name}{product}.weight"][:, 5] /= 64
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    evened = error_of(tmp_path, "int8")
+    monkeypatch.setattr(checkpoint, "_evened", lambda norm: (norm, None))
+    assert evened < 0.5 * error_of(tmp_path, "int8")
+
+
+def test_a_norm_that_is_zero_everywhere_stays_as_it_is(tmp_path: Path) -> None:
+    save_variant(tmp_path, "pre-norm", seed=3, exits=[2, 4, 6])
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["model.decoder.layers.1.final_layer_norm.weight"].zero_()
+    tensors["model.decoder.layers.2.self_attn_layer_norm.weight"][3] = 0
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert 0 < error_of(tmp_path, "int8") < 0.05
 
 
 @pytest.mark.parametrize("threads", [1, 2], indirect=True)
