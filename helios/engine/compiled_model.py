@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from helios.engine import kernels
 from helios.engine.batch import Batch
+from helios.engine.burst import Burst
 from helios.engine.checkpoint import Norm
 from helios.engine.inner_product import BFLOAT16, FLOAT32, TILE
 from helios.engine.kv_cache import KVCache
@@ -52,6 +53,8 @@ class CompiledModel:
         self._final = _Head.of(weights.final or Head(None, None), config.hidden_size)
         self._exits: dict[tuple[tuple[int, float], ...], _Exits] = {}
         self._room = _Room.of(0, 0, 0, 0, works=False)
+        # Where each thread draws tokens, and how much it takes.
+        self._drawing, self._drawing_size = torch.empty(0), kernels.drawing_room(config.vocab_size)
 
     @classmethod
     def of(cls, config: ModelConfig, weights: PackedWeights) -> Self | None:
@@ -69,31 +72,31 @@ class CompiledModel:
         (only,) = numbers
         return cls(config, only, weights)
 
-    def step(self, batch: Batch, cache: KVCache, depth: int, count: int) -> Readout:
+    def step(self, batch: Batch, cache: KVCache, depth: int, burst: Burst) -> Readout:
         """The first `depth` layers of a batch and the reading of its rows; writes the KV of them all.
 
-        count: of steps (`kernels.burst`); then the logits are the last one's, and all else is of all of them,
-        one after the other. What it returns is valid until the next call.
+        Of several steps the logits are the last one's, and all else is of all that were taken, one after the
+        other. What it returns is valid until the next call.
         """
-        self._run(batch, cache, ((depth, 0.0),), count)
+        count = self._run(batch, cache, ((depth, 0.0),), burst)
         return self._room.read(batch.reads, count)
 
     def step_dynamic(
-        self, batch: Batch, cache: KVCache, thresholds: Mapping[int, float], count: int
+        self, batch: Batch, cache: KVCache, thresholds: Mapping[int, float], burst: Burst
     ) -> tuple[Readout, list[int]]:
         """All layers, from which decode rows leave at the first exit of `thresholds` where they are sure.
 
-        Also the exit layer of each row that is read. count and validity as in `step`.
+        Also the exit layer of each row that is read. Several steps and validity as in `step`.
         """
         depth = len(self._layers)
         before = ((layer, threshold) for layer, threshold in thresholds.items() if layer < depth)
-        self._run(batch, cache, (*sorted(before), (depth, 0.0)), count)
+        count = self._run(batch, cache, (*sorted(before), (depth, 0.0)), burst)
         exit_layers = self._room.out[3][: count * batch.reads]
         return self._room.read(batch.reads, count), exit_layers.tolist()
 
-    def _run(self, batch: Batch, cache: KVCache, exits: tuple[tuple[int, float], ...], count: int) -> None:
-        """exits: layers, ascending, and how sure a row must be to leave there."""
-        config, depth = self._config, exits[-1][0]
+    def _run(self, batch: Batch, cache: KVCache, exits: tuple[tuple[int, float], ...], burst: Burst) -> int:
+        """exits: layers, ascending, and how sure a row must be to leave there. How many steps were taken."""
+        config, depth, count = self._config, exits[-1][0], burst.count
         rows, reads, width, embed_width = batch.rows, batch.reads, config.hidden_size, int(self._ends[5])
         if not self._room.holds(rows, count * reads, works=len(exits) > 1):
             # As much as any call before needed, too: prompts and bursts take turns.
@@ -103,10 +106,17 @@ class CompiledModel:
             self._room = _Room.of(most, kept, size, config.vocab_size, works=works)
         if exits not in self._exits:
             self._exits[exits] = _Exits.of(exits, [self._heads.get(layer, self._final) for layer, _ in exits])
+        if len(burst.draws.numbers):
+            needed = TEAM.threads * self._drawing_size
+            if len(self._drawing) < needed:
+                self._drawing = torch.empty(needed)
         room, chosen = self._room, self._exits[exits]
         TEAM.run(
             kernels.burst,
             count,
+            *burst.draws,
+            self._drawing.data_ptr(),
+            0 if burst.interrupt is None else burst.interrupt.address,
             self._numbers,
             self._parts,
             chosen.layers,
@@ -123,6 +133,7 @@ class CompiledModel:
             room.places[1],
             operations=depth * rows * self._operations(batch) + reads * embed_width * config.vocab_size,
         )
+        return count if burst.interrupt is None else burst.interrupt.steps_of(count)
 
     def layers(
         self, hidden: torch.Tensor, batch: Batch, cache: KVCache, first: int, last: int

@@ -13,6 +13,7 @@ import torch
 
 from helios.engine.batch import build_batch
 from helios.engine.block_pool import BlockPool
+from helios.engine.burst import NO_DRAWS, Burst, Draws, Interrupt
 from helios.engine.chunk_budget import ChunkBudget
 from helios.engine.decode_graphs import DecodeGraphs
 from helios.engine.detokenizer import Detokenizer, token_texts
@@ -109,6 +110,7 @@ class Engine:
         self._cancelled: dict[str, HeliosError] = {}
         self._swap: _Swap | None = None
         self._stopping = False
+        self._interrupt = Interrupt()
         self._thread: threading.Thread | None = None
         self._sequences: dict[str, Sequence] = {}
         # All plans have the same tokenizer.
@@ -173,7 +175,7 @@ class Engine:
                     )
                 self._sequences[request_id] = sequence
                 self._submitted.append(sequence)
-                self._lock.notify_all()
+                self._call()
         if ended is not None:
             sink(Output(finish=sequence.finish(ended)))
         return sequence
@@ -183,7 +185,7 @@ class Engine:
         with self._lock:
             if request_id in self._sequences:
                 self._cancelled[request_id] = error or CancelledError("the request was cancelled")
-                self._lock.notify_all()
+                self._call()
 
     def generate(
         self, prompt: str | list[int], sampling: SamplingParams | None = None
@@ -224,7 +226,7 @@ class Engine:
         """Ends the loop; sequences still there get UnavailableError."""
         with self._lock:
             self._stopping = True
-            self._lock.notify_all()
+            self._call()
         if self._thread is not None:
             self._thread.join()
 
@@ -241,13 +243,15 @@ class Engine:
         if not scheduled:
             self._last_step = time.monotonic()
             return False
-        count = self._burst(scheduled)
-        batch, readers = build_batch(scheduled, self.settings.block_tokens, self.plan.model.device)
         model, cache = self.plan.model, self._cache
+        compiled = model.has_bursts(cache)
+        count = self._burst(scheduled) if compiled else 1
+        batch, readers = build_batch(scheduled, self.settings.block_tokens, model.device)
+        burst = Burst(count, Draws.of(readers) if compiled else NO_DRAWS, self._interrupt)
         if self.settings.exit_mode is ExitMode.DYNAMIC:
-            found, exits = run_dynamic(model, batch, cache, self.plan.thresholds, count)
+            found, exits = run_dynamic(model, batch, cache, self.plan.thresholds, burst)
         else:
-            found, exits = run_static(model, batch, cache, self._graphs, count)
+            found, exits = run_static(model, batch, cache, self._graphs, burst)
         for seq, tokens in scheduled:
             self._scheduler.advance(seq, tokens)
         prompt_tokens = batch.rows - batch.decode_rows
@@ -256,9 +260,11 @@ class Engine:
             rows = {
                 index: Row(seq.sampling, len(seq.token_ids), seq.token_ids)
                 for index, seq in enumerate(readers)
-                if not seq.takes_likeliest
+                if not (seq.takes_likeliest or (compiled and seq.is_drawn))
             }
             self._deliver(readers, sample(found, rows), exits)
+            # A burst may have been ended early.
+            count = len(exits) // len(readers)
         self._counters.steps += count
         seconds = (time.perf_counter() - began) / count
         self._scheduler.chunks.observe(batch.decode_rows, prompt_tokens, seconds)
@@ -267,11 +273,11 @@ class Engine:
 
     def _burst(self, scheduled: list[tuple[Sequence, int]]) -> int:
         """How many steps to take at once, with the blocks that they need."""
-        if not self.settings.burst_seconds or not self.plan.model.has_bursts(self._cache):
+        if not self.settings.burst_seconds:
             return 1
         left = scheduled[0][0].sampling.max_tokens
         for seq, _ in scheduled:
-            if not (seq.takes_likeliest and seq.is_decoding):
+            if not ((seq.takes_likeliest or seq.is_drawn) and seq.is_decoding):
                 return 1
             left = min(left, seq.sampling.max_tokens - seq.completion_tokens)
         seconds = self._scheduler.chunks.decode_seconds(len(scheduled))
@@ -300,9 +306,15 @@ class Engine:
             if not (self._submitted or self._cancelled or self._swap or self._stopping):
                 self._lock.wait(timeout=_IDLE_SECONDS)
 
+    def _call(self) -> None:
+        """Has the loop look at what it was asked for. With the lock."""
+        self._interrupt.ask()
+        self._lock.notify_all()
+
     def _take_inbox(self) -> None:
         """Takes in, at the edge between two steps, what other threads asked for."""
         with self._lock:
+            self._interrupt.clear()
             submitted, self._submitted = self._submitted, deque()
             cancelled, self._cancelled = self._cancelled, {}
             swap, self._swap = self._swap, None
@@ -418,7 +430,7 @@ class Engine:
                 if self._stopping:
                     raise UnavailableError("the engine is stopping")
                 self._swap = swap
-                self._lock.notify_all()
+                self._call()
             if self._thread is None:
                 self.step()
             swap.done.wait()

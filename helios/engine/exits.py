@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from helios.engine.batch import Batch
+from helios.engine.burst import ONE_STEP, Burst
 from helios.engine.decode_graphs import DecodeGraphs
 from helios.engine.kv_cache import KVCache
 from helios.engine.model import Model
@@ -23,29 +24,29 @@ class ExitMode(enum.StrEnum):
 
 
 def run_static(
-    model: Model, batch: Batch, cache: KVCache, graphs: DecodeGraphs | None = None, count: int = 1
+    model: Model, batch: Batch, cache: KVCache, graphs: DecodeGraphs | None = None, burst: Burst = ONE_STEP
 ) -> tuple[Readout, list[int]]:
     """All rows through all loaded layers. What the read rows read out, and the exit layer of each.
 
-    `graphs` are of this model and cache, for the steps that one was captured of. count: as in `Model.step`.
+    `graphs` are of this model and cache, for the steps that one was captured of. burst: as in `Model.step`.
     """
     found = None if graphs is None else graphs.run(batch)
     if found is None:
-        found = model.step(batch, cache, model.depth, count)
-    return found, [model.depth] * (count * batch.reads)
+        found = model.step(batch, cache, model.depth, burst)
+    return found, [model.depth] * len(found.best)
 
 
 def run_dynamic(
-    model: Model, batch: Batch, cache: KVCache, thresholds: Mapping[int, float], count: int = 1
+    model: Model, batch: Batch, cache: KVCache, thresholds: Mapping[int, float], burst: Burst = ONE_STEP
 ) -> tuple[Readout, list[int]]:
     """Each decode row leaves at its first confident exit; the batch goes on for the others.
 
     Prefill rows walk all layers. The KV of layers that a row skips is computed from its state at the
     exit (state propagation, EE-LLM, Chen et al. 2024). `thresholds` maps the exits before the last to
     the confidence they ask for. What the read rows read out, and the exit layer of each.
-    count: as in `Model.step`.
+    burst: as in `Model.step`.
     """
-    compiled = model.step_dynamic(batch, cache, thresholds, count)
+    compiled = model.step_dynamic(batch, cache, thresholds, burst)
     if compiled is not None:
         return compiled
     hidden = model.embed(batch.token_ids, batch.positions)

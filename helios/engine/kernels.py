@@ -13,6 +13,7 @@ import numpy as np
 from numba import types
 
 from helios.engine import attention, byte_attention
+from helios.engine.drawing import draw, room_numbers
 from helios.engine.inner_product import (
     BFLOAT16,
     BLOCK_ROWS,
@@ -598,14 +599,16 @@ def step(
 
 @compiled
 def burst(
-    thread, threads, team, count, numbers, parts, exits, thresholds, exit_heads, ends, rows, decode_rows,
-    width, ffn, heads, norm_before, keys, values, block_tokens, rows_of, reads, vocabulary, scratch, found,
-    out,
+    thread, threads, team, count, seeds, chances, room, interrupt, numbers, parts, exits, thresholds,
+    exit_heads, ends, rows, decode_rows, width, ffn, heads, norm_before, keys, values, block_tokens, rows_of,
+    reads, vocabulary, scratch, found, out,
 ):
-    """`count` steps: one, or as many of decodes alone, each of the likeliest tokens of the one before.
+    """`count` steps: one, or as many of decodes alone, each of the tokens of the one before.
 
-    out: as in `step`, with logits of the last step and [count, reads] of all else. The sequences' tables have
-    the blocks of all these tokens.
+    seeds and chances: `burst.Draws`, with no rows where all tokens are the likeliest; room: as in
+    `drawing.draw`; interrupt: 0 or the address of `burst.Interrupt`, which may end it after any step; out: as
+    in `step`, with logits of the last step and [count, reads] of all else. The sequences' tables have the
+    blocks of all these tokens.
     """
     mine = out.copy()
     for index in range(count):
@@ -614,10 +617,19 @@ def burst(
             width, ffn, heads, norm_before, keys, values, block_tokens, rows_of, reads, vocabulary, scratch,
             found, mine,
         )
+        if len(seeds):
+            # Rows that left early are handed over by one thread.
+            _meet(team, threads)
+            draw(
+                thread, threads, team, mine[0], reads, vocabulary, seeds, chances, index, mine[1], mine[2],
+                room,
+            )
         if index + 1 == count:
             return
         _meet(team, threads)
         if thread == 0:
+            if interrupt and load_shared(interrupt, 0):
+                store_shared(interrupt, 1, index + 1)
             for row in range(rows):
                 position = load_long(rows_of[1], row) + 1
                 table = rows_of[5] + 8 * load_long(rows_of[3], row) * rows_of[6]
@@ -626,6 +638,8 @@ def burst(
                 store_long(rows_of[1], row, position)
                 store_long(rows_of[2], row, slot)
         _meet(team, threads)
+        if interrupt and load_shared(interrupt, 1):
+            return
         mine[1] += 8 * reads
         mine[2] += 4 * SUMMARY * reads
         mine[3] += 8 * reads
@@ -751,3 +765,8 @@ def step_scratch(numbers: int, rows: int, width: int, ffn: int, embed_width: int
 def propagate_scratch(numbers: int, rows: int, width: int) -> int:
     """Bytes that `propagate` works on: states, projections, the product's."""
     return 4 * rows * 4 * width + product_scratch(numbers, rows, width)
+
+
+def drawing_room(vocabulary: int) -> int:
+    """float32 that each thread of `drawing.draw` works on."""
+    return int(room_numbers(vocabulary))

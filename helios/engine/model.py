@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from helios.engine.batch import Batch
+from helios.engine.burst import ONE_STEP, Burst
 from helios.engine.checkpoint import Norm
 from helios.engine.compiled_model import CompiledModel
 from helios.engine.kv_cache import KVCache, kv_dtype
@@ -61,18 +62,17 @@ class Model:
         return self.weights.weight_bytes
 
     def has_bursts(self, cache: KVCache) -> bool:
-        """Whether `step` and `step_dynamic` can take several steps at once."""
+        """Whether `step` and `step_dynamic` can take several steps at once, and draw tokens."""
         return self._compiled_for(cache) is not None
 
-    def step(self, batch: Batch, cache: KVCache, depth: int, count: int = 1) -> Readout:
+    def step(self, batch: Batch, cache: KVCache, depth: int, burst: Burst = ONE_STEP) -> Readout:
         """What the batch's read rows read out after the first `depth` layers; writes the KV of all rows.
 
-        count: of steps, where the model has bursts: decodes alone, each of the likeliest tokens of the one
-        before, whose blocks the tables have. The logits are then the last one's. On a CPU valid until the
-        next call.
+        burst: where the model has bursts; the tables have the blocks of all its tokens. Of several steps the
+        logits are the last one's. On a CPU valid until the next call.
         """
         if (compiled := self._compiled_for(cache)) is not None:
-            return compiled.step(batch, cache, depth, count)
+            return compiled.step(batch, cache, depth, burst)
         hidden = self.layers(0, depth, self.embed(batch.token_ids, batch.positions), batch, cache)
         # Rows are read in their order: as many as there are, these are all.
         if batch.reads < batch.rows:
@@ -80,11 +80,11 @@ class Model:
         return read(self.read_out(hidden, depth))
 
     def step_dynamic(
-        self, batch: Batch, cache: KVCache, thresholds: Mapping[int, float], count: int = 1
+        self, batch: Batch, cache: KVCache, thresholds: Mapping[int, float], burst: Burst = ONE_STEP
     ) -> tuple[Readout, list[int]] | None:
         """Of all layers, with exits token by token (`exits.run_dynamic`); None where no compiled step can."""
         compiled = self._compiled_for(cache)
-        return None if compiled is None else compiled.step_dynamic(batch, cache, thresholds, count)
+        return None if compiled is None else compiled.step_dynamic(batch, cache, thresholds, burst)
 
     def embed(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Hidden states before the first layer: [T] -> [T, hidden]."""

@@ -132,4 +132,4 @@ def warm_up(model: Model, block_tokens: int) -> None:
     )
     zero = torch.zeros(1, dtype=torch.int64, device=model.device)
     batch = Batch.of(zero, zero, zero, zero[None], zero, 1, block_tokens, (), zero)
-    sample(model.step(batch, cache, model.depth), {0: Row(SamplingParams(), 1, [0])})
+    sample(model.step(batch, cache, model.depth), {0: Row(SamplingParams(temperature=1.0), 1, [0])})

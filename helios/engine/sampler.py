@@ -1,18 +1,20 @@
 """The next token of every row of a batch.
 
-A row's draw depends on its logits and on (seed, position) alone: not on the batch, nor on history
-(but for the repetition penalty, which is defined by it). So a resumed stream continues as it would have.
+Compiled steps draw tokens themselves, in the same way (`drawing.py`). This is for all others, and for rows
+with a repetition penalty. A row's draw depends on its logits and on (seed, position) alone: not on the batch,
+nor on history (but for the penalty, which is defined by it). So a resumed stream goes on as it would have.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
+from helios.engine.drawing import uniform
 from helios.engine.readout import Readout
 from helios.sampling import SamplingParams
 
-_MASK64 = (1 << 64) - 1
 # A nucleus is looked for among this many top tokens before the whole vocabulary is sorted.
 _NUCLEUS_CANDIDATES = 1024
 
@@ -31,14 +33,6 @@ class Sampled(NamedTuple):
     token_ids: list[int]
     logprobs: list[float]
     confidences: list[float]
-
-
-def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends on (seed, position) only (splitmix64, Steele et al. 2014)."""
-    x = (seed * 0xD1342543DE82EF95 + (position + 1) * 0x9E3779B97F4A7C15) & _MASK64
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = ((x ^ (x >> shift)) * factor) & _MASK64
-    return ((x ^ (x >> 31)) >> 11) * 2.0**-53
 
 
 def sample(found: Readout, rows: Mapping[int, Row]) -> Sampled:
@@ -91,7 +85,7 @@ def _draw(scores: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
     scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature[:, None]
     scores = _limited(scores, rows)
     cumulative = scores.double().softmax(dim=-1).cumsum(dim=-1)
-    numbers = [uniform(row.sampling.seed, row.position) for row in rows]
+    numbers = [uniform(np.uint64(row.sampling.seed), row.position) for row in rows]
     target = torch.tensor(numbers, dtype=torch.float64, device=device)[:, None] * cumulative[:, -1:]
     # The first id whose cumulative probability exceeds the number; such an id has probability > 0.
     drawn = torch.searchsorted(cumulative, target, right=True)[:, 0]

@@ -360,6 +360,26 @@ where_greater = operation(
     (singles, singles, words, words),
     lambda b, v: b.select(b.fcmp_ordered(">", v[0], v[1]), v[2], v[3]),
 )
+# Lane by lane, c where a > b, else 0.
+where_above = operation(
+    singles,
+    (singles, singles, singles),
+    lambda b, v: b.select(b.fcmp_ordered(">", v[0], v[1]), v[2], ir.Constant(SINGLES, [0.0] * LANES)),
+)
+
+
+def _lanes_between(builder: Builder, values: Sequence[Value]) -> Value:
+    inside = builder.and_(
+        builder.fcmp_ordered(">", values[0], values[1]), builder.fcmp_ordered("<=", values[0], values[2])
+    )
+    return builder.zext(builder.bitcast(inside, ir.IntType(LANES)), ir.IntType(64))
+
+
+# Of a, the lanes above b and up to c: a bit each, the first lane's the lowest.
+lanes_between = operation(types.int64, (singles, singles, singles), _lanes_between)
+# A float32 as the whole number that its bits are, and back.
+bits_of = operation(types.int64, (types.float32,), lambda b, v: b.zext(b.bitcast(v[0], WORD), ir.IntType(64)))
+single_of = operation(types.float32, (types.int64,), lambda b, v: b.bitcast(b.trunc(v[0], WORD), SINGLE))
 
 
 def _power_of_two(builder: Builder, values: Sequence[Value]) -> Value:

@@ -57,7 +57,7 @@ class WorkerSettings(ServiceSettings):
         ge=0,
         allow_inf_nan=False,
         description="decode steps that are so short that several fit into this are taken at once, and their "
-        "tokens leave together; 0: one by one",
+        "tokens leave together; whatever comes in ends it early; 0: one by one",
     )
     block_tokens: int = Field(16, ge=1, description="tokens in a KV block")
     prefix_cache: bool = Field(

@@ -92,16 +92,69 @@ def test_bursts_say_the_same_in_fewer_outputs(model: Path, mode: ExitMode, threa
     assert counters.generated_tokens == plain.telemetry().counters.generated_tokens - 5 * 40
 
 
-def test_a_sampled_row_is_served_step_by_step(model: Path) -> None:
+@pytest.mark.parametrize("mode", [ExitMode.GREEDY, ExitMode.DYNAMIC])
+def test_bursts_draw_what_is_drawn_step_by_step(model: Path, mode: ExitMode, threads: int) -> None:
     samplings = [
         SamplingParams(max_tokens=30, ignore_eos=True),
-        SamplingParams(max_tokens=12, ignore_eos=True, temperature=0.8, seed=5),
+        SamplingParams(max_tokens=30, ignore_eos=True, temperature=0.8, seed=5),
+        SamplingParams(max_tokens=30, ignore_eos=True, temperature=2.0, top_k=7, seed=2**64 - 1),
+        SamplingParams(max_tokens=22, ignore_eos=True, temperature=0.7, top_p=0.8, seed=7),
+    ]
+    said = []
+    for burst_seconds in (0, BURST):
+        engine = load(model, burst_seconds, mode)
+        TEAM.threads = threads  # loading lent them anew
+        said.append(serve(engine, samplings))
+    one_by_one, at_once = said
+    assert [told(one) for one in at_once] == [told(one) for one in one_by_one]
+    assert [len(output.tokens) for output in one_by_one[1]] == [1] * 30
+    assert max(len(output.tokens) for output in at_once[1]) > 4
+    ids = [[token.token_id for output in one for token in output.tokens] for one in at_once]
+    assert len(set(map(tuple, ids))) == 4
+
+
+def test_a_row_with_a_repetition_penalty_is_served_step_by_step(model: Path) -> None:
+    """Each of its tokens changes what the next one is chosen from."""
+    samplings = [
+        SamplingParams(max_tokens=30, ignore_eos=True),
+        SamplingParams(max_tokens=12, ignore_eos=True, temperature=0.8, seed=5, repetition_penalty=1.3),
     ]
     said = serve(load(model, BURST), samplings)
     assert [told(one) for one in said] == [told(one) for one in serve(load(model, 0), samplings)]
     assert [len(output.tokens) for output in said[1]] == [1] * 12
     # Once it has ended.
     assert max(len(output.tokens) for output in said[0]) > 4
+
+
+def test_a_burst_that_is_interrupted_goes_on_in_the_next_one(
+    model: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    sampling = SamplingParams(max_tokens=100, ignore_eos=True, temperature=0.8, seed=3)
+    (expected,) = serve(load(model, 0), [sampling])
+    engine, said = load(model, BURST), list[Output]()
+    TEAM.threads = threads  # loading lent them anew
+    engine.submit("0", PROMPTS[0], sampling, said.append)
+    while len(said) < 2:
+        engine.step()
+    with monkeypatch.context() as patch:
+        # As soon as a step has taken in what came before it.
+        patch.setattr(engine, "_expire", engine._interrupt.ask)
+        engine.step()
+    while engine.step():
+        pass
+    assert [len(output.tokens) for output in said] == [1, 1, 1, 97]
+    assert told(said) == told(expected)
+    assert engine.telemetry().counters.steps == 100
+
+
+def test_whoever_wants_something_interrupts_a_burst(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, asked = load(model, BURST), list[str]()
+    monkeypatch.setattr(engine._interrupt, "ask", lambda: asked.append("asked"))
+    engine.submit("0", PROMPTS[0], SamplingParams(max_tokens=100), lambda _: None)
+    engine.cancel("0")
+    engine.reload(model, 2)
+    engine.stop()
+    assert len(asked) == 4
 
 
 def test_a_burst_takes_no_blocks_from_others(model: Path) -> None:

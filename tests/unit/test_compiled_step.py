@@ -414,17 +414,20 @@ def test_tokens_leave_the_one_call_where_they_leave_the_layers_one_by_one(
 COMPILED = """
 import sys
 from numba.core.dispatcher import Dispatcher
-from helios.engine import Engine, EngineSettings, SamplingParams, kernels
+from helios.engine import Engine, EngineSettings, SamplingParams, drawing, kernels
 
 def compiled():
-    found = {name: len(one.signatures) for name, one in vars(kernels).items() if isinstance(one, Dispatcher)}
+    members = {**vars(kernels), **vars(drawing)}
+    found = {name: len(one.signatures) for name, one in members.items() if isinstance(one, Dispatcher)}
     assert found
     return found
 
 engine = Engine.load(sys.argv[1], settings=EngineSettings(precision=sys.argv[2], memory_bytes=64 << 20))
 before = compiled()
 assert sum(before.values())
-list(engine.generate([2] * 40, SamplingParams(max_tokens=3, ignore_eos=True)))
+warm = {"temperature": 1.0, "top_p": 0.5, "top_k": 9}
+for sampling in ({}, warm, {**warm, "repetition_penalty": 2.0}):
+    list(engine.generate([2] * 40, SamplingParams(max_tokens=3, ignore_eos=True, **sampling)))
 assert compiled() == before, (before, compiled())
 """
 

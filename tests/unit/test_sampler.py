@@ -1,7 +1,12 @@
-"""Tokens follow the distribution that was asked for, and depend on (seed, position) alone."""
+"""Tokens follow the distribution that was asked for, and depend on (seed, position) alone.
+
+However they are drawn: by torch, or by what compiled steps draw with.
+"""
 
 import math
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -14,8 +19,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from helios.engine import kernels
+from helios.engine.drawing import draw, uniform
 from helios.engine.readout import read
-from helios.engine.sampler import Row, Sampled, sample, uniform
+from helios.engine.sampler import Row, Sampled, sample
+from helios.engine.team import TEAM
 from helios.sampling import SamplingParams
 
 VOCABULARY = 50
@@ -25,8 +33,31 @@ def logits_of(seed: int, rows: int = 1, vocabulary: int = VOCABULARY) -> torch.T
     return 2 * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed))
 
 
-def draw(logits: torch.Tensor, rows: list[Row]) -> Sampled:
+def by_torch(logits: torch.Tensor, rows: list[Row]) -> Sampled:
     return sample(read(logits), dict(enumerate(rows)))
+
+
+def compiled(logits: torch.Tensor, rows: list[Row]) -> Sampled:
+    found = read(logits)
+    room = torch.empty(TEAM.threads * kernels.drawing_room(logits.shape[1]))
+    TEAM.run(
+        draw,
+        found.logits.data_ptr(),
+        len(rows),
+        logits.shape[1],
+        np.array([(row.sampling.seed, row.position, row.sampling.top_k) for row in rows], dtype=np.uint64),
+        np.array([(row.sampling.temperature, row.sampling.top_p) for row in rows]),
+        0,
+        found.best.data_ptr(),
+        found.summaries.data_ptr(),
+        room.data_ptr(),
+        operations=0,
+    )
+    return Sampled(*found.likeliest())
+
+
+Drawn = Callable[[torch.Tensor, list[Row]], Sampled]
+EITHER = pytest.mark.parametrize("drawn", [by_torch, compiled])
 
 
 def reference(logits: torch.Tensor, sampling: SamplingParams, history: list[int]) -> torch.Tensor:
@@ -42,6 +73,7 @@ def reference(logits: torch.Tensor, sampling: SamplingParams, history: list[int]
     return steps(torch.tensor([history]), logits).softmax(-1)[0]
 
 
+@EITHER
 @pytest.mark.parametrize(
     "sampling",
     [
@@ -55,13 +87,15 @@ def reference(logits: torch.Tensor, sampling: SamplingParams, history: list[int]
     ],
     ids=str,
 )
-def test_draws_follow_the_distribution_of_transformers(sampling: SamplingParams) -> None:
+def test_draws_follow_the_distribution_of_transformers(drawn: Drawn, sampling: SamplingParams) -> None:
+    if drawn is compiled and sampling.repetition_penalty != 1:
+        pytest.skip("compiled steps know nothing of what came before")
     logits = logits_of(3)
     history = [1, 2, 3, 3, 40]
     draws = 20_000
     rows = [Row(sampling, position, history) for position in range(draws)]
     counts = torch.bincount(
-        torch.tensor(draw(logits.expand(draws, -1), rows).token_ids), minlength=VOCABULARY
+        torch.tensor(drawn(logits.expand(draws, -1), rows).token_ids), minlength=VOCABULARY
     )
     expected = reference(logits, sampling, history) * draws
     assert counts[expected == 0].sum() == 0
@@ -72,16 +106,18 @@ def test_draws_follow_the_distribution_of_transformers(sampling: SamplingParams)
     assert chi2 < freedom + 6 * math.sqrt(2 * max(freedom, 1))
 
 
-def test_greedy_logprob_and_confidence_are_the_models_own() -> None:
+@EITHER
+def test_greedy_logprob_and_confidence_are_the_models_own(drawn: Drawn) -> None:
     logits = logits_of(4, rows=3)
     rows = [Row(SamplingParams(temperature=t, top_k=1), 0, []) for t in (0.0, 0.0, 0.3)]
-    sampled = draw(logits, rows)
+    sampled = drawn(logits, rows)
     log_softmax = logits.log_softmax(-1)
     assert sampled.token_ids == logits.argmax(-1).tolist()
     torch.testing.assert_close(torch.tensor(sampled.logprobs), log_softmax.amax(-1))
     torch.testing.assert_close(torch.tensor(sampled.confidences), log_softmax.amax(-1).exp())
 
 
+@EITHER
 @given(
     st.integers(0, 2**64 - 1),
     st.integers(0, 2048),
@@ -91,42 +127,80 @@ def test_greedy_logprob_and_confidence_are_the_models_own() -> None:
     st.integers(0, 60),
 )
 def test_a_draw_depends_on_its_row_alone(
-    seed: int, position: int, place: int, temperature: float, top_p: float, top_k: int
+    drawn: Drawn, seed: int, position: int, place: int, temperature: float, top_p: float, top_k: int
 ) -> None:
     sampling = SamplingParams(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
     logits = logits_of(5, rows=31)
     others = [Row(SamplingParams(temperature=0.1 * i, top_k=i, seed=i), i, []) for i in range(31)]
     batch = [*others]
     batch[place] = Row(sampling, position, [])
-    together = draw(logits, batch)
-    alone = draw(logits[place : place + 1], [Row(sampling, position, [])])
+    together = drawn(logits, batch)
+    alone = drawn(logits[place : place + 1], [Row(sampling, position, [])])
     assert together.token_ids[place] == alone.token_ids[0]
 
 
-def test_a_wide_nucleus_in_a_large_vocabulary_is_found() -> None:
+@EITHER
+def test_a_wide_nucleus_in_a_large_vocabulary_is_found(drawn: Drawn) -> None:
     logits = 0.01 * logits_of(6, vocabulary=5000)
     sampling = SamplingParams(temperature=1.0, top_p=0.9)
     rows = [Row(sampling, position, []) for position in range(2000)]
-    drawn = draw(logits.expand(2000, -1), rows).token_ids
+    tokens = drawn(logits.expand(2000, -1), rows).token_ids
     allowed = reference(logits, sampling, [0]) > 0
-    assert allowed[drawn].all()
+    assert allowed[tokens].all()
     assert 4000 < int(allowed.sum()) < 5000
 
 
-def test_temperatures_near_zero_are_greedy_and_finite() -> None:
+@EITHER
+def test_temperatures_near_zero_are_greedy_and_finite(drawn: Drawn) -> None:
     logits = logits_of(7)
     rows = [Row(SamplingParams(temperature=1e-30), 0, [])]
-    assert draw(logits, rows).token_ids == logits.argmax(-1).tolist()
+    assert drawn(logits, rows).token_ids == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("vocabulary", [3, 264, 5003])
+@pytest.mark.parametrize("scale", [0.01, 1, 5])
+def test_compiled_steps_draw_what_torch_does(vocabulary: int, scale: float) -> None:
+    """But for what is nearly as likely: sums are rounded otherwise."""
+    logits = scale * logits_of(8, 400, vocabulary)
+    rows = [
+        Row(
+            SamplingParams(
+                temperature=(0.0, 0.3, 1.0, 4.0)[i % 4],
+                top_k=(0, 1, 40, vocabulary + 1)[i // 4 % 4],
+                top_p=(1.0, 0.01, 0.9)[i // 16 % 3],
+                seed=2**64 - 1 - i,
+            ),
+            3 * i,
+            [],
+        )
+        for i in range(400)
+    ]
+    expected, got = by_torch(logits, rows), compiled(logits, rows)
+    same = [i for i in range(400) if expected.token_ids[i] == got.token_ids[i]]
+    assert len(same) >= 396
+    assert [expected.logprobs[i] for i in same] == [got.logprobs[i] for i in same]
+    assert expected.confidences == got.confidences
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_what_is_no_number_draws_nothing(value: float) -> None:
+    """The row keeps the token it had."""
+    logits = torch.full((1, 40), value)
+    drawn = compiled(logits, [Row(SamplingParams(temperature=1.0, top_p=0.9), 0, [])])
+    assert drawn.token_ids == read(logits).best.tolist()
 
 
 @given(st.integers(0, 2**64 - 1), st.integers(0, 100_000))
 def test_uniform_is_in_range_and_repeatable(seed: int, position: int) -> None:
-    assert 0 <= uniform(seed, position) < 1
-    assert uniform(seed, position) == uniform(seed, position)
+    assert 0 <= uniform(np.uint64(seed), position) < 1
+    assert uniform(np.uint64(seed), position) == uniform(np.uint64(seed), position)
 
 
 def test_uniform_is_uniform_along_seeds_and_positions() -> None:
-    for values in ([uniform(s, 7) for s in range(20_000)], [uniform(7, p) for p in range(20_000)]):
+    for values in (
+        [uniform(np.uint64(s), 7) for s in range(20_000)],
+        [uniform(np.uint64(7), p) for p in range(20_000)],
+    ):
         counts = torch.histc(torch.tensor(values), bins=20, min=0, max=1)
         chi2 = float(((counts - 1000) ** 2 / 1000).sum())
         assert chi2 < 19 + 6 * math.sqrt(2 * 19)
