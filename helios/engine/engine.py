@@ -463,7 +463,7 @@ class Engine:
     def _replace(self, new: Plan) -> None:
         """Makes the pool anew for another plan, under which all running sequences are recomputed."""
         old, cache = self._scheduler, self._cache
-        old.preempt_all()
+        moved_until = old.preempt_all()
         # On a GPU the old pool goes before the new one comes: both together would break the budget.
         self._graphs = None
         cache.resize(0, 0)
@@ -474,6 +474,7 @@ class Engine:
             self._scheduler, self._cache, self._graphs = self._allocate(self.plan, cache)
             raise
         finally:
+            self._scheduler.moved_until = max(moved_until, old.moved_until)
             self._scheduler.preemptions = old.preemptions
             self._scheduler.cached_tokens = old.cached_tokens
             for seq in old.waiting:

@@ -39,6 +39,8 @@ class Scheduler:
         self.preemptions = 0
         # Tokens that need not be computed because others have.
         self.cached_tokens = 0
+        # Up to this arrival sequences were under way when a reload had all computed anew.
+        self.moved_until = -1
         self._block_tokens = pool.block_tokens
         self._max_running = max_running
         self._step_token_budget = step_token_budget
@@ -67,7 +69,10 @@ class Scheduler:
         decoding, waiting = len(scheduled), len(prefills) + len(self.waiting)
         if not waiting:
             return scheduled
-        budget = min(budget - decoding, self.chunks.tokens(decoding, waiting))
+        budget -= decoding
+        # Those that a reload has made stand still go first: chunks as for new prompts would keep them longer.
+        if (prefills[0] if prefills else self.waiting[0]).arrival > self.moved_until:
+            budget = min(budget, self.chunks.tokens(decoding, waiting))
         for seq in prefills:
             budget = self._chunk(seq, budget, scheduled)
         while self.waiting and budget > 0 and len(self.running) < self._max_running:
@@ -113,11 +118,11 @@ class Scheduler:
         sequence.state = SequenceState.FINISHED
 
     def preempt_all(self) -> int:
-        """Sends every running sequence back to the queue, to be recomputed. Returns how many."""
-        count = len(self.running)
+        """Sends every running sequence back to the queue, to be recomputed. The last one's arrival."""
+        last = self.running[-1].arrival if self.running else -1
         while self.running:
             self._preempt(self.running[-1])
-        return count
+        return last
 
     def _chunk(self, seq: Sequence, budget: int, scheduled: list[tuple[Sequence, int]]) -> int:
         count = min(seq.pending, budget)

@@ -160,6 +160,32 @@ TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
+def test_sequences_that_a_reload_moved_are_computed_before_new_ones_are_in_small_chunks() -> None:
+    budget = 40
+    scheduler = Scheduler(BlockPool(64, 8), 8, budget, ChunkBudget(2, 8, budget), None)
+    scheduler.chunks.observe(0, 32, 32.0)  # a second a token
+    for decoding in (1, 2, 4, 8):
+        scheduler.chunks.observe(decoding, 0, 4.0)
+    sequences = [make_sequence(f"{number}", 20, 20) for number in range(7)]
+    for sequence in sequences[:4]:
+        scheduler.add(sequence)
+    while any(sequence.pending > 1 for sequence in sequences[:4]):
+        advance(scheduler, scheduler.schedule())
+    scheduler.moved_until = scheduler.preempt_all()
+    assert scheduler.moved_until == sequences[3].arrival
+    for sequence in sequences[4:]:
+        scheduler.add(sequence)
+    sizes = []
+    while scheduler.waiting or any(sequence.pending > 1 for sequence in scheduler.running):
+        scheduled = scheduler.schedule()
+        sizes.append(sum(tokens for _, tokens in scheduled))
+        advance(scheduler, scheduled)
+    moved = sum(len(sequence.token_ids) for sequence in sequences[:4])
+    assert moved > 80
+    assert sizes[:2] == [budget, budget]
+    assert max(sizes[4:]) < budget
+
+
 @given(st.integers(1, 20))
 def test_decoding_sequences_never_wait_for_a_prefill(chunk: int) -> None:
     scheduler = Scheduler(
