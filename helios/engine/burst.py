@@ -1,4 +1,4 @@
-"""What a compiled call does beside a step: how often, whose tokens it draws, and when it is to stop early."""
+"""What a compiled call does beside a step: how often, how it chooses tokens, and when it is to stop early."""
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -7,31 +7,52 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from helios.engine.sampler import Row
 from helios.engine.sequence import Sequence
 
 
 class Draws(NamedTuple):
-    """How the tokens of read rows are drawn, as `drawing.draw` takes it; no rows: none are."""
+    """How the tokens of read rows are chosen, as `drawing.draw` takes it; no rows: all are the likeliest."""
 
     # Seed, position and top-k: uint64 [reads, 3].
     numbers: NDArray[np.uint64]
-    # Temperature, 0 where the likeliest is taken, and top-p: float64 [reads, 2].
+    # Temperature, top-p and repetition penalty: float64 [reads, 3].
     chances: NDArray[np.float64]
+    # The ids before each row that has a penalty, and where they end: int64, [reads].
+    history: NDArray[np.int64]
+    ends: NDArray[np.int64]
 
     @classmethod
     def of(cls, readers: Seq[Sequence]) -> "Draws":
         """Of the sequences that get a token."""
-        if not any(seq.is_drawn for seq in readers):
+        if all(seq.takes_likeliest for seq in readers):
             return NO_DRAWS
-        numbers, chances = [], []
-        for seq in readers:
-            sampling = seq.sampling
-            numbers.append((sampling.seed, len(seq.token_ids), sampling.top_k))
-            chances.append((sampling.temperature if seq.is_drawn else 0.0, sampling.top_p))
-        return cls(np.array(numbers, dtype=np.uint64), np.array(chances))
+        return cls.of_rows([Row(seq.sampling, len(seq.token_ids), seq.token_ids) for seq in readers])
+
+    @classmethod
+    def of_rows(cls, rows: Seq[Row]) -> "Draws":
+        """Of all the rows that are read."""
+        numbers, chances, history, ends = [], [], list[int](), []
+        for sampling, position, token_ids in rows:
+            numbers.append((sampling.seed, position, sampling.top_k))
+            chances.append((sampling.temperature, sampling.top_p, sampling.repetition_penalty))
+            if sampling.repetition_penalty != 1:
+                history += token_ids
+            ends.append(len(history))
+        return cls(
+            np.array(numbers, dtype=np.uint64),
+            np.array(chances),
+            np.array(history, dtype=np.int64),
+            np.array(ends, dtype=np.int64),
+        )
 
 
-NO_DRAWS = Draws(np.empty((0, 3), dtype=np.uint64), np.empty((0, 2)))
+NO_DRAWS = Draws(
+    np.empty((0, 3), dtype=np.uint64),
+    np.empty((0, 3)),
+    np.empty(0, dtype=np.int64),
+    np.empty(0, dtype=np.int64),
+)
 
 
 class Interrupt:

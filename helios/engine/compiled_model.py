@@ -11,6 +11,7 @@ from helios.engine import kernels
 from helios.engine.batch import Batch
 from helios.engine.burst import Burst
 from helios.engine.checkpoint import Norm
+from helios.engine.drawing import SUMMARY
 from helios.engine.inner_product import BFLOAT16, FLOAT32, TILE
 from helios.engine.kv_cache import KVCache
 from helios.engine.linear import Linear, PackedLinear
@@ -222,7 +223,7 @@ class _Room(NamedTuple):
             return (
                 torch.empty(rows, vocabulary),
                 torch.empty(kept, dtype=torch.int64),
-                torch.empty(kept, kernels.SUMMARY),
+                torch.empty(kept, SUMMARY),
                 torch.empty(kept, dtype=torch.int64),
             )
 

@@ -1,4 +1,4 @@
-"""Tokens drawn from rows of logits, for compiled steps: temperature, top-k, nucleus, and the draw itself.
+"""Tokens chosen from rows of logits, for compiled steps: penalty, temperature, top-k, nucleus, and the draw.
 
 A row's token depends on its logits, its parameters, its seed and its position alone, and all sums are taken
 in an order that no other row changes. `sampler.py` does the same in torch, for other devices.
@@ -17,6 +17,7 @@ from helios.engine.simd import (
     lanes_between,
     larger,
     largest,
+    load_long,
     load_single,
     load_singles,
     load_some,
@@ -32,11 +33,12 @@ from helios.engine.simd import (
     where_above,
 )
 
+# Numbers of a row's summary (`kernels.summarize`), and which of them a draw needs.
+SUMMARY = 4
+_NORMALIZER, _LOGPROB = 1, 2
 # Where a row's numbers lie in the arrays of `draw`.
-SEED, POSITION, TOP_K = 0, 1, 2
-TEMPERATURE, TOP_P = 0, 1
-# Of a row's summary (`kernels.summarize`): how many numbers it has, and which are changed by a draw.
-_SUMMARY, _NORMALIZER, _LOGPROB = 4, 1, 2
+_SEED, _POSITION, _TOP_K = 0, 1, 2
+_TEMPERATURE, _TOP_P, _PENALTY = 0, 1, 2
 # A score from which on a weight is zero: float32 has nothing smaller.
 _NOTHING = -87.0
 # The largest factor of scores.
@@ -71,8 +73,8 @@ def _whole(width):
 
 
 @compiled
-def _weigh(logits, width, temperature, weights):
-    """exp((logit - largest) / temperature) of each; zeros behind them."""
+def _peak(logits, width):
+    """The largest."""
     peaks = spread_single(np.float32(-np.inf))
     whole = width - width % LANES
     for column in range(0, whole, LANES):
@@ -80,8 +82,31 @@ def _weigh(logits, width, temperature, weights):
     peak = largest(peaks)
     for column in range(whole, width):
         peak = max(peak, load_single(logits, column))
+    return peak
+
+
+@compiled
+def _first(logits, width, value):
+    """The first place of a value; -1: it is nowhere."""
+    for column in range(width):
+        if load_single(logits, column) == value:
+            return column
+    return -1
+
+
+@compiled
+def _penalize(logits, token, penalty, out):
+    """A token's logit behind the repetition penalty (Keskar et al. 2019), to its place in out."""
+    logit = load_single(logits, token)
+    store_single(out, token, logit / penalty if logit > 0 else logit * penalty)
+
+
+@compiled
+def _weigh(logits, width, temperature, weights):
+    """exp((logit - largest) / temperature) of each; zeros behind them. weights may be logits."""
     # Finite: nothing between the largest and itself stays nothing, however small the temperature.
-    highest, factor = spread_single(peak), spread_single(np.float32(min(1 / temperature, _STEEPEST)))
+    factor = spread_single(np.float32(min(1 / temperature, _STEEPEST)))
+    highest = spread_single(_peak(logits, width))
     nothing = spread_single(np.float32(_NOTHING))
     for column in range(0, width, LANES):
         score = multiply(subtract(load_some(logits, column, width - column), highest), factor)
@@ -187,7 +212,10 @@ def _find(weights, width, number, room):
 
 @compiled
 def _choose(logits, width, temperature, top_k, top_p, number, room):
-    """A token of logits, float32 [width]; -1 if they are no numbers."""
+    """A token of logits, float32 [width], by a number in [0, 1); -1 if they are no numbers.
+
+    room: as `room_numbers` says; its beginning may be the logits.
+    """
     weights, count = room, _whole(width)
     rest = room + 4 * count
     _weigh(logits, width, temperature, weights)
@@ -200,25 +228,41 @@ def _choose(logits, width, temperature, top_k, top_p, number, room):
 
 
 @compiled
-def draw(thread, threads, _team, logits, rows, width, numbers, chances, later, best, summaries, room):
-    """Puts tokens drawn from logits, float32 [rows, width], in the place of the likeliest: a thread's rows.
+def draw(
+    thread, threads, _team, logits, rows, width, numbers, chances, history, ends, later, best, summaries, room
+):
+    """Puts the tokens of logits, float32 [rows, width], in the place of the likeliest: a thread's rows.
 
-    numbers: uint64 [rows, 3], seed, position and top-k (0: all); chances: float64 [rows, 2], temperature (0:
-    the row's token stays) and top-p; later: positions that each is further on. best and summaries: of
-    `kernels.summarize`; of the latter the log-probability becomes that of the token drawn. room: float32
+    numbers: uint64 [rows, 3], seed, position and top-k (0: all). chances: float64 [rows, 3], temperature (0:
+    the likeliest), top-p and repetition penalty. history: int64, what came before each row that has a
+    penalty, one after the other; ends: int64 [rows], where it ends. later: steps behind the first one, whose
+    tokens came before, too: they lie before `best`, [rows] each. best and summaries: of `kernels.summarize`;
+    of the latter the log-probability becomes that of the token, before penalty and temperature. room: float32
     [threads, `room_numbers`].
     """
     own = room + 4 * thread * room_numbers(width)
     for row in range(rows * thread // threads, rows * (thread + 1) // threads):
-        temperature = chances[row, TEMPERATURE]
-        if temperature == 0:
+        temperature, penalty = chances[row, _TEMPERATURE], np.float32(chances[row, _PENALTY])
+        if temperature == 0 and penalty == 1:
             continue
-        number = uniform(numbers[row, SEED], np.int64(numbers[row, POSITION]) + later)
         of_row = logits + 4 * row * width
-        token = _choose(
-            of_row, width, temperature, np.int64(numbers[row, TOP_K]), chances[row, TOP_P], number, own
-        )
+        source = of_row
+        if penalty != 1:
+            source = own
+            for column in range(0, width, LANES):
+                store_singles(own, column, load_some(of_row, column, width - column))
+            for place in range(ends[row - 1] if row else 0, ends[row]):
+                _penalize(of_row, history[place], penalty, own)
+            for before in range(1, later + 1):
+                _penalize(of_row, load_long(best, row - before * rows), penalty, own)
+        if temperature == 0:
+            token = _first(source, width, _peak(source, width))
+        else:
+            number = uniform(numbers[row, _SEED], np.int64(numbers[row, _POSITION]) + later)
+            token = _choose(
+                source, width, temperature, np.int64(numbers[row, _TOP_K]), chances[row, _TOP_P], number, own
+            )
         if token >= 0:
             store_long(best, row, token)
-            logprob = load_single(of_row, token) - load_single(summaries, _SUMMARY * row + _NORMALIZER)
-            store_single(summaries, _SUMMARY * row + _LOGPROB, logprob)
+            logprob = load_single(of_row, token) - load_single(summaries, SUMMARY * row + _NORMALIZER)
+            store_single(summaries, SUMMARY * row + _LOGPROB, logprob)

@@ -260,7 +260,7 @@ class Engine:
             rows = {
                 index: Row(seq.sampling, len(seq.token_ids), seq.token_ids)
                 for index, seq in enumerate(readers)
-                if not (seq.takes_likeliest or (compiled and seq.is_drawn))
+                if not (compiled or seq.takes_likeliest)
             }
             self._deliver(readers, sample(found, rows), exits)
             # A burst may have been ended early.
@@ -277,7 +277,7 @@ class Engine:
             return 1
         left = scheduled[0][0].sampling.max_tokens
         for seq, _ in scheduled:
-            if not ((seq.takes_likeliest or seq.is_drawn) and seq.is_decoding):
+            if not seq.is_decoding:
                 return 1
             left = min(left, seq.sampling.max_tokens - seq.completion_tokens)
         seconds = self._scheduler.chunks.decode_seconds(len(scheduled))

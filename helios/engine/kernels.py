@@ -13,7 +13,7 @@ import numpy as np
 from numba import types
 
 from helios.engine import attention, byte_attention
-from helios.engine.drawing import draw, room_numbers
+from helios.engine.drawing import SUMMARY, draw, room_numbers
 from helios.engine.inner_product import (
     BFLOAT16,
     BLOCK_ROWS,
@@ -71,8 +71,6 @@ _SPINS = 2000
 # Rows of a step, for each thread, from which on every thread has its own; it takes as many at a time.
 OWN_ROWS = 64
 
-# Numbers of a row's summary (`summarize`).
-SUMMARY = 4
 # What a product does with its sums.
 NONE, RELU = 0, 1
 # Behind the weights of a product; only int8 has the last two.
@@ -599,16 +597,16 @@ def step(
 
 @compiled
 def burst(
-    thread, threads, team, count, seeds, chances, room, interrupt, numbers, parts, exits, thresholds,
-    exit_heads, ends, rows, decode_rows, width, ffn, heads, norm_before, keys, values, block_tokens, rows_of,
-    reads, vocabulary, scratch, found, out,
+    thread, threads, team, count, seeds, chances, history, history_ends, room, interrupt, numbers, parts,
+    exits, thresholds, exit_heads, ends, rows, decode_rows, width, ffn, heads, norm_before, keys, values,
+    block_tokens, rows_of, reads, vocabulary, scratch, found, out,
 ):
     """`count` steps: one, or as many of decodes alone, each of the tokens of the one before.
 
-    seeds and chances: `burst.Draws`, with no rows where all tokens are the likeliest; room: as in
-    `drawing.draw`; interrupt: 0 or the address of `burst.Interrupt`, which may end it after any step; out: as
-    in `step`, with logits of the last step and [count, reads] of all else. The sequences' tables have the
-    blocks of all these tokens.
+    seeds, chances, history and history_ends: `burst.Draws`, with no rows where all tokens are the likeliest;
+    room: as in `drawing.draw`; interrupt: 0 or the address of `burst.Interrupt`, which may end it after any
+    step; out: as in `step`, with logits of the last step and [count, reads] of all else. The sequences'
+    tables have the blocks of all these tokens.
     """
     mine = out.copy()
     for index in range(count):
@@ -621,8 +619,8 @@ def burst(
             # Rows that left early are handed over by one thread.
             _meet(team, threads)
             draw(
-                thread, threads, team, mine[0], reads, vocabulary, seeds, chances, index, mine[1], mine[2],
-                room,
+                thread, threads, team, mine[0], reads, vocabulary, seeds, chances, history, history_ends,
+                index, mine[1], mine[2], room,
             )
         if index + 1 == count:
             return

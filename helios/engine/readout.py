@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from helios.engine import kernels
+from helios.engine.drawing import SUMMARY
 from helios.engine.team import TEAM
 
 
@@ -69,7 +70,7 @@ def read(logits: torch.Tensor) -> Readout:
         return Readout(logits, best, torch.stack([peaks, normalizers, logprobs, logprobs.exp()], dim=1))
     logits = logits.contiguous()
     rows, width = logits.shape
-    best, summaries = torch.empty(rows, dtype=torch.int64), torch.empty(rows, kernels.SUMMARY)
+    best, summaries = torch.empty(rows, dtype=torch.int64), torch.empty(rows, SUMMARY)
     TEAM.run(
         kernels.summarize,
         logits.data_ptr(),

@@ -1,8 +1,8 @@
 """The next token of every row of a batch.
 
-Compiled steps draw tokens themselves, in the same way (`drawing.py`). This is for all others, and for rows
-with a repetition penalty. A row's draw depends on its logits and on (seed, position) alone: not on the batch,
-nor on history (but for the penalty, which is defined by it). So a resumed stream goes on as it would have.
+Compiled steps choose tokens themselves, in the same way (`drawing.py`); this is for all others. A row's draw
+depends on its logits and on (seed, position) alone: not on the batch, nor on history (but for the repetition
+penalty, which is defined by it). So a resumed stream goes on as it would have.
 """
 
 from collections.abc import Mapping, Sequence

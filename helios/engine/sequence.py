@@ -99,15 +99,13 @@ class Sequence:
     computed: int = 0
     preemptions: int = 0
     times: PhaseTimes = field(default_factory=PhaseTimes)
-    # Whether each token is simply the likeliest one; or drawn from what the model says, whatever came before.
+    # Whether each token is simply the likeliest one.
     takes_likeliest: bool = field(init=False)
-    is_drawn: bool = field(init=False)
     _digests: list[bytes] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         sampling = self.sampling
         self.takes_likeliest = sampling.temperature == 0 and sampling.repetition_penalty == 1
-        self.is_drawn = sampling.temperature > 0 and sampling.repetition_penalty == 1
 
     @property
     def completion_tokens(self) -> int:

@@ -99,6 +99,7 @@ def test_bursts_draw_what_is_drawn_step_by_step(model: Path, mode: ExitMode, thr
         SamplingParams(max_tokens=30, ignore_eos=True, temperature=0.8, seed=5),
         SamplingParams(max_tokens=30, ignore_eos=True, temperature=2.0, top_k=7, seed=2**64 - 1),
         SamplingParams(max_tokens=22, ignore_eos=True, temperature=0.7, top_p=0.8, seed=7),
+        SamplingParams(max_tokens=30, ignore_eos=True, temperature=0.9, repetition_penalty=1.5),
     ]
     said = []
     for burst_seconds in (0, BURST):
@@ -110,20 +111,16 @@ def test_bursts_draw_what_is_drawn_step_by_step(model: Path, mode: ExitMode, thr
     assert [len(output.tokens) for output in one_by_one[1]] == [1] * 30
     assert max(len(output.tokens) for output in at_once[1]) > 4
     ids = [[token.token_id for output in one for token in output.tokens] for one in at_once]
-    assert len(set(map(tuple, ids))) == 4
+    assert len(set(map(tuple, ids))) == 5
 
 
-def test_a_row_with_a_repetition_penalty_is_served_step_by_step(model: Path) -> None:
-    """Each of its tokens changes what the next one is chosen from."""
-    samplings = [
-        SamplingParams(max_tokens=30, ignore_eos=True),
-        SamplingParams(max_tokens=12, ignore_eos=True, temperature=0.8, seed=5, repetition_penalty=1.3),
-    ]
-    said = serve(load(model, BURST), samplings)
-    assert [told(one) for one in said] == [told(one) for one in serve(load(model, 0), samplings)]
-    assert [len(output.tokens) for output in said[1]] == [1] * 12
-    # Once it has ended.
-    assert max(len(output.tokens) for output in said[0]) > 4
+def test_a_penalty_is_for_all_that_came_before_within_a_burst_too(model: Path) -> None:
+    """So large that no token comes twice, of the prompt's neither."""
+    sampling = SamplingParams(max_tokens=100, ignore_eos=True, repetition_penalty=1e6)
+    (said,) = serve(load(model, BURST), [sampling])
+    ids = [token.token_id for output in said for token in output.tokens]
+    assert max(len(output.tokens) for output in said) > 50
+    assert len({*ids, *PROMPTS[0]}) == 100 + len(PROMPTS[0])
 
 
 def test_a_burst_that_is_interrupted_goes_on_in_the_next_one(

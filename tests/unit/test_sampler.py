@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from helios.engine import kernels
+from helios.engine.burst import Draws
 from helios.engine.drawing import draw, uniform
 from helios.engine.readout import read
 from helios.engine.sampler import Row, Sampled, sample
@@ -45,8 +46,7 @@ def compiled(logits: torch.Tensor, rows: list[Row]) -> Sampled:
         found.logits.data_ptr(),
         len(rows),
         logits.shape[1],
-        np.array([(row.sampling.seed, row.position, row.sampling.top_k) for row in rows], dtype=np.uint64),
-        np.array([(row.sampling.temperature, row.sampling.top_p) for row in rows]),
+        *Draws.of_rows(rows),
         0,
         found.best.data_ptr(),
         found.summaries.data_ptr(),
@@ -88,8 +88,6 @@ def reference(logits: torch.Tensor, sampling: SamplingParams, history: list[int]
     ids=str,
 )
 def test_draws_follow_the_distribution_of_transformers(drawn: Drawn, sampling: SamplingParams) -> None:
-    if drawn is compiled and sampling.repetition_penalty != 1:
-        pytest.skip("compiled steps know nothing of what came before")
     logits = logits_of(3)
     history = [1, 2, 3, 3, 40]
     draws = 20_000
@@ -168,10 +166,11 @@ def test_compiled_steps_draw_what_torch_does(vocabulary: int, scale: float) -> N
                 temperature=(0.0, 0.3, 1.0, 4.0)[i % 4],
                 top_k=(0, 1, 40, vocabulary + 1)[i // 4 % 4],
                 top_p=(1.0, 0.01, 0.9)[i // 16 % 3],
+                repetition_penalty=(1.0, 1.7, 0.6)[i // 48 % 3],
                 seed=2**64 - 1 - i,
             ),
             3 * i,
-            [],
+            [token % vocabulary for token in (i, i // 2, i, 7 * i)],
         )
         for i in range(400)
     ]
