@@ -19,6 +19,9 @@ from helios.errors import HeliosError, UnavailableError
 # Tokens of each stream, on average, between two reloads.
 _TOKENS_BETWEEN = 2
 _DEADLINE_SECONDS = 120.0
+# Prefills of all streams, of which the slowest counts: the P99 of stalls is among the slowest of about as
+# many reloads to all layers.
+_PREFILLS = 8
 
 
 @dataclass(slots=True)
@@ -112,7 +115,7 @@ def measure(subject: Subject) -> dict[str, Any]:
     middle = sizes.prompt_tokens + sizes.output_tokens // 2
     windows = [window for domain in held_out.DOMAINS for window in subject.windows(first, domain)]
     halfway = [window[:middle] for window in itertools.islice(itertools.cycle(windows), sizes.largest_batch)]
-    prefill = decode.run(engine, halfway, 1, sizes.largest_batch)
+    prefills = [decode.run(engine, halfway, 1, sizes.largest_batch) for _ in range(_PREFILLS)]
 
     subject.say(f"{sizes.reloads} reloads under load")
     load = _Load(engine, prompts, sizes.output_tokens)
@@ -160,7 +163,7 @@ def measure(subject: Subject) -> dict[str, Any]:
             "tpot_ms": asdict(latency([_tpot(stream) for stream in load.streams if len(stream.times) > 1])),
             "ttft_ms": asdict(latency([stream.times[0] - stream.opened for stream in load.streams])),
         },
-        "prefill_of_all_streams_ms": prefill.ttft_ms.p999,
+        "prefill_of_all_streams_ms": max(prefill.ttft_ms.p999 for prefill in prefills),
         "stall_ms": {"all": asdict(latency(every))}
         | {kind: asdict(latency(gaps)) for kind, gaps in stalls.items() if gaps},
         "reloads": reloads,
@@ -182,7 +185,7 @@ def targets(result: dict[str, Any]) -> list[Target]:
         ),
         Target(
             "stall of a stream at a reload, P99",
-            f"at most 2x TPOT P99 + the prefill of all streams anew, {limit:.0f} ms",
+            f"at most 2x TPOT P99 + the slowest of {_PREFILLS} prefills of all streams anew, {limit:.0f} ms",
             f"{stall:.0f} ms",
             stall <= limit,
         ),

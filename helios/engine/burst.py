@@ -1,8 +1,7 @@
 """What a compiled call does beside a step: how often, how it chooses tokens, and when it is to stop early."""
 
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,13 +75,29 @@ class Interrupt:
         return int(self._words[1]) or count
 
 
-@dataclass(frozen=True, slots=True)
-class Burst:
-    """`count` steps: one, or several of decodes alone, each of the tokens of the one before."""
+NO_LAST_TOKENS: NDArray[np.int64] = np.empty((0, 0), dtype=np.int64)
 
-    count: int = 1
+
+class Burst(NamedTuple):
+    """`steps` steps: one, or several of decodes alone, each of the tokens of the one before."""
+
+    steps: int = 1
     draws: Draws = NO_DRAWS
     interrupt: Interrupt | None = None
+    # Tokens that end each row, and the burst with it, -1: none; int64 [reads, any], or no rows.
+    last_tokens: NDArray[np.int64] = NO_LAST_TOKENS
+
+    @classmethod
+    def of(
+        cls, steps: int, readers: Seq[Sequence], eos_token_ids: tuple[int, ...], interrupt: Interrupt
+    ) -> Self:
+        """For the sequences that get a token."""
+        last_tokens = NO_LAST_TOKENS
+        if steps > 1 and not all(seq.sampling.ignore_eos for seq in readers):
+            none = (-1,) * len(eos_token_ids)
+            rows = [none if seq.sampling.ignore_eos else eos_token_ids for seq in readers]
+            last_tokens = np.array(rows, dtype=np.int64)
+        return cls(steps, Draws.of(readers), interrupt, last_tokens)
 
 
 ONE_STEP = Burst()

@@ -97,7 +97,7 @@ class CompiledModel:
 
     def _run(self, batch: Batch, cache: KVCache, exits: tuple[tuple[int, float], ...], burst: Burst) -> int:
         """exits: layers, ascending, and how sure a row must be to leave there. How many steps were taken."""
-        config, depth, count = self._config, exits[-1][0], burst.count
+        config, depth, count = self._config, exits[-1][0], burst.steps
         rows, reads, width, embed_width = batch.rows, batch.reads, config.hidden_size, int(self._ends[5])
         if not self._room.holds(rows, count * reads, works=len(exits) > 1):
             # As much as any call before needed, too: prompts and bursts take turns.
@@ -118,6 +118,7 @@ class CompiledModel:
             *burst.draws,
             self._drawing.data_ptr(),
             0 if burst.interrupt is None else burst.interrupt.address,
+            burst.last_tokens,
             self._numbers,
             self._parts,
             chosen.layers,

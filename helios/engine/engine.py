@@ -13,7 +13,7 @@ import torch
 
 from helios.engine.batch import build_batch
 from helios.engine.block_pool import BlockPool
-from helios.engine.burst import NO_DRAWS, Burst, Draws, Interrupt
+from helios.engine.burst import ONE_STEP, Burst, Interrupt
 from helios.engine.chunk_budget import ChunkBudget
 from helios.engine.decode_graphs import DecodeGraphs
 from helios.engine.detokenizer import Detokenizer, token_texts
@@ -247,7 +247,9 @@ class Engine:
         compiled = model.has_bursts(cache)
         count = self._burst(scheduled) if compiled else 1
         batch, readers = build_batch(scheduled, self.settings.block_tokens, model.device)
-        burst = Burst(count, Draws.of(readers) if compiled else NO_DRAWS, self._interrupt)
+        burst = ONE_STEP
+        if compiled:
+            burst = Burst.of(count, readers, model.config.eos_token_ids, self._interrupt)
         if self.settings.exit_mode is ExitMode.DYNAMIC:
             found, exits = run_dynamic(model, batch, cache, self.plan.thresholds, burst)
         else:

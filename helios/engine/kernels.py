@@ -597,16 +597,16 @@ def step(
 
 @compiled
 def burst(
-    thread, threads, team, count, seeds, chances, history, history_ends, room, interrupt, numbers, parts,
-    exits, thresholds, exit_heads, ends, rows, decode_rows, width, ffn, heads, norm_before, keys, values,
-    block_tokens, rows_of, reads, vocabulary, scratch, found, out,
+    thread, threads, team, count, seeds, chances, history, history_ends, room, interrupt, last_tokens,
+    numbers, parts, exits, thresholds, exit_heads, ends, rows, decode_rows, width, ffn, heads, norm_before,
+    keys, values, block_tokens, rows_of, reads, vocabulary, scratch, found, out,
 ):
     """`count` steps: one, or as many of decodes alone, each of the tokens of the one before.
 
     seeds, chances, history and history_ends: `burst.Draws`, with no rows where all tokens are the likeliest;
     room: as in `drawing.draw`; interrupt: 0 or the address of `burst.Interrupt`, which may end it after any
-    step; out: as in `step`, with logits of the last step and [count, reads] of all else. The sequences'
-    tables have the blocks of all these tokens.
+    step, as one of a row's `Burst.last_tokens` does; out: as in `step`, with logits of the last step and
+    [count, reads] of all else. The sequences' tables have the blocks of all these tokens.
     """
     mine = out.copy()
     for index in range(count):
@@ -629,10 +629,15 @@ def burst(
             if interrupt and load_shared(interrupt, 0):
                 store_shared(interrupt, 1, index + 1)
             for row in range(rows):
+                token = load_long(mine[1], row)
+                if interrupt and row < len(last_tokens):
+                    for place in range(last_tokens.shape[1]):
+                        if token == last_tokens[row, place]:
+                            store_shared(interrupt, 1, index + 1)
                 position = load_long(rows_of[1], row) + 1
                 table = rows_of[5] + 8 * load_long(rows_of[3], row) * rows_of[6]
                 slot = load_long(table, position // block_tokens) * block_tokens + position % block_tokens
-                store_long(rows_of[0], row, load_long(mine[1], row))
+                store_long(rows_of[0], row, token)
                 store_long(rows_of[1], row, position)
                 store_long(rows_of[2], row, slot)
         _meet(team, threads)

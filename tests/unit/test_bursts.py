@@ -1,6 +1,9 @@
 """Several decode steps in one call say what they say one by one."""
 
+import json
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -142,6 +145,28 @@ def test_a_burst_that_is_interrupted_goes_on_in_the_next_one(
     assert [len(output.tokens) for output in said] == [1, 1, 1, 97]
     assert told(said) == told(expected)
     assert engine.telemetry().counters.steps == 100
+
+
+def test_a_burst_ends_with_the_end_of_a_text(model: Path, tmp_path: Path, threads: int) -> None:
+    sampling = SamplingParams(max_tokens=60, ignore_eos=True, temperature=1.0, seed=1)
+    (said,) = serve(load(model, 0), [sampling])
+    ids = [token.token_id for output in said for token in output.tokens]
+    last = next(token_id for token_id in ids[20:] if token_id not in ids[:20])
+    path = tmp_path / "ending"
+    shutil.copytree(model, path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"eos_token_id": [2, last]}))
+    engine = load(path, BURST)
+    TEAM.threads = threads  # loading lent them anew
+    (ended,) = serve(engine, [replace(sampling, ignore_eos=False)])
+    assert ended[-1].finish is not None
+    assert ended[-1].finish.reason is FinishReason.EOS
+    assert [token.token_id for output in ended for token in output.tokens] == ids[: ids.index(last) + 1]
+    # None was computed in vain.
+    assert engine.telemetry().counters.steps == ids.index(last) + 1
+    assert max(len(output.tokens) for output in ended) > 10
+    # Who does not mind it goes on.
+    assert serve(engine, [sampling])[0][-1].finish == said[-1].finish
 
 
 def test_whoever_wants_something_interrupts_a_burst(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
