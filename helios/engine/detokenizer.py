@@ -1,6 +1,6 @@
 """Text from token ids, as they come: never half a character, never part of a stop string."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from tokenizers import Tokenizer, decoders
 from tokenizers.decoders import DecodeStream
@@ -54,12 +54,25 @@ class Detokenizer:
         new = self._texts.get(token_id) if self._stream is None else None
         if new is None:
             new = self._decode(token_id)
-        if not self._stop:
-            # Nothing is ever held back. Once a token: a call more would be felt.
-            self._decoded += new
-            self._emitted = len(self._decoded)
-            return new
         return self._emit(new, last=False) if new else ""
+
+    def push_all(self, ids: Sequence[int]) -> list[str]:
+        """As `push`, one after the other, up to that which completes a stop string."""
+        if not self._stop and self._stream is None:
+            known = self._texts.get
+            texts = [text for token_id in ids if (text := known(token_id)) is not None]
+            if len(texts) == len(ids):
+                # Nothing is ever held back. Of all at once: once a token, all that `push` looks at is felt.
+                self._ids += ids
+                self._decoded += "".join(texts)
+                self._emitted = len(self._decoded)
+                return texts
+        found = []
+        for token_id in ids:
+            found.append(self.push(token_id))
+            if self.stopped:
+                break
+        return found
 
     def _decode(self, token_id: int) -> str:
         """Text that an id completes, by the tokenizer itself."""

@@ -1,5 +1,6 @@
 """The engine: submit, cancel, reload, telemetry, around one loop: schedule, run, deliver."""
 
+import itertools
 import logging
 import threading
 import time
@@ -24,7 +25,7 @@ from helios.engine.memory import device_budget
 from helios.engine.plan import Plan, load_plan
 from helios.engine.sampler import Row, Sampled, sample
 from helios.engine.scheduler import Scheduler
-from helios.engine.sequence import Finish, FinishReason, GeneratedToken, Output, Sequence
+from helios.engine.sequence import FinishReason, GeneratedToken, Output, Sequence
 from helios.engine.settings import EngineSettings
 from helios.errors import (
     CancelledError,
@@ -338,34 +339,32 @@ class Engine:
             self._end(seq, Output(error=error))
 
     def _deliver(self, readers: list[Sequence], sampled: Sampled, exits: list[int]) -> None:
-        now, model, threshold_of = time.time_ns(), self.plan.entry.name, self.plan.thresholds.get
-        outputs: list[Output] = []
-        high_exits, count = 0, len(readers)
+        now, names, count = time.time_ns(), itertools.repeat(self.plan.entry.name), len(readers)
+        threshold_of, outputs = self.plan.thresholds.get, list[Output]()
+        high_exits = 0
         for index, seq in enumerate(readers):
-            known, push = seq.token_ids, seq.detokenizer.push
-            made: list[GeneratedToken] = []
-            finish: Finish | None = None
             # Of a burst, all readers' tokens of a step, then those of the next.
-            rows = (part[index::count] for part in (*sampled, exits))
-            for token_id, logprob, confidence, exit_layer in zip(*rows, strict=True):
-                number = len(known) - seq.prompt_tokens
-                known.append(token_id)
-                text = push(token_id)
-                reason = self._reason(seq, token_id)
-                if reason is not None:
-                    text += seq.detokenizer.flush()
-                    finish = seq.finish(reason)
-                made.append(GeneratedToken(number, token_id, text, logprob, confidence, exit_layer, model))
-                high_exits += confidence < threshold_of(exit_layer, 0.0)
-                if finish is not None:
-                    break
+            ids, layers, first = sampled.token_ids[index::count], exits[index::count], seq.completion_tokens
+            logprobs, confidences = (part[index::count] for part in (sampled.logprobs, sampled.confidences))
+            texts, reason = self._take(seq, ids, first)
+            made = len(texts)
+            seq.token_ids += ids[:made]
+            finish = None
+            if reason is not None:
+                texts[-1] += seq.detokenizer.flush()
+                finish = seq.finish(reason)
+            numbers = range(first, first + made)
+            # As many as there are texts.
+            tokens = tuple(map(GeneratedToken, numbers, ids, texts, logprobs, confidences, layers, names))
+            found = zip(confidences[:made], layers, strict=False)
+            high_exits += sum(confidence < threshold_of(layer, 0.0) for confidence, layer in found)
             if not seq.times.first_token:
                 seq.times.first_token = now
-            if len(made) > 1:
+            if made > 1:
                 # Each step of a burst wrote the keys and values of the token before.
-                self._scheduler.advance(seq, len(made) - 1)
-            self._counters.generated_tokens += len(made)
-            outputs.append(Output(tuple(made), finish, more=index + 1 < count))
+                self._scheduler.advance(seq, made - 1)
+            self._counters.generated_tokens += made
+            outputs.append(Output(tokens, finish, more=index + 1 < count))
         self._counters.high_exit_tokens += high_exits
         # In one go, and only when the last is ready: detokenizing lets go of the interpreter's lock.
         for seq, output in zip(readers, outputs, strict=True):
@@ -392,15 +391,17 @@ class Engine:
         for seq in list(self._scheduler):
             self._end(seq, Output(error=error))
 
-    def _reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
-        """Whether, and why, a sequence ends with the token it just got."""
-        if seq.detokenizer.stopped:
-            return FinishReason.STOP
-        if token_id in self.plan.model.config.eos_token_ids and not seq.sampling.ignore_eos:
-            return FinishReason.EOS
-        if len(seq.token_ids) - seq.prompt_tokens >= seq.sampling.max_tokens:
-            return FinishReason.LENGTH
-        return None
+    def _take(self, seq: Sequence, ids: list[int], before: int) -> tuple[list[str], FinishReason | None]:
+        """The texts of a sequence's next tokens, `before` having come, up to that which ends it, and why."""
+        reason, left = None, seq.sampling.max_tokens - before
+        if len(ids) >= left:
+            ids, reason = ids[:left], FinishReason.LENGTH
+        if not seq.sampling.ignore_eos:
+            for eos in self.plan.model.config.eos_token_ids:
+                if eos in ids:
+                    ids, reason = ids[: ids.index(eos) + 1], FinishReason.EOS
+        texts = seq.detokenizer.push_all(ids)
+        return texts, FinishReason.STOP if seq.detokenizer.stopped else reason
 
     # -- the plan ---------------------------------------------------------------------------------
 
@@ -587,10 +588,7 @@ class Engine:
 
     def _replay(self, sequence: Sequence, emitted: list[int]) -> FinishReason | None:
         """Brings the text up to the emitted ids; the reason if the sequence had already ended."""
-        reason = None
-        for token_id in emitted:
-            sequence.detokenizer.push(token_id)
-            reason = self._reason(sequence, token_id)
+        _, reason = self._take(sequence, emitted, 0)
         if reason is not None:
             sequence.detokenizer.flush()
         return reason

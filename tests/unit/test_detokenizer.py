@@ -58,6 +58,28 @@ def test_texts_known_before_change_no_delta(ids: list[int]) -> None:
 
 
 @given(
+    st.lists(st.integers(90, 110) | st.integers(0, 259), max_size=60),
+    st.integers(0, 60),
+    st.sampled_from([(), ("a", "cd")]),
+)
+def test_ids_at_once_have_the_texts_that_they_have_one_by_one(
+    ids: list[int], cut: int, stop: tuple[str, ...]
+) -> None:
+    one_by_one, at_once = (Detokenizer(TOKENIZER, stop, TEXTS) for _ in range(2))
+    expected = []
+    for token_id in ids:
+        expected.append(one_by_one.push(token_id))
+        if one_by_one.stopped:
+            break
+    got = at_once.push_all(ids[:cut])
+    if not at_once.stopped:
+        got += at_once.push_all(ids[cut:])
+    assert got == expected
+    assert at_once.stopped == one_by_one.stopped
+    assert at_once.flush() == one_by_one.flush()
+
+
+@given(
     st.text(alphabet="abé", max_size=30),
     st.lists(st.text(alphabet="abé", min_size=1, max_size=4), min_size=1, max_size=3),
 )
