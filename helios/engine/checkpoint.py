@@ -31,6 +31,8 @@ _SAFETENSORS_DTYPES = {
 # Reading goes through a buffer of this size, so that converting types never doubles a tensor.
 _BUFFER_BYTES = 4 << 20
 _CPU = torch.device("cpu")
+# Of a weight whose columns are multiplied, so that little more memory is needed.
+_ROWS_AT_ONCE = 64
 # Of a norm's largest weight: smaller ones move no further into the product behind it.
 _LEAST_SIZE = 1e-3
 
@@ -506,7 +508,8 @@ class PartReader:
         else:
             blocks = self.checkpoint.blocks(f"{name}.weight", (out_size, in_size))
             if columns is not None:
-                blocks = (block.float() * columns for block in blocks)
+                parts = (part for block in blocks for part in block.split(_ROWS_AT_ONCE))
+                blocks = (part.float() * columns for part in parts)
             weight, scales = self.quantize(blocks, out_size, in_size)
         return LinearWeights(weight, self._tensor(f"{name}.bias", out_size) if bias else None, scales)
 
