@@ -26,7 +26,7 @@ class Draws(NamedTuple):
         """Of the sequences that get a token."""
         if all(seq.takes_likeliest for seq in readers):
             return NO_DRAWS
-        return cls.of_rows([Row(seq.sampling, len(seq.token_ids), seq.token_ids) for seq in readers])
+        return cls.of_rows([Row.of(seq) for seq in readers])
 
     @classmethod
     def of_rows(cls, rows: Seq[Row]) -> "Draws":

@@ -11,7 +11,7 @@ from helios.engine import kernels
 from helios.engine.batch import Batch
 from helios.engine.burst import Burst
 from helios.engine.checkpoint import Norm
-from helios.engine.drawing import SUMMARY
+from helios.engine.drawing import SUMMARY, room_numbers
 from helios.engine.inner_product import BFLOAT16, FLOAT32, TILE
 from helios.engine.kv_cache import KVCache
 from helios.engine.linear import Linear, PackedLinear
@@ -55,7 +55,7 @@ class CompiledModel:
         self._exits: dict[tuple[tuple[int, float], ...], _Exits] = {}
         self._room = _Room.of(0, 0, 0, 0, works=False)
         # Where each thread draws tokens, and how much it takes.
-        self._drawing, self._drawing_size = torch.empty(0), kernels.drawing_room(config.vocab_size)
+        self._drawing, self._drawing_size = torch.empty(0), int(room_numbers(config.vocab_size))
 
     @classmethod
     def of(cls, config: ModelConfig, weights: PackedWeights) -> Self | None:

@@ -260,11 +260,9 @@ class Engine:
         prompt_tokens = batch.rows - batch.decode_rows
         self._counters.prefill_tokens += prompt_tokens
         if readers:
-            rows = {
-                index: Row(seq.sampling, len(seq.token_ids), seq.token_ids)
-                for index, seq in enumerate(readers)
-                if not (compiled or seq.takes_likeliest)
-            }
+            rows: dict[int, Row] = {}
+            if not compiled:
+                rows = {i: Row.of(seq) for i, seq in enumerate(readers) if not seq.takes_likeliest}
             self._deliver(readers, sample(found, rows), exits)
             # A burst may have been ended early.
             count = len(exits) // len(readers)

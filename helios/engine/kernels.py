@@ -13,7 +13,7 @@ import numpy as np
 from numba import types
 
 from helios.engine import attention, byte_attention
-from helios.engine.drawing import SUMMARY, draw, room_numbers
+from helios.engine.drawing import SUMMARY, draw
 from helios.engine.inner_product import (
     BFLOAT16,
     BLOCK_ROWS,
@@ -768,8 +768,3 @@ def step_scratch(numbers: int, rows: int, width: int, ffn: int, embed_width: int
 def propagate_scratch(numbers: int, rows: int, width: int) -> int:
     """Bytes that `propagate` works on: states, projections, the product's."""
     return 4 * rows * 4 * width + product_scratch(numbers, rows, width)
-
-
-def drawing_room(vocabulary: int) -> int:
-    """float32 that each thread of `drawing.draw` works on."""
-    return int(room_numbers(vocabulary))

@@ -5,14 +5,16 @@ depends on its logits and on (seed, position) alone: not on the batch, nor on hi
 penalty, which is defined by it). So a resumed stream goes on as it would have.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
 
 from helios.engine.drawing import uniform
 from helios.engine.readout import Readout
+from helios.engine.sequence import Sequence
 from helios.sampling import SamplingParams
 
 # A nucleus is looked for among this many top tokens before the whole vocabulary is sorted.
@@ -24,7 +26,12 @@ class Row(NamedTuple):
 
     sampling: SamplingParams
     position: int
-    token_ids: Sequence[int]
+    token_ids: Seq[int]
+
+    @classmethod
+    def of(cls, sequence: Sequence) -> Self:
+        """Of a sequence's next token."""
+        return cls(sequence.sampling, len(sequence.token_ids), sequence.token_ids)
 
 
 class Sampled(NamedTuple):
@@ -49,7 +56,7 @@ def sample(found: Readout, rows: Mapping[int, Row]) -> Sampled:
     return Sampled(*Readout(found.logits, found.best.index_copy(0, index, chosen), summaries).likeliest())
 
 
-def _choose(logits: torch.Tensor, best: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+def _choose(logits: torch.Tensor, best: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
     """Token ids [rows] from logits [rows, vocabulary], whose likeliest are `best`."""
     scores = _penalized(logits, rows)
     chosen = best if scores is logits else scores.argmax(dim=-1)
@@ -60,7 +67,7 @@ def _choose(logits: torch.Tensor, best: torch.Tensor, rows: Sequence[Row]) -> to
     return chosen
 
 
-def _penalized(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+def _penalized(logits: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
     """Logits after the repetition penalty (Keskar et al. 2019)."""
     penalized = [i for i, row in enumerate(rows) if row.sampling.repetition_penalty != 1]
     if not penalized:
@@ -74,7 +81,7 @@ def _penalized(logits: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
     return logits
 
 
-def _draw(scores: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+def _draw(scores: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
     """Draws from scores [rows, vocabulary] by inverting the cumulative distribution in id order.
 
     Id order, not order of likelihood: two tokens of nearly equal score cannot change places.
@@ -92,7 +99,7 @@ def _draw(scores: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
     return drawn.clamp_(max=scores.shape[-1] - 1)
 
 
-def _limited(scores: torch.Tensor, rows: Sequence[Row]) -> torch.Tensor:
+def _limited(scores: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
     """Scores outside a row's top-k, then outside its nucleus (Holtzman et al. 2020), are -inf."""
     vocabulary = scores.shape[-1]
     top_k = [min(row.sampling.top_k or vocabulary, vocabulary) for row in rows]

@@ -19,9 +19,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from helios.engine import kernels
 from helios.engine.burst import Draws
-from helios.engine.drawing import draw, uniform
+from helios.engine.drawing import draw, room_numbers, uniform
 from helios.engine.readout import read
 from helios.engine.sampler import Row, Sampled, sample
 from helios.engine.team import TEAM
@@ -40,7 +39,7 @@ def by_torch(logits: torch.Tensor, rows: list[Row]) -> Sampled:
 
 def compiled(logits: torch.Tensor, rows: list[Row]) -> Sampled:
     found = read(logits)
-    room = torch.empty(TEAM.threads * kernels.drawing_room(logits.shape[1]))
+    room = torch.empty(TEAM.threads * room_numbers(logits.shape[1]))
     TEAM.run(
         draw,
         found.logits.data_ptr(),
