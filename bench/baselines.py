@@ -1,7 +1,8 @@
 """Greedy against `full` and `dynamic`, on the same engine and in the same run, with the quality of each."""
 
 import math
-from collections.abc import Callable, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -87,7 +88,8 @@ def _target(result: Mapping[str, Any], name: str, figure: tuple[str, str, str], 
         ways = found["ways"]
         factor = ways[way][load]["ratio_to"][base]
         plan = f"{ways[way]['model']} at depth {ways[way]['depth']}"
-        measured.append((factor, f"{factor:.2f}x on {domain} ({plan})"))
+        multiplied = ways[base][load]["multiplied_weights"] / ways[way][load]["multiplied_weights"]
+        measured.append((factor, f"{factor:.2f}x on {domain} ({plan}; by operations {multiplied:.2f}x)"))
     met = all(factor >= at_least for factor, _ in measured)
     return Target(
         f"throughput {name}", f"at least {at_least:g}x", "; ".join(said for _, said in measured), met
@@ -136,8 +138,8 @@ def _domain(subject: Subject, domain: str) -> dict[str, Any]:
         subject.say(f"baselines on {domain}, {load}")
         measures = {way.name: _loaded(subject, way, engines[way.name], domain, load) for way in ways}
         runs = decode.alternate(measures, subject.sizes.rounds)
-        for name, of_way in runs.items():
-            rows[name][load] = _figures(of_way, runs)
+        for way in ways:
+            rows[way.name][load] = _figures(way, runs)
     return {"model": judge.name, "calibrated_thresholds": calibrated, "ways": rows}
 
 
@@ -157,7 +159,8 @@ def _loaded(subject: Subject, way: _Way, engine: Engine, domain: str, load: str)
     return partial(decode.run, engine, prompts, sizes.output_tokens, concurrency)
 
 
-def _figures(runs: list[Run], all_runs: Mapping[str, list[Run]]) -> dict[str, Any]:
+def _figures(way: _Way, all_runs: Mapping[str, list[Run]]) -> dict[str, Any]:
+    runs = all_runs[way.name]
     run = decode.median_run(runs)
     layers = run.exit_layers
     return {
@@ -167,12 +170,28 @@ def _figures(runs: list[Run], all_runs: Mapping[str, list[Run]]) -> dict[str, An
         "ttft_ms": asdict(run.ttft_ms),
         "tpot_ms": asdict(run.tpot_ms),
         "mean_exit_layer": sum(layers) / len(layers),
+        "multiplied_weights": _multiplied_weights(way, layers),
         "joules_per_token": run.joules_per_token,
         "ratio_to": {
             base: decode.ratio(runs, all_runs[base], lambda one: one.tokens_per_second)
             for base in ("full", "dynamic_1", "dynamic_batched", "dynamic_1_th_0.8")
         },
     }
+
+
+def _multiplied_weights(way: _Way, exit_layers: Sequence[int]) -> float:
+    """Weights that a token is multiplied by, on the mean: layers, and the LM head for each exit that is read.
+
+    In exit mode dynamic also the keys' and values' of the layers that it skips.
+    """
+    config = way.model.config
+    if way.exit_mode is not ExitMode.DYNAMIC:
+        return config.step_parameters(way.depth)
+    head = config.step_parameters(0)
+    layer = config.step_parameters(1) - head
+    mean = sum(exit_layers) / len(exit_layers)
+    read = sum(bisect_right(way.model.exit_layers, left) for left in exit_layers) / len(exit_layers)
+    return mean * layer + read * head + (way.depth - mean) * 2 * config.hidden_size**2
 
 
 def _no_worse(subject: Subject, judge: ModelEntry, domain: str, perplexity: float) -> tuple[ModelEntry, int]:

@@ -15,7 +15,7 @@ from bench import engine_figures, loading, roofline
 from bench.contenders import CONTENDERS, PEERS, Contender, Runners, needed_bytes, pythons
 from bench.engine_figures import Cell, agreement, cell_of
 from bench.peers.environment import make_environment
-from bench.peers.runner import Continuation, Job
+from bench.peers.runner import Continuation, Generate, Job
 from bench.random_model import SHAPES, random_model
 from bench.report import Report
 from bench.roofline import Limits
@@ -26,11 +26,13 @@ from helios.errors import HeliosError, SettingsError
 BUNDLED = "bundled"
 _ALL = "all"
 _SEED = 0
+# Of a contender's turn. The first run after a pause finds cold caches, and a short one says little.
+_TURN_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One timed run.
+    """A contender's turn in a round: of its `runs` the one with the median time.
 
     overhead: share of decoding outside of compiled code, None for peers. agreement: share of its tokens
     before the first that differs from the reference's (the first contender in float32), None without one.
@@ -42,6 +44,7 @@ class Measured:
     batch: int
     contender: str
     round: int
+    runs: int
     seconds: float
     first_token_seconds: float
     overhead: float | None
@@ -261,8 +264,8 @@ class _Bench:
         contenders: Sequence[Contender],
     ) -> None:
         """Every contender once. One that fails is noted, and left out of the cell's later rounds."""
-        prompts = cell.prompts(number, model.config.vocab_size)
-        other_prompts = cell.prompts(-1, model.config.vocab_size)
+        vocab_size = model.config.vocab_size
+        other_prompts = cell.prompts(-1, vocab_size)
         reference: Continuation | None = None
         without = {one["contender"] for one in self._results["failed"] if one["cell"] == asdict(cell)}
         for one in contenders:
@@ -278,25 +281,27 @@ class _Bench:
                 runner = runners.get(one, job)
                 runners.warm_up(runner, other_prompts)
                 load = os.getloadavg()[0]
-                run = runner.generate(prompts, cell.output_tokens)
+                runs = _turn(runner.generate, cell, number, vocab_size)
             except HeliosError as error:
                 runners.drop(one)
                 self._failed(one, cell, error)
                 continue
             if one == CONTENDERS[0]:
-                reference = run
+                reference = runs[0]
+            run = sorted(runs, key=lambda run: run.seconds)[len(runs) // 2]
             self._results["runs"].append(
                 asdict(
                     Measured(
                         **asdict(cell),
                         contender=one.name,
                         round=number,
+                        runs=len(runs),
                         seconds=run.seconds,
                         first_token_seconds=run.first_token_seconds,
                         overhead=run.overhead,
                         agreement=None
                         if reference is None or one.depth_share < 1
-                        else agreement(run.token_ids, reference.token_ids),
+                        else agreement(runs[0].token_ids, reference.token_ids),
                         at=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                         load_average_before=load,
                     )
@@ -334,6 +339,15 @@ class _Bench:
         self._results["failed"].append(
             {"contender": one.name, "cell": None if cell is None else asdict(cell), "reason": str(error)}
         )
+
+
+def _turn(generate: Generate, cell: Cell, number: int, vocab_size: int) -> list[Continuation]:
+    """Runs of a round's prompts, then of other ones, until the turn is over."""
+    runs = [generate(cell.prompts(number, vocab_size), cell.output_tokens)]
+    while sum(run.seconds for run in runs) < _TURN_SECONDS:
+        prompts = cell.prompts(number, vocab_size, repeat=len(runs))
+        runs.append(generate(prompts, cell.output_tokens))
+    return runs
 
 
 def report_of(results: dict[str, Any]) -> Report:

@@ -25,10 +25,10 @@ class Cell:
     output_tokens: int
     batch: int
 
-    def prompts(self, number: int, vocab_size: int) -> list[list[int]]:
-        """Random prompts that are the same for every contender, and other ones for each number: an engine
-        that keeps earlier prompts' keys and values gains nothing by it."""
-        draw = random.Random(f"{self} {number}")
+    def prompts(self, number: int, vocab_size: int, repeat: int = 0) -> list[list[int]]:
+        """Random prompts that are the same for every contender, and other ones for each number and repeat:
+        an engine that keeps earlier prompts' keys and values gains nothing by it."""
+        draw = random.Random(f"{self} {number} {repeat}")
         tokens = range(FIRST_TOKEN, vocab_size)
         return [draw.choices(tokens, k=self.prompt_tokens) for _ in range(self.batch)]
 
@@ -64,37 +64,38 @@ def summarise(results: Mapping[str, Any]) -> list[dict[str, Any]]:
         facts = results["shapes"][cell.shape]
         config = ModelConfig(**facts["config"] | {"eos_token_ids": tuple(facts["config"]["eos_token_ids"])})
         present = [one for one in CONTENDERS if one.name in by_name]
+        least = {one.name: _least_seconds(one, cell, config, limits) for one in present}
         rows += [
             {
                 **asdict(cell),
                 "contender": one.name,
                 "rounds": len(by_name[one.name]),
-                **_figures(one, cell, runs[cell, one.name], config, limits),
-                "ratio_to": {} if one.is_peer else _ratios(one, present, by_name),
+                **_figures(one, cell, runs[cell, one.name], config, limits, least[one.name]),
+                "ratio_to": {} if one.is_peer else _ratios(one, present, by_name, least),
             }
             for one in present
         ]
     return rows
 
 
+def _least_seconds(one: Contender, cell: Cell, config: ModelConfig, limits: Limits) -> float:
+    depth, load = one.depth(config.num_layers), (cell.batch, cell.prompt_tokens, cell.output_tokens)
+    return roofline.least_seconds(config, depth, one.precision, one.weight_bytes, *load, limits)
+
+
 def _figures(
-    one: Contender, cell: Cell, runs: Sequence[Mapping[str, Any]], config: ModelConfig, limits: Limits
+    one: Contender,
+    cell: Cell,
+    runs: Sequence[Mapping[str, Any]],
+    config: ModelConfig,
+    limits: Limits,
+    least: float,
 ) -> dict[str, Any]:
     depth = one.depth(config.num_layers)
     tokens = cell.batch * cell.output_tokens
     rates = [tokens / run["seconds"] for run in runs]
     step = statistics.median(
         (run["seconds"] - run["first_token_seconds"]) / (cell.output_tokens - 1) for run in runs
-    )
-    least = roofline.least_seconds(
-        config,
-        depth,
-        one.precision,
-        one.weight_bytes,
-        cell.batch,
-        cell.prompt_tokens,
-        cell.output_tokens,
-        limits,
     )
     context = cell.prompt_tokens + cell.output_tokens // 2
     read = roofline.bytes_per_step(config, depth, one.weight_bytes, cell.batch, context)
@@ -112,9 +113,15 @@ def _figures(
 
 
 def _ratios(
-    one: Contender, present: Sequence[Contender], seconds: Mapping[str, Mapping[int, float]]
+    one: Contender,
+    present: Sequence[Contender],
+    seconds: Mapping[str, Mapping[int, float]],
+    least: Mapping[str, float],
 ) -> dict[str, Any]:
-    """How many times as fast as the best of each kind that ran in the same rounds."""
+    """How many times as fast as the best of each kind that ran in the same rounds.
+
+    Against its own full depth also what the machine's limits alone say.
+    """
     own = seconds[one.name]
     kinds = {
         "best_peer": [other for other in present if other.is_peer],
@@ -131,6 +138,8 @@ def _ratios(
             theirs = seconds[best.name]
             ratio = statistics.median(theirs[number] / own[number] for number in own.keys() & theirs.keys())
             found[kind] = {"contender": best.name, "ratio": ratio}
+            if kind == "full_depth":
+                found[kind]["of_rooflines"] = least[best.name] / least[one.name]
     return found
 
 
@@ -151,7 +160,14 @@ def in_words(row: Mapping[str, Any]) -> str:
         words += f", {row['overhead']:.0%} outside of compiled code"
     for kind, other in row["ratio_to"].items():
         if kind != "best_peer_of_precision":
-            words += f"; {other['ratio']:.2f}x {other['contender']}"
+            words += f"; {_in_proportion(other)}"
+    return words
+
+
+def _in_proportion(other: Mapping[str, Any]) -> str:
+    words = f"{other['ratio']:.2f}x {other['contender']}"
+    if "of_rooflines" in other:
+        words += f", by bytes and operations {other['of_rooflines']:.2f}x"
     return words
 
 
@@ -205,7 +221,7 @@ def targets(rows: Sequence[Mapping[str, Any]]) -> list[Target]:
                 Target(
                     f"{title(best)} against {_IN_WORDS[goal.against]}",
                     f">= {factor:g}x",
-                    f"{other['ratio']:.2f}x {other['contender']}",
+                    _in_proportion(other),
                     other["ratio"] >= factor,
                 )
             )

@@ -506,7 +506,7 @@ def _reloads(result: Mapping[str, Any], page: Page) -> None:
     page.say(
         "## Reloads under load",
         f"{len(result['reloads'])} reloads, {result['streams_at_once']} streams at once: {result['lost']} "
-        f"tokens lost, {result['repeated']} repeated. All streams' prefill anew takes up to "
+        f"tokens lost, {result['repeated']} repeated. All streams' prefill anew takes "
         f"{result['prefill_of_all_streams_ms']:.0f} ms.",
     )
     rows = [

@@ -5,7 +5,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -13,15 +13,12 @@ from bench import decode, held_out
 from bench.load import latency
 from bench.report import Target
 from bench.subject import Subject
-from helios.engine import Engine, Output, SamplingParams
+from helios.engine import Engine, EngineSettings, Output, SamplingParams
 from helios.errors import HeliosError, UnavailableError
 
 # Tokens of each stream, on average, between two reloads.
 _TOKENS_BETWEEN = 2
 _DEADLINE_SECONDS = 120.0
-# Prefills of all streams, of which the slowest counts: the P99 of stalls is among the slowest of about as
-# many reloads to all layers.
-_PREFILLS = 8
 
 
 @dataclass(slots=True)
@@ -115,9 +112,19 @@ def measure(subject: Subject) -> dict[str, Any]:
     middle = sizes.prompt_tokens + sizes.output_tokens // 2
     windows = [window for domain in held_out.DOMAINS for window in subject.windows(first, domain)]
     halfway = [window[:middle] for window in itertools.islice(itertools.cycle(windows), sizes.largest_batch)]
-    prefills = [decode.run(engine, halfway, 1, sizes.largest_batch) for _ in range(_PREFILLS)]
+    prefill = decode.run(engine, halfway, 1, sizes.largest_batch)
 
     subject.say(f"{sizes.reloads} reloads under load")
+    # What prompts may do to streams is as services have it; other sections have no such bound.
+    as_served = EngineSettings()
+    engine = subject.engine(
+        first,
+        settings=replace(
+            engine.settings,
+            step_token_budget=as_served.step_token_budget,
+            prefill_stretch=as_served.prefill_stretch,
+        ),
+    )
     load = _Load(engine, prompts, sizes.output_tokens)
     reloads: list[dict[str, Any]] = []
     engine.start()
@@ -135,8 +142,8 @@ def measure(subject: Subject) -> dict[str, Any]:
                     "kind": _kind(before, (name, depth)),
                     "sequences_moved": done.sequences_moved,
                     "seconds": ended - began,
-                    "swap_seconds": done.stall_seconds,
-                    "swapped_at": ended - done.stall_seconds / 2,
+                    "stall_seconds": done.stall_seconds,
+                    "between": (began, ended),
                 }
             )
             before = (name, depth)
@@ -147,7 +154,7 @@ def measure(subject: Subject) -> dict[str, Any]:
 
     stalls = {kind: list[float]() for kind in ("deeper", "shallower", "switch")}
     for reload in reloads:
-        stalls[reload["kind"]] += _gaps(load.streams, reload.pop("swapped_at"))
+        stalls[reload["kind"]] += _gaps(load.streams, *reload.pop("between"))
     lost = sum(stream.expected - len(set(stream.indices)) for stream in load.streams)
     repeated = sum(len(stream.indices) - len(set(stream.indices)) for stream in load.streams)
     every = [gap for gaps in stalls.values() for gap in gaps]
@@ -163,7 +170,7 @@ def measure(subject: Subject) -> dict[str, Any]:
             "tpot_ms": asdict(latency([_tpot(stream) for stream in load.streams if len(stream.times) > 1])),
             "ttft_ms": asdict(latency([stream.times[0] - stream.opened for stream in load.streams])),
         },
-        "prefill_of_all_streams_ms": max(prefill.ttft_ms.p999 for prefill in prefills),
+        "prefill_of_all_streams_ms": prefill.ttft_ms.p999,
         "stall_ms": {"all": asdict(latency(every))}
         | {kind: asdict(latency(gaps)) for kind, gaps in stalls.items() if gaps},
         "reloads": reloads,
@@ -185,7 +192,7 @@ def targets(result: dict[str, Any]) -> list[Target]:
         ),
         Target(
             "stall of a stream at a reload, P99",
-            f"at most 2x TPOT P99 + the slowest of {_PREFILLS} prefills of all streams anew, {limit:.0f} ms",
+            f"at most 2x TPOT P99 + one prefill of all streams anew, {limit:.0f} ms",
             f"{stall:.0f} ms",
             stall <= limit,
         ),
@@ -206,13 +213,15 @@ def _kind(before: tuple[str, int], after: tuple[str, int]) -> str:
     return "deeper" if after[1] > before[1] else "shallower"
 
 
-def _gaps(streams: Sequence[_Stream], moment: float) -> list[float]:
-    """Seconds between the tokens on either side of a moment, of each stream that was generating then."""
+def _gaps(streams: Sequence[_Stream], began: float, ended: float) -> list[float]:
+    """The longest gap between two tokens in a reload, seconds, of each stream that was generating then."""
     gaps = []
     for stream in streams:
-        after = bisect.bisect_right(stream.times, moment)
-        if 0 < after < len(stream.times):
-            gaps.append(stream.times[after] - stream.times[after - 1])
+        first = max(bisect.bisect_right(stream.times, began) - 1, 0)
+        last = bisect.bisect_left(stream.times, ended)
+        times = stream.times[first : last + 1]
+        if len(times) > 1:
+            gaps.append(max(after - before for before, after in itertools.pairwise(times)))
     return gaps
 
 

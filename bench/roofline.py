@@ -63,7 +63,7 @@ def bytes_per_step(config: ModelConfig, depth: int, weight_bytes: int, batch: in
     context: tokens of each sequence. Embeddings of single tokens are left out.
     """
     kv = 2 * depth * config.hidden_size * 2 * batch * context
-    return _decode_weights(config, depth) * weight_bytes + kv
+    return config.step_parameters(depth) * weight_bytes + kv
 
 
 def least_seconds(
@@ -83,24 +83,17 @@ def least_seconds(
         return max(operations / rate, read / limits.bytes_per_second)
 
     head = config.vocab_size * config.embed_size
-    layers = _decode_weights(config, depth) - head
+    layers = config.step_parameters(depth) - head
     # A token attends to all before it: products with keys and with values.
     attended = 2 * 2 * depth * config.hidden_size
     prefill = batch * (
         2 * layers * prompt_tokens + attended * prompt_tokens * (prompt_tokens + 1) / 2 + 2 * head
     )
-    least = seconds(prefill, _decode_weights(config, depth) * weight_bytes)
+    least = seconds(prefill, config.step_parameters(depth) * weight_bytes)
     for context in range(prompt_tokens + 1, prompt_tokens + output_tokens):
         operations = batch * (2 * (layers + head) + attended * context)
         least += seconds(operations, bytes_per_step(config, depth, weight_bytes, batch, context))
     return least
-
-
-def _decode_weights(config: ModelConfig, depth: int) -> int:
-    """Parameters that a step reads: layers and LM head."""
-    tables = (config.context_tokens + 2) * config.hidden_size
-    untied = 0 if config.tied_head else config.vocab_size * config.embed_size
-    return config.parameters(depth) - tables - untied
 
 
 def main() -> None:

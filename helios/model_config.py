@@ -67,6 +67,12 @@ class ModelConfig:
             + (norm if self.has_final_norm else 0)
         )
 
+    def step_parameters(self, num_layers: int) -> int:
+        """Parameters that a decode step reads: the first `num_layers` layers and the LM head."""
+        positions = (self.context_tokens + POSITION_OFFSET) * self.hidden_size
+        untied = 0 if self.tied_head else self.vocab_size * self.embed_size
+        return self.parameters(num_layers) - positions - untied
+
     @classmethod
     def read(cls, path: Path) -> Self:
         """The config of a checkpoint directory.

@@ -45,6 +45,16 @@ class BlockPool:
         self._holders += [0] * (num_blocks - self.num_blocks)
         self.num_blocks = num_blocks
 
+    def renew(self, num_blocks: int) -> None:
+        """Has `num_blocks` blocks from now on, all that are held among them, and nothing published."""
+        self._published.clear()
+        self._digest_of.clear()
+        self._kept.clear()
+        added = [0] * (num_blocks - self.num_blocks)
+        self._holders = (self._holders + added)[:num_blocks]
+        self._empty = [block for block in range(num_blocks - 1, -1, -1) if not self._holders[block]]
+        self.num_blocks = num_blocks
+
     def free(self, blocks: Sequence[int]) -> None:
         """Gives blocks back. Raises ValueError for a block that is not held."""
         # The end of a text is the first to go: its beginning may serve other texts.

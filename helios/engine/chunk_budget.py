@@ -21,15 +21,18 @@ class ChunkBudget:
         self._most = most
         # Seconds of a step without prefill, by the power of two that its sequences reach.
         self._decode: dict[int, float] = {}
-        # What they are expected to take while nothing is observed.
+        # What they are expected to take while sequences move to this plan.
         self._expected: dict[int, float] = {}
         self._per_token: float | None = None
 
     def expect(self, other: "ChunkBudget", factor: float) -> None:
-        """Expects `factor` times what steps take that another one knows, until it is observed."""
-        known = {**other._expected, **other._decode}
-        self._expected = {key: factor * seconds for key, seconds in known.items()}
+        """Expects `factor` times what steps take by another one, until `settle`."""
+        self._expected = {key: factor * seconds for key, seconds in other._decode.items()}
         self._per_token = None if other._per_token is None else factor * other._per_token
+
+    def settle(self) -> None:
+        """Expects nothing any more of decode steps that were not observed."""
+        self._expected = {}
 
     def tokens(self, decoding: int, waiting: int = 1) -> int:
         """Most prompt tokens of a step in which so many sequences decode and so many wait for their prefill.

@@ -12,7 +12,7 @@ from typing import Self
 
 import torch
 
-from helios.engine.batch import build_batch
+from helios.engine.batch import Batch, build_batch
 from helios.engine.block_pool import BlockPool
 from helios.engine.burst import ONE_STEP, Burst, Interrupt
 from helios.engine.chunk_budget import ChunkBudget
@@ -25,7 +25,7 @@ from helios.engine.memory import device_budget
 from helios.engine.plan import Plan, load_plan
 from helios.engine.sampler import Row, Sampled, sample
 from helios.engine.scheduler import Scheduler
-from helios.engine.sequence import FinishReason, GeneratedToken, Output, Sequence
+from helios.engine.sequence import FinishReason, GeneratedToken, Output, Sequence, SequenceState
 from helios.engine.settings import EngineSettings
 from helios.errors import (
     CancelledError,
@@ -78,7 +78,10 @@ class Telemetry:
 
 @dataclass(frozen=True, slots=True)
 class Reloaded:
-    """What a reload did: bytes read, sequences that go on under the new plan, seconds without a step."""
+    """What a reload did: bytes read, and sequences that go on under the new plan.
+
+    stall_seconds: the longest that one of them went without a token, up to its first under the new plan.
+    """
 
     bytes_read: int
     sequences_moved: int
@@ -87,13 +90,35 @@ class Reloaded:
 
 @dataclass(slots=True)
 class _Swap:
-    """A plan that waits for the end of a step."""
+    """A plan that waits for the end of a step, then for the sequences in flight to move to it.
+
+    before: the plan that it comes after. `done` is set when nobody is under that one any more.
+    """
 
     plan: Plan
+    before: Plan
     done: threading.Event = field(default_factory=threading.Event)
     result: Reloaded | HeliosError = field(
-        default_factory=lambda: UnavailableError("the engine stopped before the new plan could serve")
+        default_factory=lambda: UnavailableError("the engine stopped before all were under the new plan")
     )
+    moved: int = 0
+    stall_seconds: float = 0.0
+    # When each sequence that has no token under the new plan yet got its last one, on time.monotonic's clock.
+    waiting: dict[Sequence, float] = field(default_factory=dict)
+
+    def note_tokens(self, readers: list[Sequence], *, moved: bool) -> None:
+        """Takes in who got a token now; moved: under the new plan."""
+        now = time.monotonic()
+        for seq in readers:
+            if (before := self.waiting.pop(seq, None)) is not None:
+                self.stall_seconds = max(self.stall_seconds, now - before)
+                if not moved:
+                    self.waiting[seq] = now
+
+    def end(self) -> None:
+        """Lets go of whoever waits for the reload."""
+        self.result = Reloaded(self.plan.bytes_read, self.moved, self.stall_seconds)
+        self.done.set()
 
 
 class Engine:
@@ -110,6 +135,8 @@ class Engine:
         self._submitted: deque[Sequence] = deque()
         self._cancelled: dict[str, HeliosError] = {}
         self._swap: _Swap | None = None
+        # The swap under way: some sequences are still under the plan before.
+        self._moving: _Swap | None = None
         self._stopping = False
         self._interrupt = Interrupt()
         self._thread: threading.Thread | None = None
@@ -241,36 +268,58 @@ class Engine:
         self._take_inbox()
         self._expire()
         scheduled = self._scheduler.schedule()
+        if self._moving is not None and self._has_moved(self._moving):
+            self._end_move(self._moving)
         if not scheduled:
             self._last_step = time.monotonic()
             return False
-        model, cache = self.plan.model, self._cache
+        decoding = prompt_tokens = 0
+        for plan, part in self._by_plan(scheduled):
+            batch, steps = self._run(plan, part)
+            decoding += batch.decode_rows
+            prompt_tokens += batch.rows - batch.decode_rows
+        self._counters.steps += steps
+        self._counters.prefill_tokens += prompt_tokens
+        seconds, chunks = (time.perf_counter() - began) / steps, self._scheduler.chunks
+        # What a step under two plans takes says little of either; but prompts wait until something is known.
+        if self._moving is None or chunks.decode_seconds(decoding) is None:
+            chunks.observe(decoding, prompt_tokens, seconds)
+        self._last_step = time.monotonic()
+        return True
+
+    def _by_plan(
+        self, scheduled: list[tuple[Sequence, int]]
+    ) -> list[tuple[Plan, list[tuple[Sequence, int]]]]:
+        """What is scheduled, by the plan that it is under: during a move those before and in force."""
+        if self._moving is None:
+            return [(self.plan, scheduled)]
+        before = [one for one in scheduled if one[0].outdated]
+        moved = [one for one in scheduled if not one[0].outdated]
+        return [(plan, part) for plan, part in ((self._moving.before, before), (self.plan, moved)) if part]
+
+    def _run(self, plan: Plan, scheduled: list[tuple[Sequence, int]]) -> tuple[Batch, int]:
+        """Runs and delivers what is scheduled under a plan. The batch, and the steps that it took at once."""
+        model, cache = plan.model, self._cache
         compiled = model.has_bursts(cache)
-        count = self._burst(scheduled) if compiled else 1
+        steps = self._burst(scheduled) if compiled and self._moving is None else 1
         batch, readers = build_batch(scheduled, self.settings.block_tokens, model.device)
         burst = ONE_STEP
         if compiled:
-            burst = Burst.of(count, readers, model.config.eos_token_ids, self._interrupt)
+            burst = Burst.of(steps, readers, model.config.eos_token_ids, self._interrupt)
         if self.settings.exit_mode is ExitMode.DYNAMIC:
-            found, exits = run_dynamic(model, batch, cache, self.plan.thresholds, burst)
+            found, exits = run_dynamic(model, batch, cache, plan.thresholds, burst)
         else:
             found, exits = run_static(model, batch, cache, self._graphs, burst)
         for seq, tokens in scheduled:
             self._scheduler.advance(seq, tokens)
-        prompt_tokens = batch.rows - batch.decode_rows
-        self._counters.prefill_tokens += prompt_tokens
         if readers:
             rows: dict[int, Row] = {}
             if not compiled:
                 rows = {i: Row.of(seq) for i, seq in enumerate(readers) if not seq.takes_likeliest}
-            self._deliver(readers, sample(found, rows), exits)
+            self._deliver(plan, readers, sample(found, rows), exits)
             # A burst may have been ended early.
-            count = len(exits) // len(readers)
-        self._counters.steps += count
-        seconds = (time.perf_counter() - began) / count
-        self._scheduler.chunks.observe(batch.decode_rows, prompt_tokens, seconds)
-        self._last_step = time.monotonic()
-        return True
+            steps = len(exits) // len(readers)
+        return batch, steps
 
     def _burst(self, scheduled: list[tuple[Sequence, int]]) -> int:
         """How many steps to take at once, with the blocks that they need."""
@@ -336,15 +385,15 @@ class Engine:
             )
             self._end(seq, Output(error=error))
 
-    def _deliver(self, readers: list[Sequence], sampled: Sampled, exits: list[int]) -> None:
-        now, names, count = time.time_ns(), itertools.repeat(self.plan.entry.name), len(readers)
-        threshold_of, outputs = self.plan.thresholds.get, list[Output]()
+    def _deliver(self, plan: Plan, readers: list[Sequence], sampled: Sampled, exits: list[int]) -> None:
+        now, names, count = time.time_ns(), itertools.repeat(plan.entry.name), len(readers)
+        threshold_of, outputs = plan.thresholds.get, list[Output]()
         high_exits = 0
         for index, seq in enumerate(readers):
             # Of a burst, all readers' tokens of a step, then those of the next.
             ids, layers, first = sampled.token_ids[index::count], exits[index::count], seq.completion_tokens
             logprobs, confidences = (part[index::count] for part in (sampled.logprobs, sampled.confidences))
-            texts, reason = self._take(seq, ids, first)
+            texts, reason = self._take(plan, seq, ids, first)
             made = len(texts)
             seq.token_ids += ids[:made]
             finish = None
@@ -363,7 +412,11 @@ class Engine:
                 self._scheduler.advance(seq, made - 1)
             self._counters.generated_tokens += made
             outputs.append(Output(tokens, finish, more=index + 1 < count))
-        self._counters.high_exit_tokens += high_exits
+        # Unsure tokens count against the plan that telemetry tells of.
+        if plan is self.plan:
+            self._counters.high_exit_tokens += high_exits
+        if self._moving is not None:
+            self._moving.note_tokens(readers, moved=plan is self.plan)
         # In one go, and only when the last is ready: detokenizing lets go of the interpreter's lock.
         for seq, output in zip(readers, outputs, strict=True):
             if output.finish is None:
@@ -382,20 +435,24 @@ class Engine:
     def _fail_all(self, error: HeliosError) -> None:
         with self._lock:
             self._stopping = True
-            if self._swap is not None:
-                self._swap.done.set()
-                self._swap = None
+            swaps = (self._swap, self._moving)
+            self._swap = self._moving = None
+        for swap in swaps:
+            if swap is not None:
+                swap.done.set()
         self._take_inbox()
         for seq in list(self._scheduler):
             self._end(seq, Output(error=error))
 
-    def _take(self, seq: Sequence, ids: list[int], before: int) -> tuple[list[str], FinishReason | None]:
+    def _take(
+        self, plan: Plan, seq: Sequence, ids: list[int], before: int
+    ) -> tuple[list[str], FinishReason | None]:
         """The texts of a sequence's next tokens, `before` having come, up to that which ends it, and why."""
         reason, left = None, seq.sampling.max_tokens - before
         if len(ids) >= left:
             ids, reason = ids[:left], FinishReason.LENGTH
         if not seq.sampling.ignore_eos:
-            for eos in self.plan.model.config.eos_token_ids:
+            for eos in plan.model.config.eos_token_ids:
                 if eos in ids:
                     ids, reason = ids[: ids.index(eos) + 1], FinishReason.EOS
         texts = seq.detokenizer.push_all(ids)
@@ -415,8 +472,10 @@ class Engine:
         Weights that both plans have are shared: going deeper loads only the layers that are missing.
 
         Sequences in flight go on under the new plan: computed again, or, if it is the same model with fewer
-        layers, with the KV they have. `threshold` goes before the settings' own. On an error the running plan
-        stays as it was.
+        layers, with the KV they have. Who is to be computed again goes on under the old plan until it is its
+        turn; where the old KV cannot stay beside the new, on a GPU or with heads of another shape, it is
+        everybody's turn at once. Returns when all have moved. `threshold` goes before the settings' own. On
+        an error the running plan stays as it was.
         Raises CheckpointError, UnknownDepthError, OutOfMemoryError, InvalidRequestError.
         """
         with self._reload_lock:
@@ -426,13 +485,13 @@ class Engine:
                     f"{plan.entry.name} has another tokenizer than {self.plan.entry.name}: sequences in "
                     "flight cannot move to it; start a worker for it instead"
                 )
-            swap, cache = _Swap(plan), self._cache
+            swap, cache = _Swap(plan, self.plan), self._cache
             with self._lock:
                 if self._stopping:
                     raise UnavailableError("the engine is stopping")
                 self._swap = swap
                 self._call()
-            if self._thread is None:
+            while self._thread is None and not swap.done.is_set():
                 self.step()
             swap.done.wait()
             # Here, where no stream waits for it.
@@ -443,23 +502,73 @@ class Engine:
 
     def _apply(self, swap: _Swap) -> None:
         began = time.monotonic()
-        scheduler, old, new = self._scheduler, self.plan, swap.plan
-        moved = len(scheduler.running)
+        scheduler, old, new = self._scheduler, swap.before, swap.plan
+        swap.moved = len(scheduler.running)
         try:
             if new.checkpoint_id == old.checkpoint_id and new.depth <= old.depth:
                 # What the lower layers have cached stays valid; only the upper layers' KV goes.
-                spare = self._spare_blocks(new)
-                self._cache.resize(new.depth, new.memory.num_blocks + spare)
-                scheduler.pool.grow(self._cache.num_blocks - spare)
-                self.plan, self._graphs = new, self._graphs_of(new, self._cache)
+                scheduler.chunks = self._chunk_budget(new, scheduler.chunks)
+                self.plan, self._graphs = new, None
+                self._settle()
+                swap.stall_seconds = time.monotonic() - began
+                swap.end()
+                return
+            swap.waiting = {seq: self._last_step for seq in scheduler.running if seq.is_decoding}
+            if self._can_move_to(new):
+                self._begin_move(swap)
             else:
                 self._replace(new)
-            swap.result = Reloaded(new.bytes_read, moved, time.monotonic() - began)
+            self._moving = swap
         except HeliosError as error:
             swap.result = error
         finally:
             # Whoever waits for the reload hears of its end even if it takes the loop down.
-            swap.done.set()
+            if self._moving is not swap:
+                swap.done.set()
+
+    def _can_move_to(self, new: Plan) -> bool:
+        """Whether keys and values of both plans can lie in the blocks that there are."""
+        config, cache = new.model.config, self._cache
+        return cache.device.type == "cpu" and cache.has_room_for(
+            new.memory.num_blocks, config.num_heads, config.head_dim, new.model.kv_dtype
+        )
+
+    def _begin_move(self, swap: _Swap) -> None:
+        """Takes in new sequences under another plan, and has the running ones move to it bit by bit.
+
+        Meanwhile there are as many layers as either plan has, and as many blocks as both have.
+        """
+        new, old, scheduler = swap.plan, swap.before, self._scheduler
+        had = scheduler.pool.num_blocks
+        num_blocks = min(new.memory.num_blocks, had)
+        try:
+            self._cache.resize(max(new.depth, old.depth), num_blocks)
+        except (RuntimeError, MemoryError, OSError) as error:
+            self._cache.resize(old.depth, had)
+            raise _no_room(num_blocks, error) from error
+        scheduler.outdate(num_blocks, self._chunk_budget(new, scheduler.chunks))
+        self.plan = new
+        for seq in list(scheduler):
+            self._refuse_misfit(seq)
+
+    def _has_moved(self, swap: _Swap) -> bool:
+        """Whether all that had begun to generate do so under the new plan, or wait for memory."""
+        return not self._scheduler.moving and not any(
+            seq.state is SequenceState.RUNNING for seq in swap.waiting
+        )
+
+    def _end_move(self, swap: _Swap) -> None:
+        self._moving = None
+        self._settle()
+        swap.end()
+
+    def _settle(self) -> None:
+        """Gives the plan in force, which is the only one, the layers and blocks that are its."""
+        plan, cache, spare = self.plan, self._cache, self._spare_blocks(self.plan)
+        cache.resize(plan.depth, plan.memory.num_blocks + spare)
+        self._scheduler.pool.grow(cache.num_blocks - spare)
+        self._scheduler.chunks.settle()
+        self._graphs = self._graphs or self._graphs_of(plan, cache)
 
     def _replace(self, new: Plan) -> None:
         """Makes the pool anew for another plan, under which all running sequences are recomputed."""
@@ -484,6 +593,9 @@ class Engine:
     def _admit(self, seq: Sequence) -> None:
         """Queues a sequence; one that the plan in force cannot hold is handed back to its owner."""
         self._scheduler.add(seq)
+        self._refuse_misfit(seq)
+
+    def _refuse_misfit(self, seq: Sequence) -> None:
         needed = seq.prompt_tokens + seq.sampling.max_tokens
         # The pool holds at least one full context (memory.plan_memory).
         if needed > self.plan.model.config.context_tokens:
@@ -515,10 +627,7 @@ class Engine:
         settings = self.settings
         pool = BlockPool(plan.memory.num_blocks, settings.block_tokens)
         cache = self._allocate_cache(plan, before)
-        chunks = ChunkBudget(settings.prefill_stretch, settings.block_tokens, settings.step_token_budget)
-        if before is not None:
-            # Until its steps are known: streams in flight wait for their prefill.
-            chunks.expect(self._scheduler.chunks, plan.depth / self.plan.depth)
+        chunks = self._chunk_budget(plan, None if before is None else self._scheduler.chunks)
         # In exit mode dynamic the KV of generated tokens is an estimate, which a prompt's is not.
         shares = settings.prefix_cache and settings.exit_mode is not ExitMode.DYNAMIC
         scheduler = Scheduler(
@@ -529,6 +638,15 @@ class Engine:
             copy_block=cache.copy if shares else None,
         )
         return scheduler, cache, self._graphs_of(plan, cache)
+
+    def _chunk_budget(self, plan: Plan, before: ChunkBudget | None) -> ChunkBudget:
+        """Of a plan, with what its steps are expected to take by what those of the plan in force do."""
+        settings = self.settings
+        chunks = ChunkBudget(settings.prefill_stretch, settings.block_tokens, settings.step_token_budget)
+        if before is not None:
+            steps = [one.model.config.step_parameters(one.depth) for one in (plan, self.plan)]
+            chunks.expect(before, steps[0] / steps[1])
+        return chunks
 
     def _allocate_cache(self, plan: Plan, before: KVCache | None) -> KVCache:
         settings, config, memory = self.settings, plan.model.config, plan.memory
@@ -551,7 +669,7 @@ class Engine:
                 commit=before is None,
             )
         except (RuntimeError, MemoryError, OSError) as error:
-            raise OutOfMemoryError(f"no memory for {num_blocks} blocks of KV: {error}") from error
+            raise _no_room(num_blocks, error) from error
 
     def _spare_blocks(self, plan: Plan) -> int:
         """One for the padding of graphs, where there are graphs."""
@@ -586,7 +704,11 @@ class Engine:
 
     def _replay(self, sequence: Sequence, emitted: list[int]) -> FinishReason | None:
         """Brings the text up to the emitted ids; the reason if the sequence had already ended."""
-        _, reason = self._take(sequence, emitted, 0)
+        _, reason = self._take(self.plan, sequence, emitted, 0)
         if reason is not None:
             sequence.detokenizer.flush()
         return reason
+
+
+def _no_room(num_blocks: int, error: BaseException) -> OutOfMemoryError:
+    return OutOfMemoryError(f"no memory for {num_blocks} blocks of KV: {error}")

@@ -6,6 +6,9 @@ blocks for all its tokens. When a running one needs a block and none is free, th
 sequence is preempted: its blocks are freed, and it waits to be recomputed (Kwon et al. 2023, section 4.5).
 The oldest is never preempted for a younger one, so every sequence ends.
 
+After a reload whose plan needs other keys and values, sequences go on under the plan before and are sent
+back to be recomputed a few at a time, oldest first: none stands still for longer than its own prefill takes.
+
 What this or an earlier sequence has computed of the same beginning is not computed again: its full blocks
 are shared (`BlockPool`).
 """
@@ -39,8 +42,11 @@ class Scheduler:
         self.preemptions = 0
         # Tokens that need not be computed because others have.
         self.cached_tokens = 0
-        # Up to this arrival sequences were under way when a reload had all computed anew.
+        # Up to this arrival sequences were under way when a reload had all computed anew at once.
         self.moved_until = -1
+        # Whether some that run are outdated, and how many tokens of them may be computed anew by now.
+        self.moving = False
+        self._credit = 0
         self._block_tokens = pool.block_tokens
         self._max_running = max_running
         self._step_token_budget = step_token_budget
@@ -58,6 +64,8 @@ class Scheduler:
     def schedule(self) -> list[tuple[Sequence, int]]:
         """(sequence, tokens to compute) of the next step; empty when there is nothing to do."""
         self._secure_blocks()
+        least = self._send_back() if self.moving else 0
+        self._make_room()
         budget = self._step_token_budget
         scheduled: list[tuple[Sequence, int]] = []
         prefills = []
@@ -70,20 +78,22 @@ class Scheduler:
         if not waiting:
             return scheduled
         budget -= decoding
+        # Who was sent back is older than prompts that are under way.
+        while prefills and self.waiting and self.waiting[0].arrival < prefills[-1].arrival:
+            if (admitted := self._admit()) is None:
+                break
+            insort(prefills, admitted, key=lambda seq: seq.arrival)
+        first = prefills[0] if prefills else self.waiting[0]
+        if scheduled and first.arrival < scheduled[-1][0].arrival:
+            # Whoever is older than one that decodes does not wait for a step that tells what such steps take.
+            least = max(least, self._block_tokens)
         # Those that a reload has made stand still go first: chunks as for new prompts would keep them longer.
-        if (prefills[0] if prefills else self.waiting[0]).arrival > self.moved_until:
-            budget = min(budget, self.chunks.tokens(decoding, waiting))
+        if first.arrival > self.moved_until:
+            budget = min(budget, max(least, self.chunks.tokens(decoding, waiting)))
         for seq in prefills:
             budget = self._chunk(seq, budget, scheduled)
-        while self.waiting and budget > 0 and len(self.running) < self._max_running:
-            seq = self.waiting[0]
-            if not self._give_blocks(seq):
-                break  # first come, first served: nobody overtakes it
-            self.waiting.popleft()
-            seq.state = SequenceState.RUNNING
-            seq.times.scheduled = seq.times.scheduled or time.time_ns()
-            insort(self.running, seq, key=lambda running: running.arrival)
-            budget = self._chunk(seq, budget, scheduled)
+        while budget > 0 and (admitted := self._admit()) is not None:
+            budget = self._chunk(admitted, budget, scheduled)
         return scheduled
 
     def reserve(self, sequences: Iterable[Sequence], tokens: int) -> bool:
@@ -103,7 +113,7 @@ class Scheduler:
         before = seq.computed // self.pool.block_tokens
         seq.computed += count
         full = seq.computed // self.pool.block_tokens
-        if self._copy_block is not None and full > before:
+        if self._copy_block is not None and full > before and not seq.outdated:
             digests = seq.digests(self.pool.block_tokens)
             for index in range(before, full):
                 self.pool.publish(seq.blocks[index], digests[index])
@@ -117,12 +127,70 @@ class Scheduler:
         self._release(sequence)
         sequence.state = SequenceState.FINISHED
 
+    def outdate(self, num_blocks: int, chunks: ChunkBudget) -> None:
+        """Begins to move all sequences to another plan, for which nothing that is in the blocks holds.
+
+        Those that decode go on under the plan before until `schedule` sends them back; the others are sent
+        back here. The pool has `num_blocks` blocks from now on.
+        """
+        for seq in reversed(self.running.copy()):
+            seq.outdated = seq.is_decoding and max(seq.blocks) < num_blocks
+            if not seq.outdated:
+                self._preempt(seq)
+        self.moving = bool(self.running)
+        self._credit = 0
+        self.pool.renew(num_blocks)
+        self.chunks = chunks
+
     def preempt_all(self) -> int:
         """Sends every running sequence back to the queue, to be recomputed. The last one's arrival."""
         last = self.running[-1].arrival if self.running else -1
         while self.running:
             self._preempt(self.running[-1])
         return last
+
+    def _send_back(self) -> int:
+        """Sends outdated sequences back to the queue, oldest first, as fast as steps have room for them.
+
+        Half of the room, where others wait as well; none while one that was sent is not done. Returns how
+        many tokens of them the step is to compute: what does not quite fit is computed whole all the same.
+        """
+        outdated = deque(seq for seq in self.running if seq.outdated)
+        decoding = sum(seq.pending == 1 for seq in self.running)
+        room = max(1, min(self.chunks.tokens(decoding), self._step_token_budget - decoding))
+        prefills = [seq for seq in (*self.running, *self.waiting) if seq.pending > 1]
+        self._credit += -(-room // 2) if prefills else room
+        sent = 0
+        if not any(seq.arrival < outdated[0].arrival for seq in prefills if outdated):
+            while outdated and (tokens := len(outdated[0].token_ids)) <= self._credit:
+                self._credit -= tokens
+                sent += tokens
+                self._preempt(outdated.popleft())
+        self.moving = bool(outdated)
+        return sent if sent <= 2 * room else 0
+
+    def _make_room(self) -> None:
+        """Preempts the youngest for the first in the queue where that one is older: it was sent back, and
+        blocks that it shared are not free yet."""
+        if not (self.waiting and self.running):
+            return
+        first = self.waiting[0]
+        needed = self.pool.blocks_for(len(first.token_ids))
+        while self.running and self.running[-1].arrival > first.arrival and needed > self.pool.free_blocks:
+            self._preempt(self.running[-1])
+
+    def _admit(self) -> Sequence | None:
+        """Takes the first of the queue into the batch; None where there is no place or no memory for it."""
+        # First come, first served: nobody overtakes it.
+        if not self.waiting or len(self.running) >= self._max_running:
+            return None
+        if not self._give_blocks(self.waiting[0]):
+            return None
+        seq = self.waiting.popleft()
+        seq.state = SequenceState.RUNNING
+        seq.times.scheduled = seq.times.scheduled or time.time_ns()
+        insort(self.running, seq, key=lambda running: running.arrival)
+        return seq
 
     def _chunk(self, seq: Sequence, budget: int, scheduled: list[tuple[Sequence, int]]) -> int:
         count = min(seq.pending, budget)
@@ -175,10 +243,10 @@ class Scheduler:
         self.running.remove(seq)
         self._release(seq)
         seq.state = SequenceState.WAITING
+        seq.outdated = False
         seq.preemptions += 1
         self.preemptions += 1
-        # Preempted ones arrived before all that wait, and the youngest is preempted first.
-        self.waiting.appendleft(seq)
+        insort(self.waiting, seq, key=lambda waiting: waiting.arrival)
 
     def _release(self, seq: Sequence) -> None:
         self.pool.free(seq.blocks)

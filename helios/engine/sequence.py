@@ -97,6 +97,8 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     # Tokens whose KV is in the cache.
     computed: int = 0
+    # Its KV is of the plan before the one in force: it goes on under that one until it is computed anew.
+    outdated: bool = False
     preemptions: int = 0
     times: PhaseTimes = field(default_factory=PhaseTimes)
     # Whether each token is simply the likeliest one.

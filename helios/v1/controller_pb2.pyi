@@ -425,7 +425,9 @@ class Outcome(_message.Message):
     """Tokens a second of one worker, mean, and the share of tokens that were unsure (high-exit tokens)."""
     high_exit_share: _builtins.float
     reload_seconds: _builtins.float
-    """Of the reloads: seconds of all, longest time without a step, sequences that went on under the new plan."""
+    """Of the reloads: seconds of all, the longest that a stream went without a token, sequences that went on under
+    the new plan.
+    """
     stall_seconds: _builtins.float
     sequences_moved: _builtins.int
     halted: _builtins.str

@@ -30,9 +30,9 @@ class _ReloadStageEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ReloadSta
     RELOAD_STAGE_LOADING: _ReloadStage.ValueType  # 1
     """Weights are being read beside the running plan."""
     RELOAD_STAGE_SWAPPING: _ReloadStage.ValueType  # 2
-    """The engine is changing over between two steps."""
+    """The new plan takes in new sequences; those in flight move to it."""
     RELOAD_STAGE_DONE: _ReloadStage.ValueType  # 3
-    """The new plan serves."""
+    """All sequences are under the new plan."""
 
 class ReloadStage(_ReloadStage, metaclass=_ReloadStageEnumTypeWrapper):
     """Stages of a reload."""
@@ -41,9 +41,9 @@ RELOAD_STAGE_UNSPECIFIED: ReloadStage.ValueType  # 0
 RELOAD_STAGE_LOADING: ReloadStage.ValueType  # 1
 """Weights are being read beside the running plan."""
 RELOAD_STAGE_SWAPPING: ReloadStage.ValueType  # 2
-"""The engine is changing over between two steps."""
+"""The new plan takes in new sequences; those in flight move to it."""
 RELOAD_STAGE_DONE: ReloadStage.ValueType  # 3
-"""The new plan serves."""
+"""All sequences are under the new plan."""
 Global___ReloadStage: _TypeAlias = ReloadStage  # noqa: Y015
 
 @_typing.final
@@ -308,7 +308,9 @@ class ReloadResponse(_message.Message):
     sequences_moved: _builtins.int
     """With DONE: sequences in flight that go on under the new plan."""
     stall_seconds: _builtins.float
-    """With DONE: seconds in which no step ran."""
+    """With DONE: the longest, in seconds, that one of them went without a token, up to its first under the new
+    plan.
+    """
     def __init__(
         self,
         *,

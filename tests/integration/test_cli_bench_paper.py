@@ -80,6 +80,8 @@ def test_baselines_are_compared_in_the_same_run_with_their_quality(measured: Pat
                 assert way[load]["ratio_to"]["full"] == pytest.approx(ratio)
         assert ways["full"]["quality"]["agreement"] == 1
         assert ways["full"]["saturated"]["mean_exit_layer"] == 4
+        layers = {name: way["single"]["multiplied_weights"] for name, way in ways.items()}
+        assert layers["within_5"] <= layers["full"] < layers["dynamic_batched_th_0.8"]
         worst = ways["dynamic_1"]["quality"]["perplexity"]
         is_full = ways["no_worse"]["depth"] == 4
         assert is_full or ways["no_worse"]["quality"]["perplexity"] <= worst

@@ -13,12 +13,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer, OPTForCausalLM
 
-from bench import contenders, engine_figures, loading, roofline
+from bench import contenders, engine, engine_figures, loading, roofline
 from bench.contenders import CONTENDERS, HELIOS, Contender, Runner, Runners, needed_bytes
 from bench.engine_figures import Cell
 from bench.footprint import OPT_1_3B
 from bench.peers.environment import make_environment, variables
-from bench.peers.runner import Job
+from bench.peers.runner import Continuation, Job
 from bench.random_model import SHAPES, random_model, write_random_model
 from bench.roofline import Limits
 from helios import catalog
@@ -303,6 +303,7 @@ def run_of(contender: str, number: int, seconds: float, cell: Cell = CELL) -> di
         **asdict(cell),
         "contender": contender,
         "round": number,
+        "runs": 1,
         "seconds": seconds,
         "first_token_seconds": seconds / 3,
         "overhead": None,
@@ -335,7 +336,8 @@ def test_ratios_are_of_the_same_rounds_and_the_best_peer() -> None:
     ratio_to = by_name["helios-int8"]["ratio_to"]
     assert ratio_to["best_peer"] == {"contender": "vllm-bfloat16", "ratio": 2.0}
     assert ratio_to["best_peer_of_precision"] == {"contender": "ctranslate2-int8", "ratio": (4.0 + 0.4) / 2}
-    assert by_name["helios-int8-half"]["ratio_to"]["full_depth"] == {"contender": "helios-int8", "ratio": 2.0}
+    full = by_name["helios-int8-half"]["ratio_to"]["full_depth"]
+    assert (full["contender"], full["ratio"]) == ("helios-int8", 2.0)
     assert by_name["vllm-bfloat16"]["ratio_to"] == {}
     assert by_name["vllm-bfloat16"]["tokens_per_second"] == {"min": 0.15, "median": 1.5, "max": 1.5}
     # Two of three tokens after the first third of the time.
@@ -376,6 +378,36 @@ def test_python_is_to_take_less_than_a_tenth_of_a_step_of_the_bundled_model(
     rows = engine_figures.summarise(results_of(run_of("helios-int8", 0, 2.0, cell) | {"overhead": overhead}))
     (target,) = engine_figures.targets(rows)
     assert target.met is met
+
+
+def test_half_of_the_layers_is_shown_beside_what_the_limits_make_of_it() -> None:
+    config = SHAPES["opt-125m"]
+    head = config.vocab_size * config.hidden_size
+    layers = config.parameters() - config.parameters(0)
+    rows = engine_figures.summarise(
+        results_of(run_of("helios-int8", 0, 3.0), run_of("helios-int8-half", 0, 2.0))
+    )
+    (half,) = (row for row in rows if row["contender"] == "helios-int8-half")
+    # Every step reads all weights, which is what limits a batch of one; the LM head is not halved.
+    expected = (layers + head) / (layers / 2 + head)
+    assert half["ratio_to"]["full_depth"]["of_rooflines"] == pytest.approx(expected, rel=0.01)
+    (target,) = engine_figures.targets(rows)
+    assert target.measured == "1.50x helios-int8, by bytes and operations 1.52x"
+    assert not target.met
+
+
+@pytest.mark.parametrize(("seconds", "runs"), [(0.3, 4), (1.5, 1)])
+def test_a_turn_takes_a_second_and_no_run_repeats_prompts(seconds: float, runs: int) -> None:
+    asked = []
+
+    def generate(prompts: list[list[int]], max_tokens: int) -> Continuation:
+        asked.append(prompts)
+        return Continuation([[1] * max_tokens], seconds, seconds)
+
+    turn = engine._turn(generate, CELL, 0, 300)
+    assert len(turn) == len(asked) == runs
+    assert len({str(prompts) for prompts in asked}) == runs
+    assert asked[0] == CELL.prompts(0, 300)
 
 
 def test_without_peers_there_is_no_target_against_them() -> None:

@@ -67,3 +67,17 @@ def test_new_blocks_are_added_to_those_there_are() -> None:
     pool.grow(5)
     assert sorted([*held, *pool.allocate(4)]) == [0, 1, 2, 3, 4]
     assert pool.reuse([b"a"]) == held
+
+
+def test_a_renewed_pool_keeps_what_is_held_and_forgets_what_was_published() -> None:
+    pool = BlockPool(8, 4)
+    kept = published(pool, b"a")
+    held = pool.allocate(2)
+    pool.free(kept)
+    pool.renew(4)
+    assert pool.reuse([b"a"]) == []
+    assert pool.free_blocks == 2
+    assert sorted([*pool.allocate(2), *held]) == [0, 1, 2, 3]
+    pool.free(held)
+    pool.renew(6)
+    assert pool.free_blocks == 4

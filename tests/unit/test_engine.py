@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from helios.engine import Engine, EngineSettings, ExitMode, Finish, FinishReason, Output, SamplingParams
-from helios.engine.sequence import GeneratedToken
+from helios.engine.plan import Plan
+from helios.engine.sequence import GeneratedToken, Sequence
 from helios.errors import (
     CancelledError,
     DeadlineExceededError,
@@ -316,6 +317,62 @@ def test_a_reload_beyond_memory_names_what_fits_and_leaves_the_old_plan(model: P
     assert engine.plan is before
     tokens = list(engine.generate("In the beginning", SamplingParams(max_tokens=3, ignore_eos=True)))
     assert [token.exit_layer for token in tokens] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("exit_mode", [ExitMode.GREEDY, ExitMode.DYNAMIC])
+def test_unsure_tokens_are_those_of_the_plan_in_force(model: Path, exit_mode: ExitMode) -> None:
+    # Every exit is unsure but the last layer, which has no threshold.
+    settings = EngineSettings(
+        memory_bytes=MEMORY, threshold=1.0, exit_mode=exit_mode, max_running=8, step_token_budget=20
+    )
+    engine = Engine.load(model, 2, settings)
+    streams = [Stream() for _ in range(8)]
+    for number, stream in enumerate(streams):
+        engine.submit(str(number), [2, number], SamplingParams(max_tokens=40, ignore_eos=True), stream)
+    drive(engine, lambda: len(streams[-1].tokens) > 8)
+    before = engine.telemetry().counters.high_exit_tokens
+    assert before == sum(len(stream.tokens) for stream in streams)
+    engine.reload(model, 6)
+    drive(engine)
+    assert [len(stream.tokens) for stream in streams] == [40] * 8
+    outdated = sum(token.exit_layer == 2 for stream in streams for token in stream.tokens) - before
+    assert outdated > 8
+    assert engine.telemetry().counters.high_exit_tokens == before
+
+
+def test_a_reload_ends_when_the_engine_stops_before_all_have_moved(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Next to nothing is computed of prompts beside eight that decode: they move one token a step.
+    settings = EngineSettings(memory_bytes=MEMORY, max_running=8, step_token_budget=8)
+    engine = Engine.load(model, 2, settings)
+    streams, moving, refused = [Stream() for _ in range(8)], threading.Event(), list[HeliosError]()
+    by_plan = engine._by_plan
+
+    def slowly(scheduled: list[tuple[Sequence, int]]) -> list[tuple[Plan, list[tuple[Sequence, int]]]]:
+        time.sleep(0.01)
+        if engine._moving is not None:
+            moving.set()
+        return by_plan(scheduled)
+
+    def reload() -> None:
+        with pytest.raises(UnavailableError) as stopped:
+            engine.reload(model, 6)
+        refused.append(stopped.value)
+
+    monkeypatch.setattr(engine, "_by_plan", slowly)
+    engine.start()
+    for number, stream in enumerate(streams):
+        engine.submit(str(number), [2] * 20, SamplingParams(max_tokens=200, ignore_eos=True), stream)
+    while not streams[-1].tokens:
+        time.sleep(0.01)
+    reloading = threading.Thread(target=reload)
+    reloading.start()
+    assert moving.wait(60)
+    engine.stop()
+    reloading.join(60)
+    assert "before all were under the new plan" in refused[0].message
+    assert all(isinstance(stream.error, UnavailableError) for stream in streams)
 
 
 def test_fewer_layers_leave_room_for_more_sequences(model: Path) -> None:

@@ -1,7 +1,9 @@
 """The engine computes what transformers computes: every variant, depth, batch and chunking."""
 
 import errno
+import math
 import mmap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +224,49 @@ def test_sequences_in_flight_go_on_under_a_reloaded_plan(tmp_path: Path) -> None
     assert after == greedy(full, [2, 9, *before], len(after))[0]
 
 
+@pytest.mark.parametrize(("name", "first", "second"), [("a", 2, 6), ("b", 2, 6), ("b", 6, 2), ("b", 4, 4)])
+def test_streams_move_to_another_plan_one_after_the_other(
+    tmp_path: Path, name: str, first: int, second: int
+) -> None:
+    models = {
+        each: save_variant(tmp_path / each, "pre-norm", seed, exits=EXITS)
+        for each, seed in (("a", 12), ("b", 13))
+    }
+    # Room for few tokens of prompts beside those that decode, and not for all blocks of fewer layers.
+    settings = EngineSettings(
+        memory_bytes=3 << 20, block_tokens=4, max_running=6, step_token_budget=24, prefill_stretch=math.inf
+    )
+    engine = Engine.load(tmp_path / "a", first, settings)
+    said: list[tuple[int, GeneratedToken]] = []
+
+    def sink(number: int) -> Callable[[Output], None]:
+        return lambda output: said.extend((number, token) for token in output.tokens)
+
+    prompts = [[2, 9, 30 + number] for number in range(6)]
+    sampling = SamplingParams(max_tokens=30, ignore_eos=True)
+    for number, prompt in enumerate(prompts):
+        engine.submit(str(number), prompt, sampling, sink(number))
+    for _ in range(12):
+        engine.step()
+    moved = engine.reload(tmp_path / name, second)
+    fresh = Engine.load(tmp_path / name, second, settings)
+    assert engine.telemetry().blocks_total == fresh.telemetry().blocks_total
+    while engine.step():
+        pass
+    assert engine.telemetry().blocks_free == engine.telemetry().blocks_total
+    assert moved.sequences_moved == len(prompts)
+    old, new = ("a", first), (name, second)
+    plans = [(Path(token.model).name, token.exit_layer) for _, token in said]
+    assert plans.index(new) < len(plans) - 1 - plans[::-1].index(old), "some went on under the old plan"
+    for number, prompt in enumerate(prompts):
+        tokens = [token for which, token in said if which == number]
+        assert [token.index for token in tokens] == list(range(30))
+        before = [token.token_id for token in tokens if (token.model, token.exit_layer) == old]
+        after = [token.token_id for token in tokens[len(before) :]]
+        assert before == greedy(truncated(models["a"], first), prompt, len(before))[0]
+        assert after == greedy(truncated(models[name], second), [*prompt, *before], len(after))[0]
+
+
 def test_going_shallower_keeps_the_lower_layers_kv(tmp_path: Path) -> None:
     full = save_variant(tmp_path, "pre-norm", 13, exits=EXITS)
     # A budget that the fewer layers turn into a larger pool.
@@ -247,13 +292,14 @@ def test_going_shallower_keeps_the_lower_layers_kv(tmp_path: Path) -> None:
     assert after == greedy(truncated(full, 2), [2, 9, 30, *before], len(after))[0]
 
 
+# With heads of another size blocks do not fit where those of the first lie.
+@pytest.mark.parametrize(("depth", "heads"), [(6, {"num_attention_heads": 2}), (2, {})])
 def test_a_reload_without_memory_for_its_pool_leaves_the_running_plan(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, depth: int, heads: dict[str, int]
 ) -> None:
     full = save_variant(tmp_path / "a", "pre-norm", 13, exits=EXITS)
-    # Heads of another size: its blocks do not fit where those of the first lie.
-    save_variant(tmp_path / "b", "pre-norm", 14, exits=EXITS, num_attention_heads=2)
-    engine = Engine.load(tmp_path / "a", 6, EngineSettings(memory_bytes=3 << 20, block_tokens=4))
+    save_variant(tmp_path / "b", "pre-norm", 14, exits=EXITS, **heads)
+    engine = Engine.load(tmp_path / "a", depth, EngineSettings(memory_bytes=3 << 20, block_tokens=4))
     outputs: list[Output] = []
     engine.submit("one", [2, 9, 30], GREEDY, outputs.append)
     for _ in range(5):
@@ -275,7 +321,7 @@ def test_a_reload_without_memory_for_its_pool_leaves_the_running_plan(
         pass
     assert engine.telemetry().blocks_free == engine.telemetry().blocks_total
     tokens = [token.token_id for output in outputs for token in output.tokens]
-    assert tokens == greedy(full, [2, 9, 30], NEW_TOKENS)[0]
+    assert tokens == greedy(truncated(full, depth), [2, 9, 30], NEW_TOKENS)[0]
 
 
 def test_a_checkpoint_that_changed_in_its_place_is_another_model(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from collections import Counter
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from helios.engine.block_pool import BlockPool
 from helios.engine.chunk_budget import ChunkBudget
@@ -32,10 +32,11 @@ def make_sequence(name: str, prompt: int, output: int) -> Sequence:
 
 
 class Cache:
-    """What each slot of the blocks holds: the tokens up to and with its own."""
+    """What each slot of the blocks holds: the plan that wrote it, and the tokens up to and with its own."""
 
     def __init__(self) -> None:
-        self.slots: dict[tuple[int, int], list[int]] = {}
+        self.plan = 0
+        self.slots: dict[tuple[int, int], tuple[int, list[int]]] = {}
 
     def copy(self, source: int, target: int) -> None:
         for offset in range(BLOCK_TOKENS):
@@ -43,13 +44,16 @@ class Cache:
 
     def write(self, sequence: Sequence, position: int) -> None:
         slot = (sequence.blocks[position // BLOCK_TOKENS], position % BLOCK_TOKENS)
-        self.slots[slot] = sequence.token_ids[: position + 1]
+        self.slots[slot] = self._content(sequence, position)
 
     def check(self, sequence: Sequence) -> None:
-        """All that counts as computed is there, and is of this text."""
+        """All that counts as computed is there, of this text and by the plan that the sequence is under."""
         for position in range(sequence.computed):
             slot = (sequence.blocks[position // BLOCK_TOKENS], position % BLOCK_TOKENS)
-            assert self.slots[slot] == sequence.token_ids[: position + 1]
+            assert self.slots[slot] == self._content(sequence, position)
+
+    def _content(self, sequence: Sequence, position: int) -> tuple[int, list[int]]:
+        return self.plan - sequence.outdated, sequence.token_ids[: position + 1]
 
 
 def advance(scheduler: Scheduler, scheduled: list[tuple[Sequence, int]], cache: Cache | None = None) -> None:
@@ -79,12 +83,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     )
     def start(self, blocks: int, running: int, budget: int, stretch: float, sharing: bool) -> None:
         self.pool = BlockPool(blocks, BLOCK_TOKENS)
+        self.blocks = blocks
+        self.stretch = stretch
         self.budget = budget
         self.max_running = running
         self.sharing = sharing
         self.cache = Cache()
-        chunks = ChunkBudget(stretch, BLOCK_TOKENS, budget)
-        self.scheduler = Scheduler(self.pool, running, budget, chunks, self.cache.copy if sharing else None)
+        copy = self.cache.copy if sharing else None
+        self.scheduler = Scheduler(self.pool, running, budget, self.new_chunks(), copy)
         self.all: list[Sequence] = []
 
     @rule(prompt=st.integers(1, CONTEXT - 1), data=st.data())
@@ -104,16 +110,33 @@ class SchedulerMachine(RuleBasedStateMachine):
     def preempt_all(self) -> None:
         self.scheduler.preempt_all()
 
+    def new_chunks(self) -> ChunkBudget:
+        return ChunkBudget(self.stretch, BLOCK_TOKENS, self.budget)
+
+    @precondition(lambda self: not self.scheduler.moving)
+    @rule(data=st.data())
+    def move(self, data: st.DataObject) -> None:
+        """To a plan that may have room for fewer blocks."""
+        blocks = data.draw(st.integers(CONTEXT // BLOCK_TOKENS, self.pool.num_blocks))
+        self.scheduler.outdate(blocks, self.new_chunks())
+        self.cache.plan += 1
+
+    def end_move(self) -> None:
+        if not self.scheduler.moving and self.pool.num_blocks < self.blocks:
+            self.pool.grow(self.blocks)
+
     @rule()
     def step(self) -> None:
         living = list(self.scheduler)
         oldest = min(living, key=lambda sequence: sequence.arrival) if living else None
         scheduled = self.scheduler.schedule()
+        self.end_move()
         assert sum(count for _, count in scheduled) <= self.budget
         assert len({id(sequence) for sequence, _ in scheduled}) == len(scheduled)
         for sequence, count in scheduled:
             assert sequence.state is SequenceState.RUNNING
             assert 1 <= count <= sequence.pending
+            assert sequence.is_decoding or not sequence.outdated
             assert len(sequence.blocks) * BLOCK_TOKENS >= sequence.computed + count
         if oldest is not None:
             assert oldest in [sequence for sequence, _ in scheduled], "the oldest always moves"
@@ -152,12 +175,79 @@ class SchedulerMachine(RuleBasedStateMachine):
             if not list(self.scheduler):
                 break
             advance(self.scheduler, self.scheduler.schedule(), self.cache)
+        assert not any(sequence.outdated for sequence in self.scheduler)
         assert all(sequence.state is SequenceState.FINISHED for sequence in self.all), "every sequence ends"
         assert self.pool.free_blocks == self.pool.num_blocks
 
 
 TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def moving(prompts: list[int], room: int) -> tuple[Scheduler, list[Sequence]]:
+    """Sequences that decode, and shall move by `room` prompt tokens a step."""
+    budget = room + len(prompts)
+    scheduler = Scheduler(BlockPool(64, 8), 16, budget, ChunkBudget(math.inf, 8, budget), None)
+    sequences = [make_sequence(f"{number}", prompt, 40) for number, prompt in enumerate(prompts)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    while not all(sequence.is_decoding for sequence in sequences):
+        advance(scheduler, scheduler.schedule())
+    scheduler.outdate(64, ChunkBudget(math.inf, 8, budget))
+    return scheduler, sequences
+
+
+def test_sequences_move_few_at_a_time_and_the_others_go_on() -> None:
+    scheduler, sequences = moving([20] * 6, room=50)
+    stood_still = Counter[str]()
+    steps = 0
+    while any(sequence.outdated for sequence in sequences):
+        before = {sequence.request_id: sequence.completion_tokens for sequence in sequences}
+        advance(scheduler, scheduler.schedule())
+        steps += 1
+        for sequence in sequences:
+            stood_still[sequence.request_id] += sequence.completion_tokens == before[sequence.request_id]
+    assert not scheduler.moving
+    assert steps >= 3, "two fit into a step"
+    # What a step has room for is computed anew in that step.
+    assert max(stood_still.values()) == 0
+    assert [sequence.preemptions for sequence in sequences] == [1] * 6
+
+
+def test_nobody_is_sent_back_behind_a_long_sequence_that_moves() -> None:
+    scheduler, (first, *others) = moving([100, 20, 20], room=30)
+    stood_still = steps = 0
+    while any(sequence.outdated for sequence in (first, *others)):
+        before = first.completion_tokens
+        advance(scheduler, scheduler.schedule())
+        steps += 1
+        if first.completion_tokens == before:
+            stood_still += 1
+            assert all(other.outdated for other in others)
+    assert stood_still == 3, "of its prefill's four steps the last gave it a token"
+    # It went on until there had been room for all of it.
+    assert steps > 6
+
+
+def test_new_prompts_have_their_share_while_others_move() -> None:
+    scheduler, sequences = moving([20] * 8, room=64)
+    new = make_sequence("new", 120, 9)
+    scheduler.add(new)
+    steps = 0
+    while not new.completion_tokens:
+        advance(scheduler, scheduler.schedule())
+        steps += 1
+    assert steps <= 5
+    assert any(sequence.outdated for sequence in sequences)
+
+
+def test_what_does_not_fit_into_a_smaller_pool_is_sent_back_at_once() -> None:
+    scheduler, sequences = moving([20] * 4, room=50)
+    kept = max(sequences[1].blocks) + 1
+    scheduler.outdate(kept, scheduler.chunks)
+    assert [sequence.outdated for sequence in sequences] == [True, True, False, False]
+    assert list(scheduler.waiting) == sequences[2:]
+    assert scheduler.pool.num_blocks == kept
 
 
 def test_sequences_that_a_reload_moved_are_computed_before_new_ones_are_in_small_chunks() -> None:
