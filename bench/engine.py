@@ -343,8 +343,9 @@ class _Bench:
 
 def _turn(generate: Generate, cell: Cell, number: int, vocab_size: int) -> list[Continuation]:
     """Runs of a round's prompts, then of other ones, until the turn is over."""
+    began = time.monotonic()
     runs = [generate(cell.prompts(number, vocab_size), cell.output_tokens)]
-    while sum(run.seconds for run in runs) < _TURN_SECONDS:
+    while time.monotonic() - began < _TURN_SECONDS:
         prompts = cell.prompts(number, vocab_size, repeat=len(runs))
         runs.append(generate(prompts, cell.output_tokens))
     return runs

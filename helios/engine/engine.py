@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -27,6 +27,7 @@ from helios.engine.sampler import Row, Sampled, sample
 from helios.engine.scheduler import Scheduler
 from helios.engine.sequence import FinishReason, GeneratedToken, Output, Sequence, SequenceState
 from helios.engine.settings import EngineSettings
+from helios.engine.swap import Reloaded, Swap
 from helios.errors import (
     CancelledError,
     DeadlineExceededError,
@@ -76,51 +77,6 @@ class Telemetry:
     step_age: float
 
 
-@dataclass(frozen=True, slots=True)
-class Reloaded:
-    """What a reload did: bytes read, and sequences that go on under the new plan.
-
-    stall_seconds: the longest that one of them went without a token, up to its first under the new plan.
-    """
-
-    bytes_read: int
-    sequences_moved: int
-    stall_seconds: float
-
-
-@dataclass(slots=True)
-class _Swap:
-    """A plan that waits for the end of a step, then for the sequences in flight to move to it.
-
-    before: the plan that it comes after. `done` is set when nobody is under that one any more.
-    """
-
-    plan: Plan
-    before: Plan
-    done: threading.Event = field(default_factory=threading.Event)
-    result: Reloaded | HeliosError = field(
-        default_factory=lambda: UnavailableError("the engine stopped before all were under the new plan")
-    )
-    moved: int = 0
-    stall_seconds: float = 0.0
-    # When each sequence that has no token under the new plan yet got its last one, on time.monotonic's clock.
-    waiting: dict[Sequence, float] = field(default_factory=dict)
-
-    def note_tokens(self, readers: list[Sequence], *, moved: bool) -> None:
-        """Takes in who got a token now; moved: under the new plan."""
-        now = time.monotonic()
-        for seq in readers:
-            if (before := self.waiting.pop(seq, None)) is not None:
-                self.stall_seconds = max(self.stall_seconds, now - before)
-                if not moved:
-                    self.waiting[seq] = now
-
-    def end(self) -> None:
-        """Lets go of whoever waits for the reload."""
-        self.result = Reloaded(self.plan.bytes_read, self.moved, self.stall_seconds)
-        self.done.set()
-
-
 class Engine:
     """Serves one partial model to many sequences.
 
@@ -134,9 +90,9 @@ class Engine:
         self._lock = threading.Condition()
         self._submitted: deque[Sequence] = deque()
         self._cancelled: dict[str, HeliosError] = {}
-        self._swap: _Swap | None = None
+        self._swap: Swap | None = None
         # The swap under way: some sequences are still under the plan before.
-        self._moving: _Swap | None = None
+        self._moving: Swap | None = None
         self._stopping = False
         self._interrupt = Interrupt()
         self._thread: threading.Thread | None = None
@@ -485,7 +441,7 @@ class Engine:
                     f"{plan.entry.name} has another tokenizer than {self.plan.entry.name}: sequences in "
                     "flight cannot move to it; start a worker for it instead"
                 )
-            swap, cache = _Swap(plan, self.plan), self._cache
+            swap, cache = Swap(plan, self.plan), self._cache
             with self._lock:
                 if self._stopping:
                     raise UnavailableError("the engine is stopping")
@@ -500,7 +456,7 @@ class Engine:
                 raise swap.result
             return swap.result
 
-    def _apply(self, swap: _Swap) -> None:
+    def _apply(self, swap: Swap) -> None:
         began = time.monotonic()
         scheduler, old, new = self._scheduler, swap.before, swap.plan
         swap.moved = len(scheduler.running)
@@ -533,7 +489,7 @@ class Engine:
             new.memory.num_blocks, config.num_heads, config.head_dim, new.model.kv_dtype
         )
 
-    def _begin_move(self, swap: _Swap) -> None:
+    def _begin_move(self, swap: Swap) -> None:
         """Takes in new sequences under another plan, and has the running ones move to it bit by bit.
 
         Meanwhile there are as many layers as either plan has, and as many blocks as both have.
@@ -551,13 +507,13 @@ class Engine:
         for seq in list(scheduler):
             self._refuse_misfit(seq)
 
-    def _has_moved(self, swap: _Swap) -> bool:
+    def _has_moved(self, swap: Swap) -> bool:
         """Whether all that had begun to generate do so under the new plan, or wait for memory."""
         return not self._scheduler.moving and not any(
             seq.state is SequenceState.RUNNING for seq in swap.waiting
         )
 
-    def _end_move(self, swap: _Swap) -> None:
+    def _end_move(self, swap: Swap) -> None:
         self._moving = None
         self._settle()
         swap.end()

@@ -396,18 +396,20 @@ def test_half_of_the_layers_is_shown_beside_what_the_limits_make_of_it() -> None
     assert not target.met
 
 
-@pytest.mark.parametrize(("seconds", "runs"), [(0.3, 4), (1.5, 1)])
-def test_a_turn_takes_a_second_and_no_run_repeats_prompts(seconds: float, runs: int) -> None:
+def test_a_turn_takes_a_while_and_no_run_repeats_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     def generate(prompts: list[list[int]], max_tokens: int) -> Continuation:
         asked.append(prompts)
-        return Continuation([[1] * max_tokens], seconds, seconds)
+        return Continuation([[1] * max_tokens], 0.001, 0.001)
 
+    monkeypatch.setattr(engine, "_TURN_SECONDS", 0.05)
     turn = engine._turn(generate, CELL, 0, 300)
-    assert len(turn) == len(asked) == runs
-    assert len({str(prompts) for prompts in asked}) == runs
+    assert len(turn) == len(asked) > 1
+    assert len({str(prompts) for prompts in asked}) == len(asked)
     assert asked[0] == CELL.prompts(0, 300)
+    monkeypatch.setattr(engine, "_TURN_SECONDS", 0)
+    assert len(engine._turn(generate, CELL, 0, 300)) == 1
 
 
 def test_without_peers_there_is_no_target_against_them() -> None:
