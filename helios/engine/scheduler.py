@@ -156,12 +156,17 @@ class Scheduler:
         many tokens of them the step is to compute: what does not quite fit is computed whole all the same.
         """
         outdated = deque(seq for seq in self.running if seq.outdated)
+        if not outdated:
+            self.moving = False
+            return 0
         decoding = sum(seq.pending == 1 for seq in self.running)
         room = max(1, min(self.chunks.tokens(decoding), self._step_token_budget - decoding))
         prefills = [seq for seq in (*self.running, *self.waiting) if seq.pending > 1]
-        self._credit += -(-room // 2) if prefills else room
+        earned = -(-room // 2) if prefills else room
+        # Saved up for one sequence, not for many at once.
+        self._credit = min(self._credit + earned, max(room, len(outdated[0].token_ids)))
         sent = 0
-        if not any(seq.arrival < outdated[0].arrival for seq in prefills if outdated):
+        if not any(seq.arrival < outdated[0].arrival for seq in prefills):
             while outdated and (tokens := len(outdated[0].token_ids)) <= self._credit:
                 self._credit -= tokens
                 sent += tokens

@@ -227,6 +227,17 @@ def test_nobody_is_sent_back_behind_a_long_sequence_that_moves() -> None:
     assert stood_still == 3, "of its prefill's four steps the last gave it a token"
     # It went on until there had been room for all of it.
     assert steps > 6
+    assert [sequence.preemptions for sequence in (first, *others)] == [1, 1, 1]
+
+
+def test_a_long_prefill_earns_nobody_a_longer_stall() -> None:
+    scheduler, (first, *others) = moving([100, *[20] * 8], room=40)
+    while first.outdated or first.pending > 1:
+        advance(scheduler, scheduler.schedule())
+    while any(sequence.outdated for sequence in others):
+        before = [sequence.completion_tokens for sequence in others]
+        advance(scheduler, scheduler.schedule())
+        assert all(sequence.completion_tokens > had for sequence, had in zip(others, before, strict=True))
 
 
 def test_new_prompts_have_their_share_while_others_move() -> None:
