@@ -17,9 +17,6 @@ from services.controller.settings import ControllerSettings
 
 log = logging.getLogger(__name__)
 
-# What the loop has to end what it is at, until it is told again.
-_CANCEL_SECONDS = 1.0
-
 
 def main() -> int:
     """Runs the controller until SIGTERM. Exit code 1: it could not start, or failed."""
@@ -48,10 +45,7 @@ async def _serve(settings: ControllerSettings) -> int:
     if failed and not running.cancelled():
         log.critical("the controller failed", exc_info=running.exception())
     stop.cancel()
-    while not running.done():
-        # Again, as asyncio.wait_for in Python 3.11 may lose one (python/cpython#86296).
-        running.cancel()
-        await asyncio.wait({running}, timeout=_CANCEL_SECONDS)
+    running.cancel()
     await asyncio.gather(stop, running, return_exceptions=True)
     await controller.close()
     await server.stop(settings.grace_seconds)
