@@ -9,7 +9,7 @@ from bench.peers.runner import Continuation, Generate, Job, private_stdout, serv
 from helios import catalog
 from helios.engine import Engine, EngineSettings
 from helios.engine.threads import set_threads
-from helios.settings import SERVED_BURST_SECONDS
+from helios.settings import SERVED_BURST_SECONDS, SERVED_PROMPT_READINGS
 
 
 def load(job: Job) -> Generate:
@@ -23,6 +23,7 @@ def load(job: Job) -> Generate:
         # Like the peers', whose offline interfaces are made for throughput.
         prefill_stretch=math.inf,
         burst_seconds=SERVED_BURST_SECONDS,
+        prompt_readings=SERVED_PROMPT_READINGS,
     )
     engine = Engine.load(entry.path, job.depth, settings)
 

@@ -4,6 +4,7 @@ One JSON document per model in Redis, under the schema of `helios.redis_schema`.
 """
 
 import math
+import operator
 from collections.abc import Mapping
 
 from google.protobuf.json_format import MessageToDict, ParseDict
@@ -53,6 +54,19 @@ class ExitProfile(_Record):
     def agreement(self) -> float:
         """Share of tokens that equal the last layer's; 1 for an empty histogram."""
         return sum(self.agreement_counts) / self.tokens if self.tokens else 1.0
+
+    @property
+    def confidence_nats(self) -> tuple[float, float]:
+        """Negative natural logarithm of a token's confidence: its mean and its standard deviation, as far as the
+        histogram tells."""
+        bins = len(self.confidence_counts)
+        values = [-math.log((index + 0.5) / bins) for index in range(bins)]
+        tokens = max(self.tokens, 1)
+        mean = math.fsum(map(operator.mul, values, self.confidence_counts)) / tokens
+        squares = math.fsum(
+            count * (value - mean) ** 2 for value, count in zip(values, self.confidence_counts, strict=True)
+        )
+        return mean, math.sqrt(squares / tokens)
 
     def share_above(self, threshold: float) -> float:
         """Share of tokens whose confidence bin begins at or above `threshold`: the low-exit tokens."""

@@ -15,6 +15,8 @@ log = logging.getLogger(__name__)
 
 # A worker's default, which benches take too: nobody sees eight thousandths of a second.
 SERVED_BURST_SECONDS = 0.008
+# The same of the rows of a prompt that are read out to notice a drift.
+SERVED_PROMPT_READINGS = 16
 
 # Of a URL such as redis://user:password@host.
 _PASSWORD = re.compile(r"(://[^\s:/@\"]*:)[^\s/@\"]+@")

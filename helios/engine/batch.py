@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from helios.engine.prompt_readings import PromptReadings
 from helios.engine.sequence import Sequence
 
 
@@ -170,11 +171,15 @@ class Batch:
 
 
 def build_batch(
-    scheduled: Seq[tuple[Sequence, int]], block_tokens: int, device: torch.device
+    scheduled: Seq[tuple[Sequence, int]],
+    block_tokens: int,
+    device: torch.device,
+    readings: PromptReadings | None = None,
 ) -> tuple[Batch, list[Sequence]]:
     """The batch of scheduled (sequence, tokens), and the sequences that get a token from it.
 
-    A sequence gets a token when its last known token is among the rows.
+    A sequence gets a token when its last known token is among the rows. Behind their rows those of `readings`
+    are read, which notes what they are to predict.
     """
     decodes: list[Sequence] = []
     prefills: list[tuple[Sequence, int]] = []
@@ -206,6 +211,10 @@ def build_batch(
         if count == seq.pending:
             read_rows.append(len(token_ids) - 1)
             readers.append(seq)
+        if readings is not None:
+            readings.take(seq, start, end, len(token_ids) - count)
+    if readings is not None:
+        read_rows += readings.rows
     rows, width = len(token_ids), max(map(len, tables))
     # One conversion for all.
     numbers = token_ids + positions + slots + row_tables + read_rows

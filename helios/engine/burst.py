@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from helios.engine.sampler import Row
 from helios.engine.sequence import Sequence
+from helios.sampling import SamplingParams
 
 
 class Draws(NamedTuple):
@@ -22,11 +23,11 @@ class Draws(NamedTuple):
     ends: NDArray[np.int64]
 
     @classmethod
-    def of(cls, readers: Seq[Sequence]) -> "Draws":
-        """Of the sequences that get a token."""
+    def of(cls, readers: Seq[Sequence], others: int = 0) -> "Draws":
+        """Of the sequences that get a token, and of rows behind theirs whose token nobody takes."""
         if all(seq.takes_likeliest for seq in readers):
             return NO_DRAWS
-        return cls.of_rows([Row.of(seq) for seq in readers])
+        return cls.of_rows([*(Row.of(seq) for seq in readers), *[Row(SamplingParams(), 0, ())] * others])
 
     @classmethod
     def of_rows(cls, rows: Seq[Row]) -> "Draws":
@@ -89,15 +90,20 @@ class Burst(NamedTuple):
 
     @classmethod
     def of(
-        cls, steps: int, readers: Seq[Sequence], eos_token_ids: tuple[int, ...], interrupt: Interrupt
+        cls,
+        steps: int,
+        readers: Seq[Sequence],
+        eos_token_ids: tuple[int, ...],
+        interrupt: Interrupt,
+        others: int = 0,
     ) -> Self:
-        """For the sequences that get a token."""
+        """For the sequences that get a token. others: rows that are read behind theirs."""
         last_tokens = NO_LAST_TOKENS
         if steps > 1 and not all(seq.sampling.ignore_eos for seq in readers):
             none = (-1,) * len(eos_token_ids)
             rows = [none if seq.sampling.ignore_eos else eos_token_ids for seq in readers]
             last_tokens = np.array(rows, dtype=np.int64)
-        return cls(steps, Draws.of(readers), interrupt, last_tokens)
+        return cls(steps, Draws.of(readers, others), interrupt, last_tokens)
 
 
 ONE_STEP = Burst()

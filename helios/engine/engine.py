@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -23,6 +24,8 @@ from helios.engine.kv_cache import KVCache
 from helios.engine.loader import Progress
 from helios.engine.memory import device_budget
 from helios.engine.plan import Plan, load_plan
+from helios.engine.prompt_readings import PromptReadings
+from helios.engine.readout import Readout
 from helios.engine.sampler import Row, Sampled, sample
 from helios.engine.scheduler import Scheduler
 from helios.engine.sequence import FinishReason, GeneratedToken, Output, Sequence, SequenceState
@@ -58,6 +61,10 @@ class Counters:
     finished_sequences: int = 0
     # Tokens whose confidence was below their exit's threshold (high-exit tokens, HT).
     high_exit_tokens: int = 0
+    # Prompts of which a sample of tokens was read out, these tokens, and their nats under the plan.
+    prompts_read: int = 0
+    prompt_tokens_read: int = 0
+    prompt_nats: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,14 +265,20 @@ class Engine:
         model, cache = plan.model, self._cache
         compiled = model.has_bursts(cache)
         steps = self._burst(scheduled) if compiled and self._moving is None else 1
-        batch, readers = build_batch(scheduled, self.settings.block_tokens, model.device)
+        # A plan that sequences leave is not what telemetry tells of.
+        readings = PromptReadings(self.settings.prompt_readings if plan is self.plan else 0)
+        batch, readers = build_batch(scheduled, self.settings.block_tokens, model.device, readings)
         burst = ONE_STEP
         if compiled:
-            burst = Burst.of(steps, readers, model.config.eos_token_ids, self._interrupt)
+            ends = model.config.eos_token_ids
+            burst = Burst.of(steps, readers, ends, self._interrupt, len(readings.rows))
         if self.settings.exit_mode is ExitMode.DYNAMIC:
             found, exits = run_dynamic(model, batch, cache, plan.thresholds, burst)
         else:
             found, exits = run_static(model, batch, cache, self._graphs, burst)
+        if readings.rows:
+            self._note_readings(readings, found.rows(slice(len(readers), None)))
+            found, exits = found.rows(slice(len(readers))), exits[: len(readers)]
         for seq, tokens in scheduled:
             self._scheduler.advance(seq, tokens)
         if readers:
@@ -276,6 +289,13 @@ class Engine:
             # A burst may have been ended early.
             steps = len(exits) // len(readers)
         return batch, steps
+
+    def _note_readings(self, readings: PromptReadings, found: Readout) -> None:
+        counters, nats = self._counters, readings.nats(found)
+        if math.isfinite(nats):
+            counters.prompts_read += readings.prompts
+            counters.prompt_tokens_read += len(readings.rows)
+            counters.prompt_nats += nats
 
     def _burst(self, scheduled: list[tuple[Sequence, int]]) -> int:
         """How many steps to take at once, with the blocks that they need."""

@@ -33,7 +33,10 @@ class Readout:
 
     def rows(self, chosen: torch.Tensor | slice) -> "Readout":
         """Some of the rows."""
-        return Readout(self.logits[chosen], self.best[chosen], self.summaries[chosen])
+        host = None
+        if self.host is not None and isinstance(chosen, slice):
+            host = self.host[0][chosen], self.host[1][chosen]
+        return Readout(self.logits[chosen], self.best[chosen], self.summaries[chosen], host)
 
     def likeliest(self) -> tuple[list[int], list[float], list[float]]:
         """Of each row the likeliest token, its natural log-probability and its probability."""

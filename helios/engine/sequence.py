@@ -100,6 +100,8 @@ class Sequence:
     # Its KV is of the plan before the one in force: it goes on under that one until it is computed anew.
     outdated: bool = False
     preemptions: int = 0
+    # Prompt tokens up to here have been sampled (`PromptReadings`); prefilled again, they are not read again.
+    read_until: int = 0
     times: PhaseTimes = field(default_factory=PhaseTimes)
     # Whether each token is simply the likeliest one.
     takes_likeliest: bool = field(init=False)

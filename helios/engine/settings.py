@@ -32,6 +32,9 @@ class EngineSettings:
     block_tokens: int = 16
     # Whether sequences with the same beginning share its KV.
     prefix_cache: bool = True
+    # Tokens of each prompt, at most, whose probabilities are read out while it is prefilled: they say how well
+    # the plan reads the traffic. Never more than one of sixteen. 0: none.
+    prompt_readings: int = 0
     # Whether decode steps on a CUDA device are captured as graphs.
     cuda_graphs: bool = True
     # Where packed weights are kept between loads; None: helios/packed in the user's cache directory.
@@ -53,6 +56,8 @@ class EngineSettings:
             raise SettingsError(f"prefill_stretch must be above 1, not {self.prefill_stretch}")
         if not 0 <= self.burst_seconds < math.inf:
             raise SettingsError(f"burst_seconds must be at least 0, not {self.burst_seconds}")
+        if self.prompt_readings < 0:
+            raise SettingsError("prompt_readings must be at least 0")
         if self.packed_cache_bytes < 0:
             raise SettingsError("packed_cache_bytes must be at least 0")
         if self.threshold is not None and not 0 <= self.threshold <= 1:

@@ -535,6 +535,9 @@ class Telemetry(_message.Message):
     TIME_FIELD_NUMBER: _builtins.int
     HIGH_EXIT_TOKENS_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    PROMPTS_READ_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_READ_FIELD_NUMBER: _builtins.int
+    PROMPT_NATS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     model: _builtins.str
     """Name of the model and layers loaded."""
@@ -561,6 +564,12 @@ class Telemetry(_message.Message):
     """Counter: generated tokens whose confidence was below the exit's threshold (high-exit tokens)."""
     cached_tokens: _builtins.int
     """Counter: tokens that were not computed, because a sequence with the same beginning had been."""
+    prompts_read: _builtins.int
+    """Counters: prompts of which a sample of tokens was read out under the plan of the time, these tokens, and
+    the sum of their negative natural log-probabilities.
+    """
+    prompt_tokens_read: _builtins.int
+    prompt_nats: _builtins.float
     def __init__(
         self,
         *,
@@ -581,10 +590,13 @@ class Telemetry(_message.Message):
         time: _builtins.float = ...,
         high_exit_tokens: _builtins.int = ...,
         cached_tokens: _builtins.int = ...,
+        prompts_read: _builtins.int = ...,
+        prompt_tokens_read: _builtins.int = ...,
+        prompt_nats: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_free", b"blocks_free", "blocks_total", b"blocks_total", "cached_tokens", b"cached_tokens", "depth", b"depth", "draining", b"draining", "finished_sequences", b"finished_sequences", "generated_tokens", b"generated_tokens", "high_exit_tokens", b"high_exit_tokens", "model", b"model", "preemptions", b"preemptions", "prefill_tokens", b"prefill_tokens", "running", b"running", "step_age_seconds", b"step_age_seconds", "steps", b"steps", "time", b"time", "waiting", b"waiting", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_free", b"blocks_free", "blocks_total", b"blocks_total", "cached_tokens", b"cached_tokens", "depth", b"depth", "draining", b"draining", "finished_sequences", b"finished_sequences", "generated_tokens", b"generated_tokens", "high_exit_tokens", b"high_exit_tokens", "model", b"model", "preemptions", b"preemptions", "prefill_tokens", b"prefill_tokens", "prompt_nats", b"prompt_nats", "prompt_tokens_read", b"prompt_tokens_read", "prompts_read", b"prompts_read", "running", b"running", "step_age_seconds", b"step_age_seconds", "steps", b"steps", "time", b"time", "waiting", b"waiting", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

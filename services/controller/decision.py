@@ -55,6 +55,8 @@ class Decision(Record):
     reason: str
     again_after_requests: int | None = None
     """Finished requests until a better plan may be chosen that only the dwell of this one kept out."""
+    undecided: tuple[str, ...] = ()
+    """Models of which more requests should be evaluated: chance may have decided."""
 
     @property
     def moves(self) -> bool:

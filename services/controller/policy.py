@@ -8,18 +8,26 @@ import enum
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TypeAlias
 
 from pydantic import Field
 
 from helios.history import ExitProfile, ModelProfile
 from helios.slo import Objective, Slo
 from services.controller.decision import Decision, Option, WorkerPlan
-from services.controller.situation import Plan, Record, Situation, Trigger, WorkerView
+from services.controller.situation import Plan, Reading, Record, Situation, Trigger, WorkerView
 
 # exp() of more overflows; such an option is refused by any bound.
 _MAX_EXPONENT = 700.0
+# A rise of perplexity over a candidate at full depth, its standard error, and whether it is the same model.
+_Increase: TypeAlias = tuple[float, float | None, bool]
+_QUALITY = "max_perplexity_increase"
 # Requests from which a standard error can be told.
 _FEWEST_PAIRS = 2
+# By what the variance from two or three is multiplied.
+_FEW_FACTOR = 5.0
+# Requests from which their difference is corrected by what is known of all traffic.
+_FEWEST_CONTROLLED = 10
 
 
 class Moves(enum.StrEnum):
@@ -43,12 +51,6 @@ class PolicySettings(Record):
         description="the limit is never nearer than this many standard deviations to the unsure tokens "
         "that the profile itself expects of the plan",
     )
-    suspicion_sigmas: float = Field(
-        5.0,
-        ge=0,
-        description="this many standard deviations beyond what the profile expects, unsure tokens short of a "
-        "breach bring the next reassessment forward",
-    )
     reassess_requests: int = Field(150, ge=1, description="requests between two reassessments (RI)")
     moves: Moves = Field(Moves.BOTH, description="allowed moves: both, switch (to another model), deepen")
     min_gain: float = Field(
@@ -58,10 +60,27 @@ class PolicySettings(Record):
         50, ge=0, description="requests for which a plan stays unless it violates the quality bound"
     )
     leave_sigmas: float = Field(
-        1.5,
+        0.5,
         ge=0,
         description="the plan in force is out once its perplexity is this many standard errors beyond the "
         "bound",
+    )
+    enter_sigmas: float = Field(
+        0.5,
+        ge=0,
+        description="a plan replaces one that is not out once its perplexity is this many standard errors within the "
+        "bound",
+    )
+    switch_sigmas: float = Field(
+        1.0,
+        ge=0,
+        description="the same over the best of another model: few requests say little of which model is better on a mixture",
+    )
+    decide_sigmas: float = Field(
+        2.0,
+        ge=0,
+        description="more requests are evaluated while a plan that matters is within this many standard errors of the "
+        "bound on perplexity",
     )
     bound_margin: float = Field(
         0.1,
@@ -81,31 +100,19 @@ def breach_limit(worker: WorkerView, profile: ModelProfile | None, settings: Pol
     `breach_limit`, unless the profile that the plan was chosen by already expects about as many: a breach
     says that traffic has left what was profiled, not that an exit is unsure by nature (spec, insight 2).
     """
-    return max(settings.breach_limit, _unexpected(worker, profile, settings.breach_sigmas, settings))
-
-
-def _unexpected(
-    worker: WorkerView, profile: ModelProfile | None, sigmas: float, settings: PolicySettings
-) -> int:
-    """High-exit tokens in a window that are `sigmas` standard deviations more than the profile expects."""
     expected = 0.0
     if profile is not None and any(one.depth == worker.depth for one in profile.exits):
         # None in a profile of so many tokens may still be three in as many others (the rule of three).
-        expected = max(1 - _exit_share(profile, worker.depth, worker.threshold), 3 / max(profile.tokens, 3))
+        expected = max(1 - exit_share(profile, worker.depth, worker.threshold), 3 / max(profile.tokens, 3))
     mean = expected * settings.window_tokens
-    noise = sigmas * math.sqrt(mean * (1 - expected))
+    noise = settings.breach_sigmas * math.sqrt(mean * (1 - expected))
     # More than expected: what a profile without any sure token expects is never news.
-    return math.floor(mean + noise) + 1
+    return max(settings.breach_limit, math.floor(mean + noise) + 1)
 
 
 def is_breached(worker: WorkerView, profile: ModelProfile | None, settings: PolicySettings) -> bool:
     """Whether the worker's confidence breach counter has reached its limit in a full window."""
     return _counter(worker, settings) >= breach_limit(worker, profile, settings)
-
-
-def is_suspicious(worker: WorkerView, profile: ModelProfile, settings: PolicySettings) -> bool:
-    """Whether a full window is far from what the profile expects: reason to profile again, not yet to act."""
-    return _counter(worker, settings) >= _unexpected(worker, profile, settings.suspicion_sigmas, settings)
 
 
 def _counter(worker: WorkerView, settings: PolicySettings) -> float:
@@ -122,9 +129,11 @@ def decide(situation: Situation, settings: PolicySettings) -> Decision:
     `min_gain`; the reason says which.
     """
     before = _in_force(situation)
-    weighed = [_Weighed(option, refusals) for option, refusals in _weigh(situation, settings, before)]
+    weighed = list(_weigh(situation, settings, before))
     if situation.trigger is Trigger.BREACH and before is not None:
         plan, reason = _answer_breach(weighed, before, situation, settings)
+    elif situation.trigger is Trigger.RETREAT and before is not None:
+        plan, reason = _retreat(weighed, before)
     else:
         plan, reason = _best(weighed, before, situation, settings)
     if situation.delayed_seconds:
@@ -150,6 +159,7 @@ def decide(situation: Situation, settings: PolicySettings) -> Decision:
         options=tuple(one.explained(plan) for one in weighed),
         reason=reason,
         again_after_requests=next((one.dwell_left for one in weighed if one.dwell_left is not None), None),
+        undecided=_undecided(weighed, plan, situation.slo, settings),
     )
 
 
@@ -157,23 +167,30 @@ def contradiction(situation: Situation, settings: PolicySettings) -> str | None:
     """Which bounds of the SLO no profiled option satisfies together; None when one does, or none is known."""
     clean = situation.model_copy(update={"bars": ()})
     weighed = list(_weigh(clean, settings, _in_force(clean)))
-    if not weighed or not all(found for _, found in weighed):
+    if not weighed or any(one.eligible for one in weighed):
         return None
-    by_bound = Counter(bound for _, found in weighed for bound in found)
+    by_bound = Counter(bound for one in weighed for bound in one.refusals)
     named = ", ".join(f"{bound} refuses {count}" for bound, count in by_bound.most_common())
-    nearest, broken = min(weighed, key=lambda one: len(one[1]))
+    nearest = min(weighed, key=lambda one: len(one.refusals))
     return (
-        f"no option satisfies all bounds: of {len(weighed)}, {named}; {nearest.plan} breaks the fewest "
-        f"({'; '.join(broken.values())}); loosen one"
+        f"no option satisfies all bounds: of {len(weighed)}, {named}; {nearest.option.plan} breaks the "
+        f"fewest ({'; '.join(nearest.refusals.values())}); loosen one"
     )
 
 
 class _Weighed:
     """An option and the bounds it breaks, by name."""
 
-    def __init__(self, option: Option, refusals: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        option: Option,
+        refusals: Mapping[str, str],
+        increases: Sequence[_Increase],
+    ) -> None:
         self.option = option
         self.refusals = dict(refusals)
+        # Of perplexity, over each candidate at full depth, with standard errors.
+        self.increases = increases
         # Within the bounds, but passed over: said in the record.
         self.note = ""
         # The same, for so many requests: another plan has just been chosen.
@@ -182,6 +199,21 @@ class _Weighed:
     @property
     def eligible(self) -> bool:
         return not self.refusals
+
+    def is_surely_within(self, bound: float, sigmas: float, switch_sigmas: float | None = None) -> bool:
+        """Whether its perplexity is within the bound by more than chance, whichever candidate is the best.
+
+        switch_sigmas: the same against candidates that are other models; None: as against its own.
+        """
+        return all(
+            error is not None
+            and increase + (sigmas if is_own or switch_sigmas is None else switch_sigmas) * error <= bound
+            for increase, error, is_own in self.increases
+        )
+
+    def is_surely_beyond(self, bound: float, sigmas: float) -> bool:
+        """Whether its perplexity is beyond the bound by more than chance."""
+        return any(increase - sigmas * (error or 0.0) > bound for increase, error, _ in self.increases)
 
     def explained(self, chosen: Plan | None) -> Option:
         """The option as it goes into the record."""
@@ -205,7 +237,7 @@ def _has_failed(plan: Plan, situation: Situation) -> bool:
     )
 
 
-def _exit_share(profile: ModelProfile, depth: int, threshold: float | None = None) -> float:
+def exit_share(profile: ModelProfile, depth: int, threshold: float | None = None) -> float:
     """Share of tokens that are sure at a depth, by the profile's threshold or another one.
 
     Every token leaves at the last layer.
@@ -216,25 +248,24 @@ def _exit_share(profile: ModelProfile, depth: int, threshold: float | None = Non
     return one.share_above(one.threshold if threshold is None else threshold)
 
 
-def _weigh(
-    situation: Situation, settings: PolicySettings, before: Plan | None
-) -> Iterator[tuple[Option, dict[str, str]]]:
+def _weigh(situation: Situation, settings: PolicySettings, before: Plan | None) -> Iterator["_Weighed"]:
     """Every profiled depth of every candidate, with the bounds that it breaks."""
     known = [situation.history[name] for name in situation.candidates if name in situation.history]
     if not known or not situation.workers:
         return
-    reference = min(known, key=lambda profile: (profile.full.nats_per_byte, profile.model))
+    control = _Control.of(situation)
     for profile in known:
         for one in profile.exits:
-            option = _expect(profile, one, reference, situation, settings, before)
-            refusals = _refusals(option, profile, one, situation, settings, before)
-            yield option, refusals
+            increases = _increases(profile, one, known, control)
+            option = _expect(profile, one, increases, situation, settings, before)
+            refusals = _refusals(option, increases, profile, one, situation, settings, before)
+            yield _Weighed(option, refusals, increases)
 
 
 def _expect(
     profile: ModelProfile,
     one: ExitProfile,
-    reference: ModelProfile,
+    increases: Sequence[_Increase],
     situation: Situation,
     settings: PolicySettings,
     before: Plan | None,
@@ -250,7 +281,8 @@ def _expect(
     # A batch of none is refused for memory; its figures are those of one sequence.
     full_batch = max(1, batch)
     token_seconds = one.step_seconds(full_batch) / full_batch + prefill
-    increase, error = _increase(profile, one, reference)
+    # The best candidate is the one over which it rises most.
+    increase, error, _ = max(increases, key=lambda one: one[0])
     plan = Plan(model=profile.model, depth=one.depth)
     cost = _cost(plan, one, workers, before)
     horizon_tokens = settings.reassess_requests * situation.output_tokens / len(workers)
@@ -272,21 +304,54 @@ def _expect(
         perplexity_increase=increase,
         perplexity_increase_error=error,
         agreement=one.agreement,
-        exit_share=_exit_share(profile, one.depth),
+        exit_share=exit_share(profile, one.depth),
         joules_per_token=one.joules_per_token,
         cost_seconds=cost,
         loss=losses[situation.slo.objective],
     )
 
 
-def _increase(profile: ModelProfile, one: ExitProfile, reference: ModelProfile) -> tuple[float, float | None]:
-    """Rise of perplexity over the reference at full depth, and its standard error: shares per token of it."""
-    nats, error = _excess(profile, one, reference)
-    increase = math.expm1(min(nats * reference.bytes_per_token, _MAX_EXPONENT))
-    return increase, None if error is None else (1 + increase) * error * reference.bytes_per_token
+def _increases(
+    profile: ModelProfile, one: ExitProfile, references: Sequence[ModelProfile], control: "_Control | None"
+) -> tuple[_Increase, ...]:
+    """Rise of perplexity over each candidate at full depth, and its standard error: shares per token of it."""
+    found = []
+    for reference in references:
+        nats, error = _excess(profile, one, reference, control)
+        increase = math.expm1(min(nats * reference.bytes_per_token, _MAX_EXPONENT))
+        share = None if error is None else (1 + increase) * error * reference.bytes_per_token
+        found.append((increase, share, reference is profile))
+    return tuple(found)
 
 
-def _excess(profile: ModelProfile, one: ExitProfile, reference: ModelProfile) -> tuple[float, float | None]:
+class _Control:
+    """A control variate: what all recent prompts gave under the plan that is served, and what the evaluated ones did.
+
+    The few that were evaluated are easier or harder than the traffic by chance. How much, the plan that is served tells of
+    both, and the difference between two options is corrected by regression on it (Cochran, Sampling Techniques, 7).
+    """
+
+    def __init__(self, reading: Reading, profile: ModelProfile) -> None:
+        index = profile.exits.index(profile.at(reading.depth))
+        # Nats under the plan, by request.
+        self.nats = {sample.id: sample.nats[index] for sample in profile.samples}
+        # All per byte, as the options are compared.
+        self.mean = reading.nats_per_token / profile.bytes_per_token
+        self.variance = (reading.error / profile.bytes_per_token) ** 2
+
+    @classmethod
+    def of(cls, situation: Situation) -> "_Control | None":
+        """None where nothing was read, or the plan was not profiled."""
+        reading = situation.reading
+        profile = None if reading is None else situation.history.get(reading.model)
+        if reading is None or profile is None or all(one.depth != reading.depth for one in profile.exits):
+            return None
+        return cls(reading, profile)
+
+
+def _excess(
+    profile: ModelProfile, one: ExitProfile, reference: ModelProfile, control: _Control | None
+) -> tuple[float, float | None]:
     """Nats per byte over the reference at full depth, and the standard error of that.
 
     Both from the requests that both models were evaluated on: what they find hard alike cancels out. With
@@ -295,20 +360,37 @@ def _excess(profile: ModelProfile, one: ExitProfile, reference: ModelProfile) ->
     index = profile.exits.index(one)
     others = {sample.id: sample for sample in reference.samples}
     pairs = [(sample, others[sample.id]) for sample in profile.samples if sample.id in others]
-    own_bytes = sum(own.text_bytes for own, _ in pairs)
-    other_bytes = sum(other.text_bytes for _, other in pairs)
-    if len(pairs) < _FEWEST_PAIRS or not own_bytes or not other_bytes:
+    # All samples of a request are of one text.
+    sizes = [own.text_bytes for own, _ in pairs]
+    if len(pairs) < _FEWEST_PAIRS or not sum(sizes):
         return one.nats_per_byte - reference.full.nats_per_byte, None
-    rate = math.fsum(own.nats[index] for own, _ in pairs) / own_bytes
-    other_rate = math.fsum(other.nats[-1] for _, other in pairs) / other_bytes
-    # The error of a difference of two ratio estimates, by linearisation (Cochran, Sampling Techniques, 6).
+    excess, residuals = _rate([own.nats[index] - other.nats[-1] for own, other in pairs], sizes)
     count = len(pairs)
-    residuals = [
-        (own.nats[index] - rate * own.text_bytes) * count / own_bytes
-        - (other.nats[-1] - other_rate * other.text_bytes) * count / other_bytes
-        for own, other in pairs
-    ]
-    return rate - other_rate, math.sqrt(math.fsum(r * r for r in residuals) / (count * (count - 1)))
+    variance = math.fsum(r * r for r in residuals) / (count * (count - 1))
+    if (
+        control is not None
+        and count >= _FEWEST_CONTROLLED
+        and all(own.id in control.nats for own, _ in pairs)
+    ):
+        mean, deviations = _rate([control.nats[own.id] for own, _ in pairs], sizes)
+        spread = math.fsum(d * d for d in deviations)
+        own_variance = spread / (count * (count - 1))
+        if spread:
+            slope = math.fsum(r * d for r, d in zip(residuals, deviations, strict=True)) / spread
+            # The two means are weighed by how sure they are.
+            slope *= own_variance / (own_variance + control.variance)
+            excess += slope * (control.mean - mean)
+            left = math.fsum((r - slope * d) ** 2 for r, d in zip(residuals, deviations, strict=True))
+            variance = left / (count * (count - 2)) + slope**2 * control.variance
+    # A standard error of few is uncertain itself: Student's t varies by so much more than a normal distribution.
+    freedom = count - 1
+    return excess, math.sqrt(variance * (freedom / (freedom - 2) if freedom > 2 else _FEW_FACTOR))
+
+
+def _rate(nats: Sequence[float], sizes: Sequence[int]) -> tuple[float, list[float]]:
+    """Nats per byte of requests, and what each adds to its error by linearisation (Cochran, 6)."""
+    rate, mean_size = math.fsum(nats) / sum(sizes), sum(sizes) / len(sizes)
+    return rate, [(one - rate * size) / mean_size for one, size in zip(nats, sizes, strict=True)]
 
 
 def _batch(one: ExitProfile, worker: WorkerView, situation: Situation) -> int:
@@ -333,6 +415,7 @@ def _cost(plan: Plan, one: ExitProfile, workers: Sequence[WorkerView], before: P
 
 def _refusals(
     option: Option,
+    increases: Sequence[_Increase],
     profile: ModelProfile,
     one: ExitProfile,
     situation: Situation,
@@ -351,10 +434,12 @@ def _refusals(
             by = f" by more than noise, {noise:.2g}" if noise else ""
             found[bound] = f"{bound}: {value:.4g} is {side} {limit:.4g}{by}"
 
-    error = option.perplexity_increase_error or 0.0
-    # What is in force goes only when it is beyond the bound by more than noise.
-    noise = error * settings.leave_sigmas if option.plan == before else 0.0
-    check("max_perplexity_increase", option.perplexity_increase, slo.max_perplexity_increase, noise=noise)
+    increase, noise, limit = option.perplexity_increase, 0.0, slo.max_perplexity_increase
+    if option.plan == before:
+        # What is in force goes only when it is beyond the bound by more than noise: over whichever candidate.
+        tolerated = [(one, settings.leave_sigmas * (error or 0.0)) for one, error, _ in increases]
+        increase, noise = max(tolerated, key=lambda one: one[0] - one[1])
+    check(_QUALITY, increase, limit, noise=noise)
     check("min_agreement", option.agreement, slo.min_agreement, at_least=True)
     check("min_exit_share", option.exit_share, settings.min_exit_share, at_least=True)
     check("max_ttft_seconds", option.ttft_seconds, slo.max_ttft_seconds)
@@ -416,6 +501,49 @@ def _answer_breach(
             )
     kind = "deeper" if best.option.model == before.model else "switch"
     return best.option.plan, f"{seen}; {kind} to {best.option.plan} is the cheapest answer"
+
+
+def _retreat(weighed: Sequence[_Weighed], before: Plan) -> tuple[Plan, str]:
+    """The plan that is best in quality by all that was ever measured: until the new traffic is evaluated."""
+    said = "the traffic has changed and is not evaluated yet"
+    known = [one for one in weighed if set(one.refusals) <= {_QUALITY, "min_agreement"}]
+    if not known:
+        return before, f"{said}; {before} stays, no other plan is possible"
+    safest = min(known, key=lambda one: (one.option.perplexity_increase, -one.option.depth, one.option.model))
+    if safest.option.plan == before:
+        return before, f"{said}; {before} stays, it is the safest plan known"
+    return safest.option.plan, f"{said}; {safest.option.plan} is the safest plan known"
+
+
+def _undecided(
+    weighed: Sequence[_Weighed], plan: Plan | None, slo: Slo, settings: PolicySettings
+) -> tuple[str, ...]:
+    """Models of which more requests should be evaluated, since chance may have decided; none: it is settled.
+
+    The plan that was chosen may be beyond the bound on perplexity, or a cheaper one within it.
+    """
+    bound = slo.max_perplexity_increase
+    chosen = next((one.option for one in weighed if one.option.plan == plan), None)
+    if bound is None or chosen is None:
+        return ()
+    found = set()
+    for one in weighed:
+        option, sigmas = one.option, settings.decide_sigmas
+        matters = option is chosen or option.loss < chosen.loss * (1 - settings.min_gain)
+        doubtful = not (one.is_surely_within(bound, sigmas) or one.is_surely_beyond(bound, sigmas))
+        if matters and doubtful and set(one.refusals) <= {_QUALITY}:
+            found.add(option.model)
+    # All others are measured against the best at full depth.
+    if found:
+        full = [one for one in weighed if all(increase <= 0 for increase, _, _ in one.increases)]
+        found |= {one.option.model for one in full[:1]}
+        found |= {
+            one.option.model
+            for one in weighed
+            if any(increase == 0 for increase, _, _ in one.increases)
+            and not one.is_surely_beyond(0.0, settings.decide_sigmas)
+        }
+    return tuple(sorted(found))
 
 
 def _best(
@@ -494,6 +622,17 @@ def _entrants(
         return all(limit is None or distance <= limit * share for distance, limit in distances)
 
     eligible = [one for one in weighed if one.eligible]
+    bound = slo.max_perplexity_increase
+    if bound is not None:
+        stays = any(one.option.plan == before for one in eligible)
+        # A new plan is within the bound by more than chance, if there is such a one.
+        sure = [
+            one
+            for one in eligible
+            if one.option.plan == before
+            or one.is_surely_within(bound, settings.enter_sigmas, settings.switch_sigmas if stays else None)
+        ]
+        eligible = sure or eligible
     return [one for one in eligible if one.option.plan == before or is_safe(one.option)] or eligible
 
 

@@ -21,6 +21,8 @@ class Trigger(enum.StrEnum):
     START = "start"
     REASSESSMENT = "reassessment"
     DWELL = "dwell over"
+    DRIFT = "drift"
+    RETREAT = "drift, not evaluated yet"
     BREACH = "confidence breach"
     SLO = "SLO"
     OPERATOR = "operator"
@@ -79,6 +81,16 @@ class WorkerView(Record):
         return Plan(model=self.model, depth=self.depth)
 
 
+class Reading(Record):
+    """What the prompts of recent traffic gave under the plan that served them."""
+
+    model: str
+    depth: int
+    nats_per_token: float
+    error: float
+    """Its standard error."""
+
+
 class Situation(Record):
     """Everything a decision rests on."""
 
@@ -89,8 +101,8 @@ class Situation(Record):
     workers: tuple[WorkerView, ...]
     plan: Plan | None = None
     """The plan in force of the workers that are not pinned; None: none was ever chosen."""
+    reading: Reading | None = None
     bars: tuple[Bar, ...] = ()
-    requests_since_assessment: int = 0
     delayed_seconds: float = 0.0
     """For which this reassessment was put off, so that profiling stays within its share of the CPU."""
     requests_since_move: int | None = None

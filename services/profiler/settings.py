@@ -49,7 +49,7 @@ class ProfilerSettings(ServiceSettings):
     batches: tuple[int, ...] = Field((1, 8, 32), description="batch sizes at which decoding is timed")
     repetitions: int = Field(5, ge=1, description="timed steps of each kind, of which the median counts")
     pooled_requests: int = Field(
-        25,
+        100,
         ge=1,
         description="requests on which quality is measured, earlier ones included until the traffic drifts",
     )

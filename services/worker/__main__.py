@@ -100,6 +100,7 @@ def _engine_settings(settings: WorkerSettings) -> EngineSettings:
         step_token_budget=settings.step_token_budget,
         prefill_stretch=settings.prefill_stretch,
         burst_seconds=settings.burst_seconds,
+        prompt_readings=settings.prompt_readings,
         block_tokens=settings.block_tokens,
         prefix_cache=settings.prefix_cache,
         cuda_graphs=settings.cuda_graphs,

@@ -374,6 +374,9 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             time=time.time(),
             high_exit_tokens=load.counters.high_exit_tokens,
             cached_tokens=load.cached_tokens,
+            prompts_read=load.counters.prompts_read,
+            prompt_tokens_read=load.counters.prompt_tokens_read,
+            prompt_nats=load.counters.prompt_nats,
         )
 
 

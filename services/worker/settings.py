@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from helios.settings import SERVED_BURST_SECONDS, RedisUrl, ServiceSettings
+from helios.settings import SERVED_BURST_SECONDS, SERVED_PROMPT_READINGS, RedisUrl, ServiceSettings
 
 
 class WorkerSettings(ServiceSettings):
@@ -62,6 +62,12 @@ class WorkerSettings(ServiceSettings):
     block_tokens: int = Field(16, ge=1, description="tokens in a KV block")
     prefix_cache: bool = Field(
         True, description="whether requests with the same beginning share its KV (their timing tells)"
+    )
+    prompt_readings: int = Field(
+        SERVED_PROMPT_READINGS,
+        ge=0,
+        description="tokens of each prompt, at most one in sixteen of it, whose probabilities are read out in "
+        "prefill: by them the controller notices that the traffic has changed; 0: none",
     )
     cuda_graphs: bool = Field(
         True, description="whether decode steps on a CUDA device are captured as graphs"
