@@ -18,10 +18,9 @@ import grpc
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from helios import embedded_redis, stack_state
+from helios import channel, embedded_redis, stack_state
 from helios.errors import SettingsError, UnavailableError
 from helios.hardware import available_memory
-from helios.server import CHANNEL_OPTIONS
 from helios.settings import without_passwords
 from helios.stack_state import StackState
 from helios.supervisor import Child
@@ -173,8 +172,8 @@ class Stack:
     async def _until_serving(self) -> None:
         await self._gateway.ready.wait()
         expected = {worker.name for worker in self._workers}
-        async with grpc.aio.insecure_channel(self.state.gateway, options=CHANNEL_OPTIONS) as channel:
-            stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        async with channel.to_service_async(self.state.gateway) as opened:
+            stub = inference_pb2_grpc.InferenceServiceStub(opened)
             while True:
                 # A gateway that has just started may not answer yet; a dead one is noticed by its task.
                 with contextlib.suppress(grpc.aio.AioRpcError):

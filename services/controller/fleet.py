@@ -8,8 +8,7 @@ from dataclasses import dataclass
 import grpc
 from redis.asyncio import Redis
 
-from helios import registry
-from helios.server import CHANNEL_OPTIONS
+from helios import channel, registry
 from helios.v1 import worker_pb2, worker_pb2_grpc
 from services.controller.breach_window import BreachWindow
 from services.controller.settings import ControllerSettings
@@ -36,7 +35,7 @@ class Worker:
     def __init__(self, lease: registry.WorkerLease, settings: ControllerSettings) -> None:
         self.worker_id = lease.worker_id
         self.address = lease.address
-        self.channel = grpc.aio.insecure_channel(lease.address, options=CHANNEL_OPTIONS)
+        self.channel = channel.to_service_async(lease.address)
         self.stub: worker_pb2_grpc.WorkerServiceAsyncStub = worker_pb2_grpc.WorkerServiceStub(self.channel)
         self.window = BreachWindow(settings.window_tokens)
         self.telemetry: worker_pb2.Telemetry | None = None

@@ -13,9 +13,8 @@ from contextlib import contextmanager
 import grpc
 from redis.asyncio import Redis
 
-from helios import registry
+from helios import channel, registry
 from helios.errors import UnavailableError, UnknownModelError
-from helios.server import CHANNEL_OPTIONS
 from helios.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 from services.gateway.router import Candidate, Needs, Plan, choose
 from services.gateway.settings import GatewaySettings
@@ -24,7 +23,6 @@ from services.gateway.worker_call import Attempt, Take, WorkerCall, WorkerLostEr
 log = logging.getLogger(__name__)
 
 _WORKER_OPTIONS = (
-    *CHANNEL_OPTIONS,
     # Tokenizers of large vocabularies exceed gRPC's default of 4 MiB.
     ("grpc.max_receive_message_length", 64 << 20),
 )
@@ -38,7 +36,7 @@ class Worker:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self.channel = grpc.aio.insecure_channel(address, options=_WORKER_OPTIONS)
+        self.channel = channel.to_service_async(address, _WORKER_OPTIONS)
         self.stub: worker_pb2_grpc.WorkerServiceAsyncStub = worker_pb2_grpc.WorkerServiceStub(self.channel)
         # Both are empty until it has been reached.
         self.telemetry = worker_pb2.Telemetry()
