@@ -6,7 +6,8 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from helios.settings import SERVED_BURST_SECONDS, RedisUrl, ServiceSettings
+from helios.redis_url import RedisUrl
+from helios.settings import SERVED_BURST_SECONDS, ServiceSettings
 
 
 class WorkerSettings(ServiceSettings):
