@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import grpc
 
+from helios.channel import to_service_async
 from helios.errors import HeliosError
-from helios.server import CHANNEL_OPTIONS
 from helios.v1 import generation_pb2, inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
 
 _Response = inference_pb2.GenerateResponse | worker_pb2.WorkerServiceGenerateResponse
@@ -106,9 +106,7 @@ def straight_to_workers(channels: Sequence[grpc.aio.Channel]) -> Open:
 
 def connect(address: str) -> grpc.aio.Channel:
     """A channel of its own connection; for use in the running event loop."""
-    return grpc.aio.insecure_channel(
-        address, options=(*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1))
-    )
+    return to_service_async(address, [("grpc.use_local_subchannel_pool", 1)])
 
 
 async def run(open_stream: Open, requests: Iterable[Request], concurrency: int) -> list[Stream]:

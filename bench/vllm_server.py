@@ -151,11 +151,13 @@ async def _lines(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
 
 def _wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     deadline = time.monotonic() + _START_SECONDS
+    # Whatever proxy the environment names: the server is on this machine.
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while time.monotonic() < deadline:
         if process.poll() is not None:
             last = log.read_text(errors="replace").strip().rpartition("\n")[2]
             raise UnavailableError(f"vllm serve ended: {last} (all of it: {log})")
-        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=_POLL_SECONDS * 4):
+        with contextlib.suppress(OSError), direct.open(url, timeout=_POLL_SECONDS * 4):
             return
         time.sleep(_POLL_SECONDS)
     raise UnavailableError(f"vllm serve was not ready after {_START_SECONDS:.0f} s (what it said: {log})")

@@ -16,9 +16,8 @@ import grpc
 from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
-from helios import errors
+from helios import channel, errors
 from helios.errors import HeliosError, InvalidRequestError, OverloadedError
-from helios.server import CHANNEL_OPTIONS
 from helios.v1 import generation_pb2, inference_pb2, inference_pb2_grpc
 
 Event = generation_pb2.Token | generation_pb2.Finish
@@ -59,7 +58,7 @@ class Client:
     def __init__(self, target: str) -> None:
         """Connects to host:port on first use."""
         self._target = target
-        self._channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self._channel = channel.from_client(target)
         self._stub = inference_pb2_grpc.InferenceServiceStub(self._channel)
 
     def generate(
@@ -109,7 +108,7 @@ class AsyncClient:
     def __init__(self, target: str) -> None:
         """Connects to host:port on first use. Must be made in the event loop that uses it."""
         self._target = target
-        self._channel = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self._channel = channel.from_client_async(target)
         self._stub: inference_pb2_grpc.InferenceServiceAsyncStub = inference_pb2_grpc.InferenceServiceStub(
             self._channel
         )

@@ -7,8 +7,8 @@ from typing import TypeVar
 
 import grpc
 
+from helios import channel
 from helios.client import error_from
-from helios.server import CHANNEL_OPTIONS
 from helios.stack_state import find_controller
 from helios.v1 import controller_pb2, controller_pb2_grpc
 
@@ -73,5 +73,5 @@ def connect(target: str | None) -> Iterator[ControllerClient]:
     Raises UnavailableError when there is neither.
     """
     address = find_controller(target)
-    with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
-        yield ControllerClient(address, controller_pb2_grpc.ControllerServiceStub(channel))
+    with channel.from_client(address) as opened:
+        yield ControllerClient(address, controller_pb2_grpc.ControllerServiceStub(opened))

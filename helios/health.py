@@ -9,6 +9,7 @@ import sys
 import grpc
 from grpc_health.v1 import health_pb2
 
+from helios import channel
 from helios.errors import UnavailableError
 
 
@@ -17,8 +18,8 @@ def check(address: str, service: str = "", timeout_seconds: float = 5.0) -> None
 
     Raises UnavailableError, with what it answered instead.
     """
-    with grpc.insecure_channel(address) as channel:
-        ask = channel.unary_unary(
+    with channel.to_service(address) as opened:
+        ask = opened.unary_unary(
             "/grpc.health.v1.Health/Check",
             request_serializer=health_pb2.HealthCheckRequest.SerializeToString,
             response_deserializer=health_pb2.HealthCheckResponse.FromString,

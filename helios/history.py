@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from google.protobuf.json_format import MessageToDict, ParseDict
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
+from helios.ignored_entries import fault
 from helios.redis_schema import PROFILE_PATTERN, PROFILE_PREFIX
 from helios.v1 import profiler_pb2
 
@@ -18,7 +20,8 @@ CONFIDENCE_BINS = 50
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # A newer version may write more than this one knows.
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class DecodeSpeed(_Record):
@@ -168,20 +171,24 @@ async def read(redis: Redis) -> tuple[dict[str, ModelProfile], dict[str, str]]:
     Raises redis.RedisError when Redis cannot be reached.
     """
     profiles, ignored = {}, {}
-    keys = sorted([key.decode() async for key in redis.scan_iter(match=PROFILE_PATTERN, count=100)])
-    for key in keys:
+    keys = sorted([key async for key in redis.scan_iter(match=PROFILE_PATTERN, count=100)])
+    for raw_key in keys:
+        key = raw_key.decode(errors="replace")
         if not key.startswith(PROFILE_PREFIX):
             ignored[key] = "written by another version of Helios"
             continue
-        document = await redis.get(key)
+        try:
+            document = await redis.get(raw_key)
+        except ResponseError as error:
+            # Of another type than a string, or not this user's to read: the others may be.
+            ignored[key] = f"it cannot be read: {error}"
+            continue
         if document is None:
             continue
         try:
             profile = ModelProfile.model_validate_json(document)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the document"
-            ignored[key] = f"not a profile of this version of Helios: {where}: {first['msg']}"
+            ignored[key] = f"not a profile of this version of Helios: {fault(error)}"
             continue
         if key == PROFILE_PREFIX + profile.model:
             profiles[profile.model] = profile

@@ -5,20 +5,20 @@ its last prompt. An entry has the fields `tokenizer_id` and `ids` (a JSON list).
 """
 
 import json
-import logging
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, cast
+from typing import Annotated, TypeAlias, cast
 
+from pydantic import Field, TypeAdapter
 from redis.asyncio import Redis
 from redis.typing import EncodableT, FieldT
 
+from helios.ignored_entries import fault
 from helios.redis_schema import PROMPTS
-
-log = logging.getLogger(__name__)
 
 _PAGE = 64
 
+_IDS: TypeAdapter[tuple[int, ...]] = TypeAdapter(Annotated[tuple[int, ...], Field(min_length=1)])
 _Entries: TypeAlias = list[tuple[bytes, dict[bytes, bytes]]]
 
 
@@ -52,32 +52,35 @@ async def write(redis: Redis, prompts: Sequence[RecentPrompt], kept: int, lifeti
         await pipeline.execute()
 
 
-async def recent(redis: Redis, tokenizer_ids: Collection[str], count: int) -> list[RecentPrompt]:
+async def recent(
+    redis: Redis, tokenizer_ids: Collection[str], count: int
+) -> tuple[list[RecentPrompt], dict[str, str]]:
     """The newest prompts of these tokenizers, newest first; fewer than `count` when there are no more.
+
+    Also what was ignored on the way, by key and position, with the reason.
 
     Raises redis.RedisError when Redis cannot be reached.
     """
     found: list[RecentPrompt] = []
+    ignored: dict[str, str] = {}
     before = "+"
     while len(found) < count:
         # Without decode_responses, which is how Helios connects, everything is bytes.
         entries = cast("_Entries", await redis.xrevrange(PROMPTS, max=before, count=_PAGE))
-        for _, fields in entries:
-            prompt = _parsed(fields)
-            if prompt is not None and prompt.tokenizer_id in tokenizer_ids:
+        for position, fields in entries:
+            try:
+                prompt = _parsed(fields)
+            except (KeyError, ValueError) as error:
+                ignored[f"{PROMPTS} {position.decode()}"] = f"not a prompt: {fault(error)}"
+                continue
+            if prompt.tokenizer_id in tokenizer_ids:
                 found.append(prompt)
         if len(entries) < _PAGE:
             break
         before = f"({entries[-1][0].decode()}"
-    return found[:count]
+    return found[:count], ignored
 
 
-def _parsed(fields: dict[bytes, bytes]) -> RecentPrompt | None:
-    try:
-        ids = json.loads(fields[b"ids"])
-        if not ids or not all(isinstance(one, int) for one in ids):
-            raise ValueError("ids must be a list of whole numbers")
-        return RecentPrompt(fields[b"tokenizer_id"].decode(), tuple(ids))
-    except (KeyError, TypeError, ValueError) as error:
-        log.warning("an entry of %s is no prompt and is ignored: %s", PROMPTS, error)
-        return None
+def _parsed(fields: dict[bytes, bytes]) -> RecentPrompt:
+    """Raises KeyError, ValueError."""
+    return RecentPrompt(fields[b"tokenizer_id"].decode(), _IDS.validate_json(fields[b"ids"], strict=True))

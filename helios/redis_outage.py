@@ -1,31 +1,93 @@
-"""What is done in Redis beside the data path: tried again while Redis is gone, which is said once."""
+"""What is done in Redis beside the data path: tried again, and said, while Redis is gone or refuses it."""
 
 import logging
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from redis.exceptions import RedisError
+from redis.asyncio import Redis
+from redis.exceptions import AuthenticationError, RedisError, ResponseError
+
+from helios.redis_schema import PROBE_PREFIX, WORKER_PREFIX
+
+# By a part of the server's answer in lower case: what it means, and what to do. Scripts' errors hold it, too.
+_REFUSALS = {
+    "read only replica": "it is a read-only replica; name the primary's URL",
+    "used memory > 'maxmemory'": "its memory is full; raise its maxmemory",
+    "no permissions": "its user lacks a right; Helios needs the commands +@read +@write +@scripting "
+    "+@connection +time on the keys ~helios:*",
+    "persist": "it cannot save to its disk; make room there, or turn stop-writes-on-bgsave-error off",
+    "not enough good replicas": "too few of its replicas answer; start them, or lower min-replicas-to-write",
+    "moved": "it is part of a cluster, which Helios cannot use; name a single server",
+}
+_PROBE_MILLISECONDS = 10_000
+
+
+def reason(error: Exception) -> str:
+    """Why something could not be done in Redis, in words that say what to do."""
+    if isinstance(error, AuthenticationError):
+        return f"Redis does not let this user in ({error}); check user and password in its URL"
+    if not isinstance(error, RedisError | OSError):
+        return str(error)
+    if not isinstance(error, ResponseError):
+        return f"Redis cannot be reached: {error}"
+    # A pipeline's error begins with the command, which may hold somebody's prompt.
+    said = str(error).rpartition(" of pipeline caused error: ")[2]
+    for part, meaning in _REFUSALS.items():
+        if part in said.lower():
+            return f"Redis refuses it, because {meaning}"
+    return f"Redis refuses it: {said}"
+
+
+async def probe(redis: Redis) -> None:
+    """Does what a stack cannot work without: writes, reads and deletes a key, and looks for leases.
+
+    Raises redis.RedisError when Redis cannot be reached or refuses it.
+    """
+    key = PROBE_PREFIX + uuid.uuid4().hex
+    await redis.set(key, "1", px=_PROBE_MILLISECONDS)
+    await redis.mget([key])
+    await redis.delete(key)
+    await redis.scan(match=WORKER_PREFIX + "*", count=1)
 
 
 class RedisOutage:
-    """Whether Redis is gone for one repeated piece of work. Logs `lost` when it goes and `back` later."""
+    """Whether one repeated piece of work fails in Redis. Logs each kind of failure once, and its end."""
 
     def __init__(self, log: logging.Logger, lost: str, back: str) -> None:
         self._log = log
         self._lost = lost
         self._back = back
-        self.ongoing = False
+        self._said: set[type[Exception]] = set()
+        # What Redis refuses and why; empty while it is well or cannot be reached at all.
+        self.refusal = ""
+
+    @property
+    def ongoing(self) -> bool:
+        """Whether the last try failed."""
+        return bool(self._said)
 
     @contextmanager
     def bridged(self) -> Iterator[None]:
-        """Around one try of the work: its failure to reach Redis ends the block, not the caller."""
+        """Around one try of the work: its failure in Redis ends the block, not the caller."""
         try:
             yield
         except (RedisError, OSError) as error:
-            if not self.ongoing:
-                self._log.warning("%s: %s", self._lost, error)
-            self.ongoing = True
+            self.failed(error)
         else:
-            if self.ongoing:
-                self._log.info(self._back)
-            self.ongoing = False
+            self.over()
+
+    def failed(self, error: Exception) -> None:
+        """The work failed."""
+        said = f"{self._lost}: {reason(error)}"
+        if type(error) not in self._said:
+            self._log.warning(said)
+        self._said.add(type(error))
+        self.refusal = said if isinstance(error, ResponseError) else ""
+
+    def over(self) -> None:
+        """The work was done."""
+        if self._said:
+            self._log.info(self._back)
+        self._said.clear()
+        self.refusal = ""

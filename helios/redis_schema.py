@@ -9,6 +9,7 @@
 | `helios:v1:controller:state` | hash | SLO, pins and plan: what a controller resumes from |
 | `helios:v1:controller:leader` | string, expires | the leading controller and its fencing number |
 | `helios:v1:controller:fence` | integer | the last fencing number given out |
+| `helios:v1:probe:<id>` | string, expires | a write to see whether Redis takes any (`helios.redis_outage`) |
 
 Another layout gets another version in its keys, so that old and new never read each other's.
 """
@@ -26,3 +27,4 @@ DECISIONS = _ROOT + "decisions"
 CONTROLLER_STATE = _ROOT + "controller:state"
 CONTROLLER_LEADER = _ROOT + "controller:leader"
 CONTROLLER_FENCE = _ROOT + "controller:fence"
+PROBE_PREFIX = _ROOT + "probe:"

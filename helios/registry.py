@@ -1,14 +1,16 @@
 """Where workers announce themselves: a lease per worker in Redis, renewed by a heartbeat.
 
-The value is a JSON object with the fields of WorkerLease, expiring after
-the lease's seconds (`helios.redis_schema`).
+The value is a JSON object with the fields of WorkerLease, expiring after the lease's seconds
+(`helios.redis_schema`). Fields that this version does not know are left out of account.
 """
 
 import json
 from dataclasses import asdict, dataclass
 
+from pydantic import TypeAdapter
 from redis.asyncio import Redis
 
+from helios.ignored_entries import fault
 from helios.redis_schema import WORKER_PREFIX
 
 
@@ -18,6 +20,9 @@ class WorkerLease:
 
     worker_id: str
     address: str
+
+
+_LEASE = TypeAdapter(WorkerLease)
 
 
 async def announce(redis: Redis, lease: WorkerLease, lease_seconds: float) -> None:
@@ -30,9 +35,34 @@ async def withdraw(redis: Redis, worker_id: str) -> None:
     await redis.delete(WORKER_PREFIX + worker_id)
 
 
-async def leases(redis: Redis) -> list[WorkerLease]:
-    """All living leases, in the order of their ids."""
-    keys = [key async for key in redis.scan_iter(match=WORKER_PREFIX + "*", count=100)]
+async def leases(redis: Redis) -> tuple[list[WorkerLease], dict[str, str]]:
+    """All living leases, in the order of their ids; and what was ignored, by key, with the reason.
+
+    Raises redis.RedisError when Redis cannot be reached.
+    """
+    keys = sorted([key async for key in redis.scan_iter(match=WORKER_PREFIX + "*", count=100)])
     values = await redis.mget(keys) if keys else []
-    found = [WorkerLease(**json.loads(value)) for value in values if value is not None]
-    return sorted(found, key=lambda lease: lease.worker_id)
+    found, ignored = [], {}
+    for key, value in zip(keys, values, strict=True):
+        name = key.decode(errors="replace")
+        # What is no string is answered as if it were not there.
+        if value is None and await redis.type(key) in (b"none", b"string"):
+            continue
+        try:
+            found.append(_parsed(name, value))
+        except ValueError as error:
+            ignored[name] = f"not a worker's lease: {fault(error)}"
+    return sorted(found, key=lambda lease: lease.worker_id), ignored
+
+
+def _parsed(key: str, value: bytes | str | None) -> WorkerLease:
+    """Raises ValueError, of which pydantic.ValidationError is one."""
+    if value is None:
+        raise ValueError("it is not a string")
+    lease = _LEASE.validate_json(value)
+    if key != WORKER_PREFIX + lease.worker_id:
+        raise ValueError(f"it is of the worker {lease.worker_id!r}")
+    host, _, port = lease.address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise ValueError(f"address: {lease.address!r} is not host:port")
+    return lease

@@ -2,13 +2,12 @@
 
 import json
 import logging
-import re
-from typing import Annotated, Self
+from typing import Self
 
-from pydantic import AfterValidator, ValidationError
+from pydantic import ValidationError
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
-from redis.connection import parse_url
 
+from helios import redis_url
 from helios.errors import SettingsError
 
 log = logging.getLogger(__name__)
@@ -18,23 +17,18 @@ SERVED_BURST_SECONDS = 0.008
 # The same of the rows of a prompt that are read out to notice a drift.
 SERVED_PROMPT_READINGS = 16
 
-# Of a URL such as redis://user:password@host.
-_PASSWORD = re.compile(r"(://[^\s:/@\"]*:)[^\s/@\"]+@")
-
-
-def _checked_redis_url(url: str) -> str:
-    parse_url(url)  # Raises ValueError, which names the schemes there are.
-    return url
-
-
-RedisUrl = Annotated[str, AfterValidator(_checked_redis_url)]
-
 
 class ServiceSettings(BaseSettings):
     """Base of every service's settings. Subclasses set `env_prefix` and `cli_prog_name`."""
 
     model_config = SettingsConfigDict(
-        cli_kebab_case=True, cli_implicit_flags=True, frozen=True, extra="ignore", env_ignore_empty=True
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        frozen=True,
+        extra="ignore",
+        env_ignore_empty=True,
+        # A URL may hold a password.
+        hide_input_in_errors=True,
     )
 
     @classmethod
@@ -55,10 +49,10 @@ class ServiceSettings(BaseSettings):
 
     def log_all(self) -> None:
         """Prints every setting at start, as one log line; passwords in URLs are not shown."""
-        shown = json.dumps(self.model_dump(mode="json"), sort_keys=True)
-        log.info("settings %s", without_passwords(shown))
-
-
-def without_passwords(text: str) -> str:
-    """A text whose URLs may be shown."""
-    return _PASSWORD.sub(r"\1***@", text)
+        settings = self.model_dump(mode="json")
+        urls = {key: value for key, value in settings.items() if isinstance(value, str) and "://" in value}
+        shown = settings | {key: redis_url.shown(url) for key, url in urls.items()}
+        log.info("settings %s", json.dumps(shown, sort_keys=True))
+        for key, url in urls.items():
+            if hint := redis_url.hint(url):
+                log.warning("%s: %s", key, hint)

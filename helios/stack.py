@@ -16,13 +16,14 @@ from pathlib import Path
 
 import grpc
 from redis.asyncio import Redis
-from redis.exceptions import RedisError
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import AuthenticationError, RedisError, ResponseError
 
-from helios import embedded_redis, stack_state
+from helios import channel, embedded_redis, redis_url, stack_state
 from helios.errors import SettingsError, UnavailableError
 from helios.hardware import available_memory
-from helios.server import CHANNEL_OPTIONS
-from helios.settings import without_passwords
+from helios.redis_outage import probe, reason
 from helios.stack_state import StackState
 from helios.supervisor import Child
 from helios.v1 import inference_pb2, inference_pb2_grpc
@@ -173,8 +174,8 @@ class Stack:
     async def _until_serving(self) -> None:
         await self._gateway.ready.wait()
         expected = {worker.name for worker in self._workers}
-        async with grpc.aio.insecure_channel(self.state.gateway, options=CHANNEL_OPTIONS) as channel:
-            stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        async with channel.to_service_async(self.state.gateway) as opened:
+            stub = inference_pb2_grpc.InferenceServiceStub(opened)
             while True:
                 # A gateway that has just started may not answer yet; a dead one is noticed by its task.
                 with contextlib.suppress(grpc.aio.AioRpcError):
@@ -310,16 +311,35 @@ async def _start_and_watch(stack: Stack, on_ready: Callable[[StackState], None])
 
 
 async def _check_redis(url: str) -> None:
-    """Raises when no Redis answers: services wait for theirs to come back, but a wrong URL never does."""
+    """Tries what a stack needs of a Redis that is named: services wait for one that comes back, but a wrong
+    URL stays wrong.
+
+    Raises SettingsError when it is no URL or refuses something, UnavailableError when no Redis answers.
+    """
+    shown, hint = redis_url.shown(url), redis_url.hint(url)
+    also = f"; {hint}" if hint else ""
     try:
-        async with Redis.from_url(url, socket_timeout=_REDIS_SECONDS) as redis:
-            await redis.ping()
+        redis_url.checked(url)
+        # One try: redis-py's own retries would take several times as long.
+        async with Redis.from_url(
+            url,
+            socket_timeout=_REDIS_SECONDS,
+            socket_connect_timeout=_REDIS_SECONDS,
+            retry=Retry(NoBackoff(), 0),
+        ) as redis:
+            await probe(redis)
+    except (ResponseError, AuthenticationError) as error:
+        raise SettingsError(
+            f"the Redis at {shown} cannot be used: {reason(error)}; or leave out --redis{also}"
+        ) from error
     except (RedisError, OSError) as error:
         raise UnavailableError(
-            f"no Redis answers at {without_passwords(url)} ({error}); start it, or leave out --redis"
+            f"no Redis answers at {shown} ({error}); start it, or leave out --redis{also}"
         ) from error
-    except ValueError as error:
-        raise SettingsError(f"--redis: {without_passwords(url)!r} is no Redis URL: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise SettingsError(f"--redis: {shown!r} is no Redis URL: {error}") from error
+    if hint:
+        log.warning("--redis: %s", hint)
 
 
 def claim_address(address: str, option: str) -> str:

@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO
 
@@ -85,6 +85,8 @@ def write(directory: Path, state: StackState) -> None:
     draft = directory / f"{_STATE_FILE}.new"
     # A Redis URL may hold a password.
     with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as sink:
+        # A draft that a killed stack has left keeps the mode that it has.
+        os.fchmod(sink.fileno(), 0o600)
         sink.write(json.dumps(asdict(state), indent=2) + "\n")
     draft.replace(directory / _STATE_FILE)
 
@@ -94,7 +96,7 @@ def read(directory: Path) -> StackState | None:
     if not is_held(directory):
         return None
     try:
-        return StackState(**json.loads((directory / _STATE_FILE).read_text()))
+        return _parsed(directory / _STATE_FILE)
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:
@@ -164,6 +166,15 @@ def find_controller(target: str | None) -> str:
     return address
 
 
+def _parsed(file: Path) -> StackState:
+    """What only a newer version knows is left out of account. Raises OSError, ValueError, TypeError."""
+    content = json.loads(file.read_text())
+    if not isinstance(content, dict):
+        raise ValueError("it is not a JSON object")
+    known = {one.name for one in fields(StackState)}
+    return StackState(**{name: value for name, value in content.items() if name in known})
+
+
 def _lock(lock: IO[str]) -> bool:
     # A reader that looks whether the lock is held holds it for a moment.
     for _ in range(_LOCK_ATTEMPTS):
@@ -178,7 +189,7 @@ def _lock(lock: IO[str]) -> bool:
 
 def _already_running(directory: Path) -> str:
     try:
-        state = StackState(**json.loads((directory / _STATE_FILE).read_text()))
+        state = _parsed(directory / _STATE_FILE)
     except (OSError, ValueError, TypeError):
         running = "a stack is already running"
     else:

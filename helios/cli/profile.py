@@ -50,13 +50,13 @@ def profile(
     """
     import grpc
 
+    from helios.channel import from_client
     from helios.client import error_from
-    from helios.server import CHANNEL_OPTIONS
 
     address, names = find_profiler(target), models or ()
     profiles: list[ModelProfile] = []
     failure: HeliosError | None = None
-    with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
+    with from_client(address) as channel:
         _await_ready(channel, address)
         stub = profiler_pb2_grpc.ProfilerServiceStub(channel)
         try:

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 
-from helios import stack_state
+from helios import channel, stack_state
 from helios.client import Client, error_from
 from helios.controller_client import ControllerClient, connect
 from helios.errors import HeliosError, UnavailableError
 from helios.rates import Rates, rates
-from helios.server import CHANNEL_OPTIONS
 from helios.slo import Slo
 from helios.v1 import controller_pb2, inference_pb2, profiler_pb2, profiler_pb2_grpc, worker_pb2
 
@@ -188,8 +187,8 @@ def observe(target: str | None, controller: str | None, profiler: str | None) ->
         deciding = open_ones.enter_context(connect(controller)) if controller else None
         measuring = None
         if profiler:
-            channel = grpc.insecure_channel(profiler, options=CHANNEL_OPTIONS)
-            measuring = profiler_pb2_grpc.ProfilerServiceStub(open_ones.enter_context(channel))
+            opened = open_ones.enter_context(channel.from_client(profiler))
+            measuring = profiler_pb2_grpc.ProfilerServiceStub(opened)
         yield Observer(gateway, client, deciding, measuring, profiler or "", starting)
 
 

@@ -106,7 +106,7 @@ def up(
     if controller is None:
         controller = _default_controller([("--model", model), ("--depth", depth), ("--exit-mode", exit_mode)])
     if detach:
-        _start_detached(controller)
+        _start_detached(controller, redis_url)
         return
     from helios import catalog, stack
 
@@ -191,16 +191,16 @@ def _first_model(models_dir: Path) -> "ModelEntry":
 
 
 def _ready_line(settings: "StackSettings", state: StackState) -> str:
-    from helios.settings import without_passwords
+    from helios import redis_url
 
     return (
         f"ready gateway={state.gateway} workers={settings.workers} model={settings.model} "
         f"depth={settings.depth} exit-mode={settings.exit_mode} controller={settings.controller} "
-        f"redis={without_passwords(state.redis_url)}"
+        f"redis={redis_url.shown(state.redis_url)}"
     )
 
 
-def _start_detached(controller: str) -> None:
+def _start_detached(controller: str, redis_url: str | None) -> None:
     """Runs this command again without --detach, in a session of its own, and waits for its ready line.
 
     Exits as the other one did, showing what it said, when it ends instead.
@@ -213,12 +213,14 @@ def _start_detached(controller: str) -> None:
         raise SettingsError(
             f"cannot write to {directory}: {error.strerror}; name another directory with HELIOS_STATE_DIR"
         ) from error
-    arguments = [argument for argument in sys.argv[1:] if argument != "--detach"]
-    arguments += ["--controller", controller]
+    arguments = [*_without_redis(sys.argv[1:]), "--controller", controller]
+    # Everybody can read the command line (ps) for as long as the stack runs; the URL may hold a password.
+    environment = {**os.environ, **({"HELIOS_REDIS_URL": redis_url} if redis_url else {})}
     with log, _spinner("starting"):
         said_before = log.tell()
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "helios.cli", *arguments],
+            env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=log,
@@ -239,6 +241,16 @@ def _start_detached(controller: str) -> None:
         said.seek(said_before)
         click.echo(said.read().decode(errors="replace"), nl=False, err=True)
     sys.exit(status or 1)
+
+
+def _without_redis(arguments: Sequence[str]) -> Iterator[str]:
+    """A command line of `helios up` without --detach, and without --redis and its value."""
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--redis":
+            next(rest, None)
+        elif argument != "--detach" and not argument.startswith("--redis="):
+            yield argument
 
 
 @contextlib.contextmanager

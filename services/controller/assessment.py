@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from helios.server import CHANNEL_OPTIONS
+from helios import channel
 from helios.v1 import profiler_pb2, profiler_pb2_grpc
 
 
@@ -26,10 +26,10 @@ async def evaluate(
     cpu_seconds = 0.0
     request = profiler_pb2.EvaluateRequest(models=models)
     try:
-        async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
-            await asyncio.wait_for(channel.channel_ready(), connect_seconds)
+        async with channel.to_service_async(address) as opened:
+            await asyncio.wait_for(opened.channel_ready(), connect_seconds)
             stub: profiler_pb2_grpc.ProfilerServiceAsyncStub
-            stub = profiler_pb2_grpc.ProfilerServiceStub(channel)
+            stub = profiler_pb2_grpc.ProfilerServiceStub(opened)
             async for response in stub.Evaluate(request, timeout=timeout_seconds):
                 if response.HasField("result"):
                     result = response.result

@@ -15,6 +15,8 @@ from helios.errors import (
     UnavailableError,
     UnknownWorkerError,
 )
+from helios.ignored_entries import IgnoredEntries
+from helios.redis_outage import RedisOutage, reason
 from helios.shortlist import shortlist
 from helios.slo import Slo
 from services.controller import record, state
@@ -54,6 +56,7 @@ class Controller:
         self.state = ControllerState(slo=settings.slo)
         self._history = History()
         self._decided_on: Mapping[str, float] = {}
+        self._ignored_profiles = IgnoredEntries(log)
         self._problems: dict[str, str] = {}
         # The term of leadership for which the state was resumed.
         self._resumed_term = 0
@@ -96,7 +99,7 @@ class Controller:
         try:
             await self._leadership.resign()
         except (RedisError, OSError) as error:
-            log.warning("the leader's lock ends by itself: %s", error)
+            log.warning("the leader's lock ends by itself: %s", reason(error))
 
     @property
     def is_leading(self) -> bool:
@@ -110,7 +113,7 @@ class Controller:
             for worker in self.fleet.workers
             if worker.is_silent
         ]
-        found = [self.fleet.problem, *self._problems.values(), *self._history.problems, *silent]
+        found = [*self.fleet.problems(), *self._problems.values(), *self._history.problems, *silent]
         return [problem for problem in (*found, self._rollout.halted) if problem]
 
     def plans(self) -> list[WorkerPlan]:
@@ -197,7 +200,7 @@ class Controller:
         try:
             leader = await find_leader(self._redis)
         except (RedisError, OSError) as error:
-            raise UnavailableError(f"Redis cannot be reached, so nothing can be changed: {error}") from error
+            raise UnavailableError(f"nothing can be changed: {reason(error)}") from error
         if leader is None or leader.controller_id == self._leadership.controller_id:
             raise UnavailableError("no controller leads at the moment; try again in a few seconds")
         raise UnavailableError(f"this controller stands by; the one at {leader.address} leads, ask it")
@@ -206,13 +209,14 @@ class Controller:
         try:
             await state.save(self._leadership, new)
         except (RedisError, OSError) as error:
-            raise UnavailableError(f"Redis cannot be reached, so nothing can be changed: {error}") from error
+            raise UnavailableError(f"nothing can be changed: {reason(error)}") from error
         self.state = new
 
     # Leading.
 
     async def _lead(self) -> None:
         """Keeps the lock, or tries to get it; a new leader resumes what the last one saved."""
+        outage = RedisOutage(log, "the last plan stays", "Redis takes the leader's lock again")
         while True:
             try:
                 leading = await self._leadership.campaign()
@@ -223,10 +227,15 @@ class Controller:
                     where = f" at {leader.address}" if leader else ""
                     self._problems["leader"] = f"this controller stands by: another one{where} leads"
                     self.state = await state.load(self._redis) or self.state
+                outage.over()
                 self._problems.pop("redis", None)
+                self._problems.pop("state", None)
             except (RedisError, OSError) as error:
-                self._problems["redis"] = f"Redis cannot be reached, the last plan stays: {error}"
+                outage.failed(error)
+                self._problems["redis"] = f"the last plan stays: {reason(error)}"
             except HeliosError as error:
+                if self._problems.get("state") != error.message:
+                    log.warning("this controller cannot lead: %s", error.message)
                 self._problems["state"] = error.message
             await asyncio.sleep(self._settings.lease_seconds / _RENEWALS_PER_LEASE)
 
@@ -237,7 +246,6 @@ class Controller:
             await state.save(self._leadership, self.state)
         self.state = saved or self.state
         self._problems.pop("leader", None)
-        self._problems.pop("state", None)
         self._started = False
         self._resumed_term = self._leadership.terms
         log.info("leading with %s", self.state.model_dump_json())
@@ -255,14 +263,16 @@ class Controller:
                     await self._read_history()
                 if self.is_leading and self._settings.mode != "off" and self.fleet.is_settled:
                     await self._look()
-            except (RedisError, OSError, HeliosError) as error:
+            except (RedisError, OSError) as error:
+                self._problems["decide"] = f"no decision can be made, the last plan stays: {reason(error)}"
+            except HeliosError as error:
                 self._problems["decide"] = f"no decision can be made, the last plan stays: {error}"
             else:
                 self._problems.pop("decide", None)
             await asyncio.sleep(self._settings.telemetry_seconds)
 
     async def _read_history(self) -> None:
-        self._history = await read_history(self._redis, self._loadable())
+        self._history = await read_history(self._redis, self._loadable(), self._ignored_profiles)
         self._problems["timing"] = self._mistimed()
 
     def _mistimed(self) -> str:

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import grpc
 from redis.asyncio import Redis
 
-from helios import registry
-from helios.server import CHANNEL_OPTIONS
+from helios import channel, registry
+from helios.ignored_entries import IgnoredEntries
+from helios.redis_outage import reason
 from helios.v1 import worker_pb2, worker_pb2_grpc
 from services.controller.breach_window import BreachWindow
 from services.controller.settings import ControllerSettings
@@ -36,7 +37,7 @@ class Worker:
     def __init__(self, lease: registry.WorkerLease, settings: ControllerSettings) -> None:
         self.worker_id = lease.worker_id
         self.address = lease.address
-        self.channel = grpc.aio.insecure_channel(lease.address, options=CHANNEL_OPTIONS)
+        self.channel = channel.to_service_async(lease.address)
         self.stub: worker_pb2_grpc.WorkerServiceAsyncStub = worker_pb2_grpc.WorkerServiceStub(self.channel)
         self.window = BreachWindow(settings.window_tokens)
         self.telemetry: worker_pb2.Telemetry | None = None
@@ -126,7 +127,13 @@ class Fleet:
         self._watches: dict[str, asyncio.Task[None]] = {}
         self.totals = Totals()
         # Why workers cannot be found; empty when they can.
-        self.problem = "leases have not been read yet"
+        self._problem = "leases have not been read yet"
+        self._is_cut_off = False
+        self._ignored = IgnoredEntries(log)
+
+    def problems(self) -> list[str]:
+        """Why workers cannot be found, in words."""
+        return [*([self._problem] if self._problem else []), *self._ignored.problems()]
 
     @property
     def workers(self) -> list[Worker]:
@@ -159,14 +166,16 @@ class Fleet:
         """Looks for workers until cancelled. Without Redis those that are known stay."""
         while True:
             try:
-                leases = await registry.leases(self._redis)
+                leases, ignored = await registry.leases(self._redis)
             # Whatever is wrong with Redis or in it, the known workers keep their plan.
             except Exception as error:
-                if not self.problem:
-                    log.warning("discovery stands still: %s", error)
-                self.problem = f"cannot read worker leases from Redis: {error}"
+                if not self._is_cut_off:
+                    log.warning("discovery stands still: %s", reason(error))
+                self._is_cut_off = True
+                self._problem = f"cannot read worker leases from Redis: {reason(error)}"
             else:
-                self.problem = ""
+                self._is_cut_off, self._problem = False, ""
+                self._ignored.update(ignored)
                 await self._update({lease.worker_id: lease for lease in leases})
             await asyncio.sleep(self._settings.discovery_seconds)
 

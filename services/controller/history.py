@@ -6,6 +6,7 @@ from redis.asyncio import Redis
 
 from helios import history
 from helios.history import ModelProfile
+from helios.ignored_entries import IgnoredEntries
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,10 +22,11 @@ class History:
         return {model: profile.time for model, profile in self.profiles.items()}
 
 
-async def read_history(redis: Redis, loadable: frozenset[str]) -> History:
+async def read_history(redis: Redis, loadable: frozenset[str], ignored: IgnoredEntries) -> History:
     """The profiles of models that workers can load. Raises redis.RedisError."""
-    profiles, ignored = await history.read(redis)
-    problems = [f"{key} is ignored: {reason}" for key, reason in ignored.items()]
+    profiles, left_out = await history.read(redis)
+    ignored.update(left_out)
+    problems = ignored.problems()
     problems += [
         f"the profile of {model} is ignored: no worker can load it"
         for model in profiles

@@ -4,13 +4,14 @@ The number grows with each leader. Every write of a leader carries it and is ref
 exists, so one that stood still and wakes up late harms nothing (Kleppmann, "How to do distributed locking").
 """
 
-import json
 import time
 from dataclasses import dataclass
 
+from pydantic import TypeAdapter, ValidationError
 from redis.asyncio import Redis
 
 from helios.errors import UnavailableError
+from helios.ignored_entries import fault
 from helios.redis_schema import CONTROLLER_FENCE, CONTROLLER_LEADER
 
 # KEYS: leader, fence. ARGV: id, address, milliseconds.
@@ -22,21 +23,35 @@ redis.call('SET', KEYS[1], holder, 'PX', ARGV[3])
 return fence
 """
 
+# A lock that cannot be read is not ours; it is not taken either, as it may be a newer version's.
+_HOLDER = """
+local function holder_of(held)
+  local read, holder = pcall(cjson.decode, held)
+  return read and type(holder) == 'table' and holder or {}
+end
+"""
+
 # KEYS: leader. ARGV: id, fence, milliseconds (0: give it up).
-_RENEW = """
+_RENEW = (
+    _HOLDER
+    + """
 local held = redis.call('GET', KEYS[1])
 if not held then return 0 end
-local holder = cjson.decode(held)
+local holder = holder_of(held)
 if holder.controller_id ~= ARGV[1] or holder.fence ~= tonumber(ARGV[2]) then return 0 end
 return redis.call('PEXPIRE', KEYS[1], ARGV[3])
 """
+)
 
 # In front of a leader's writes. KEYS: leader, fence, ...; ARGV: id, fence, ...
-_GUARD = """
+_GUARD = (
+    _HOLDER
+    + """
 local held = redis.call('GET', KEYS[1])
 if redis.call('GET', KEYS[2]) ~= ARGV[2] then return false end
-if held and cjson.decode(held).controller_id ~= ARGV[1] then return false end
+if held and holder_of(held).controller_id ~= ARGV[1] then return false end
 """
+)
 
 
 class StaleLeaderError(UnavailableError):
@@ -52,10 +67,24 @@ class Leader:
     fence: int
 
 
+_LEADER = TypeAdapter(Leader)
+
+
 async def find_leader(redis: Redis) -> Leader | None:
-    """Who leads now. Raises redis.RedisError when Redis cannot be reached."""
+    """Who leads now.
+
+    Raises UnavailableError when the lock cannot be read, redis.RedisError when Redis cannot be reached.
+    """
     held = await redis.get(CONTROLLER_LEADER)
-    return Leader(**json.loads(held)) if held else None
+    if held is None:
+        return None
+    try:
+        return _LEADER.validate_json(held)
+    except ValidationError as error:
+        raise UnavailableError(
+            f"the leader's lock in Redis ({CONTROLLER_LEADER}) cannot be read, so that nobody can lead; "
+            f"delete it: {fault(error)}"
+        ) from error
 
 
 class Leadership:
@@ -66,7 +95,7 @@ class Leadership:
         self.controller_id = controller_id
         # How often this replica has taken the lock.
         self.terms = 0
-        self._redis = redis
+        self.redis = redis
         self._address = address
         self._lease_seconds = lease_seconds
         self._fence: int | None = None
@@ -85,16 +114,14 @@ class Leadership:
         asked_at = time.monotonic()
         milliseconds = int(self._lease_seconds * 1000)
         if self._fence is not None:
-            renewed = await self._redis.eval(
+            renewed = await self.redis.eval(
                 _RENEW, 1, CONTROLLER_LEADER, self.controller_id, self._fence, milliseconds
             )
             if not renewed:
                 self._fence = None
         if self._fence is None:
             keys = (CONTROLLER_LEADER, CONTROLLER_FENCE)
-            fence = await self._redis.eval(
-                _ACQUIRE, 2, *keys, self.controller_id, self._address, milliseconds
-            )
+            fence = await self.redis.eval(_ACQUIRE, 2, *keys, self.controller_id, self._address, milliseconds)
             self._fence = int(fence) or None
             self.terms += 1 if self._fence else 0
         self._valid_until = asked_at + self._lease_seconds
@@ -104,7 +131,7 @@ class Leadership:
         """Gives the lock up, so that another replica need not wait for its end."""
         if self._fence is not None:
             fence, self._fence = self._fence, None
-            await self._redis.eval(_RENEW, 1, CONTROLLER_LEADER, self.controller_id, fence, 0)
+            await self.redis.eval(_RENEW, 1, CONTROLLER_LEADER, self.controller_id, fence, 0)
 
     async def write(self, script: str, keys: tuple[str, ...], values: tuple[str | int, ...]) -> object:
         """Runs a Lua script whose KEYS and ARGV begin at 3, as the leader. Returns what it returns.
@@ -114,7 +141,7 @@ class Leadership:
         all_keys = (CONTROLLER_LEADER, CONTROLLER_FENCE, *keys)
         result = None
         if self._fence is not None:
-            result = await self._redis.eval(
+            result = await self.redis.eval(
                 _GUARD + script, len(all_keys), *all_keys, self.controller_id, self._fence, *values
             )
         if result is None:

@@ -11,6 +11,8 @@ from typing import Literal, TypeAlias, cast
 from pydantic import Field
 from redis.asyncio import Redis
 
+from helios.errors import HeliosError
+from helios.ignored_entries import IgnoredEntries, fault
 from helios.redis_schema import CONTROLLER_STATE, DECISIONS
 from services.controller.decision import Decision
 from services.controller.leader import Leadership
@@ -59,6 +61,14 @@ class OutcomeEntry(Record):
     halted: str = ""
 
 
+_KINDS: dict[bytes, type[DecisionEntry | OutcomeEntry]] = {
+    b"decision": DecisionEntry,
+    b"outcome": OutcomeEntry,
+}
+# An SLO that is out of range raises a HeliosError.
+_UNREADABLE = (KeyError, ValueError, HeliosError)
+
+
 class NumberedDecision(Record):
     """A decision as it is read back, with its outcome once there is one."""
 
@@ -79,34 +89,51 @@ async def append(
     return int(str(written))
 
 
-async def read_last(redis: Redis, count: int) -> tuple[list[NumberedDecision], str]:
-    """The last decisions, oldest first, and the position from which `follow` goes on."""
+async def read_last(redis: Redis, count: int) -> tuple[list[NumberedDecision], str, dict[str, str]]:
+    """The last decisions, oldest first, and the position from which `follow` goes on.
+
+    Also the entries that were ignored on the way, with the reason.
+    """
     position, before = "0-0", "+"
     outcomes: dict[int, OutcomeEntry] = {}
     found: list[NumberedDecision] = []
+    ignored: dict[str, str] = {}
     while True:
         page = cast(_Entries, await redis.xrevrange(DECISIONS, max=before, count=_PAGE))
         for entry_id, fields in page:
             position = max(position, entry_id.decode(), key=_order)
-            number, entry = _parse(fields)
+            try:
+                number, entry = _parse(fields)
+            except _UNREADABLE as error:
+                ignored[_name(entry_id)] = _why(error)
+                continue
             if isinstance(entry, OutcomeEntry):
                 outcomes.setdefault(number, entry)
             elif len(found) < count:
                 found.append(NumberedDecision(number=number, entry=entry, outcome=outcomes.get(number)))
         if len(page) < _PAGE or len(found) >= count:
-            return found[::-1], position
+            return found[::-1], position, ignored
         before = f"({page[-1][0].decode()}"
 
 
-async def follow(redis: Redis, position: str, block_seconds: float) -> AsyncIterator[NumberedDecision]:
-    """Decisions as they are made, and again when their outcome comes, until the caller ends it."""
+async def follow(
+    redis: Redis, position: str, block_seconds: float, ignored: IgnoredEntries
+) -> AsyncIterator[NumberedDecision]:
+    """Decisions as they are made, and again when their outcome comes, until the caller ends it.
+
+    Entries that cannot be read go to `ignored`.
+    """
     decisions: dict[int, DecisionEntry] = {}
     while True:
         answer = await redis.xread({DECISIONS: position}, block=int(block_seconds * 1000))
         for _, entries in cast("list[tuple[bytes, _Entries]]", answer or []):
             for entry_id, fields in entries:
                 position = entry_id.decode()
-                number, entry = _parse(fields)
+                try:
+                    number, entry = _parse(fields)
+                except _UNREADABLE as error:
+                    ignored.note(_name(entry_id), _why(error))
+                    continue
                 if isinstance(entry, DecisionEntry):
                     # The one before may still get its outcome; older ones have it.
                     decisions = {key: value for key, value in decisions.items() if key >= number - 1}
@@ -120,8 +147,19 @@ async def follow(redis: Redis, position: str, block_seconds: float) -> AsyncIter
 
 
 def _parse(fields: dict[bytes, bytes]) -> tuple[int, DecisionEntry | OutcomeEntry]:
-    kind = DecisionEntry if fields[b"kind"] == b"decision" else OutcomeEntry
-    return int(fields[b"number"]), kind.model_validate_json(fields[b"json"])
+    """Raises one of _UNREADABLE; ValueError includes pydantic.ValidationError."""
+    name = fields[b"kind"]
+    if name not in _KINDS:
+        raise ValueError(f"this version knows no entries of the kind {name.decode(errors='replace')!r}")
+    return int(fields[b"number"]), _KINDS[name].model_validate_json(fields[b"json"])
+
+
+def _name(entry_id: bytes) -> str:
+    return f"{DECISIONS} {entry_id.decode()}"
+
+
+def _why(error: Exception) -> str:
+    return f"not an entry of the decision record: {fault(error)}"
 
 
 def _order(position: str) -> tuple[int, int]:

@@ -1,5 +1,6 @@
 """helios.v1.ControllerService over the controller."""
 
+import logging
 from collections.abc import AsyncIterator
 from typing import Any, TypeAlias
 
@@ -8,6 +9,9 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from helios.errors import HeliosError, InvalidRequestError, UnavailableError
+from helios.ignored_entries import IgnoredEntries
+from helios.redis_outage import reason
+from helios.redis_schema import DECISIONS
 from helios.server import abort
 from helios.slo import Slo
 from helios.v1 import controller_pb2, controller_pb2_grpc
@@ -16,6 +20,8 @@ from services.controller.decision import WorkerPlan
 from services.controller.record import NumberedDecision, follow, read_last
 from services.controller.settings import ControllerSettings
 from services.controller.situation import Plan
+
+log = logging.getLogger(__name__)
 
 SERVICE_NAME = controller_pb2.DESCRIPTOR.services_by_name["ControllerService"].full_name
 
@@ -34,6 +40,7 @@ class ControllerService(controller_pb2_grpc.ControllerServiceServicer):
         self._controller = controller
         self._redis = redis
         self._settings = settings
+        self._ignored = IgnoredEntries(log)
 
     async def GetPlan(
         self, request: controller_pb2.GetPlanRequest, context: _Context
@@ -43,7 +50,7 @@ class ControllerService(controller_pb2_grpc.ControllerServiceServicer):
         return controller_pb2.GetPlanResponse(
             plans=self._plans(),
             slo=controller.state.slo.to_proto(),
-            problems=controller.problems(),
+            problems=[*controller.problems(), *self._ignored.problems()],
             mode=self._settings.mode,
             leading=controller.is_leading,
             next_assessment=controller.next_assessment(),
@@ -90,16 +97,27 @@ class ControllerService(controller_pb2_grpc.ControllerServiceServicer):
                 context, InvalidRequestError(f"history must be at most {_MAX_HISTORY}, not {history}")
             )
         try:
-            last, position = await read_last(self._redis, history)
+            last, position, ignored = await read_last(self._redis, history)
+            self._ignored.update(ignored)
             for one in last:
-                yield _response(one)
+                for response in self._told(one):
+                    yield response
             if request.once:
                 return
             block_seconds = self._settings.worker_timeout_seconds * _BLOCK_SHARE
-            async for one in follow(self._redis, position, block_seconds):
-                yield _response(one)
+            async for one in follow(self._redis, position, block_seconds, self._ignored):
+                for response in self._told(one):
+                    yield response
         except (RedisError, OSError) as error:
             await abort(context, _as_helios(error))
+
+    def _told(self, one: NumberedDecision) -> list[controller_pb2.WatchDecisionsResponse]:
+        """The answer that tells a decision; none if its figures fit into no message."""
+        try:
+            return [_response(one)]
+        except (TypeError, ValueError) as error:
+            self._ignored.note(f"decision {one.number} of {DECISIONS}", str(error))
+            return []
 
     def _plans(self) -> list[controller_pb2.WorkerPlan]:
         return [_plan(plan) for plan in self._controller.plans()]
@@ -108,7 +126,7 @@ class ControllerService(controller_pb2_grpc.ControllerServiceServicer):
 def _as_helios(error: Exception) -> HeliosError:
     if isinstance(error, HeliosError):
         return error
-    return UnavailableError(f"Redis cannot be reached: {error}; try again when it is back")
+    return UnavailableError(f"{reason(error)}; try again when that is over")
 
 
 def _plan(plan: WorkerPlan) -> controller_pb2.WorkerPlan:

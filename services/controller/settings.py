@@ -6,7 +6,8 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
-from helios.settings import RedisUrl, ServiceSettings
+from helios.redis_url import RedisUrl
+from helios.settings import ServiceSettings
 from helios.slo import Objective, Slo
 from services.controller.policy import PolicySettings
 

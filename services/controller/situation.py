@@ -10,9 +10,9 @@ from helios.slo import Slo
 
 
 class Record(BaseModel):
-    """Base of what is kept: immutable, and refuses fields of another version."""
+    """Base of what is kept: immutable. Fields that only a newer version knows are left out of account."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class Trigger(enum.StrEnum):

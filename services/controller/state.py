@@ -1,11 +1,14 @@
 """What a controller resumes from after a restart or a change of leaders: SLO, pins, plan, bars."""
 
+import json
 from collections.abc import Mapping
+from typing import Any
 
 from pydantic import ValidationError
 from redis.asyncio import Redis
 
-from helios.errors import SettingsError
+from helios.errors import InvalidRequestError, SettingsError
+from helios.ignored_entries import fault
 from helios.redis_schema import CONTROLLER_STATE
 from helios.slo import Slo
 from services.controller.leader import Leadership
@@ -41,17 +44,44 @@ async def load(redis: Redis) -> ControllerState | None:
     Raises SettingsError when it cannot be read, redis.RedisError when Redis cannot be reached.
     """
     saved = await redis.hget(CONTROLLER_STATE, _FIELD)
-    if saved is None:
-        return None
-    try:
-        return ControllerState.model_validate_json(saved)
-    except ValidationError as error:
-        raise SettingsError(
-            f"the controller's state in Redis ({CONTROLLER_STATE}) cannot be read, delete it to start "
-            f"anew: {error.error_count()} fields are wrong, first {error.errors()[0]['loc']}"
-        ) from error
+    return None if saved is None else _parsed(saved)
 
 
 async def save(leadership: Leadership, state: ControllerState) -> None:
-    """Replaces the state. Raises StaleLeaderError, redis.RedisError."""
-    await leadership.write(_SAVE, (CONTROLLER_STATE,), (_FIELD, state.model_dump_json()))
+    """Replaces the state; what a newer version added to what has not changed stays.
+
+    Raises SettingsError when the state that is there cannot be read, StaleLeaderError, redis.RedisError.
+    """
+    document = state.model_dump(mode="json")
+    # Nobody else writes between the two: the write is refused unless this replica leads.
+    saved = await leadership.redis.hget(CONTROLLER_STATE, _FIELD)
+    if saved is not None:
+        understood, raw = _parsed(saved).model_dump(mode="json"), json.loads(saved)
+        unknown = {name: value for name, value in raw.items() if name not in understood}
+        document = unknown | _with_unknown(raw, understood, document)
+    await leadership.write(_SAVE, (CONTROLLER_STATE,), (_FIELD, json.dumps(document)))
+
+
+def _parsed(saved: bytes | str) -> ControllerState:
+    try:
+        return ControllerState.model_validate_json(saved)
+    except (ValidationError, InvalidRequestError) as error:
+        raise SettingsError(
+            f"the controller's state in Redis ({CONTROLLER_STATE}) cannot be read, delete it to start "
+            f"anew: {fault(error)}"
+        ) from error
+
+
+def _with_unknown(raw: Any, understood: Any, now: Any) -> Any:
+    """`now` as JSON; each part that equals what was `understood` of `raw` as it is there."""
+    if now == understood:
+        return raw
+    if isinstance(now, dict) and isinstance(understood, dict):
+        return {
+            name: _with_unknown(raw[name], understood[name], value) if name in raw else value
+            for name, value in now.items()
+        }
+    if isinstance(now, list):
+        return [raw[understood.index(one)] if one in understood else one for one in now]
+    # A dictionary in the place of none, a number, a text.
+    return now

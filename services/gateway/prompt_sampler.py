@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 
 from helios import prompts
 from helios.prompts import RecentPrompt
-from helios.redis_outage import RedisOutage
+from helios.redis_outage import RedisOutage, probe
 from services.gateway.settings import GatewaySettings
 
 log = logging.getLogger(__name__)
@@ -27,6 +27,9 @@ class PromptSampler:
         self._settings = settings
         self._queue: deque[RecentPrompt] = deque(maxlen=settings.prompts_per_second)
         self._task: asyncio.Task[None] | None = None
+        self._outage = RedisOutage(
+            log, "prompts cannot be sampled for the profiler", "prompts are sampled again"
+        )
 
     def start(self) -> None:
         """Writes from now on, if there is a Redis and prompts are to be sampled."""
@@ -40,6 +43,10 @@ class PromptSampler:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
 
+    def problems(self) -> list[str]:
+        """What Redis refuses, in words; that it is gone is the worker pool's to say."""
+        return [self._outage.refusal] if self._outage.refusal else []
+
     def offer(self, tokenizer_id: str, ids: Sequence[int]) -> None:
         """Takes the prompt if its lot falls so. Returns at once."""
         if self._task is not None and random.random() < self._settings.prompt_share:
@@ -48,12 +55,14 @@ class PromptSampler:
     async def _write(self, redis_url: str) -> None:
         settings = self._settings
         timeout = settings.worker_timeout_seconds
-        outage = RedisOutage(log, "prompts cannot be sampled for the profiler", "prompts are sampled again")
         async with Redis.from_url(redis_url, socket_timeout=timeout, socket_connect_timeout=timeout) as redis:
             while True:
                 await asyncio.sleep(_WRITE_SECONDS)
                 taken = list(self._queue)
                 self._queue.clear()
                 # Also without new ones: old ones go when their time is over.
-                with outage.bridged():
+                with self._outage.bridged():
+                    if self._outage.ongoing:
+                        # A full Redis takes deletions, so that a write without new ones would tell nothing.
+                        await probe(redis)
                     await prompts.write(redis, taken, settings.prompts_kept, settings.prompt_lifetime_seconds)

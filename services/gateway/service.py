@@ -106,7 +106,7 @@ class InferenceService:
                 max_queued_streams=settings.max_queued_streams,
                 max_request_seconds=settings.max_request_seconds,
             ),
-            problems=self._pool.problems(),
+            problems=[*self._pool.problems(), *self._sampler.problems()],
         ).SerializeToString()
 
     async def _generate(self, raw: bytes, context: Context, span: Span) -> HeliosError | None:

@@ -5,8 +5,9 @@ from typing import Self
 from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
+from helios.redis_url import RedisUrl
 from helios.sampling import SamplingParams
-from helios.settings import RedisUrl, ServiceSettings
+from helios.settings import ServiceSettings
 
 
 class GatewaySettings(ServiceSettings):

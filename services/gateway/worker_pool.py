@@ -13,9 +13,10 @@ from contextlib import contextmanager
 import grpc
 from redis.asyncio import Redis
 
-from helios import registry
+from helios import channel, registry
 from helios.errors import UnavailableError, UnknownModelError
-from helios.server import CHANNEL_OPTIONS
+from helios.ignored_entries import IgnoredEntries
+from helios.redis_outage import reason
 from helios.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 from services.gateway.router import Candidate, Needs, Plan, choose
 from services.gateway.settings import GatewaySettings
@@ -24,7 +25,6 @@ from services.gateway.worker_call import Attempt, Take, WorkerCall, WorkerLostEr
 log = logging.getLogger(__name__)
 
 _WORKER_OPTIONS = (
-    *CHANNEL_OPTIONS,
     # Tokenizers of large vocabularies exceed gRPC's default of 4 MiB.
     ("grpc.max_receive_message_length", 64 << 20),
 )
@@ -38,7 +38,7 @@ class Worker:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        self.channel = grpc.aio.insecure_channel(address, options=_WORKER_OPTIONS)
+        self.channel = channel.to_service_async(address, _WORKER_OPTIONS)
         self.stub: worker_pb2_grpc.WorkerServiceAsyncStub = worker_pb2_grpc.WorkerServiceStub(self.channel)
         # Both are empty until it has been reached.
         self.telemetry = worker_pb2.Telemetry()
@@ -134,6 +134,7 @@ class WorkerPool:
         self._changed = asyncio.Event()
         self._redis: Redis | None = None
         self._redis_problem = ""
+        self._ignored = IgnoredEntries(log)
 
     def start(self) -> None:
         """Begins to look for workers and to watch them."""
@@ -165,6 +166,7 @@ class WorkerPool:
     def problems(self) -> list[str]:
         """What cannot be reached at the moment, in words."""
         found = [self._redis_problem] if self._redis_problem else []
+        found += self._ignored.problems()
         if not any(worker.ready for worker in self._workers.values()):
             found.append(f"no worker is ready: {self._waited_for()}")
         return found
@@ -213,9 +215,9 @@ class WorkerPool:
             ) from None
         return worker
 
-    def suspect(self, worker: Worker, reason: str) -> None:
+    def suspect(self, worker: Worker, problem: str) -> None:
         """Takes a worker out until its next telemetry, because a stream found that it does not serve."""
-        self._set_problem(worker, reason)
+        self._set_problem(worker, problem)
 
     def _candidates(self) -> Iterator[Candidate]:
         for worker in self._workers.values():
@@ -235,6 +237,8 @@ class WorkerPool:
         if not self._workers:
             if self._redis_problem:
                 return self._redis_problem
+            if ignored := self._ignored.problems():
+                return "; ".join(ignored)
             if self._settings.redis_url:
                 return "no worker has announced itself in Redis; start one"
             return "this gateway has neither a Redis URL nor a list of workers; set one"
@@ -262,18 +266,19 @@ class WorkerPool:
         """Adds workers with a lease; removes those that have neither a lease nor telemetry."""
         while True:
             try:
-                leases = await registry.leases(redis)
+                leases, ignored = await registry.leases(redis)
             # Whatever is wrong with Redis or in it, the data plane goes on with the workers it knows.
             except Exception as error:
                 if not self._redis_problem:
-                    log.warning("discovery stands still: %s", error)
+                    log.warning("discovery stands still: %s", reason(error))
                 self._redis_problem = (
-                    f"cannot read worker leases from Redis, no new workers are found: {error}"
+                    f"cannot read worker leases from Redis, no new workers are found: {reason(error)}"
                 )
             else:
                 if self._redis_problem:
                     log.info("Redis is back")
                 self._redis_problem = ""
+                self._ignored.update(ignored)
                 announced = {lease.address for lease in leases}
                 for address in announced - self._workers.keys():
                     self._add(address)
@@ -290,10 +295,10 @@ class WorkerPool:
             try:
                 async for response in worker.stub.WatchTelemetry(request):
                     await self._take(worker, response.telemetry)
-                reason = "it ended its telemetry"
+                problem = "it ended its telemetry"
             except grpc.aio.AioRpcError as error:
-                reason = f"it cannot be reached: {error.code().name}, {error.details()}"
-            self._set_problem(worker, reason)
+                problem = f"it cannot be reached: {error.code().name}, {error.details()}"
+            self._set_problem(worker, problem)
             await asyncio.sleep(self._settings.redial_seconds)
 
     async def _take(self, worker: Worker, message: worker_pb2.Telemetry) -> None:

@@ -14,10 +14,13 @@ from tokenizers import Tokenizer
 from helios import prompts
 from helios.catalog import ModelEntry
 from helios.engine.tokenizer import LoadedTokenizer, load_tokenizer
+from helios.ignored_entries import IgnoredEntries
 from helios.prompts import RecentPrompt
+from helios.redis_outage import reason
 
 log = logging.getLogger(__name__)
 
+_ignored = IgnoredEntries(log)
 # Of recent prompts at most; more would make an evaluation long.
 _MOST_RECENT = 256
 DEFAULT_PROMPTS = Path(__file__).parent / "default_prompts.json"
@@ -106,10 +109,12 @@ async def _recent(redis: Redis | None, known: Mapping[str, Tokenizer]) -> list[R
     if redis is None:
         return []
     try:
-        return await prompts.recent(redis, known, _MOST_RECENT)
+        found, ignored = await prompts.recent(redis, known, _MOST_RECENT)
     except (RedisError, OSError) as error:
-        log.warning("recent prompts cannot be read, the bundled ones are taken: %s", error)
+        log.warning("recent prompts cannot be read, the bundled ones are taken: %s", reason(error))
         return []
+    _ignored.update(ignored)
+    return found
 
 
 def _has_text(prompt: RecentPrompt, tokenizer: Tokenizer) -> bool:

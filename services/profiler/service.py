@@ -30,6 +30,9 @@ from helios.errors import (
     UnknownModelError,
 )
 from helios.history import ModelProfile
+from helios.ignored_entries import IgnoredEntries
+from helios.redis_outage import reason
+from helios.redis_schema import PROFILE_PREFIX
 from helios.server import abort
 from helios.shortlist import shortlist
 from helios.v1 import profiler_pb2, profiler_pb2_grpc
@@ -80,6 +83,7 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
         self._last_seconds = _FIRST_RETRY_SECONDS
         # The last profile of each model, for when there is no Redis that holds it.
         self._last: dict[str, ModelProfile] = {}
+        self._ignored = IgnoredEntries(log)
 
     def close(self) -> None:
         """Waits for the thread, whose evaluation has been cancelled, to end."""
@@ -122,11 +126,10 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
         try:
             profiles, ignored = await history.read(self._redis)
         except (RedisError, OSError) as error:
-            raise UnavailableError(f"the history cannot be read from Redis: {error}") from error
+            raise UnavailableError(f"the history cannot be read from Redis: {reason(error)}") from error
         known = {entry.name for entry in catalog.list_models(self._models_dir)}
-        ignored |= {name: "the model is gone" for name in profiles if name not in known}
-        for what, reason in ignored.items():
-            log.warning("ignored in the performance history: %s: %s", what, reason)
+        ignored |= {PROFILE_PREFIX + name: "the model is gone" for name in profiles if name not in known}
+        self._ignored.update(ignored)
         return {name: profile for name, profile in profiles.items() if name in known}
 
     def _shortlist(self) -> list[str]:
@@ -141,11 +144,11 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
             self._evaluation.weight_item_bytes,
             self._settings.top_k,
         )
-        for name, reason in chosen.refused.items():
-            log.info("not on the shortlist: %s: %s", name, reason)
+        for name, why in chosen.refused.items():
+            log.info("not on the shortlist: %s: %s", name, why)
         if not chosen.candidates:
             reasons = [f"{model.name}: {model.reason}" for model in found.broken]
-            reasons += [f"{name}: {reason}" for name, reason in chosen.refused.items()]
+            reasons += [f"{name}: {why}" for name, why in chosen.refused.items()]
             raise UnknownModelError(
                 f"no model to evaluate in {self._models_dir} ({'; '.join(reasons) or 'it is empty'}); "
                 "fetch one with `helios models pull`"
@@ -224,7 +227,7 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
             try:
                 await history.write(self._redis, profile)
             except (RedisError, OSError) as error:
-                failures.append(UnavailableError(f"{name} was evaluated but not stored in Redis: {error}"))
+                failures.append(UnavailableError(f"{name} was evaluated but not stored: {reason(error)}"))
         return failures
 
     async def _evaluate(
@@ -285,7 +288,7 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
         try:
             return await history.find(self._redis, name)
         except (RedisError, OSError) as error:
-            log.warning("the history cannot be read from Redis: %s", error)
+            log.warning("the last profile of %s cannot be read: %s", name, reason(error))
             return self._last.get(name)
 
     def _known_tokenizers(self) -> dict[str, Tokenizer]:

@@ -7,7 +7,8 @@ from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from helios.calibration import TARGET_AGREEMENT
-from helios.settings import RedisUrl, ServiceSettings
+from helios.redis_url import RedisUrl
+from helios.settings import ServiceSettings
 from helios.shortlist import TOP_K
 from helios.slo import Objective
 

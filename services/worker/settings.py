@@ -6,7 +6,8 @@ from typing import Literal
 from pydantic import Field
 from pydantic_settings import SettingsConfigDict
 
-from helios.settings import SERVED_BURST_SECONDS, SERVED_PROMPT_READINGS, RedisUrl, ServiceSettings
+from helios.redis_url import RedisUrl
+from helios.settings import SERVED_BURST_SECONDS, SERVED_PROMPT_READINGS, ServiceSettings
 
 
 class WorkerSettings(ServiceSettings):

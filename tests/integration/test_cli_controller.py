@@ -13,6 +13,7 @@ from redis.asyncio import Redis
 from helios import history
 from tests.integration.test_cli_stack import Helios, eventually
 from tests.profiles import exit_profile, model_profile
+from tests.stack import free_port
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +98,26 @@ def test_decisions_are_followed_as_they_are_made(running: Helios) -> None:
         made = next(one for one in lines if one["number"] != last)
         assert (made["number"], made["trigger"]) == (last + 1, "SLO")
         following.kill()
+
+
+def test_a_stack_serves_and_decides_though_the_environment_names_a_proxy(
+    tmp_path: Path, tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("grpc_proxy", "https_proxy", "http_proxy"):
+        # Nothing listens there.
+        monkeypatch.setenv(variable, f"http://127.0.0.1:{free_port()}")
+    proxied = Helios(tmp_path / "state", tiny_models)
+    started = proxied.up("--profiler", "--controller", "active")
+    try:
+        assert started.returncode == 0, started.stderr
+        assert proxied.run("generate", "a", "--max-tokens", "4").returncode == 0
+        # It takes controller, profiler and worker to get there.
+        eventually(
+            lambda: bool(json.loads(proxied.run("decisions", "--json").stdout or "[]")),
+            "a decision from what the profiler measured",
+        )
+    finally:
+        proxied.run("down")
 
 
 @pytest.mark.parametrize(

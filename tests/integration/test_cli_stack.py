@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from redis import Redis
 
 SECONDS = 60.0
 LONG_STREAM = ("--max-tokens", "2000", "--ignore-eos", "--json")
@@ -381,6 +382,51 @@ def test_given_redis_is_used_instead_of_an_own_one(helios: Helios, redis_url: st
     assert started.returncode == 0, started.stderr
     assert f"redis={redis_url}" in started.stdout
     assert set(helios.state()["processes"]) == {"gateway", "worker-0"}
+
+
+@pytest.mark.parametrize(
+    ("command", "reason"),
+    [
+        ("CONFIG SET maxmemory 1", "its memory is full; raise its maxmemory"),
+        ("REPLICAOF 127.0.0.1 1", "it is a read-only replica; name the primary's URL"),
+        ("ACL SETUSER default -@write", "its user lacks a right; Helios needs"),
+        ("ACL SETUSER default resetkeys ~other:*", "its user lacks a right; Helios needs"),
+    ],
+)
+def test_redis_that_takes_no_writes_ends_the_start_with_the_reason(
+    helios: Helios, redis_url: str, command: str, reason: str
+) -> None:
+    with Redis.from_url(redis_url) as redis:
+        redis.execute_command(*command.split())
+    answer = helios.up("--redis", redis_url)
+    assert answer.returncode == 1
+    said = f"error: the Redis at {redis_url} cannot be used: Redis refuses it, because {reason}"
+    assert answer.stderr.startswith(said)
+    assert answer.stderr.count("\n") == 1
+    assert not list((helios.state_dir / "logs").glob("worker-*"))
+
+
+@pytest.mark.parametrize("form", ["redis://:{password}@{host}", "redis://{host}?password={password}"])
+def test_password_of_a_redis_in_use_is_nowhere_to_be_read(helios: Helios, redis_url: str, form: str) -> None:
+    password = "sec@ret"
+    with Redis.from_url(redis_url) as redis:
+        redis.config_set("requirepass", password)
+    url = form.format(password=password, host=redis_url.removeprefix("redis://"))
+    started = helios.up("--redis", url, "--profiler", "--controller", "active")
+    assert started.returncode == 0, started.stderr
+    assert "***" in started.stdout
+    eventually(lambda: {"profiler", "controller"} <= set(helios.state()["processes"]), "all processes")
+    said = [started.stdout, started.stderr]
+    said += [Path(f"/proc/{pid}/cmdline").read_text() for pid in helios.pids()]
+    assert helios.run("down").returncode == 0
+    said += [path.read_text() for path in helios.state_dir.rglob("*") if path.is_file()]
+    assert len(said) > 10
+    for text in said:
+        assert "ret@" not in text
+        assert "sec@" not in text
+        assert "@ret" not in text
+    if "?" not in form:
+        assert "the password holds '@' as it is; write %40 in its place" in "".join(said)
 
 
 def test_password_of_a_given_redis_is_not_shown(helios: Helios) -> None:

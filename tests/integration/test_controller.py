@@ -1,6 +1,7 @@
 """The controller over real workers, gateway and Redis; the profiles are written by hand."""
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager
@@ -14,7 +15,7 @@ from redis.asyncio import Redis
 from helios import history
 from helios.client import AsyncClient, generate_request
 from helios.history import ModelProfile
-from helios.redis_schema import CONTROLLER_STATE
+from helios.redis_schema import CONTROLLER_STATE, DECISIONS, PROFILE_PREFIX, WORKER_PREFIX
 from helios.v1 import controller_pb2, controller_pb2_grpc, generation_pb2
 from tests.profiles import exit_profile, model_profile
 from tests.stack import Process, Stack, start_redis
@@ -391,6 +392,61 @@ async def test_advice_changes_nothing_and_a_lost_redis_leaves_the_plan(parts: St
 
         await until(leads_with_its_orders, "the pin in the new Redis", SECONDS)
     assert controller.terminate() == 0
+
+
+async def test_spoilt_entries_are_said_once_and_the_rest_decides(parts: Stack) -> None:
+    good = await profile(parts)
+    newer = good.model_dump(mode="json") | {"weather": "fine"}
+    async with Redis.from_url(parts.redis_url) as redis:
+        await redis.set(PROFILE_PREFIX + MODEL, json.dumps(newer))
+        await redis.set(PROFILE_PREFIX + "odd", "not json")
+        await redis.set(WORKER_PREFIX + "odd", "not json")
+        await redis.hset(CONTROLLER_STATE, "state", '{"slo": {"objective": "throughput"}, "routes": ["x"]}')
+        await redis.xadd(DECISIONS, {"kind": "decision", "number": 7, "json": "not json"})
+        controller = parts.start_controller(**QUICK)
+        async with connect(controller) as stub:
+            await await_depths(stub, a=2, b=2)
+            assert [one.trigger for one in await decisions_so_far(stub)] == ["start"]
+
+            async def said() -> bool:
+                problems = " ".join((await get_plan(stub)).problems)
+                return all(
+                    f"{key} is ignored" in problems for key in (PROFILE_PREFIX + "odd", WORKER_PREFIX + "odd")
+                )
+
+            await until(said, "the spoilt entries in the problems", SECONDS)
+            assert any(problem.startswith(DECISIONS) for problem in (await get_plan(stub)).problems)
+            await decisions_so_far(stub)
+        kept = json.loads(await redis.hget(CONTROLLER_STATE, "state") or "")
+    assert (kept["routes"], kept["plan"]["depth"]) == (["x"], 2)
+    for entry in (PROFILE_PREFIX + "odd", WORKER_PREFIX + "odd", DECISIONS):
+        assert controller.log.count(f'"{entry}') == 1
+
+
+async def test_a_redis_that_takes_no_writes_leaves_the_plan_and_is_said_once(parts: Stack) -> None:
+    await write_profiles(parts, await profile(parts))
+    controller = parts.start_controller(**QUICK)
+    async with connect(controller) as stub, Redis.from_url(parts.redis_url) as redis:
+        await await_depths(stub, a=2, b=2)
+        await redis.replicaof("127.0.0.1", "1")
+
+        async def said() -> bool:
+            answer = await get_plan(stub)
+            return not answer.leading and any("read-only replica" in problem for problem in answer.problems)
+
+        await until(said, "the read-only replica in the problems", SECONDS)
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stub.SetSlo(slo(controller_pb2.OBJECTIVE_ACCURACY), timeout=SECONDS)
+        assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert await served(stub) == {"a": 2, "b": 2}
+        await redis.replicaof("NO", "ONE")
+
+        async def well() -> bool:
+            answer = await get_plan(stub)
+            return answer.leading and not answer.problems
+
+        await until(well, "the controller leading again", SECONDS)
+    assert controller.log.count("the last plan stays: Redis refuses it") == 1
 
 
 async def test_the_profiler_is_asked_at_the_start_and_every_interval(stack: Stack) -> None:

@@ -1,12 +1,14 @@
 """How a gateway finds workers and lets them go."""
 
 import asyncio
+import json
 from pathlib import Path
 
 from redis.asyncio import Redis
 
 from helios import registry
 from helios.client import AsyncClient, generate_request
+from helios.redis_schema import WORKER_PREFIX
 from helios.v1.generation_pb2 import SamplingParams
 from tests.scripted_worker import endless, scripted_workers, well_behaved
 from tests.stack import Stack, start_redis
@@ -80,24 +82,71 @@ async def test_a_gateway_that_starts_before_redis_finds_workers_later(stack: Sta
         assert list((await client.status()).problems) == []
 
 
-async def test_a_lease_that_cannot_be_read_is_reported_and_stops_nothing(stack: Stack) -> None:
+async def test_spoilt_leases_are_said_once_and_hide_no_worker(stack: Stack) -> None:
     stack.start_redis()
     async with scripted_workers(well_behaved) as (worker,), Redis.from_url(stack.redis_url) as redis:
-        gateway = stack.start_gateway([worker.address], discovery_seconds=0.1)
+        gateway = stack.start_gateway(discovery_seconds=0.1)
         async with AsyncClient(gateway.address) as client:
-            await redis.set("helios:v1:worker:odd", "not json")
+            spoilt = {
+                "odd": "not json",
+                "list": "[]",
+                "short": '{"worker_id": "short"}',
+                "typed": '{"worker_id": "typed", "address": 5}',
+                "nowhere": '{"worker_id": "nowhere", "address": "here"}',
+                "other": f'{{"worker_id": "another", "address": "{worker.address}"}}',
+            }
+            for name, value in spoilt.items():
+                await redis.set(WORKER_PREFIX + name, value)
+            await redis.hset(WORKER_PREFIX + "hash", "a", "b")
 
             async def reported() -> bool:
-                return bool((await client.status()).problems)
+                problems = (await client.status()).problems
+                return any("2 more entries are ignored" in problem for problem in problems)
 
-            await until(reported, "the odd lease to be reported")
+            await until(reported, "the spoilt leases to be reported")
+            newer = {"worker_id": "newer", "address": worker.address, "zone": "b", "weight": 3}
+            await redis.set(WORKER_PREFIX + "newer", json.dumps(newer))
             await stream(client, SIX)
-            await redis.delete("helios:v1:worker:odd")
+            assert await addresses(client) == {worker.address}
+
+            await redis.delete(*(WORKER_PREFIX + name for name in (*spoilt, "hash")))
 
             async def well() -> bool:
                 return not (await client.status()).problems
 
-            await until(well, "discovery to go on")
+            await until(well, "the problems to be over")
+    for name in (*spoilt, "hash"):
+        assert gateway.log.count(f"{WORKER_PREFIX}{name} is ignored") == 1
+
+
+async def test_a_redis_that_takes_no_writes_is_said_and_streams_go_on(stack: Stack) -> None:
+    stack.start_redis()
+    async with scripted_workers(well_behaved) as (worker,), Redis.from_url(stack.redis_url) as redis:
+        gateway = stack.start_gateway([worker.address], discovery_seconds=0.1)
+        async with AsyncClient(gateway.address) as client:
+
+            async def refused() -> bool:
+                await stream(client, SIX)
+                problems = (await client.status()).problems
+                return any("its memory is full; raise its maxmemory" in problem for problem in problems)
+
+            await redis.config_set("maxmemory", 1)
+            await until(refused, "the full Redis to be reported")
+            await redis.config_set("maxmemory", 0)
+
+            async def well() -> bool:
+                return not (await client.status()).problems
+
+            await until(well, "the problem to be over")
+            await redis.replicaof("127.0.0.1", "1")
+
+            async def read_only() -> bool:
+                await stream(client, SIX)
+                return any("read-only replica" in problem for problem in (await client.status()).problems)
+
+            await until(read_only, "the read-only replica to be reported")
+    for said in ("its memory is full", "read-only replica"):
+        assert gateway.log.count(said) == 1
 
 
 async def test_streams_go_to_the_model_that_they_name(stack: Stack) -> None:

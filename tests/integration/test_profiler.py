@@ -1,5 +1,6 @@
 """A profiler process beside real gateways, workers and Redis."""
 
+import json
 import os
 import random
 import shutil
@@ -149,7 +150,7 @@ async def test_prompts_that_a_gateway_sampled_are_what_is_evaluated(
     predicted = [tokenizer.encode(text).ids[1:] for text in texts]
     text_bytes = sum(len(text) for text in texts)
     assert result.bytes_per_token == pytest.approx(text_bytes / sum(map(len, predicted)))
-    (newest,) = await prompts.recent(redis, {result.tokenizer_id}, 1)
+    (newest,), _ = await prompts.recent(redis, {result.tokenizer_id}, 1)
     assert tokenizer.decode(list(newest.ids)) == texts[-1]
 
 
@@ -263,15 +264,23 @@ async def test_history_of_another_version_or_of_a_model_that_is_gone_is_ignored_
     document = (await history.read(redis))[0]["tiny"]
     await history.write(redis, document.model_copy(update={"model": "departed"}))
     await redis.set(PROFILE_PREFIX + "other", '{"of": "another shape"}')
+    await redis.set(PROFILE_PREFIX + "odd", "not json")
+    await redis.hset(PROFILE_PREFIX + "hash", "a", "b")
     await redis.set("helios:v0:profile:tiny", "{}")
-    kept = await stub.GetHistory(profiler_pb2.GetHistoryRequest())
-    assert [profile.model for profile in kept.profiles] == ["tiny"]
+    newer = json.loads(await redis.get(PROFILE_PREFIX + "tiny") or "")
+    newer["exits"][0]["colour"] = newer["weather"] = "fine"
+    await redis.set(PROFILE_PREFIX + "tiny", json.dumps(newer))
+    for _ in range(2):
+        kept = await stub.GetHistory(profiler_pb2.GetHistoryRequest())
+        assert [profile.model for profile in kept.profiles] == ["tiny"]
     for said in (
-        "departed: the model is gone",
-        "profile:other: not a profile",
-        "v0:profile:tiny: written by",
+        "departed is ignored: the model is gone",
+        "profile:other is ignored: not a profile",
+        "profile:odd is ignored: not a profile",
+        "profile:hash is ignored: it cannot be read",
+        "v0:profile:tiny is ignored: written by",
     ):
-        assert said in profiler.log
+        assert profiler.log.count(said) == 1
 
 
 async def test_it_stands_back_and_answers_health_and_reflection(profiler: Process) -> None:

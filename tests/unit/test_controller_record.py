@@ -1,12 +1,15 @@
 """The decision record, the state and the lock of the leader, in a real Redis."""
 
 import asyncio
+import json
+import logging
 from collections.abc import AsyncIterator
 
 import pytest
 from redis.asyncio import Redis
 
-from helios.errors import SettingsError
+from helios.errors import SettingsError, UnavailableError
+from helios.ignored_entries import IgnoredEntries
 from helios.redis_schema import CONTROLLER_LEADER, CONTROLLER_STATE, DECISIONS
 from helios.slo import Objective, Slo
 from services.controller import record, state
@@ -55,13 +58,15 @@ def decision_entry(time: float = 1.0) -> DecisionEntry:
     )
 
 
+log = logging.getLogger(__name__)
 OUTCOME = OutcomeEntry(time=9.0, seconds=5.0, requests=7, tokens_per_second=12.5, high_exit_share=0.25)
 
 
 async def test_a_decision_is_replayed_from_the_record(redis: Redis, leadership: Leadership) -> None:
     entry = decision_entry()
     await record.append(leadership, entry, keep=KEEP)
-    (read,), _ = await record.read_last(redis, 10)
+    (read,), _, ignored = await record.read_last(redis, 10)
+    assert ignored == {}
     assert read.entry == entry
     assert read.entry.replay() == entry.decision
     assert entry.decision.moves
@@ -73,17 +78,17 @@ async def test_decisions_are_numbered_in_order_and_joined_with_their_outcomes(
     for time in (1.0, 2.0, 3.0):
         await record.append(leadership, decision_entry(time), keep=KEEP)
     await record.append(leadership, OUTCOME, number=2, keep=KEEP)
-    last, _ = await record.read_last(redis, 2)
+    last, *_ = await record.read_last(redis, 2)
     assert [(one.number, one.entry.time, one.outcome) for one in last] == [(2, 2.0, OUTCOME), (3, 3.0, None)]
 
 
 async def test_a_follower_sees_new_decisions_and_their_outcomes(redis: Redis, leadership: Leadership) -> None:
     await record.append(leadership, decision_entry(), keep=KEEP)
-    _, position = await record.read_last(redis, 0)
+    _, position, _ = await record.read_last(redis, 0)
     seen: list[NumberedDecision] = []
 
     async def watch() -> None:
-        async for one in record.follow(redis, position, 1.0):
+        async for one in record.follow(redis, position, 1.0, IgnoredEntries(log)):
             seen.append(one)
             if len(seen) == 3:
                 return
@@ -120,6 +125,98 @@ async def test_state_of_another_version_is_refused_by_name(redis: Redis, leaders
     await redis.hset(CONTROLLER_STATE, "state", '{"slo": 5}')
     with pytest.raises(SettingsError, match=CONTROLLER_STATE):
         await state.load(redis)
+
+
+async def test_what_a_newer_version_saved_is_read_and_kept(redis: Redis, leadership: Leadership) -> None:
+    newer = {
+        "slo": {"objective": "accuracy", "max_watts": 5},
+        "pins": {"w": {"model": "a", "depth": 2, "batch": 8}, "v": {"model": "a", "depth": 4, "batch": 9}},
+        "plan": None,
+        "bars": [{"model": "a", "depth": 1, "time": 1.5, "reason": "breach", "shift": "night"}],
+        "routes": ["x"],
+    }
+    await redis.hset(CONTROLLER_STATE, "state", json.dumps(newer))
+    read = await state.load(redis)
+    assert read is not None
+    assert (read.slo.objective, read.pins["v"]) == (Objective.ACCURACY, Plan(model="a", depth=4))
+
+    pins = {"w": Plan(model="a", depth=2), "v": Plan(model="a", depth=6)}
+    bars = (*read.bars, Bar(model="b", depth=1, time=2.5, reason="breach"))
+    plan = Plan(model="c", depth=1)
+    await state.save(leadership, read.model_copy(update={"pins": pins, "bars": bars, "plan": plan}))
+    kept = json.loads(await redis.hget(CONTROLLER_STATE, "state") or "")
+    for unchanged in ("slo", "routes"):
+        assert kept[unchanged] == newer[unchanged]
+    assert kept["pins"] == {"w": {"model": "a", "depth": 2, "batch": 8}, "v": {"model": "a", "depth": 6}}
+    assert kept["plan"] == {"model": "c", "depth": 1}
+    assert kept["bars"][0] == newer["bars"][0]
+    assert await state.load(redis) == read.model_copy(update={"pins": pins, "bars": bars, "plan": plan})
+
+
+@pytest.mark.parametrize("spoilt", ["not json", '{"slo": {"objective": "accuracy", "min_agreement": 5}}'])
+async def test_a_state_that_cannot_be_read_is_not_replaced(
+    redis: Redis, leadership: Leadership, spoilt: str
+) -> None:
+    await redis.hset(CONTROLLER_STATE, "state", spoilt)
+    with pytest.raises(SettingsError, match=CONTROLLER_STATE):
+        await state.load(redis)
+    with pytest.raises(SettingsError, match=CONTROLLER_STATE):
+        await state.save(leadership, ControllerState())
+    assert await redis.hget(CONTROLLER_STATE, "state") == spoilt.encode()
+
+
+async def test_a_spoilt_entry_of_the_record_hides_no_other(
+    redis: Redis, leadership: Leadership, caplog: pytest.LogCaptureFixture
+) -> None:
+    entry = decision_entry()
+    newer = entry.model_dump(mode="json") | {"weather": "fine"}
+    newer["decision"]["reason_code"] = 7
+    newer["situation"]["slo"]["max_watts"] = 5
+    impossible = entry.model_dump(mode="json")
+    impossible["situation"]["slo"]["min_agreement"] = 5
+    _, start, _ = await record.read_last(redis, 0)
+    written = [
+        {"kind": "decision", "number": 1, "json": json.dumps(newer)},
+        {"kind": "decision", "number": 2, "json": "not json"},
+        {"kind": "decision", "number": 3, "json": json.dumps(impossible)},
+        {"kind": "decision", "number": "three", "json": entry.model_dump_json()},
+        {"kind": "remark", "number": 4, "json": "{}"},
+        {"kind": "decision"},
+        {"kind": "outcome", "number": 1, "json": '{"time": "yesterday"}'},
+        {"kind": "outcome", "number": 1, "json": OUTCOME.model_dump_json()},
+    ]
+    for fields in written:
+        await redis.xadd(DECISIONS, fields)
+    (read,), _, ignored = await record.read_last(redis, 10)
+    assert (read.number, read.entry, read.outcome) == (1, entry, OUTCOME)
+    assert len(ignored) == 6
+
+    followed = record.follow(redis, start, 1.0, IgnoredEntries(log))
+    seen = [await anext(followed) for _ in range(2)]
+    assert [(one.number, one.outcome) for one in seen] == [(1, None), (1, OUTCOME)]
+    assert caplog.text.count("is ignored") == 6
+
+
+async def test_the_lock_of_a_newer_leader_is_read(redis: Redis, leadership: Leadership) -> None:
+    held = json.loads(await redis.get(CONTROLLER_LEADER) or "")
+    await redis.set(CONTROLLER_LEADER, json.dumps(held | {"version": "99"}), px=30_000)
+    leader = await find_leader(redis)
+    assert leader is not None
+    assert leader.controller_id == "a"
+    assert await leadership.campaign()
+    await state.save(leadership, ControllerState())
+
+
+@pytest.mark.parametrize("spoilt", ["not json", "7", '{"controller_id": "a"}'])
+async def test_a_lock_that_cannot_be_read_is_named_and_not_taken(
+    redis: Redis, leadership: Leadership, spoilt: str
+) -> None:
+    await redis.set(CONTROLLER_LEADER, spoilt)
+    assert not await leadership.campaign()
+    with pytest.raises(StaleLeaderError):
+        await state.save(leadership, ControllerState())
+    with pytest.raises(UnavailableError, match=f"{CONTROLLER_LEADER}.*delete it"):
+        await find_leader(redis)
 
 
 async def test_one_replica_leads_at_a_time(redis: Redis, leadership: Leadership) -> None:

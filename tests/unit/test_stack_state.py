@@ -1,4 +1,6 @@
+import json
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +34,30 @@ def test_running_stack_is_found_as_it_was_written(directory: Path) -> None:
         stack_state.write(directory, STATE)
         assert stack_state.read(directory) == STATE
         assert stack_state.find_gateway(None) == "127.0.0.1:50099"
+
+
+def test_state_of_a_newer_version_is_read(directory: Path) -> None:
+    with stack_state.hold(directory):
+        stack_state.write(directory, STATE)
+        file = directory / "stack.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"colour": "blue"}))
+        assert stack_state.read(directory) == STATE
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", "not json"])
+def test_state_that_cannot_be_read_is_named(directory: Path, content: str) -> None:
+    with stack_state.hold(directory):
+        (directory / "stack.json").write_text(content)
+        with pytest.raises(SettingsError, match="not a stack's state"):
+            stack_state.read(directory)
+
+
+def test_only_its_user_can_read_the_state_which_may_hold_a_password(directory: Path) -> None:
+    # Left by a stack that was killed while it wrote.
+    (directory / "stack.json.new").touch(mode=0o644)
+    with stack_state.hold(directory):
+        stack_state.write(directory, STATE)
+        assert stat.S_IMODE((directory / "stack.json").stat().st_mode) == 0o600
 
 
 def test_nothing_is_left_of_a_stack_that_has_ended(directory: Path) -> None:

@@ -1,0 +1,100 @@
+"""Every gRPC channel of Helios is made here: how it is kept alive, and whether it takes a proxy.
+
+gRPC dials through the proxy that `grpc_proxy`, `https_proxy` or `http_proxy` names, loopback included.
+Services reach each other directly, whatever the environment says. A client takes the proxy, but not to a
+server on its own machine.
+"""
+
+import ipaddress
+import re
+import socket
+from collections.abc import Sequence
+
+import grpc
+
+_Options = Sequence[tuple[str, int]]
+
+_KEEPALIVE: _Options = (
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    # A worker that restarts on the same address is reached again soon.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+)
+_NO_PROXY: _Options = (("grpc.enable_http_proxy", 0),)
+# A gRPC target: scheme and authority before the endpoint are optional (gRPC name resolution).
+_TARGET = re.compile(r"(?:(?P<scheme>[a-z][a-z0-9+.-]*):(?://[^/]*/)?)?(?P<endpoint>.*)", re.IGNORECASE)
+_SCHEMES = ("dns", "ipv4", "ipv6", "unix", "unix-abstract", "vsock", "xds")
+
+
+def to_service(address: str, options: _Options = ()) -> grpc.Channel:
+    """A channel from one service to another at host:port. It never takes a proxy."""
+    return grpc.insecure_channel(address, options=(*_KEEPALIVE, *_NO_PROXY, *options))
+
+
+def to_service_async(address: str, options: _Options = ()) -> grpc.aio.Channel:
+    """The same for asyncio. Must be made in the event loop that uses it."""
+    return grpc.aio.insecure_channel(address, options=(*_KEEPALIVE, *_NO_PROXY, *options))
+
+
+def from_client(target: str) -> grpc.Channel:
+    """A client's channel to a server. It takes the environment's proxy to another machine."""
+    return grpc.insecure_channel(target, options=_client_options(target))
+
+
+def from_client_async(target: str) -> grpc.aio.Channel:
+    """The same for asyncio. Must be made in the event loop that uses it."""
+    return grpc.aio.insecure_channel(target, options=_client_options(target))
+
+
+def is_on_this_machine(target: str) -> bool:
+    """Whether a gRPC target is loopback, a socket file, or an address or the name of this machine."""
+    scheme, endpoint = _parts(target)
+    if scheme.startswith("unix"):
+        return True
+    host = _host(endpoint).lower().rstrip(".")
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return _is_own_name(host)
+    return address.is_loopback or address.is_unspecified or _is_own_address(host)
+
+
+def _client_options(target: str) -> _Options:
+    return (*_KEEPALIVE, *(_NO_PROXY if is_on_this_machine(target) else ()))
+
+
+def _parts(target: str) -> tuple[str, str]:
+    """Scheme and endpoint; the scheme is dns unless the target names one."""
+    found = _TARGET.fullmatch(target)
+    scheme = (found["scheme"] or "").lower() if found else ""
+    # In `localhost:50051` the part before the colon is no scheme.
+    return (scheme, found["endpoint"]) if found and scheme in _SCHEMES else ("dns", target)
+
+
+def _host(endpoint: str) -> str:
+    if endpoint.startswith("["):
+        return endpoint[1:].partition("]")[0]
+    # An IPv6 address without brackets has no port.
+    return endpoint if endpoint.count(":") > 1 else endpoint.partition(":")[0]
+
+
+def _is_own_name(host: str) -> bool:
+    own = socket.gethostname().lower()
+    if host in ("localhost", own) or host.endswith(".localhost"):
+        return True
+    # The full name may take a lookup, so it is asked for only where it can be the answer.
+    return host.partition(".")[0] == own.partition(".")[0] and host == socket.getfqdn().lower()
+
+
+def _is_own_address(host: str) -> bool:
+    """Whether a socket can be bound to the IP address, which only works for the machine's own."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((host, 0))
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,50 @@
+"""Entries in Redis that cannot be read: they are left out, which is said, and the others are used."""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Mapping
+
+from pydantic import ValidationError
+
+# Entries and reasons that are remembered as said.
+_REMEMBERED = 4096
+_TOLD = 5
+
+
+class IgnoredEntries:
+    """What repeated looks at one kind of entry left out. Logs each entry and reason once."""
+
+    def __init__(self, log: logging.Logger) -> None:
+        self._log = log
+        self._said: OrderedDict[tuple[str, str], None] = OrderedDict()
+        self._now: Mapping[str, str] = {}
+
+    def update(self, ignored: Mapping[str, str]) -> None:
+        """Takes what one look left out: the reason of each entry."""
+        self._now = ignored
+        for entry, reason in ignored.items():
+            self.note(entry, reason)
+
+    def note(self, entry: str, reason: str) -> None:
+        """Logs that an entry is left out, unless that was said before."""
+        if (entry, reason) not in self._said:
+            self._log.warning("%s is ignored: %s", entry, reason)
+        self._said[entry, reason] = None
+        self._said.move_to_end((entry, reason))
+        if len(self._said) > _REMEMBERED:
+            self._said.popitem(last=False)
+
+    def problems(self) -> list[str]:
+        """What the last look left out, in words; of many only the first."""
+        said = [f"{entry} is ignored: {reason}" for entry, reason in self._now.items()]
+        more = len(said) - _TOLD
+        return said[:_TOLD] + ([f"{more} more entries are ignored; see the log"] if more > 0 else [])
+
+
+def fault(error: Exception) -> str:
+    """What is wrong with an entry that could not be read, in words: the first fault that was found."""
+    if not isinstance(error, ValidationError):
+        return f"{type(error).__name__} {error}" if isinstance(error, KeyError) else str(error)
+    first = error.errors()[0]
+    where = ".".join(map(str, first["loc"]))
+    return f"{where}: {first['msg']}" if where else first["msg"]
