@@ -31,6 +31,7 @@ from helios.engine.swap import Reloaded, Swap
 from helios.errors import (
     CancelledError,
     DeadlineExceededError,
+    EngineFailedError,
     HeliosError,
     InvalidRequestError,
     OutOfMemoryError,
@@ -302,7 +303,9 @@ class Engine:
                         self._wait()
         except Exception as error:
             log.exception("the engine's loop failed")
-            self._fail_all(HeliosError(f"the engine failed: {type(error).__name__}; see the worker's log"))
+            self._fail_all(
+                EngineFailedError(f"the engine failed: {type(error).__name__}; see the worker's log")
+            )
             raise
         self._fail_all(UnavailableError("the worker is stopping"))
 
