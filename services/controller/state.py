@@ -1,38 +1,28 @@
 """What a controller resumes from after a restart or a change of leaders: SLO, pins, plan, bars."""
 
-from collections.abc import Mapping
-
-from pydantic import ValidationError
+from pydantic import ConfigDict, ValidationError
 from redis.asyncio import Redis
 
+from helios import orders
 from helios.errors import SettingsError
+from helios.orders import MODE_FIELD, STATE_FIELD, Orders
 from helios.redis_schema import CONTROLLER_STATE
 from helios.slo import Slo
 from services.controller.leader import Leadership
-from services.controller.situation import Bar, Plan, Record
+from services.controller.situation import Bar
 
-EVERY_WORKER = ""
-_FIELD = "state"
-# KEYS 3: state. ARGV 3, 4: field and value.
-_SAVE = "redis.call('HSET', KEYS[3], ARGV[3], ARGV[4]) return 1"
+EVERY_WORKER = orders.EVERY_WORKER
+# KEYS 3: state. ARGV from 3 on: two fields and their values.
+_SAVE = "redis.call('HSET', KEYS[3], ARGV[3], ARGV[4], ARGV[5], ARGV[6]) return 1"
 
 
-class ControllerState(Record):
-    """The orders of operators and the plan in force."""
+class ControllerState(Orders):
+    """The orders, which workers read as well, and what only controllers go by."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     slo: Slo = Slo()
-    pins: Mapping[str, Plan] = {}
-    """By worker id; EVERY_WORKER holds all that have no pin of their own, future ones included."""
-    plan: Plan | None = None
     bars: tuple[Bar, ...] = ()
-
-    def pin_of(self, worker_id: str) -> Plan | None:
-        """The plan that an operator holds a worker at."""
-        return self.pins.get(worker_id) or self.pins.get(EVERY_WORKER)
-
-    def wanted(self, worker_id: str) -> Plan | None:
-        """What a worker is to serve; None: whatever it does."""
-        return self.pin_of(worker_id) or self.plan
 
 
 async def load(redis: Redis) -> ControllerState | None:
@@ -40,7 +30,7 @@ async def load(redis: Redis) -> ControllerState | None:
 
     Raises SettingsError when it cannot be read, redis.RedisError when Redis cannot be reached.
     """
-    saved = await redis.hget(CONTROLLER_STATE, _FIELD)
+    saved = await redis.hget(CONTROLLER_STATE, STATE_FIELD)
     if saved is None:
         return None
     try:
@@ -52,6 +42,10 @@ async def load(redis: Redis) -> ControllerState | None:
         ) from error
 
 
-async def save(leadership: Leadership, state: ControllerState) -> None:
-    """Replaces the state. Raises StaleLeaderError, redis.RedisError."""
-    await leadership.write(_SAVE, (CONTROLLER_STATE,), (_FIELD, state.model_dump_json()))
+async def save(leadership: Leadership, state: ControllerState, mode: str) -> None:
+    """Replaces the state; `mode` tells workers whether the plan in it is in force.
+
+    Raises StaleLeaderError, redis.RedisError.
+    """
+    values = (STATE_FIELD, state.model_dump_json(), MODE_FIELD, mode)
+    await leadership.write(_SAVE, (CONTROLLER_STATE,), values)
