@@ -5,8 +5,6 @@ costs nothing, and all its settings see the same tokens. Requests come one after
 there at once: what it takes is priced, not waited for.
 """
 
-import itertools
-import math
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -19,13 +17,13 @@ from bench import traffic
 from bench.traffic import Request
 from helios.calibration import TARGET_AGREEMENT
 from helios.drift import pooled
-from helios.history import ExitProfile, ModelProfile
+from helios.history import ModelProfile
 from helios.settings import SERVED_PROMPT_READINGS
 from helios.slo import Slo
 from services.controller.agenda import Agenda, AgendaSettings, Decide, Evaluate, Outlook, Served
 from services.controller.allowance import Allowance
 from services.controller.policy import decide
-from services.controller.situation import Bar, Plan, Situation, Trigger, WorkerView
+from services.controller.situation import Bar, Plan, Situation, WorkerView
 from services.profiler.settings import ProfilerSettings
 
 POOLED_REQUESTS: int = ProfilerSettings.model_fields["pooled_requests"].default

@@ -87,6 +87,14 @@ class OutOfMemoryError(HeliosError):
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+class EngineFailedError(HeliosError):
+    """A worker's engine has failed under all its sequences; the worker ends and is to be started anew."""
+
+
+class QuarantinedError(HeliosError):
+    """Workers failed one after the other under this request, so no other worker gets it."""
+
+
 class SettingsError(HeliosError):
     """A setting is missing, contradictory or out of range."""
 

@@ -6,7 +6,7 @@
 | `helios:v1:prompts` | stream, capped, entries expire | ids of recent prompts, sampled by gateways |
 | `helios:v1:profile:<model>` | string, JSON | performance history, a document a model (`helios.history`) |
 | `helios:v1:decisions` | stream, capped, append-only | the controller's decision record |
-| `helios:v1:controller:state` | hash | SLO, pins and plan: what a controller resumes from |
+| `helios:v1:controller:state` | hash | SLO, pins, plan and mode: orders, and what a controller resumes from |
 | `helios:v1:controller:leader` | string, expires | the leading controller and its fencing number |
 | `helios:v1:controller:fence` | integer | the last fencing number given out |
 | `helios:v1:probe:<id>` | string, expires | a write to see whether Redis takes any (`helios.redis_outage`) |

@@ -243,6 +243,9 @@ class Stack:
 
     def _worker_child(self, name: str) -> Child:
         settings = self._settings
+        plan_file = self._directory / f"{name}.plan.json"
+        # A new stack serves what it was told to; what an earlier one was moved to is over.
+        plan_file.unlink(missing_ok=True)
         options: dict[str, object] = {}
         if self._memory_bytes is not None:
             options["memory_bytes"] = self._memory_bytes
@@ -257,6 +260,7 @@ class Stack:
             exit_mode=settings.exit_mode,
             precision=settings.precision,
             threads=settings.threads,
+            plan_file=plan_file,
             **options,
         )
 

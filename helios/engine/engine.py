@@ -34,6 +34,7 @@ from helios.engine.swap import Reloaded, Swap
 from helios.errors import (
     CancelledError,
     DeadlineExceededError,
+    EngineFailedError,
     HeliosError,
     InvalidRequestError,
     OutOfMemoryError,
@@ -112,15 +113,22 @@ class Engine:
         self._reload_lock = threading.Lock()
 
     @classmethod
-    def load(cls, path: str | Path, depth: int | None = None, settings: EngineSettings | None = None) -> Self:
+    def load(
+        cls,
+        path: str | Path,
+        depth: int | None = None,
+        settings: EngineSettings | None = None,
+        threshold: float | None = None,
+    ) -> Self:
         """Loads the first `depth` layers (None: all) of the checkpoint directory `path`.
 
+        `threshold` goes before the settings' own, until a reload.
         Raises CheckpointError, UnknownDepthError, OutOfMemoryError, SettingsError.
         """
         settings = settings or EngineSettings()
         if settings.memory_bytes is None:
             settings = replace(settings, memory_bytes=device_budget(torch.device(settings.device)))
-        return cls(load_plan(Path(path), depth, settings), settings)
+        return cls(load_plan(Path(path), depth, settings, threshold=threshold), settings)
 
     # -- requests ---------------------------------------------------------------------------------
 
@@ -322,7 +330,9 @@ class Engine:
                         self._wait()
         except Exception as error:
             log.exception("the engine's loop failed")
-            self._fail_all(HeliosError(f"the engine failed: {type(error).__name__}; see the worker's log"))
+            self._fail_all(
+                EngineFailedError(f"the engine failed: {type(error).__name__}; see the worker's log")
+            )
             raise
         self._fail_all(UnavailableError("the worker is stopping"))
 

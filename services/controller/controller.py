@@ -207,7 +207,7 @@ class Controller:
 
     async def _save(self, new: ControllerState) -> None:
         try:
-            await state.save(self._leadership, new)
+            await state.save(self._leadership, new, self._settings.mode)
         except (RedisError, OSError) as error:
             raise UnavailableError(f"nothing can be changed: {reason(error)}") from error
         self.state = new
@@ -241,10 +241,10 @@ class Controller:
 
     async def _resume(self) -> None:
         saved = await state.load(self._redis)
-        if saved is None:
-            # Redis is new, or has lost everything; what this replica knows is the best there is.
-            await state.save(self._leadership, self.state)
+        # If Redis is new, or has lost everything, what this replica knows is the best there is.
         self.state = saved or self.state
+        # The leader before may have had another mode.
+        await state.save(self._leadership, self.state, self._settings.mode)
         self._problems.pop("leader", None)
         self._started = False
         self._resumed_term = self._leadership.terms

@@ -5,8 +5,12 @@ from collections.abc import Mapping
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from helios import orders
 from helios.history import ModelProfile
 from helios.slo import Slo
+
+# A decision speaks of the same as an order to a worker.
+Plan = orders.Plan
 
 
 class Record(BaseModel):
@@ -27,16 +31,6 @@ class Trigger(enum.StrEnum):
     SLO = "SLO"
     OPERATOR = "operator"
     FAILURE = "failed reload"
-
-
-class Plan(Record):
-    """A model and the layers of it to load."""
-
-    model: str
-    depth: int = Field(ge=1)
-
-    def __str__(self) -> str:
-        return f"{self.model} at depth {self.depth}"
 
 
 class Bar(Record):

@@ -1,41 +1,32 @@
 """What a controller resumes from after a restart or a change of leaders: SLO, pins, plan, bars."""
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, ValidationError
 from redis.asyncio import Redis
 
+from helios import orders
 from helios.errors import InvalidRequestError, SettingsError
 from helios.ignored_entries import fault
+from helios.orders import MODE_FIELD, STATE_FIELD, Orders
 from helios.redis_schema import CONTROLLER_STATE
 from helios.slo import Slo
 from services.controller.leader import Leadership
-from services.controller.situation import Bar, Plan, Record
+from services.controller.situation import Bar
 
-EVERY_WORKER = ""
-_FIELD = "state"
-# KEYS 3: state. ARGV 3, 4: field and value.
-_SAVE = "redis.call('HSET', KEYS[3], ARGV[3], ARGV[4]) return 1"
+EVERY_WORKER = orders.EVERY_WORKER
+# KEYS 3: state. ARGV from 3 on: two fields and their values.
+_SAVE = "redis.call('HSET', KEYS[3], ARGV[3], ARGV[4], ARGV[5], ARGV[6]) return 1"
 
 
-class ControllerState(Record):
-    """The orders of operators and the plan in force."""
+class ControllerState(Orders):
+    """The orders, which workers read as well, and what only controllers go by."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     slo: Slo = Slo()
-    pins: Mapping[str, Plan] = {}
-    """By worker id; EVERY_WORKER holds all that have no pin of their own, future ones included."""
-    plan: Plan | None = None
     bars: tuple[Bar, ...] = ()
-
-    def pin_of(self, worker_id: str) -> Plan | None:
-        """The plan that an operator holds a worker at."""
-        return self.pins.get(worker_id) or self.pins.get(EVERY_WORKER)
-
-    def wanted(self, worker_id: str) -> Plan | None:
-        """What a worker is to serve; None: whatever it does."""
-        return self.pin_of(worker_id) or self.plan
 
 
 async def load(redis: Redis) -> ControllerState | None:
@@ -43,23 +34,25 @@ async def load(redis: Redis) -> ControllerState | None:
 
     Raises SettingsError when it cannot be read, redis.RedisError when Redis cannot be reached.
     """
-    saved = await redis.hget(CONTROLLER_STATE, _FIELD)
+    saved = await redis.hget(CONTROLLER_STATE, STATE_FIELD)
     return None if saved is None else _parsed(saved)
 
 
-async def save(leadership: Leadership, state: ControllerState) -> None:
+async def save(leadership: Leadership, state: ControllerState, mode: str) -> None:
     """Replaces the state; what a newer version added to what has not changed stays.
 
-    Raises SettingsError when the state that is there cannot be read, StaleLeaderError, redis.RedisError.
+    `mode` tells workers whether the plan in it is in force. Raises SettingsError when the state that is there
+    cannot be read, StaleLeaderError, redis.RedisError.
     """
     document = state.model_dump(mode="json")
     # Nobody else writes between the two: the write is refused unless this replica leads.
-    saved = await leadership.redis.hget(CONTROLLER_STATE, _FIELD)
+    saved = await leadership.redis.hget(CONTROLLER_STATE, STATE_FIELD)
     if saved is not None:
         understood, raw = _parsed(saved).model_dump(mode="json"), json.loads(saved)
         unknown = {name: value for name, value in raw.items() if name not in understood}
         document = unknown | _with_unknown(raw, understood, document)
-    await leadership.write(_SAVE, (CONTROLLER_STATE,), (_FIELD, json.dumps(document)))
+    values = (STATE_FIELD, json.dumps(document), MODE_FIELD, mode)
+    await leadership.write(_SAVE, (CONTROLLER_STATE,), values)
 
 
 def _parsed(saved: bytes | str) -> ControllerState:

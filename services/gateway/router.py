@@ -20,7 +20,8 @@ class Candidate:
     """A ready worker as the router sees it.
 
     `sequences` is its load: streams of this gateway and of others. `free_share` is the free part of its
-    KV blocks, 0 to 1.
+    KV blocks, 0 to 1. `suspects` are streams of this gateway under which another worker has failed and which
+    have not settled on this one.
     """
 
     address: str
@@ -29,6 +30,7 @@ class Candidate:
     context_tokens: int
     sequences: int
     free_share: float
+    suspects: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,22 +57,25 @@ def choose(
     prefer: Plan | None = None,
     avoid: Set[str] = frozenset(),
     exclude: Set[str] = frozenset(),
+    alone: bool = False,
 ) -> Candidate | None:
     """The worker to take a stream, or None when none can.
 
     `avoid` and `exclude` are addresses: an avoided worker is taken if there is no other, an excluded one
     never. A stream that goes on after a loss names the plan it ran under in `prefer`, because only the
     same model and depth continue it with the tokens it would have had; a new stream goes to the least
-    loaded.
+    loaded. One that is to be the only suspect on its worker (`alone`) goes first of all where there is none;
+    if the chosen worker has some, it is for the caller to wait.
     """
 
-    def cost(worker: Candidate) -> tuple[bool, int, int, float, str]:
+    def cost(worker: Candidate) -> tuple[bool, int, bool, int, float, str]:
         distance = 0
         if prefer is not None and worker.plan != prefer:
             distance = 1 if worker.plan.model == prefer.model else 2
         return (
             worker.address in avoid,
             distance,
+            alone and worker.suspects > 0,
             worker.sequences,
             -worker.free_share,
             worker.address,

@@ -47,6 +47,18 @@ class GatewaySettings(ServiceSettings):
     max_resumes: int = Field(
         5, ge=0, description="workers that a stream may lose in a row without a token between"
     )
+    quarantine_after: int = Field(
+        2,
+        ge=2,
+        description="A request under which this many workers have failed one after the other ends with "
+        "INTERNAL and is sent to no other",
+    )
+    isolation_seconds: float = Field(
+        5,
+        ge=0,
+        description="how long a request whose worker failed soon after it began waits for a worker that has "
+        "no other suspect; then it goes on beside others",
+    )
     resume_backoff_seconds: float = Field(
         0.1, gt=0, description="pause before the second such resume; doubles with each further one"
     )

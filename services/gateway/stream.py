@@ -3,18 +3,19 @@
 import asyncio
 import dataclasses
 import logging
+import math
 from collections.abc import Awaitable, Callable
 
 import grpc
 from opentelemetry import trace
 
-from helios.errors import HeliosError, OverloadedError, UnavailableError
+from helios.errors import HeliosError, OverloadedError, QuarantinedError, UnavailableError
 from helios.sampling import SamplingParams
 from helios.v1 import generation_pb2, worker_pb2
 from services.gateway.outlet import Outlet
 from services.gateway.router import Needs, Plan
 from services.gateway.settings import GatewaySettings
-from services.gateway.worker_call import WorkerLostError
+from services.gateway.worker_call import WorkerFailedError, WorkerLostError
 from services.gateway.worker_pool import Worker, WorkerPool
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,14 @@ class _WorkerFullError(Exception):
 
 
 class Stream:
-    """A request that the gateway owns until it ends: what was asked, and what was emitted so far."""
+    """A request that the gateway owns until it ends: what was asked, and what was emitted so far.
+
+    A request may be what makes workers fail. Each failure in a row counts: once a stream has settled on a
+    worker (`worker_call.py`), those before are forgotten, so a stream that only shared workers with what
+    killed them never comes to two. One that had not settled when its worker failed, or when two have, goes on
+    where no other suspect is, and ends when that worker fails, too: nobody else there can have caused both.
+    One that had settled goes on at once, beside others. docs/decisions/0018 has the reasons.
+    """
 
     def __init__(
         self,
@@ -67,6 +75,9 @@ class Stream:
         self._full: set[str] = set()
         self._refusal: HeliosError | None = None
         self._refused_since: float | None = None
+        # Workers that failed under it since it last settled on one, and whether it goes on alone.
+        self._failures = 0
+        self._alone = False
         # The model of the last token, and what the lost worker served: the same plan goes on with the
         # same tokens.
         self.model = ""
@@ -75,9 +86,9 @@ class Stream:
     async def run(self, deadline: float) -> generation_pb2.Finish:
         """Relays until the finish is written, and returns it. `deadline` is the event loop's time.
 
-        Raises UnavailableError when no worker can be had or too many are lost, OverloadedError when all
-        are full, the worker's own error when the request is at fault, and TimeoutError when a worker
-        sees the deadline pass first.
+        Raises UnavailableError when no worker can be had or too many are lost, QuarantinedError when workers
+        fail because of it, OverloadedError when all are full, the worker's own error when the request is at
+        fault, and TimeoutError when a worker sees the deadline pass first.
         """
         self._outlet.start()
         try:
@@ -109,15 +120,34 @@ class Stream:
         return self.resumed > 0 or bool(self.emitted_ids)
 
     async def _next_worker(self) -> Worker:
+        loop = asyncio.get_running_loop()
+        # In company it cannot be told apart: once it might end, it does not go on before it is alone.
+        patience = self._settings.isolation_seconds
+        if self._failures >= self._settings.quarantine_after:
+            patience = math.inf
+        latest: float | None = None
         while True:
-            worker = self._pool.choose(self._needs, prefer=self._plan, avoid=self._failed, exclude=self._full)
-            if worker is not None:
-                return worker
-            if self._refusal is None:
-                return await self._pool.wait_for(
-                    self._needs, prefer=self._plan, avoid=self._failed, under_way=self._under_way
+            worker = self._pool.choose(
+                self._needs, prefer=self._plan, avoid=self._failed, exclude=self._full, alone=self._alone
+            )
+            if worker is None and self._refusal is None:
+                worker = await self._pool.wait_for(
+                    self._needs,
+                    prefer=self._plan,
+                    avoid=self._failed,
+                    alone=self._alone,
+                    under_way=self._under_way,
                 )
-            await self._wait_for_place(self._refusal)
+            if worker is None:
+                assert self._refusal is not None
+                await self._wait_for_place(self._refusal)
+            elif not self._alone or not worker.suspects:
+                return worker
+            else:
+                latest = latest or loop.time() + patience
+                if loop.time() >= latest:
+                    return worker
+                await self._pool.changed()
 
     async def _wait_for_place(self, refusal: HeliosError) -> None:
         """After every worker has refused: a new stream is refused, one under way waits rather than ends."""
@@ -141,11 +171,19 @@ class Stream:
             model=worker.plan.model,
         )
         timeout = max(0.0, deadline - asyncio.get_running_loop().time())
-        with worker.attempt(request, timeout, self._take) as attempt:
+        with worker.attempt(request, timeout, self._take, suspect=self._failures > 0) as attempt:
             try:
                 response = await attempt.finish()
             except HeliosError as error:
                 raise self._judged(worker, error) from error
+            except WorkerFailedError as failure:
+                # Its next telemetry tells whether it is back; one that was given up has its problem.
+                if worker.ready:
+                    self._pool.suspect(worker, f"it failed under its streams: {failure}")
+                raise
+            finally:
+                if attempt.settled:
+                    self._failures, self._alone = 0, False
         self._complete(response.finish)
         return response
 
@@ -217,6 +255,8 @@ class Stream:
         if self._needs.models and self.model:
             # A reload may have moved the stream to another model than it named; it may go on there.
             self._needs = dataclasses.replace(self._needs, models=self._needs.models | {self.model})
+        if isinstance(loss, WorkerFailedError) and loss.ran:
+            self._note_failure(worker, loss)
         if self._losses > self._settings.max_resumes:
             raise UnavailableError(
                 f"{self._losses} workers in a row were lost without a token between, "
@@ -224,6 +264,17 @@ class Stream:
             )
         if self._losses > 1:
             await asyncio.sleep(self._settings.resume_backoff_seconds * 2 ** (self._losses - 2))
+
+    def _note_failure(self, worker: Worker, failure: WorkerFailedError) -> None:
+        """Counts a worker that failed. Raises QuarantinedError if this stream seems to be the cause."""
+        self._failures += 1
+        self._alone = not failure.settled
+        if self._failures >= self._settings.quarantine_after and failure.suspects <= 1:
+            raise QuarantinedError(
+                f"{self._failures} workers failed one after the other while this request was under way on "
+                f"them, the last one at {worker.address}: {failure}. It may be what they fail on, so it is "
+                "not sent to another; look for the cause in their logs before you send it again"
+            )
 
     def _note_refusal(self, worker: Worker, refusal: HeliosError) -> None:
         self._full.add(worker.address)

@@ -11,23 +11,40 @@ from google.rpc import status_pb2
 
 from helios import telemetry
 from helios.client import error_from, error_of
-from helios.errors import HeliosError, UnavailableError
+from helios.errors import EngineFailedError
 from helios.v1 import worker_pb2, worker_pb2_grpc
 
 # Called with what a step gave to a sequence, as soon as it has come. What it raises ends the sequence.
 Take: TypeAlias = Callable[[worker_pb2.WorkerServiceGenerateResponse], None]
+# A stream has settled on a worker with its second message: the first may bring no more than tokens that the
+# worker before had computed, too, and that were lost on their way when it failed.
+_SETTLED_MESSAGES = 2
 
 
 class WorkerLostError(Exception):
-    """A worker failed under a stream. Never leaves the gateway: the stream goes on elsewhere."""
+    """A stream cannot go on at its worker. Never leaves the gateway: the stream goes on elsewhere."""
+
+
+class WorkerFailedError(WorkerLostError):
+    """The worker itself was lost, with all its streams: it died, its engine failed, or it hangs."""
+
+    def __init__(self, reason: str, *, ran: bool, settled: bool, suspects: int) -> None:
+        """The stream's `ran` and `settled` (Attempt), and how many `suspects` the call had."""
+        super().__init__(reason)
+        self.ran = ran
+        self.settled = settled
+        self.suspects = suspects
 
 
 class Attempt:
     """One stream on one worker."""
 
-    def __init__(self, number: int, take: Take) -> None:
+    def __init__(self, number: int, take: Take, *, reached: bool) -> None:
+        """`reached`: the worker was known to live when the stream was sent."""
         self.number = number
         self._take = take
+        self._reached = reached
+        self._messages = 0
         # An error is a result, too: whoever would have raised it may be gone.
         self._end: asyncio.Future[worker_pb2.WorkerServiceGenerateResponse | Exception] = (
             asyncio.get_running_loop().create_future()
@@ -44,10 +61,21 @@ class Attempt:
             raise end
         return end
 
+    @property
+    def ran(self) -> bool:
+        """Whether the worker may have begun to compute it."""
+        return self._reached or self._messages > 0
+
+    @property
+    def settled(self) -> bool:
+        """Whether the worker has computed so much of it that it no longer is what would make it fail."""
+        return self._messages >= _SETTLED_MESSAGES
+
     def take(self, response: worker_pb2.WorkerServiceGenerateResponse) -> None:
         """Passes on the tokens of one step, unless it has ended."""
         if self._end.done():
             return
+        self._messages += 1
         try:
             self._take(response)
         except Exception as error:
@@ -63,10 +91,19 @@ class Attempt:
 class WorkerCall:
     """One GenerateMany call, open until it breaks or is closed; its streams end with it."""
 
-    def __init__(self, stub: "worker_pb2_grpc.WorkerServiceAsyncStub", address: str) -> None:
+    def __init__(
+        self,
+        stub: "worker_pb2_grpc.WorkerServiceAsyncStub",
+        address: str,
+        on_acquitted: Callable[[], None],
+    ) -> None:
+        """`on_acquitted` is called when a suspect has settled or ended."""
         self._address = address
+        self._on_acquitted = on_acquitted
         self._numbers = itertools.count()
         self._attempts: dict[int, Attempt] = {}
+        self._suspects: set[Attempt] = set()
+        self._ended = False
         self._unsent: asyncio.Queue[worker_pb2.GenerateManyRequest | None] = asyncio.Queue()
         self._call = stub.GenerateMany(self._requests())
         self._reading = asyncio.create_task(self._read())
@@ -74,17 +111,30 @@ class WorkerCall:
     @property
     def ended(self) -> bool:
         """Whether it can carry no more streams."""
-        return self._reading.done()
+        return self._ended
+
+    @property
+    def suspects(self) -> int:
+        """Streams under which another worker has failed and which have not settled here."""
+        return len(self._suspects)
 
     def start(
         self,
         request: worker_pb2.WorkerServiceGenerateRequest,
         timeout_seconds: float,
         take: Take,
+        *,
+        suspect: bool,
+        reached: bool,
     ) -> Attempt:
-        """Begins a sequence, in the current trace; `take` gets its tokens."""
-        attempt = Attempt(next(self._numbers), take)
+        """Begins a sequence, in the current trace; `take` gets its tokens.
+
+        `suspect`: a worker has failed under it. `reached`: this one is known to live.
+        """
+        attempt = Attempt(next(self._numbers), take, reached=reached)
         self._attempts[attempt.number] = attempt
+        if suspect:
+            self._suspects.add(attempt)
         start = worker_pb2.SequenceStart(
             sequence=attempt.number,
             request=request,
@@ -98,10 +148,11 @@ class WorkerCall:
         """Ends a sequence, wherever it stands."""
         if self._attempts.pop(attempt.number, None) is not None:
             self._unsent.put_nowait(worker_pb2.GenerateManyRequest(cancel=attempt.number))
+        self._acquit(attempt)
 
-    def close(self, error: Exception) -> None:
-        """Ends the call; its streams get the error."""
-        self._end(error)
+    def close(self, reason: str) -> None:
+        """Ends the call because the worker is lost; its streams get WorkerFailedError."""
+        self._end(reason)
         self._call.cancel()
 
     async def _requests(self) -> AsyncIterator[worker_pb2.GenerateManyRequest]:
@@ -109,18 +160,18 @@ class WorkerCall:
             yield request
 
     async def _read(self) -> None:
-        error: HeliosError = UnavailableError("it ended the call that carries its streams")
+        reason = "it ended the call that carries its streams"
         try:
             async for response in self._call:
                 for output in response.outputs:
                     self._take(output)
         except grpc.aio.AioRpcError as broken:
-            error = error_from(broken, self._address)
+            reason = f"{broken.code().name}, {error_from(broken, self._address).message}"
         except DecodeError as unreadable:
-            error = HeliosError(f"it sent what is no response: {unreadable}")
+            reason = f"it sent what is no response: {unreadable}"
             self._call.cancel()
         finally:
-            self._end(error)
+            self._end(reason)
 
     def _take(self, output: worker_pb2.SequenceOutput) -> None:
         attempt = self._attempts.get(output.sequence)
@@ -128,8 +179,13 @@ class WorkerCall:
         if attempt is None:
             return
         if output.HasField("status"):
+            error = error_of(status_pb2.Status.FromString(output.status))
+            if isinstance(error, EngineFailedError):
+                # The others' are on their way; all are lost at once.
+                self.close(error.message)
+                return
             del self._attempts[output.sequence]
-            attempt.end(error_of(status_pb2.Status.FromString(output.status)))
+            attempt.end(error)
             return
         response = output.response
         if response.HasField("finish"):
@@ -137,9 +193,21 @@ class WorkerCall:
             attempt.end(response)
         else:
             attempt.take(response)
+            if attempt.settled:
+                self._acquit(attempt)
 
-    def _end(self, error: Exception) -> None:
+    def _acquit(self, attempt: Attempt) -> None:
+        if attempt in self._suspects:
+            self._suspects.discard(attempt)
+            self._on_acquitted()
+
+    def _end(self, reason: str) -> None:
+        self._ended = True
         attempts, self._attempts = self._attempts, {}
         for attempt in attempts.values():
-            attempt.end(error)
+            attempt.end(
+                WorkerFailedError(
+                    reason, ran=attempt.ran, settled=attempt.settled, suspects=len(self._suspects)
+                )
+            )
         self._unsent.put_nowait(None)

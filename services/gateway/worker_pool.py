@@ -7,7 +7,7 @@ known one stays for as long as its telemetry comes, so streams go on while Redis
 import asyncio
 import logging
 import time
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 
 import grpc
@@ -20,7 +20,7 @@ from helios.redis_outage import reason
 from helios.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
 from services.gateway.router import Candidate, Needs, Plan, choose
 from services.gateway.settings import GatewaySettings
-from services.gateway.worker_call import Attempt, Take, WorkerCall, WorkerLostError
+from services.gateway.worker_call import Attempt, Take, WorkerCall
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +36,11 @@ _WORKERS_TOLD = 5
 class Worker:
     """One worker as this gateway knows it."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, overdue_seconds: float, on_acquitted: Callable[[], None]) -> None:
+        """Silent for `overdue_seconds`, it may be dead. `on_acquitted`: as in WorkerCall."""
         self.address = address
+        self._overdue_seconds = overdue_seconds
+        self._on_acquitted = on_acquitted
         self.channel = channel.to_service_async(address, _WORKER_OPTIONS)
         self.stub: worker_pb2_grpc.WorkerServiceAsyncStub = worker_pb2_grpc.WorkerServiceStub(self.channel)
         # Both are empty until it has been reached.
@@ -68,18 +71,33 @@ class Worker:
         """What it served when last heard of."""
         return Plan(self.model.name, self.model.depth)
 
+    @property
+    def suspects(self) -> int:
+        """Streams here under which another worker has failed and which have not settled."""
+        return 0 if self._call is None else self._call.suspects
+
     @contextmanager
     def attempt(
-        self, request: worker_pb2.WorkerServiceGenerateRequest, timeout_seconds: float, take: Take
+        self,
+        request: worker_pb2.WorkerServiceGenerateRequest,
+        timeout_seconds: float,
+        take: Take,
+        *,
+        suspect: bool,
     ) -> Iterator[Attempt]:
         """A stream that is counted as this worker's load, and ended there if it outlives the block.
 
-        `take` gets its tokens.
+        `take` gets its tokens; `suspect`: a worker has failed under it.
         """
         if self._call is None or self._call.ended:
-            self._call = WorkerCall(self.stub, self.address)
+            self._call = WorkerCall(self.stub, self.address, self._on_acquitted)
         call = self._call
-        attempt = call.start(request, timeout_seconds, take)
+        # A worker that has died a moment ago, unnoticed, does not fail because of what it is sent now.
+        reached = (
+            self.channel.get_state() is grpc.ChannelConnectivity.READY
+            and self.silent_seconds < self._overdue_seconds
+        )
+        attempt = call.start(request, timeout_seconds, take, suspect=suspect, reached=reached)
         self.open_streams += 1
         try:
             yield attempt
@@ -88,9 +106,9 @@ class Worker:
             call.forget(attempt)
 
     def give_up_streams(self) -> None:
-        """Ends all its streams, because it is lost; they read WorkerLostError."""
+        """Ends all its streams, because it is lost; they read WorkerFailedError."""
         if self._call is not None:
-            self._call.close(WorkerLostError(self.problem))
+            self._call.close(self.problem)
             self._call = None
 
     def heard(self, message: worker_pb2.Telemetry) -> None:
@@ -109,6 +127,7 @@ class Worker:
             context_tokens=self.model.context_tokens,
             sequences=self.open_streams + self._foreign_sequences,
             free_share=self.telemetry.blocks_free / max(1, self.telemetry.blocks_total),
+            suspects=self.suspects,
         )
 
     def state(self) -> inference_pb2.WorkerState:
@@ -178,9 +197,10 @@ class WorkerPool:
         prefer: Plan | None = None,
         avoid: Set[str] = frozenset(),
         exclude: Set[str] = frozenset(),
+        alone: bool = False,
     ) -> Worker | None:
         """The ready worker that should take a stream (router.choose), or None."""
-        chosen = choose(self._candidates(), needs, prefer=prefer, avoid=avoid, exclude=exclude)
+        chosen = choose(self._candidates(), needs, prefer=prefer, avoid=avoid, exclude=exclude, alone=alone)
         return self._workers[chosen.address] if chosen is not None else None
 
     def context_tokens(self, needs: Needs) -> int:
@@ -193,6 +213,7 @@ class WorkerPool:
         *,
         prefer: Plan | None = None,
         avoid: Set[str] = frozenset(),
+        alone: bool = False,
         under_way: bool = False,
     ) -> Worker:
         """Like `choose`, but waits `worker_wait_seconds` for a worker.
@@ -204,7 +225,7 @@ class WorkerPool:
         seconds = self._settings.worker_wait_seconds
         try:
             async with asyncio.timeout(seconds):
-                while (worker := self.choose(needs, prefer=prefer, avoid=avoid)) is None:
+                while (worker := self.choose(needs, prefer=prefer, avoid=avoid, alone=alone)) is None:
                     if not under_way:
                         self._check_model_is_served(needs)
                     await self._changed.wait()
@@ -214,6 +235,10 @@ class WorkerPool:
                 f"waited {seconds:g} s for a worker that serves {what}: {self._waited_for()}"
             ) from None
         return worker
+
+    async def changed(self) -> None:
+        """Waits for the next news of any worker or of the streams on it, at the latest its next telemetry."""
+        await self._changed.wait()
 
     def suspect(self, worker: Worker, problem: str) -> None:
         """Takes a worker out until its next telemetry, because a stream found that it does not serve."""
@@ -250,7 +275,9 @@ class WorkerPool:
         return "; ".join(found[:_WORKERS_TOLD] + ([f"and {more} more"] if more > 0 else []))
 
     def _add(self, address: str) -> None:
-        worker = Worker(address)
+        settings = self._settings
+        overdue_seconds = (settings.telemetry_seconds + settings.worker_timeout_seconds) / 2
+        worker = Worker(address, overdue_seconds, self._wake)
         self._workers[address] = worker
         self._watches[address] = asyncio.create_task(self._watch(worker))
 
@@ -343,5 +370,9 @@ class WorkerPool:
                 log.info("worker %s at %s is ready: serves %s", worker.worker_id, worker.address, worker.plan)
         worker.problem = problem
         # Waiters look again after every message: the load or the plan may have changed, too.
+        self._wake()
+
+    def _wake(self) -> None:
+        """Has all look again who wait for a worker."""
         self._changed.set()
         self._changed = asyncio.Event()

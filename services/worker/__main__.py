@@ -12,8 +12,11 @@ from helios import catalog, registry, service_process
 from helios.engine import Engine, EngineSettings, ExitMode
 from helios.engine.threads import set_threads
 from helios.errors import SettingsError
+from helios.orders import EVERY_WORKER, Plan
 from helios.server import Server, wait_for_signal
 from helios.v1 import worker_pb2_grpc
+from services.worker import first_plan
+from services.worker.first_plan import PlanFile
 from services.worker.lease import keep_announced
 from services.worker.service import WorkerService
 from services.worker.settings import WorkerSettings
@@ -40,15 +43,16 @@ async def _serve(settings: WorkerSettings) -> int:
     depth = settings.depth
     if depth is None:
         depth = entry.default_depth if settings.exit_mode == "greedy" else entry.num_layers
+    plan_file = PlanFile(settings.plan_file, Plan(model=entry.name, depth=depth))
     set_threads(settings.threads)
-    engine = Engine.load(entry.path, depth, _engine_settings(settings))
-    log.info("loaded %s depth %d, %s", entry.name, depth, engine.plan.memory)
+    engine = await _load(settings, models_dir, entry, depth, plan_file)
+    log.info("loaded %s depth %d, %s", engine.plan.entry.name, engine.plan.depth, engine.plan.memory)
 
     server = Server(["helios.v1.WorkerService"])
     port = server.bind(settings.address)
     address = _advertised(settings, port)
     worker_id = settings.worker_id or address
-    service = WorkerService(engine, settings, models_dir, worker_id)
+    service = WorkerService(engine, settings, models_dir, worker_id, plan_file)
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(service, server.grpc_server)
     engine.start()
     await server.start()
@@ -71,6 +75,44 @@ async def _serve(settings: WorkerSettings) -> int:
     await asyncio.to_thread(engine.stop)
     await server.stop(grace_seconds=1.0)
     return 1 if failed else 0
+
+
+async def _load(
+    settings: WorkerSettings,
+    models_dir: Path,
+    entry: catalog.ModelEntry,
+    depth: int,
+    plan_file: PlanFile,
+) -> Engine:
+    """An engine with the plan to start with (first_plan.py); the flags say `entry` at `depth`."""
+    engine_settings = _engine_settings(settings)
+    port = settings.address.rpartition(":")[2]
+    has_port = port.isdecimal() and int(port) > 0
+    # Without a name and a port of its own it is another worker each time.
+    worker_id = settings.worker_id or (_advertised(settings, int(port)) if has_port else EVERY_WORKER)
+    first = await first_plan.find(settings.redis_url, worker_id, plan_file)
+    if first is not None:
+        try:
+            other = catalog.find_model(models_dir, first.plan.model)
+            if len({other.tokenizer_id, entry.tokenizer_id} - {None}) > 1:
+                # As a reload refuses it.
+                raise SettingsError(f"{other.name} has another tokenizer than {entry.name}")
+            engine = Engine.load(other.path, first.plan.depth, engine_settings, first.threshold)
+        # Whatever is wrong with it, the worker can serve what its flags say.
+        except Exception as error:
+            log.warning(
+                "%s, which %s, cannot be loaded, starting with %s at depth %d as the flags say: %s",
+                first.plan,
+                first.why,
+                entry.name,
+                depth,
+                error,
+            )
+        else:
+            log.info("starting with %s, which %s", first.plan, first.why)
+            plan_file.write(first.plan, first.threshold)
+            return engine
+    return Engine.load(entry.path, depth, engine_settings)
 
 
 async def _watch(engine: Engine) -> None:

@@ -21,8 +21,10 @@ from helios.engine import Engine, Finish, FinishReason, Output, SamplingParams
 from helios.engine.sequence import PhaseTimes
 from helios.engine.swap import Reloaded
 from helios.errors import HeliosError, InvalidRequestError, UnavailableError, UnknownModelError, status_of
+from helios.orders import Plan
 from helios.server import abort
 from helios.v1 import generation_pb2, worker_pb2, worker_pb2_grpc
+from services.worker.first_plan import PlanFile
 from services.worker.metrics import Latency, observe_load
 from services.worker.outbox import Delivery, Outbox
 from services.worker.settings import WorkerSettings
@@ -44,11 +46,19 @@ _DEFAULT_DRAIN_SECONDS = 30.0
 class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
     """Serves `engine`, whose loop runs in its own thread. Made on the event loop."""
 
-    def __init__(self, engine: Engine, settings: WorkerSettings, models_dir: Path, worker_id: str) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        settings: WorkerSettings,
+        models_dir: Path,
+        worker_id: str,
+        plan_file: PlanFile,
+    ) -> None:
         self._engine = engine
         self._settings = settings
         self._models_dir = models_dir
         self._worker_id = worker_id
+        self._plan_file = plan_file
         self._delivery = Delivery()
         self._numbers = itertools.count()
         self._streams: set[str] = set()
@@ -225,7 +235,10 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             threshold = request.threshold if request.HasField("threshold") else None
             if threshold is not None and not 0 <= threshold <= 1:
                 raise InvalidRequestError(f"threshold must be in [0, 1], not {threshold}")
-            return self._engine.reload(entry.path, request.depth or entry.num_layers, progress, threshold)
+            depth = request.depth or entry.num_layers
+            reloaded = self._engine.reload(entry.path, depth, progress, threshold)
+            self._plan_file.write(Plan(model=entry.name, depth=depth), threshold)
+            return reloaded
 
         task = asyncio.ensure_future(asyncio.to_thread(reload))
         # Also when the caller has gone away meanwhile.

@@ -30,6 +30,11 @@ class WorkerSettings(ServiceSettings):
     depth: int | None = Field(
         None, ge=1, description="layers to load, an exit layer; default: the model's default depth"
     )
+    plan_file: Path | None = Field(
+        None,
+        description="where the plan that it serves is kept; started anew with the same flags, and not told "
+        "another one by Redis, the worker goes on with it; none: with its flags",
+    )
     exit_mode: Literal["full", "dynamic", "greedy"] = Field(
         "greedy", description="how tokens leave the model"
     )

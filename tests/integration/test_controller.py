@@ -16,7 +16,7 @@ from helios import history
 from helios.client import AsyncClient, generate_request
 from helios.history import ModelProfile
 from helios.redis_schema import CONTROLLER_STATE, DECISIONS, PROFILE_PREFIX, WORKER_PREFIX
-from helios.v1 import controller_pb2, controller_pb2_grpc, generation_pb2
+from helios.v1 import controller_pb2, controller_pb2_grpc, generation_pb2, worker_pb2, worker_pb2_grpc
 from tests.profiles import exit_profile, model_profile
 from tests.stack import Process, Stack, start_redis
 from tests.streams import Streamed, stream, until
@@ -58,8 +58,6 @@ async def write_profiles(parts: Stack, *profiles: ModelProfile) -> None:
 
 
 async def tokenizer_id(parts: Stack) -> str:
-    from helios.v1 import worker_pb2, worker_pb2_grpc
-
     async with grpc.aio.insecure_channel(parts.processes[1].address) as channel:
         status = await worker_pb2_grpc.WorkerServiceStub(channel).GetStatus(worker_pb2.GetStatusRequest())
     return str(status.model.tokenizer_id)
@@ -224,6 +222,62 @@ async def test_a_pin_holds_until_it_is_taken_back(parts: Stack) -> None:
         health = await health_pb2_grpc.HealthStub(channel).Check(check)
         assert health.status == health_pb2.HealthCheckResponse.SERVING
     assert controller.terminate() == 0
+
+
+async def test_a_worker_killed_under_a_pin_comes_back_with_its_plan(parts: Stack) -> None:
+    """With no controller that could move it: nobody has another plan's tokens even for a moment."""
+    await write_profiles(parts, await profile(parts))
+    gateway = parts.start_gateway(telemetry_seconds=0.1, discovery_seconds=0.2)
+    controller = parts.start_controller(**QUICK)
+    async with connect(controller) as stub:
+        await await_depths(stub, a=2, b=2)
+        await stub.Pin(controller_pb2.PinRequest(model=MODEL, depth=1), timeout=SECONDS)
+    controller.kill()
+    _, first, second = parts.processes[:3]
+    async with AsyncClient(gateway.address) as client:
+
+        async def run(victim: Process | None) -> list[list[int]]:
+            """Eight streams, through the loss of a worker when some of their tokens have come."""
+            seen = 0
+
+            def count(token: generation_pb2.Token) -> None:
+                nonlocal seen
+                assert (token.model, token.exit_layer) == (MODEL, 1)
+                seen += 1
+                if seen == 100 and victim is not None:
+                    victim.process.kill()
+
+            sampling = [
+                generation_pb2.SamplingParams(max_tokens=400, seed=one, ignore_eos=True) for one in range(8)
+            ]
+            requests = [generate_request(f"def f{one.seed}(", sampling=one) for one in sampling]
+            wholes = await asyncio.gather(*(stream(client, request, count) for request in requests))
+            assert any(whole.finish.resumed for whole in wholes) == (victim is not None)
+            return [whole.ids for whole in wholes]
+
+        undisturbed = await run(None)
+        assert await run(first) == undisturbed
+        await asyncio.to_thread(parts.start_worker, MODEL, 4, worker_id="a", threshold=0.97)
+
+        async def both_ready() -> bool:
+            return sum(worker.ready for worker in (await client.status()).workers) == 2
+
+        await until(both_ready, "the worker that came back", SECONDS)
+        assert await run(second) == undisturbed
+
+
+async def test_a_new_worker_starts_with_the_plan_in_force(parts: Stack) -> None:
+    await write_profiles(parts, await profile(parts))
+    controller = parts.start_controller(**QUICK | {"lease_seconds": 60})
+    async with connect(controller) as stub:
+        await await_depths(stub, a=2, b=2)
+    # It leads, and moves nobody.
+    with controller.frozen():
+        new = await asyncio.to_thread(parts.start_worker, MODEL, 4, worker_id="c")
+        async with grpc.aio.insecure_channel(new.address) as channel:
+            status = await worker_pb2_grpc.WorkerServiceStub(channel).GetStatus(worker_pb2.GetStatusRequest())
+    assert status.model.depth == 2
+    assert status.model.threshold == pytest.approx(EXITS[1].threshold), "as calibrated on recent requests"
 
 
 async def test_a_standby_takes_over_and_resumes_the_orders_of_the_one_that_died(parts: Stack) -> None:

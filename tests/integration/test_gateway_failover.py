@@ -10,9 +10,11 @@ import pytest
 from helios.client import AsyncClient, generate_request
 from helios.errors import (
     CancelledError,
+    EngineFailedError,
     HeliosError,
     InvalidRequestError,
     OverloadedError,
+    QuarantinedError,
     UnavailableError,
     UnknownModelError,
 )
@@ -32,6 +34,7 @@ from tests.streams import Streamed, stream, until
 
 SIX = generate_request([2, 7], request_id="six", sampling=SamplingParams(max_tokens=6))
 IDS = [100, 101, 102, 103, 104, 105]
+BYSTANDERS = 3
 
 
 async def run(stack: Stack, *scripts: Script, **settings: object) -> tuple[Streamed, list[list[Request]]]:
@@ -172,7 +175,7 @@ async def test_what_the_request_caused_is_passed_on_and_not_retried(stack: Stack
         assert sum(len(worker.requests) for worker in workers) == 1
 
 
-async def test_a_stream_that_kills_worker_after_worker_ends_with_the_reason(stack: Stack) -> None:
+async def test_a_stream_that_no_worker_completes_ends_with_the_reason(stack: Stack) -> None:
     async def crashes(request: Request, seconds: float) -> AsyncIterator[Response]:
         raise HeliosError("poisoned")
         yield finish(0)
@@ -185,6 +188,143 @@ async def test_a_stream_that_kills_worker_after_worker_ends_with_the_reason(stac
             assert "Traceback" not in caught.value.message
             assert await all_ready(client), "one stream's fault takes no worker from its neighbours"
         assert sum(len(worker.requests) for worker in workers) == 4
+
+
+async def kills_at_once(request: Request, seconds: float) -> AsyncIterator[Response]:
+    return
+    yield finish(0)
+
+
+async def kills_after_a_token(request: Request, seconds: float) -> AsyncIterator[Response]:
+    yield chunk(len(request.emitted_ids))
+
+
+async def kills_at_the_fourth(request: Request, seconds: float) -> AsyncIterator[Response]:
+    for index in range(len(request.emitted_ids), 3):
+        yield chunk(index)
+
+
+async def fails_the_engine(request: Request, seconds: float) -> AsyncIterator[Response]:
+    raise EngineFailedError("the engine failed")
+    yield finish(0)
+
+
+@pytest.mark.parametrize(
+    "poisoned", [kills_at_once, kills_after_a_token, kills_at_the_fourth, fails_the_engine]
+)
+async def test_a_request_under_which_two_workers_failed_is_sent_to_no_third(
+    stack: Stack, poisoned: Script
+) -> None:
+    async with scripted_workers(poisoned, poisoned, poisoned) as workers:
+        gateway = stack.start_gateway([worker.address for worker in workers])
+        async with AsyncClient(gateway.address) as client:
+            await until(lambda: all_ready(client), "the workers to be ready")
+            with pytest.raises(QuarantinedError, match="2 workers failed one after the other"):
+                await stream(client, SIX)
+            await until(lambda: all_ready(client), "the workers to be taken back")
+        assert [len(worker.requests) for worker in workers] == [1, 1, 0]
+
+
+async def test_a_request_that_hangs_two_engines_is_sent_to_no_third(stack: Stack) -> None:
+    async def hangs(request: Request, seconds: float) -> AsyncIterator[Response]:
+        worker = next(worker for worker in workers if any(request is one for one in worker.requests))
+        worker.telemetry.running = 1
+        worker.telemetry.step_age_seconds = 9
+        await asyncio.Event().wait()
+        yield finish(0)
+
+    async with scripted_workers(hangs, hangs, hangs) as workers:
+        gateway = stack.start_gateway(
+            [worker.address for worker in workers], telemetry_seconds=0.05, engine_timeout_seconds=5
+        )
+        async with AsyncClient(gateway.address) as client:
+            await until(lambda: all_ready(client), "the workers to be ready")
+            with pytest.raises(QuarantinedError, match="its engine hangs"):
+                await stream(client, SIX)
+        assert [len(worker.requests) for worker in workers] == [1, 1, 0]
+
+
+async def test_a_stream_outlives_any_number_of_workers_on_which_it_had_settled(stack: Stack) -> None:
+    async def two_tokens_and_dies(request: Request, seconds: float) -> AsyncIterator[Response]:
+        done = len(request.emitted_ids)
+        if done == 6:
+            yield finish(6)
+            return
+        yield chunk(done)
+        yield chunk(done + 1)
+
+    whole, _ = await run(stack, two_tokens_and_dies, two_tokens_and_dies)
+    assert whole.ids == IDS
+    assert whole.finish.resumed == 3
+
+
+async def test_what_is_handed_back_in_order_is_no_failure(stack: Stack) -> None:
+    async def drains(request: Request, seconds: float) -> AsyncIterator[Response]:
+        raise UnavailableError("draining; go on with another")
+        yield finish(0)
+
+    whole, _ = await run(stack, kills_at_once, drains, drains, well_behaved)
+    assert whole.ids == IDS
+    assert whole.finish.resumed == 3
+
+
+def named(name: str) -> "inference_pb2.GenerateRequest":
+    return generate_request([2, 7], request_id=name, sampling=SamplingParams(max_tokens=6))
+
+
+@pytest.mark.parametrize("midway", [False, True])
+async def test_only_the_request_that_kills_workers_ends_and_not_those_beside_it(
+    stack: Stack, midway: bool
+) -> None:
+    """`midway`: those beside it have no token from the second worker when it dies."""
+    all_on_the_second, ended = asyncio.Event(), asyncio.Event()
+
+    async def poison(request: Request, on_the_second: bool) -> AsyncIterator[Response]:
+        if midway:
+            for index in range(len(request.emitted_ids), 3):
+                yield chunk(index)
+            if on_the_second:
+                await all_on_the_second.wait()
+
+    async def script(request: Request, seconds: float) -> AsyncIterator[Response]:
+        on_the_second = any(request is one for one in workers[1].requests)
+        if len(workers[1].requests) == BYSTANDERS + 1:
+            all_on_the_second.set()
+        done = len(request.emitted_ids)
+        if request.request_id == "poison":
+            async for response in poison(request, on_the_second):
+                yield response
+            return
+        if midway and on_the_second:
+            await ended.wait()
+        for index in range(done, 6):
+            if index == done + 2:
+                await ended.wait()
+            yield chunk(index)
+        yield finish(6)
+
+    async with scripted_workers(script, script, script, script) as workers:
+        for number, worker in enumerate(workers):
+            worker.telemetry.running = 50 * number
+        gateway = stack.start_gateway([worker.address for worker in workers])
+        async with AsyncClient(gateway.address) as client:
+            await until(lambda: all_ready(client), "the workers to be ready")
+            started = asyncio.Semaphore(0)
+            beside = [
+                asyncio.create_task(
+                    stream(client, named(f"beside {number}"), lambda token: started.release())
+                )
+                for number in range(BYSTANDERS)
+            ]
+            for _ in range(2 * BYSTANDERS):
+                await started.acquire()
+            with pytest.raises(QuarantinedError):
+                await stream(client, named("poison"))
+            ended.set()
+            wholes = await asyncio.gather(*beside)
+        assert all(whole.ids == IDS for whole in wholes)
+        names = [request.request_id for worker in workers for request in worker.requests]
+        assert names.count("poison") == (3 if midway else 2)
 
 
 async def test_progress_resets_the_count_of_losses(stack: Stack) -> None:

@@ -1,6 +1,7 @@
 """A worker process as gateways and the controller see it, over its socket."""
 
 import itertools
+import json
 import shutil
 import subprocess
 import sys
@@ -14,12 +15,14 @@ import pytest
 from google.rpc import status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
+from redis import Redis
 from tokenizers import Tokenizer
 
 from helios.client import error_of
 from helios.errors import DeadlineExceededError, InvalidRequestError
+from helios.redis_schema import CONTROLLER_STATE
 from helios.v1 import generation_pb2, worker_pb2, worker_pb2_grpc
-from tests.stack import Process, Stack
+from tests.stack import Process, Stack, free_port
 
 Response = worker_pb2.WorkerServiceGenerateResponse
 TIMEOUT = 60.0
@@ -268,6 +271,47 @@ def test_a_failed_reload_leaves_the_old_plan_serving(
     tokens, finish = tokens_of(itertools.chain([first], stream))
     assert finish.completion_tokens == len(tokens) == 150
     assert {token.exit_layer for token in tokens} == {4}
+
+
+def served_by(worker: Process) -> tuple[str, int]:
+    with grpc.insecure_channel(worker.address) as channel:
+        stub = worker_pb2_grpc.WorkerServiceStub(channel)
+        model = stub.GetStatus(worker_pb2.GetStatusRequest(), timeout=TIMEOUT).model
+        return model.name, model.depth
+
+
+def test_a_killed_worker_goes_on_with_the_plan_that_it_served_last(stack: Stack, tmp_path: Path) -> None:
+    flags = {
+        "worker_id": "w",
+        "plan_file": tmp_path / "plan.json",
+        # Nobody answers there.
+        "redis_url": f"redis://127.0.0.1:{free_port()}/0",
+    }
+    worker = stack.start_worker("tiny", 4, **flags)
+    assert served_by(worker) == ("tiny", 4)
+    with grpc.insecure_channel(worker.address) as channel:
+        reload = worker_pb2.ReloadRequest(model="other", depth=2)
+        list(worker_pb2_grpc.WorkerServiceStub(channel).Reload(reload, timeout=TIMEOUT))
+    worker.kill()
+    worker = stack.start_worker("tiny", 4, **flags)
+    assert served_by(worker) == ("other", 2)
+    assert "the plan in force cannot be read from Redis" in worker.log
+    worker.kill()
+    assert served_by(stack.start_worker("tiny", 1, **flags)) == ("tiny", 1), "somebody wants another one"
+
+
+@pytest.mark.parametrize(("model", "depth", "said"), [("nobody", 1, "available: "), ("tiny", 3, "1, 2, 4")])
+def test_a_pinned_plan_that_cannot_be_loaded_keeps_no_worker_from_starting(
+    stack: Stack, model: str, depth: int, said: str
+) -> None:
+    stack.start_redis()
+    pins = {"w": {"model": model, "depth": depth}}
+    with Redis.from_url(stack.redis_url) as redis:
+        redis.hset(CONTROLLER_STATE, "state", json.dumps({"pins": pins}))
+    worker = stack.start_worker("tiny", 4, worker_id="w")
+    assert served_by(worker) == ("tiny", 4)
+    assert f"{model} at depth {depth}, which is in force, cannot be loaded" in worker.log
+    assert said in worker.log
 
 
 def test_draining_hands_running_sequences_back(busy_stub: worker_pb2_grpc.WorkerServiceStub) -> None:

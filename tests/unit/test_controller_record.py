@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 from redis.asyncio import Redis
 
+from helios import orders
 from helios.errors import SettingsError, UnavailableError
 from helios.ignored_entries import IgnoredEntries
 from helios.redis_schema import CONTROLLER_LEADER, CONTROLLER_STATE, DECISIONS
@@ -115,10 +116,29 @@ async def test_state_is_read_back_as_it_was_saved(redis: Redis, leadership: Lead
         plan=Plan(model="c", depth=6),
         bars=(Bar(model="a", depth=1, time=1.5, reason="breach", shallower=True),),
     )
-    await state.save(leadership, kept)
+    await state.save(leadership, kept, "active")
     read = await state.load(redis)
     assert read == kept
     assert (read.wanted("w"), read.wanted("new")) == (Plan(model="a", depth=2), Plan(model="b", depth=4))
+
+
+async def test_workers_read_pins_always_and_the_plan_while_an_active_controller_leads(
+    redis: Redis, leadership: Leadership
+) -> None:
+    assert (await orders.read(redis)).wanted("w") is None
+    pinned, chosen = Plan(model="a", depth=2), Plan(model="c", depth=6)
+    kept = ControllerState(pins={"w": pinned}, plan=chosen, slo=Slo(objective=Objective.LATENCY))
+
+    async def wanted() -> tuple[Plan | None, Plan | None]:
+        read = await orders.read(redis)
+        return read.wanted("w"), read.wanted("new")
+
+    await state.save(leadership, kept, "advisory")
+    assert await wanted() == (pinned, None)
+    await state.save(leadership, kept, "active")
+    assert await wanted() == (pinned, chosen)
+    await leadership.resign()
+    assert await wanted() == (pinned, None), "the next stack may be told something else"
 
 
 async def test_state_of_another_version_is_refused_by_name(redis: Redis, leadership: Leadership) -> None:
@@ -234,12 +254,12 @@ async def test_one_replica_leads_at_a_time(redis: Redis, leadership: Leadership)
 
 async def test_a_leader_that_slept_cannot_write(redis: Redis, leadership: Leadership) -> None:
     await redis.delete(CONTROLLER_LEADER)  # As when its lease ends.
-    await state.save(leadership, ControllerState(plan=Plan(model="old", depth=1)))
+    await state.save(leadership, ControllerState(plan=Plan(model="old", depth=1)), "active")
     second = Leadership(redis, "b", "127.0.0.1:2", LEASE_SECONDS)
     assert await second.campaign()
-    await state.save(second, ControllerState(plan=Plan(model="new", depth=2)))
+    await state.save(second, ControllerState(plan=Plan(model="new", depth=2)), "active")
     with pytest.raises(StaleLeaderError):
-        await state.save(leadership, ControllerState(plan=Plan(model="old", depth=1)))
+        await state.save(leadership, ControllerState(plan=Plan(model="old", depth=1)), "active")
     with pytest.raises(StaleLeaderError):
         await record.append(leadership, OUTCOME, number=1, keep=KEEP)
     read = await state.load(redis)
@@ -254,11 +274,11 @@ async def test_a_leader_cannot_write_after_redis_lost_everything(
 ) -> None:
     await redis.flushall()
     with pytest.raises(StaleLeaderError):
-        await state.save(leadership, ControllerState())
+        await state.save(leadership, ControllerState(), "active")
     assert leadership.terms == 1
     assert await leadership.campaign()
     assert leadership.terms == 2
-    await state.save(leadership, ControllerState())
+    await state.save(leadership, ControllerState(), "active")
 
 
 async def test_leadership_ends_by_itself_when_it_is_not_renewed(redis: Redis) -> None:

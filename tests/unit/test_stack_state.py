@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from helios import stack_state
+from helios import stack, stack_state
 from helios.errors import SettingsError, UnavailableError
 from helios.stack_state import StackState
 
@@ -58,6 +58,24 @@ def test_only_its_user_can_read_the_state_which_may_hold_a_password(directory: P
     with stack_state.hold(directory):
         stack_state.write(directory, STATE)
         assert stat.S_IMODE((directory / "stack.json").stat().st_mode) == 0o600
+
+
+def test_a_new_stack_does_not_go_on_with_what_an_earlier_ones_workers_served(directory: Path) -> None:
+    kept = directory / "worker-0.plan.json"
+    kept.write_text("{}")
+    settings = stack.StackSettings(
+        models_dir=directory,
+        model="tiny",
+        depth=2,
+        exit_mode="greedy",
+        precision="float32",
+        workers=1,
+        threads=1,
+        gateway="127.0.0.1:0",
+    )
+    with stack_state.hold(directory):
+        stack.Stack(settings, directory)
+    assert not kept.exists()
 
 
 def test_nothing_is_left_of_a_stack_that_has_ended(directory: Path) -> None:

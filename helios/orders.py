@@ -1,0 +1,68 @@
+"""What workers are to serve: the orders of the leading controller, as they are in Redis.
+
+The controller writes them with the rest of its state (`services/controller/state.py`); a worker that starts
+reads them, so that it does not serve another plan until the controller gets to it.
+"""
+
+from collections.abc import Mapping
+from typing import cast
+
+from pydantic import BaseModel, ConfigDict, Field
+from redis.asyncio import Redis
+
+from helios.redis_schema import CONTROLLER_LEADER, CONTROLLER_STATE
+
+EVERY_WORKER = ""
+# Fields of the hash CONTROLLER_STATE: the state as JSON, and the mode of the controller that wrote it.
+STATE_FIELD = "state"
+MODE_FIELD = "mode"
+ACTIVE = "active"
+
+
+class Plan(BaseModel):
+    """A model and the layers of it to load."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    model: str
+    depth: int = Field(ge=1)
+
+    def __str__(self) -> str:
+        return f"{self.model} at depth {self.depth}"
+
+
+class Orders(BaseModel):
+    """The pins of operators, and the plan that the policy has chosen."""
+
+    # The controller's state has more fields.
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    pins: Mapping[str, Plan] = {}
+    """By worker id; EVERY_WORKER holds all that have no pin of their own, future ones included."""
+    plan: Plan | None = None
+
+    def pin_of(self, worker_id: str) -> Plan | None:
+        """The plan that an operator holds a worker at."""
+        return self.pins.get(worker_id) or self.pins.get(EVERY_WORKER)
+
+    def wanted(self, worker_id: str) -> Plan | None:
+        """What a worker is to serve; None: whatever it does."""
+        return self.pin_of(worker_id) or self.plan
+
+
+async def read(redis: Redis) -> Orders:
+    """The orders in force; empty ones when there are none.
+
+    Pins are in force until they are taken back. The plan is while a controller leads that is in active mode:
+    another one only advises, and what a stack that has ended chose is nothing to the next.
+
+    Raises redis.RedisError when Redis cannot be reached, pydantic.ValidationError when what is there are no
+    orders of this version.
+    """
+    saved, mode = cast("list[bytes | None]", await redis.hmget(CONTROLLER_STATE, [STATE_FIELD, MODE_FIELD]))
+    if saved is None:
+        return Orders()
+    orders = Orders.model_validate_json(saved)
+    if mode == ACTIVE.encode() and await redis.exists(CONTROLLER_LEADER):
+        return orders
+    return orders.model_copy(update={"plan": None})

@@ -1,0 +1,100 @@
+"""The plan that a worker starts with: what is in force, what it served last, or what its flags say."""
+
+import asyncio
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from redis.asyncio import Redis
+from redis.exceptions import RedisError
+
+from helios import history, orders
+from helios.orders import Plan
+
+log = logging.getLogger(__name__)
+
+# A worker whose Redis is away starts this much later.
+_REDIS_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class FirstPlan:
+    """A plan other than the flags', the confidence threshold to load it with, and why it is to be served."""
+
+    plan: Plan
+    threshold: float | None
+    why: str
+
+
+class _Kept(BaseModel):
+    """What a plan file holds: the plan served last, and that of the flags of the worker which served it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    plan: Plan
+    threshold: float | None
+    flags: Plan
+
+
+class PlanFile:
+    """Where a worker keeps what it serves, for the process that replaces it; without a path, nowhere."""
+
+    def __init__(self, path: Path | None, flags: Plan) -> None:
+        """`flags` is the plan of this process's flags: one with others does not go on with what is kept."""
+        self._path = path
+        self._flags = flags
+
+    def read(self) -> FirstPlan | None:
+        """What was kept under the same flags, or None."""
+        if self._path is None:
+            return None
+        try:
+            kept = _Kept.model_validate_json(self._path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValidationError) as error:
+            log.warning("the plan in %s cannot be read, it is not gone on with: %s", self._path, error)
+            return None
+        if kept.flags != self._flags:
+            return None
+        return FirstPlan(kept.plan, kept.threshold, "was served before the restart")
+
+    def write(self, plan: Plan, threshold: float | None) -> None:
+        """Keeps a plan. A file that cannot be written is logged: serving goes on."""
+        if self._path is None:
+            return
+        kept = _Kept(plan=plan, threshold=threshold, flags=self._flags)
+        draft = self._path.with_name(f"{self._path.name}.{os.getpid()}")
+        try:
+            draft.write_text(kept.model_dump_json())
+            draft.replace(self._path)
+        except OSError as error:
+            log.warning("the plan cannot be kept in %s: %s", self._path, error)
+
+
+async def find(redis_url: str | None, worker_id: str, plan_file: PlanFile) -> FirstPlan | None:
+    """What this worker is to serve from its start on; None: what its flags say.
+
+    Never raises and takes a few seconds at most: what is wrong with Redis or the file is logged.
+    """
+    ordered = None if redis_url is None else await _ordered(redis_url, worker_id)
+    return ordered or plan_file.read()
+
+
+async def _ordered(redis_url: str, worker_id: str) -> FirstPlan | None:
+    try:
+        async with asyncio.timeout(_REDIS_SECONDS), Redis.from_url(redis_url) as redis:
+            plan = (await orders.read(redis)).wanted(worker_id)
+            if plan is None:
+                return None
+            # As the controller sends it with a reload.
+            profile = await history.find(redis, plan.model)
+            exits = () if profile is None else profile.exits
+            threshold = next((one.threshold for one in exits if one.depth == plan.depth), None)
+            return FirstPlan(plan, threshold, "is in force")
+    except (RedisError, OSError, ValidationError) as error:  # TimeoutError is an OSError.
+        reason = str(error) or f"no answer in {_REDIS_SECONDS:g} s"
+        log.warning("the plan in force cannot be read from Redis: %s", reason)
+        return None
