@@ -47,12 +47,12 @@ def pull(
 
     source: a folder, or else a repository's id on the Hugging Face hub (or in its local cache; the
     library shows its own progress of the download). Safetensors are preferred to pickles. name: in the
-    models directory (default: the source's last part). The model appears there only once it is complete
-    and known to be an OPT checkpoint.
+    models directory (default: the source's last part). The model appears there only once it is complete,
+    and nothing is written there unless it can be loaded at every depth (`helios.engine.plan.check_model`).
 
-    Raises CheckpointError when it is none, is incomplete, or the name is taken and not `force`;
-    UnknownModelError when the hub has no such repository or revision; UnavailableError when the hub
-    cannot be reached.
+    Raises CheckpointError when it cannot, or the name is taken and not `force`; UnknownModelError when the
+    hub has no such repository or revision; UnavailableError when the hub cannot be reached; SettingsError
+    when the engine is not installed.
     """
     folder = Path(source).expanduser()
     is_folder = folder.is_dir()
@@ -67,7 +67,7 @@ def pull(
         raise InvalidRequestError(f"{source} is a folder and has no revisions; leave out the revision")
     if not is_folder:
         folder = _download(source, revision)
-    ModelConfig.read(folder)
+    _check(folder)
     weights = WeightMap.read(folder)
     files = [*(folder / fact for fact in _FACTS if (folder / fact).is_file()), *weights.files]
     if weights.file_of is not None:
@@ -82,6 +82,19 @@ def pull(
             for file in weights.files:
                 read_safetensors_header(staging / file.name)
     return find_model(models_dir, name)
+
+
+def _check(folder: Path) -> None:
+    """Raises CheckpointError unless the engine can load the model, SettingsError when there is no engine."""
+    # A missing file is told at once, before torch is imported.
+    entry = read_model(folder)
+    try:
+        from helios.engine.plan import check_model  # noqa: PLC0415
+    except ImportError as error:
+        raise SettingsError(
+            "pulling checks that the engine can load the model: install helios-serving[engine]"
+        ) from error
+    check_model(entry)
 
 
 def _place(source: Path, target: Path, *, may_link: bool) -> None:

@@ -52,7 +52,8 @@ def save_variant(
     exits: Sequence[int] | None = None,
     head: Head = "shared",
     *,
-    prefix: Literal["model.decoder.", "decoder."] = "model.decoder.",
+    prefix: Literal["model.decoder.", "decoder.", ""] = "model.decoder.",
+    tied_as: Literal["embed_tokens", "lm_head"] = "embed_tokens",
     dtype: torch.dtype = torch.float32,
     thresholds: Mapping[int, float] | None = None,
     **changes: Any,
@@ -60,7 +61,8 @@ def save_variant(
     """Writes a checkpoint directory and returns the model in it, in float32 and eval mode.
 
     `exits` (the last must be the number of layers) adds a helios.json, and exits.safetensors for the
-    heads `norm` and `linear`; without it the checkpoint is as from the hub. `changes` go to OPTConfig.
+    heads `norm` and `linear`; without it the checkpoint is as from the hub. `tied_as` is the name under
+    which tied weights are stored. `changes` go to OPTConfig.
     The tokenizer is byte-level: ids 4 to 259 are the bytes, and prompts start with `</s>`.
     """
     model = random_model(seed, **(VARIANTS[name] | changes)).to(dtype)
@@ -68,10 +70,12 @@ def save_variant(
     model.config.architectures = ["OPTForCausalLM" if prefix == "model.decoder." else "OPTModel"]
     model.config.dtype = str(dtype).removeprefix("torch.")
     model.config.save_pretrained(path)
+    names = {"embed_tokens": "model.decoder.embed_tokens.weight", "lm_head": "lm_head.weight"}
+    left_out = {name for key, name in names.items() if key != tied_as and model.config.tie_word_embeddings}
     tensors = {
         key.replace("model.decoder.", prefix): value.contiguous()
         for key, value in model.state_dict().items()
-        if key != "lm_head.weight" or not model.config.tie_word_embeddings
+        if key not in left_out
     }
     save_tensors(path, tensors, form)
     save_tokenizer(path)

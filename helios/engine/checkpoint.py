@@ -113,12 +113,11 @@ class TensorFile(Protocol):
         """A tensor's shape, without reading it."""
         ...
 
-    def read(self, name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """A copy that owns its memory. Raises CheckpointError, OutOfMemoryError."""
-        ...
-
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
-        """Some rows after the other, as they are stored; each valid until the next. Raises as `read`."""
+        """Some rows after the other, as they are stored; each valid until the next.
+
+        Raises CheckpointError, OutOfMemoryError.
+        """
         ...
 
     def close(self) -> None:
@@ -150,17 +149,11 @@ class SafetensorsFile:
         """A tensor's shape, without reading it."""
         return self._slots[name].shape
 
-    def read(self, name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """A copy that owns its memory. Raises CheckpointError, OutOfMemoryError."""
-        tensor = _allocate(self._slots[name].shape, dtype, device)
-        row = 0
-        for block in self.blocks(name):
-            tensor[row : row + len(block)].copy_(block)
-            row += len(block)
-        return tensor
-
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
-        """Some rows after the other, as they are stored; each valid until the next. Raises as `read`."""
+        """Some rows after the other, as they are stored; each valid until the next.
+
+        Raises CheckpointError, OutOfMemoryError.
+        """
         slot = self._slots[name]
         stored = _SAFETENSORS_DTYPES.get(slot.dtype)
         if stored is None:
@@ -220,18 +213,12 @@ class PickleFile:
         """A tensor's shape, without reading it."""
         return tuple(self._tensors[name].shape)
 
-    def read(self, name: str, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """A copy that owns its memory. Raises CheckpointError, OutOfMemoryError."""
-        tensor = _allocate(self._tensors[name].shape, dtype, device)
-        (whole,) = self.blocks(name)
-        return tensor.copy_(whole)
-
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
-        """All of it, as it is stored. Raises as `read`."""
+        """Some rows after the other, as they are stored. Raises CheckpointError."""
         stored = self._tensors[name]
         if stored.dtype not in _SAFETENSORS_DTYPES.values():
             raise _unsupported(self._file, name, str(stored.dtype))
-        yield stored
+        yield from stored.split(max(1, _BUFFER_BYTES // stored[0].nbytes))
         if self._mapped:
             with self._lock:
                 self.bytes_read += stored.nbytes
@@ -296,21 +283,27 @@ class Checkpoint:
     def tensor(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = _CPU
     ) -> torch.Tensor:
-        """A tensor as `dtype` on `device`, in memory of its own.
+        """A tensor as `dtype` on `device`, in memory of its own. On torch's device meta it is read, not kept.
 
-        Raises CheckpointError naming file and tensor when it is missing, corrupt or of another shape,
-        OutOfMemoryError when it does not fit.
+        Raises CheckpointError naming file and tensor when it is missing, corrupt, of another shape or holds
+        a number that `dtype` cannot, NaN and infinity among them; OutOfMemoryError when it does not fit.
         """
-        file, stored = self._found(name, shape)
-        return file.read(stored, dtype, device)
+        blocks, row = self.blocks(name, shape, dtype), 0
+        tensor = _allocate(shape, dtype, device)
+        for block in blocks:
+            tensor[row : row + len(block)].copy_(block)
+            row += len(block)
+        return tensor
 
-    def blocks(self, name: str, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
+    def blocks(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
+    ) -> Iterator[torch.Tensor]:
         """A tensor, some rows after the other as they are stored; each valid until the next.
 
-        Raises as `tensor`.
+        All numbers are finite in `dtype`. Raises as `tensor`.
         """
         file, stored = self._found(name, shape)
-        return file.blocks(stored)
+        return _finite(file.blocks(stored), dtype, f"{self._file_of[stored]}: {stored}")
 
     def _found(self, name: str, shape: tuple[int, ...]) -> tuple[TensorFile, str]:
         """The file that has a tensor, and its name there."""
@@ -360,13 +353,15 @@ def load_weights(
     depth: int,
     dtype: torch.dtype,
     *,
+    device: torch.device = _CPU,
     exits: Sequence[int] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ModelWeights:
     """The first `depth` layers of a checkpoint, and no byte more, as tensors of `dtype`.
 
-    exits: the exit layers to read out at (default: only `depth`). progress: called with the layers
-    loaded and the layers in all, after each. Holds nothing open afterwards and shares no state.
+    device: on torch's device meta all is read and checked, and nothing is kept. exits: the exit layers to
+    read out at (default: only `depth`). progress: called with the layers loaded and the layers in all, after
+    each. Holds nothing open afterwards and shares no state.
 
     Raises UnknownDepthError naming the valid depths, CheckpointError naming file and tensor,
     OutOfMemoryError.
@@ -374,7 +369,7 @@ def load_weights(
     wanted = (depth,) if exits is None else tuple(exits)
     check_depths(facts, depth, wanted, path.name)
     with Checkpoint(path) as checkpoint:
-        reader = PartReader(checkpoint, config, dtype)
+        reader = PartReader(checkpoint, config, dtype, device)
         embed_tokens = reader.embed_tokens()
         embed_positions = reader.embed_positions()
         project_in, project_out = reader.project_in(), reader.project_out()
@@ -421,7 +416,7 @@ class PartReader:
 
     def embed_tokens(self) -> torch.Tensor:
         """[vocabulary, embed]."""
-        return self._embedding(_EMBED_TOKENS)
+        return self._embedding(_LM_HEAD if self._is_only_head else _EMBED_TOKENS)
 
     def embed_positions(self) -> torch.Tensor:
         """[context + 2, hidden]."""
@@ -444,11 +439,21 @@ class PartReader:
         """[vocabulary, embed], not quantised; the object embed_tokens when tied."""
         if not self.config.tied_head:
             return self._embedding(_LM_HEAD)
-        if _LM_HEAD not in self.checkpoint or self.checkpoint.is_alias(_LM_HEAD, _EMBED_TOKENS):
+        if (
+            self._is_only_head
+            or _LM_HEAD not in self.checkpoint
+            or self.checkpoint.is_alias(_LM_HEAD, _EMBED_TOKENS)
+        ):
             return embed_tokens
-        # Stored twice: as in transformers 5, tied only if both are the same.
         lm_head = self._embedding(_LM_HEAD)
-        return embed_tokens if torch.equal(lm_head, embed_tokens) else lm_head
+        # Stored twice: as in transformers 5, tied only if both are the same.
+        is_same = not lm_head.is_meta and torch.equal(lm_head, embed_tokens)
+        return embed_tokens if is_same else lm_head
+
+    @property
+    def _is_only_head(self) -> bool:
+        """Whether tied weights are stored under the head's name alone: the writer chooses which one stays."""
+        return self.config.tied_head and _LM_HEAD in self.checkpoint and _EMBED_TOKENS not in self.checkpoint
 
     def final_norm(self) -> Norm | None:
         """The model's own, where it has one."""
@@ -533,6 +538,25 @@ def _evened(norm: Norm) -> tuple[Norm, torch.Tensor | None]:
     if not moved.all():
         return norm, None
     return Norm(norm.weight / moved, norm.bias / moved), moved
+
+
+def _finite(blocks: Iterable[torch.Tensor], dtype: torch.dtype, name: str) -> Iterator[torch.Tensor]:
+    """The blocks, as long as all their numbers are finite in `dtype`. name: of file and tensor."""
+    limit = torch.finfo(dtype).max
+    for block in blocks:
+        # NaN if any number is.
+        low, high = (extreme.item() for extreme in torch.aminmax(block))
+        if not -limit <= low <= high <= limit:
+            if math.isfinite(low) and math.isfinite(high):
+                raise CheckpointError(
+                    f"{name} holds numbers from {low:g} to {high:g}, and {dtype} ends at {limit:g}; choose "
+                    "another precision"
+                )
+            raise CheckpointError(
+                f"{name} holds NaN or infinite numbers, with which no token can be computed; fetch the model "
+                "again, or get an earlier checkpoint of it"
+            )
+        yield block
 
 
 def _allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

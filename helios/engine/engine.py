@@ -379,6 +379,10 @@ class Engine:
             # Of a burst, all readers' tokens of a step, then those of the next.
             ids, layers, first = sampled.token_ids[index::count], exits[index::count], seq.completion_tokens
             logprobs, confidences = (part[index::count] for part in (sampled.logprobs, sampled.confidences))
+            # NaN if any of them is.
+            if not math.isfinite(sum(confidences, sum(logprobs))):
+                outputs.append(Output(error=plan.not_finite(layers, confidences), more=index + 1 < count))
+                continue
             texts, reason = self._take(plan, seq, ids, first)
             made = len(texts)
             seq.token_ids += ids[:made]
@@ -405,7 +409,7 @@ class Engine:
             self._moving.note_tokens(readers, moved=plan is self.plan)
         # In one go, and only when the last is ready: detokenizing lets go of the interpreter's lock.
         for seq, output in zip(readers, outputs, strict=True):
-            if output.finish is None:
+            if output.finish is None and output.error is None:
                 seq.sink(output)
             else:
                 self._end(seq, output)

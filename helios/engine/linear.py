@@ -15,8 +15,9 @@ from helios.engine.checkpoint import LinearWeights
 from helios.engine.inner_product import BFLOAT16, FLOAT32, INT8, STEP_BYTES, TILE
 from helios.engine.team import TEAM
 
-# Of what a PackedLinear keeps: changes whenever the same tensors would mean something else.
-LAYOUT_VERSION = 3
+# Of what a PackedLinear keeps: changes whenever the same tensors would mean something else, or what was kept
+# before may be wrong. From 4 on all numbers are known to be finite.
+LAYOUT_VERSION = 4
 
 # Quantising goes through as many float32 numbers at a time as a core's cache holds.
 _CHUNK_ITEMS = 1 << 18

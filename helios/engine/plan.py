@@ -1,5 +1,7 @@
 """A plan: which model an engine serves, how deep, and how its memory is shared out."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,17 +10,18 @@ from tokenizers import Tokenizer
 
 from helios import catalog
 from helios.engine.batch import Batch
+from helios.engine.checkpoint import load_weights
 from helios.engine.exits import ExitMode
 from helios.engine.kv_cache import KVCache
 from helios.engine.loader import Progress, load_packed
 from helios.engine.memory import MemoryPlan, device_budget, plan_memory
 from helios.engine.model import Model
 from helios.engine.precision import Precision
-from helios.engine.sampler import Row, sample
+from helios.engine.sampler import Row, Sampled, sample
 from helios.engine.settings import EngineSettings
 from helios.engine.threads import lend
 from helios.engine.tokenizer import load_tokenizer
-from helios.errors import SettingsError
+from helios.errors import CheckpointError, SettingsError
 from helios.sampling import SamplingParams
 
 # The threshold of an exit that is not calibrated and not set (the paper's TH).
@@ -52,6 +55,36 @@ class Plan:
     def checkpoint_id(self) -> str:
         """Equal for the same files in the same place (`catalog.checkpoint_id`)."""
         return self.model.weights.checkpoint_id
+
+    def not_finite(self, exit_layers: Sequence[int], confidences: Sequence[float]) -> CheckpointError:
+        """What ends a sequence whose probabilities are not all finite. exit_layers, confidences: by token."""
+        pairs = zip(exit_layers, confidences, strict=False)
+        layer = next((layer for layer, found in pairs if not math.isfinite(found)), exit_layers[-1])
+        return _not_finite(self.entry.name, layer, self.model.weights.precision)
+
+
+def _not_finite(name: str, layer: int, precision: str) -> CheckpointError:
+    return CheckpointError(
+        f"{name} computes NaN or infinity instead of probabilities at the exit after layer {layer}: numbers "
+        f"become too large in {precision}. Choose another precision or another checkpoint"
+    )
+
+
+def check_model(entry: catalog.ModelEntry) -> None:
+    """Raises CheckpointError unless `load_plan` can load every depth of a model, with every exit.
+
+    Reads all that such a load reads, and keeps none of it.
+    """
+    load_tokenizer(entry.path, entry.facts)
+    load_weights(
+        entry.path,
+        entry.config,
+        entry.facts,
+        entry.num_layers,
+        torch.float32,
+        device=torch.device("meta"),
+        exits=entry.exit_layers,
+    )
 
 
 def load_plan(
@@ -94,7 +127,9 @@ def load_plan(
         progress=progress,
     )
     model = Model(entry.config, weights)
-    warm_up(model, settings.block_tokens)
+    warm = warm_up(model, settings.block_tokens)
+    if not math.isfinite(warm.confidences[0]):
+        raise _not_finite(entry.name, depth, precision)
     if threshold is None:
         threshold = settings.threshold
     calibrated = entry.facts.thresholds
@@ -123,8 +158,11 @@ def load_plan(
 
 
 @torch.inference_mode()
-def warm_up(model: Model, block_tokens: int) -> None:
-    """Runs a token through model and sampler, so that no request waits for what first use sets up."""
+def warm_up(model: Model, block_tokens: int) -> Sampled:
+    """Runs a token through model and sampler, so that no request waits for what first use sets up.
+
+    Returns what came of it.
+    """
     lend(compiled=model.compiled)
     config = model.config
     cache = KVCache(
@@ -132,4 +170,4 @@ def warm_up(model: Model, block_tokens: int) -> None:
     )
     zero = torch.zeros(1, dtype=torch.int64, device=model.device)
     batch = Batch.of(zero, zero, zero, zero[None], zero, 1, block_tokens, (), zero)
-    sample(model.step(batch, cache, model.depth), {0: Row(SamplingParams(temperature=1.0), 1, [0])})
+    return sample(model.step(batch, cache, model.depth), {0: Row(SamplingParams(temperature=1.0), 1, [0])})

@@ -175,6 +175,29 @@ def test_a_head_stored_beside_the_embedding_is_tied_only_when_equal(tmp_path: Pa
     assert torch.equal(load(tmp_path, 6).lm_head, tensors["lm_head.weight"])
 
 
+@pytest.mark.parametrize("prefix", ["model.decoder.", "decoder.", ""])
+@pytest.mark.parametrize("form", FORMS)
+def test_tied_weights_may_be_stored_under_the_heads_name_alone(
+    tmp_path: Path, form: Form, prefix: str
+) -> None:
+    model = save_variant(tmp_path, "projected", 1, form, prefix=prefix, tied_as="lm_head")
+    weights = load(tmp_path, 6)
+    assert weights.lm_head is weights.embed_tokens
+    assert all(torch.equal(tensor, named(weights)[key]) for key, tensor in needed(model, 6).items())
+    if form != "legacy-bin":
+        assert weights.bytes_read == model.num_parameters() * 4
+
+
+@pytest.mark.parametrize("tied_as", ["embed_tokens", "lm_head"])
+def test_without_tying_neither_name_stands_for_the_other(tmp_path: Path, tied_as: str) -> None:
+    save_variant(tmp_path, "pre-norm", 1, tied_as=tied_as)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    missing = "lm_head" if tied_as == "embed_tokens" else "embed_tokens"
+    with pytest.raises(CheckpointError, match=rf"no tensor {missing}\.weight"):
+        load(tmp_path, 6)
+
+
 def test_progress_is_told_after_each_layer(tmp_path: Path) -> None:
     save_variant(tmp_path, "pre-norm", 1, exits=EXITS)
     told: list[tuple[int, int]] = []

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from helios.engine import Engine, EngineSettings, ExitMode, Finish, FinishReason, Output, SamplingParams
 from helios.engine.plan import Plan
 from helios.engine.sequence import GeneratedToken, Sequence
 from helios.errors import (
     CancelledError,
+    CheckpointError,
     DeadlineExceededError,
     HeliosError,
     InvalidRequestError,
@@ -186,6 +188,56 @@ def test_tokens_do_not_depend_on_the_neighbours(engine: Engine) -> None:
         engine.submit(str(number), prompts[number], sampling[number], stream)
     drive(engine)
     assert [stream.ids for stream in streams] == alone
+
+
+def overflowing(path: Path, bias: float) -> None:
+    """A model that overflows in its first layer, after a token whose first channel stands out above -bias."""
+    save_variant(path, "untied", 21, exits=EXITS)
+    tensors = load_file(path / "model.safetensors")
+    layer = "model.decoder.layers.0"
+    tensors["model.decoder.embed_tokens.weight"][100, 0] = 6e4
+    tensors[f"{layer}.final_layer_norm.weight"].fill_(1)
+    tensors[f"{layer}.final_layer_norm.bias"].zero_()
+    tensors[f"{layer}.fc1.weight"].zero_()[:, 0] = 1e19
+    tensors[f"{layer}.fc1.bias"].fill_(bias * 1e19)
+    tensors[f"{layer}.fc2.weight"].fill_(1e25)
+    save_file(tensors, path / "model.safetensors")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("exit_mode", [ExitMode.GREEDY, ExitMode.DYNAMIC])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+def test_a_sequence_whose_numbers_overflow_ends_alone_naming_model_and_exit(
+    tmp_path: Path, precision: str, exit_mode: ExitMode, temperature: float
+) -> None:
+    overflowing(tmp_path / "steep", -4.5)
+    settings = EngineSettings(memory_bytes=MEMORY, precision=precision, exit_mode=exit_mode, threshold=1.0)
+    engine = Engine.load(tmp_path / "steep", 4, settings)
+    sampling = SamplingParams(max_tokens=20, ignore_eos=True, temperature=temperature, seed=5)
+    alone = finished(engine, [2, 9, 30], sampling)
+    # One overflows at the end of its prompt, one after some tokens.
+    prompts = {"sound": [2, 9, 30], "prompt": [2, 30, 100], "later": [2, 9, 31]}
+    streams = {name: Stream() for name in prompts}
+    for name, prompt in prompts.items():
+        engine.submit(
+            name, prompt, sampling, streams[name], emitted_ids=[9, 100] if name == "later" else None
+        )
+    drive(engine)
+    assert streams["sound"].tokens == alone.tokens
+    for name in ("prompt", "later"):
+        assert not streams[name].tokens
+        assert isinstance(streams[name].error, CheckpointError)
+        assert "steep computes NaN" in streams[name].error.message
+        assert f"after layer 4: numbers become too large in {precision}" in streams[name].error.message
+    telemetry = engine.telemetry()
+    assert (telemetry.running, telemetry.waiting) == (0, 0)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+def test_a_model_that_overflows_with_every_token_does_not_start(tmp_path: Path, precision: str) -> None:
+    overflowing(tmp_path / "steep", 4.5)
+    with pytest.raises(CheckpointError, match=r"steep computes NaN .* after layer 4"):
+        Engine.load(tmp_path / "steep", 4, EngineSettings(memory_bytes=MEMORY, precision=precision))
 
 
 def test_generation_ends_at_end_of_text_unless_told_otherwise(engine: Engine) -> None:

@@ -13,13 +13,16 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from helios import catalog
 from helios.catalog import ModelEntry
-from helios.errors import CheckpointError, InvalidRequestError, UnknownModelError
+from helios.engine import Engine, EngineSettings
+from helios.errors import CheckpointError, InvalidRequestError, SettingsError, UnknownModelError
 from helios.hub import pull
 from helios.weight_map import WeightMap
-from tests.opt_variants import FORMS, Form, Head, save_variant
+from tests.opt_variants import FORMS, Form, Head, save_tensors, save_variant
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -104,6 +107,87 @@ def test_a_model_that_cannot_be_served_never_appears(tmp_path: Path, broken: str
         pull(str(source), models, force=True)
     assert names(models) == ["source"]
     assert catalog.find_model(models, "source").config.activation == "gelu"
+
+
+@pytest.mark.parametrize("form", ["safetensors", "sharded-safetensors", "bin"])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "lacks a tensor",
+        "another shape",
+        "another type",
+        "NaN in the last layer",
+        "infinite exit head",
+        "lacks an exit head",
+        "another tokenizer",
+        "garbled tokenizer",
+    ],
+)
+def test_what_no_load_would_accept_is_refused_before_anything_is_written(
+    tmp_path: Path, broken: str, form: Form
+) -> None:
+    source, models, exits = (
+        tmp_path / "source",
+        tmp_path / "models",
+        tmp_path / "source" / "exits.safetensors",
+    )
+    model = save_variant(source, "pre-norm", 1, form, exits=(2, 4, 6), head="linear")
+    tensors = {key: value for key, value in model.state_dict().items() if key != "lm_head.weight"}
+    name, head = "model.decoder.layers.5.fc2.weight", "exits.4.linear.weight"
+    heads = load_file(exits)
+    if broken == "lacks a tensor":
+        del tensors[name]
+    elif broken == "another shape":
+        tensors[name] = tensors[name].T.contiguous()
+    elif broken == "another type":
+        tensors[name] = tensors[name].to(torch.int8)
+    elif broken == "NaN in the last layer":
+        tensors[name][3, 4] = float("nan")
+    elif broken == "infinite exit head":
+        heads[head][3, 4] = float("inf")
+    elif broken == "lacks an exit head":
+        del heads[head]
+    elif broken == "another tokenizer":
+        with (source / "tokenizer.json").open("a") as file:
+            file.write("\n")
+    else:
+        (source / "tokenizer.json").write_text("{}")
+        facts = json.loads((source / "helios.json").read_text()) | {"tokenizer_id": None}
+        (source / "helios.json").write_text(json.dumps(facts))
+    save_tensors(source, tensors, form)
+    save_file(heads, exits)
+    reason = {
+        "lacks a tensor": r"no tensor layers\.5\.fc2\.weight",
+        "another shape": r"layers\.5\.fc2\.weight has shape \[64, 32\]",
+        "another type": r"layers\.5\.fc2\.weight is stored as .*(I8|int8)",
+        "NaN in the last layer": r"layers\.5\.fc2\.weight holds NaN",
+        "infinite exit head": r"exits\.safetensors: exits\.4\.linear\.weight holds NaN or infinite",
+        "lacks an exit head": r"no tensor exits\.4\.linear\.weight",
+        "another tokenizer": r"tokenizer\.json is not the tokenizer",
+        "garbled tokenizer": r"tokenizer\.json is corrupt",
+    }[broken]
+    with pytest.raises(CheckpointError, match=reason) as raised:
+        pull(str(source), models)
+    # It names what is there to be looked at.
+    assert str(source) in raised.value.message
+    assert not models.exists()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_model_with_tied_weights_under_the_heads_name_is_pulled(tmp_path: Path, form: Form) -> None:
+    save_variant(tmp_path / "source", "pre-norm", 1, form, tied_as="lm_head")
+    entry = pull(str(tmp_path / "source"), tmp_path / "models")
+    Engine.load(entry.path, settings=EngineSettings(memory_bytes=64 << 20))
+
+
+def test_pulling_without_the_engine_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_variant(tmp_path / "source", "pre-norm", 1)
+    monkeypatch.setitem(sys.modules, "helios.engine.plan", None)
+    with pytest.raises(SettingsError, match=r"install helios-serving\[engine\]"):
+        pull(str(tmp_path / "source"), tmp_path / "models")
+    assert not (tmp_path / "models").exists()
 
 
 @pytest.mark.parametrize("name", ["../outside", ".hidden", "a/b", "", "a b"])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from helios import catalog
 from helios.engine.engine import Engine
@@ -18,7 +19,7 @@ from helios.engine.precision import Precision
 from helios.engine.sequence import GeneratedToken
 from helios.engine.settings import EngineSettings
 from helios.engine.threads import loading_threads
-from helios.errors import OutOfMemoryError
+from helios.errors import CheckpointError, OutOfMemoryError
 from helios.sampling import SamplingParams
 from tests.opt_variants import FORMS, Form, Head, save_variant
 
@@ -35,6 +36,73 @@ def load(path: Path, depth: int, exits: Sequence[int] | None = None, **options: 
 
 def generated(engine: Engine) -> list[GeneratedToken]:
     return list(engine.generate([2, 9, 30], SamplingParams(max_tokens=12, ignore_eos=True)))
+
+
+def overwrite(path: Path, name: str, value: float) -> None:
+    """Writes one number into a tensor of a checkpoint: its last."""
+    file = path / ("exits.safetensors" if name.startswith("exits") else "model.safetensors")
+    tensors = load_file(file)
+    (stored,) = (key for key in tensors if key.endswith(name))
+    tensors[stored].view(-1)[-1] = value
+    save_file(tensors, file)
+
+
+@pytest.mark.parametrize("precision", [Precision.FLOAT32, Precision.BFLOAT16, Precision.INT8])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "decoder.embed_tokens.weight",
+        "decoder.embed_positions.weight",
+        "decoder.project_in.weight",
+        "decoder.project_out.weight",
+        "layers.3.self_attn.k_proj.weight",
+        "layers.3.fc1.weight",
+        "layers.3.fc2.bias",
+        "layers.3.self_attn_layer_norm.weight",
+        "layers.3.final_layer_norm.bias",
+        "decoder.final_layer_norm.weight",
+        "exits.4.norm.weight",
+        "exits.4.linear.weight",
+        "lm_head.weight",
+    ],
+)
+def test_a_number_that_is_not_finite_is_refused_naming_model_and_tensor(
+    tmp_path: Path, name: str, precision: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("helios.engine.loader.MIN_CACHED_BYTES", 0)
+    model, cache = tmp_path / "model", tmp_path / "cache"
+    save_variant(model, "untied", 1, exits=EXITS, head="linear", word_embed_proj_dim=16)
+    for value in (float("nan"), float("inf"), float("-inf")):
+        overwrite(model, name, value)
+        # What of the model was sound is in the cache the second time.
+        for _ in range(2):
+            with pytest.raises(CheckpointError, match=rf"model/.*{name} holds NaN or infinite numbers"):
+                load_packed(
+                    catalog.read_model(model), 6, EXITS, precision, CPU, cache_dir=cache, cache_bytes=1 << 40
+                )
+
+
+def test_only_what_is_loaded_must_be_finite(tmp_path: Path) -> None:
+    save_variant(tmp_path, "pre-norm", 1, exits=EXITS)
+    overwrite(tmp_path, "layers.4.fc1.bias", float("nan"))
+    part = load(tmp_path, 4)
+    with pytest.raises(CheckpointError, match=r"layers\.4\.fc1\.bias"):
+        load(tmp_path, 6, running=part)
+
+
+@pytest.mark.parametrize(("precision", "fits"), [("float32", True), ("float16", False), ("int8", False)])
+def test_a_number_beyond_the_precision_is_refused_saying_so(
+    tmp_path: Path, precision: str, fits: bool
+) -> None:
+    save_variant(tmp_path, "untied", 1)
+    # In int8 embeddings are kept in float16.
+    overwrite(tmp_path, "embed_tokens.weight", -1e5)
+    settings = EngineSettings(precision=precision, memory_bytes=MEMORY)
+    if fits:
+        Engine.load(tmp_path, settings=settings)
+    else:
+        with pytest.raises(CheckpointError, match=r"embed_tokens.* from -100000 to .*another precision"):
+            Engine.load(tmp_path, settings=settings)
 
 
 @pytest.mark.parametrize("precision", ["float32", "int8"])

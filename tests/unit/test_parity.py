@@ -79,6 +79,23 @@ def test_every_depth_equals_a_truncated_opt(tmp_path: Path, variant: str, head: 
             )
 
 
+@pytest.mark.parametrize("prefix", ["model.decoder.", "decoder."])
+@pytest.mark.parametrize("tied_as", ["embed_tokens", "lm_head"])
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "untied"])
+def test_tied_weights_under_either_name_are_what_transformers_loads(
+    tmp_path: Path, variant: str, tied_as: str, prefix: str
+) -> None:
+    path = tmp_path / variant
+    save_variant(path, variant, 5, prefix=prefix, tied_as=tied_as)
+    reference = OPTForCausalLM.from_pretrained(path).eval()
+    engine = Engine.load(path, settings=EngineSettings(memory_bytes=64 << 20))
+    for prompt, tokens in zip(PROMPTS[:2], run(engine, PROMPTS[:2], GREEDY), strict=True):
+        expected, logits = greedy(reference, prompt, NEW_TOKENS)
+        assert [token.token_id for token in tokens] == expected
+        logprobs = torch.tensor([token.logprob for token in tokens])
+        torch.testing.assert_close(logprobs, logits.log_softmax(-1).amax(-1), atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("budget", [1, 7, 512])
 def test_logits_equal_transformers_whatever_the_chunks(tmp_path: Path, variant: str, budget: int) -> None:
