@@ -9,6 +9,7 @@ from pydantic import AfterValidator, ValidationError
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 from redis.connection import parse_url
 
+from helios.address import parse
 from helios.errors import SettingsError
 
 log = logging.getLogger(__name__)
@@ -26,6 +27,22 @@ def _checked_redis_url(url: str) -> str:
 
 
 RedisUrl = Annotated[str, AfterValidator(_checked_redis_url)]
+
+
+def _checked_address(address: str) -> str:
+    parse(address)
+    return address
+
+
+def _checked_listen_address(address: str) -> str:
+    parse(address, any_port=True)
+    return address
+
+
+# host:port of another server.
+Address = Annotated[str, AfterValidator(_checked_address)]
+# host:port to listen on; port 0 takes any free one.
+ListenAddress = Annotated[str, AfterValidator(_checked_listen_address)]
 
 
 class ServiceSettings(BaseSettings):

@@ -19,6 +19,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from helios import embedded_redis, stack_state
+from helios.address import parse
 from helios.errors import SettingsError, UnavailableError
 from helios.hardware import available_memory
 from helios.server import CHANNEL_OPTIONS
@@ -327,10 +328,11 @@ def claim_address(address: str, option: str) -> str:
 
     Raises SettingsError naming the option that chooses it.
     """
-    host, separator, port = address.rpartition(":")
-    if not separator or not host or not port.isdigit() or int(port) > 65535:
-        raise SettingsError(f"{option}: {address!r} is not HOST:PORT")
-    ports = [int(port)] if int(port) else random.sample(_FREE_PORTS, _PORT_ATTEMPTS)
+    try:
+        host, port = parse(address, any_port=True)
+    except ValueError as error:
+        raise SettingsError(f"{option}: {error}") from error
+    ports = [port] if port else random.sample(_FREE_PORTS, _PORT_ATTEMPTS)
     for number in ports:
         try:
             _check_free(host.strip("[]"), number)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from helios.cli.target import target_option
 from helios.controller_client import connect
 from helios.v1 import controller_pb2
 
@@ -17,12 +18,7 @@ if TYPE_CHECKING:
 @click.option("--last", type=click.IntRange(0, 1000), default=10, show_default=True, help="How many.")
 @click.option("--follow", is_flag=True, help="Go on with new ones until Ctrl-C.")
 @click.option("--json", "as_json", is_flag=True, help="As a JSON list; with --follow one object a line.")
-@click.option(
-    "--target",
-    envvar="HELIOS_CONTROLLER_TARGET",
-    metavar="HOST:PORT",
-    help="A controller. Default: the running stack's.",
-)
+@target_option("controller")
 def decisions(*, last: int, follow: bool, as_json: bool, target: str | None) -> None:
     """Read the decision record: trigger, options with their costs, choice, outcome."""
     from rich.console import Console

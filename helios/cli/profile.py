@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from helios.cli.target import target_option
 from helios.errors import HeliosError, UnavailableError
 from helios.history import ModelProfile
 from helios.stack_state import find_profiler
@@ -35,12 +36,7 @@ class _Names(click.ParamType[tuple[str, ...]]):
 @click.option("--requests", type=click.IntRange(min=1), help="Recent requests. Default: the profiler's.")
 @click.option("--history", is_flag=True, help="Show the last results; measure nothing.")
 @click.option("--json", "as_json", is_flag=True, help="As a JSON list.")
-@click.option(
-    "--target",
-    envvar="HELIOS_PROFILER_TARGET",
-    metavar="HOST:PORT",
-    help="A profiler. Default: the running stack's.",
-)
+@target_option("profiler")
 def profile(
     *, models: tuple[str, ...] | None, requests: int | None, history: bool, as_json: bool, target: str | None
 ) -> None:

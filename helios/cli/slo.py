@@ -5,15 +5,9 @@ from typing import Any
 
 import click
 
+from helios.cli.target import target_option
 from helios.controller_client import connect
 from helios.slo import Objective, Slo
-
-_TARGET = click.option(
-    "--target",
-    envvar="HELIOS_CONTROLLER_TARGET",
-    metavar="HOST:PORT",
-    help="A controller. Default: the running stack's.",
-)
 
 
 class _Bound(click.ParamType[float | None]):
@@ -47,7 +41,7 @@ def slo() -> None:
 @click.option("--min-agreement", type=_Bound(), help="Share of tokens that agree with the full model.")
 @click.option("--max-ttft", type=_Bound(), metavar="SECONDS", help="Longest time to the first token.")
 @click.option("--max-tpot", type=_Bound(), metavar="SECONDS", help="Longest time per further token.")
-@_TARGET
+@target_option("controller")
 def set_slo(
     *,
     objective: str,
@@ -66,7 +60,7 @@ def set_slo(
 
 @slo.command()
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
-@_TARGET
+@target_option("controller")
 def show(*, as_json: bool, target: str | None) -> None:
     """Show the objective, its bounds and the mode of the controller."""
     with connect(target) as controller:

@@ -8,6 +8,7 @@ import click
 
 from helios.cli import slo
 from helios.cli.snapshot import Snapshot, agreement_bars, histogram, observe
+from helios.cli.target import target_option
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -15,19 +16,9 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
-@click.option("--target", envvar="HELIOS_TARGET", metavar="HOST:PORT", help="Default: the running stack.")
-@click.option(
-    "--controller",
-    envvar="HELIOS_CONTROLLER_TARGET",
-    metavar="HOST:PORT",
-    help="Default: the running stack's.",
-)
-@click.option(
-    "--profiler",
-    envvar="HELIOS_PROFILER_TARGET",
-    metavar="HOST:PORT",
-    help="Default: the running stack's.",
-)
+@target_option("gateway")
+@target_option("controller", "--controller")
+@target_option("profiler", "--profiler")
 def status(*, as_json: bool, target: str | None, controller: str | None, profiler: str | None) -> None:
     """Show workers, models, depths, confidence, load, objective, limits and problems."""
     with observe(target, controller, profiler) as stack:

@@ -9,6 +9,7 @@ import click
 from helios.cli import slo
 from helios.cli.decisions import as_dict, in_one_line
 from helios.cli.snapshot import Snapshot, histogram, observe
+from helios.cli.target import target_option
 from helios.rates import WINDOW_TOKENS
 
 if TYPE_CHECKING:
@@ -21,19 +22,9 @@ _DECISIONS = 4
 @click.option("--interval", type=click.FloatRange(min=0.2), default=1.0, show_default=True, metavar="SECONDS")
 @click.option("--once", is_flag=True, help="Print one frame, measured over one interval.")
 @click.option("--json", "as_json", is_flag=True, help="One frame as a JSON object.")
-@click.option("--target", envvar="HELIOS_TARGET", metavar="HOST:PORT", help="Default: the running stack.")
-@click.option(
-    "--controller",
-    envvar="HELIOS_CONTROLLER_TARGET",
-    metavar="HOST:PORT",
-    help="Default: the running stack's.",
-)
-@click.option(
-    "--profiler",
-    envvar="HELIOS_PROFILER_TARGET",
-    metavar="HOST:PORT",
-    help="Default: the running stack's.",
-)
+@target_option("gateway")
+@target_option("controller", "--controller")
+@target_option("profiler", "--profiler")
 def top(
     *,
     interval: float,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import click
 
 from helios import stack_state
+from helios.cli.target import Address
 from helios.errors import SettingsError, UnavailableError, UnknownModelError
 from helios.stack_state import StackState
 
@@ -55,6 +56,7 @@ _POLL_SECONDS = 0.05
 )
 @click.option(
     "--gateway",
+    type=Address(any_port=True),
     metavar="HOST:PORT",
     default=_DEFAULT_GATEWAY,
     show_default=True,

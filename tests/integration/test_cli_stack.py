@@ -348,7 +348,6 @@ def test_taken_port_is_named(helios: Helios) -> None:
         (("--models-dir", "/nowhere"), "/nowhere"),
         (("--model", "nope"), "available: long, other, tiny"),
         (("--depth", "3"), "1, 2, 4"),
-        (("--gateway", "here"), "not HOST:PORT"),
         (("--redis", "redis://127.0.0.1:1"), "no Redis answers at redis://127.0.0.1:1"),
         (("--redis", "127.0.0.1"), "no Redis URL"),
     ],
