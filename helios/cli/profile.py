@@ -2,21 +2,14 @@
 
 import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import click
 
 from helios.cli.target import target_option
-from helios.errors import HeliosError, UnavailableError
+from helios.errors import HeliosError
 from helios.history import ModelProfile
 from helios.stack_state import find_profiler
 from helios.v1 import profiler_pb2, profiler_pb2_grpc
-
-if TYPE_CHECKING:
-    import grpc
-
-# A profiler that has just been started still imports its engine.
-_CONNECT_SECONDS = 60.0
 
 
 class _Names(click.ParamType[tuple[str, ...]]):
@@ -53,7 +46,6 @@ def profile(
     profiles: list[ModelProfile] = []
     failure: HeliosError | None = None
     with grpc.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
-        _await_ready(channel, address)
         stub = profiler_pb2_grpc.ProfilerServiceStub(channel)
         try:
             if history:
@@ -73,17 +65,6 @@ def profile(
             _show(one)
     if failure is not None:
         raise failure
-
-
-def _await_ready(channel: "grpc.Channel", address: str) -> None:
-    import grpc
-
-    try:
-        grpc.channel_ready_future(channel).result(_CONNECT_SECONDS)
-    except grpc.FutureTimeoutError:
-        raise UnavailableError(
-            f"the profiler at {address} has not answered for {_CONNECT_SECONDS:g} s; is it running?"
-        ) from None
 
 
 def _with_progress(responses: Iterator[profiler_pb2.EvaluateResponse]) -> Iterator[ModelProfile]:

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -98,6 +99,27 @@ def test_wrong_address_in_the_environment_is_refused_with_its_variable() -> None
     answer = CliRunner().invoke(cli, ["status"], env={"HELIOS_TARGET": "host"})
     assert answer.exit_code == 2
     assert "HELIOS_TARGET" in answer.output
+
+
+def test_log_of_a_detached_stack_is_begun_anew_at_its_size_with_all_that_goes_to_stderr(
+    tmp_path: Path,
+) -> None:
+    log = tmp_path / "up.log"
+    code = (
+        "import logging, os, sys; from helios.cli.up import _StderrLog\n"
+        "handler = _StderrLog(sys.argv[1], maxBytes=1000, backupCount=2)\n"
+        "for i in range(200):\n"
+        "    handler.emit(logging.makeLogRecord({'msg': f'logged {i}'}))\n"
+        "    os.write(2, f'raw {i}\\n'.encode())\n"
+    )
+    with log.open("ab") as sink:
+        subprocess.run([sys.executable, "-c", code, str(log)], stderr=sink, check=True)
+    kept = [log.with_name("up.log.2"), log.with_name("up.log.1"), log]
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
+    assert all(one.stat().st_size < 1100 for one in kept)
+    lines = "".join(one.read_text() for one in kept).splitlines()
+    said = [f"{how} {i}" for i in range(200) for how in ("logged", "raw")]
+    assert lines == said[-len(lines) :]
 
 
 def test_error_is_one_line_without_traceback() -> None:

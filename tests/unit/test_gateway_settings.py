@@ -20,6 +20,7 @@ def test_a_wrong_setting_ends_the_gateway_with_its_name(flags: list[str], proble
     command = [sys.executable, "-m", "services.gateway", *flags]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert ran.returncode == 1
+    assert ran.stderr.startswith("error: wrong settings: ")
     assert problem in ran.stderr
     assert "Traceback" not in ran.stderr
     assert ran.stdout == ""
