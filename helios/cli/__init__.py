@@ -1,7 +1,9 @@
 """The `helios` command."""
 
 import shlex
+import shutil
 import sys
+import textwrap
 
 import click
 
@@ -52,9 +54,17 @@ def main() -> None:
         click.echo(f"error: {error.name} is not installed: `pip install '{extras}'`", err=True)
         sys.exit(1)
     except HeliosError as error:
-        click.echo(f"error: {error.message}", err=True)
+        click.echo(_for_reading(f"error: {error.message}"), err=True)
         sys.exit(1)
     sys.exit(status or 0)
+
+
+def _for_reading(text: str) -> str:
+    """A text with line breaks between words where a person reads it, otherwise as it is."""
+    if not sys.stderr.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
 
 
 def _with_dashes_hint(error: click.NoSuchOption, words: list[str]) -> click.NoSuchOption:

@@ -91,19 +91,16 @@ def _with_progress(responses: Iterator[profiler_pb2.EvaluateResponse]) -> Iterat
 
 
 def _show(measured: ModelProfile) -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
+
+    from helios.cli.rows import Line, Rows, show
 
     full = measured.full
-    columns = ["depth", "TH", "sure", "agree", "ppl", "", *(f"x{speed.batch} ms" for speed in full.decode)]
+    columns = ["depth", "TH", "sure", "agree", "ppl", "+%", *(f"x{speed.batch} ms" for speed in full.decode)]
     columns += ["TTFT ms", "MB", "KV kB"]
     if full.joules_per_token is not None:
         columns.append("J/token")
-    # Narrow: all of it fits 80 columns.
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0), pad_edge=False, title=measured.model)
-    for column in columns:
-        table.add_column(column, justify="right")
+    rows = Rows(*columns)
     for one in measured.exits:
         cells = [
             str(one.depth),
@@ -119,14 +116,11 @@ def _show(measured: ModelProfile) -> None:
         ]
         if one.joules_per_token is not None:
             cells.append(f"{one.joules_per_token:.3g}")
-        table.add_row(*cells)
-    console = Console()
-    console.print(table)
+        rows.add(*cells)
     facts = measured.provenance
-    console.print(
+    text = (
         f"{measured.requests} {facts.get('prompts', 'given')} prompts, {measured.tokens:,} tokens; took "
         f"{measured.wall_seconds:.1f} s, {measured.cpu_seconds:.1f} s of CPU; steps timed in "
-        f"{facts.get('clock', 'seconds')}; power: {facts.get('power', 'unknown')}",
-        style="dim",
-        highlight=False,
+        f"{facts.get('clock', 'seconds')}; power: {facts.get('power', 'unknown')}"
     )
+    show(Console(), Line(measured.model, "bold"), rows, Line(text, "dim"), "")

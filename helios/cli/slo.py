@@ -63,15 +63,18 @@ def set_slo(
 @target_option("controller")
 def show(*, as_json: bool, target: str | None) -> None:
     """Show the objective, its bounds and the mode of the controller."""
+    from rich.console import Console
+
+    from helios.cli import rows
+
     with connect(target) as controller:
         answer = controller.get_plan()
     current = Slo.from_proto(answer.slo)
     if as_json:
         click.echo(json.dumps({"mode": answer.mode, **as_dict(current)}, indent=2))
         return
-    click.echo(f"{in_words(current)} (controller: {answer.mode})")
-    for problem in answer.problems:
-        click.secho(f"problem: {problem}", fg="red")
+    problems = [rows.Line(f"problem: {problem}", "red") for problem in answer.problems]
+    rows.show(Console(), rows.Line(f"{in_words(current)} (controller: {answer.mode})"), *problems)
 
 
 def as_dict(current: Slo) -> dict[str, Any]:
