@@ -101,7 +101,7 @@ def _workers(snapshot: Snapshot) -> "Rows":
     from helios.cli.rows import Rows
 
     left = ("worker", "address", "state", "model")
-    rows = Rows(*left, "depth", "running", "waiting", "KV", "tokens", left=left, note="reason")
+    rows = Rows(*left, "depth", "run", "wait", "KV", "tokens", left=left, note="reason")
     for worker in snapshot.workers:
         load = worker.telemetry
         state = Text("ready", "green") if worker.ready else Text("not ready", "red")

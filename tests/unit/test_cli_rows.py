@@ -112,7 +112,7 @@ def test_status_and_top_tell_all_of_a_worker_and_every_problem(width: int, model
     told = (seen.status.workers[1].reason, f"problem: {seen.problems[0]}", model)
     text = rendered(width, *status._parts(seen))
     check(text, width, *told, "127.0.0.1:29651", seen.plan.next_assessment)
-    for part in ("12,345,678", "ready pinned", "not ready", "agreeing", "waiting", "90% (>= 0.50)"):
+    for part in ("12,345,678", "ready pinned", "not ready", "agreeing", "wait", "90% (>= 0.50)"):
         assert part in text
     text = rendered(width, top.draw(seen))
     check(text, width, *told, f"SLO: {REASON}", f"CBC/{WINDOW_TOKENS}")
