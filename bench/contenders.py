@@ -19,6 +19,7 @@ from bench.peers.runner import Job
 from helios.errors import HeliosError, OutOfMemoryError, UnavailableError
 from helios.hardware import available_memory
 from helios.model_config import ModelConfig
+from helios.supervisor import reason_of_end
 
 HELIOS = "helios"
 _BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
@@ -147,13 +148,12 @@ class Runner:
             hung.cancel()
         if not answer:
             raise UnavailableError(
-                f"{self.contender.name} ended: {self._last_words()} (all of it: {self._log})"
+                f"{self.contender.name} ended: {self._reason_of_end()} (all of it: {self._log})"
             )
         return dict(json.loads(answer))
 
-    def _last_words(self) -> str:
-        lines = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
-        return lines[-1].strip() if lines else "it said nothing"
+    def _reason_of_end(self) -> str:
+        return reason_of_end(self._log.read_text(errors="replace").splitlines())
 
 
 class Runners:

@@ -304,8 +304,7 @@ class _Traffic:
 
 def _check(controller: ControllerClient, workers: Mapping[str, worker_pb2.GetStatusResponse]) -> None:
     """Raises SettingsError when the stack would not follow traffic by itself."""
-    # One that has just been started does not listen yet.
-    mode = controller.get_plan(_START_SECONDS).mode
+    mode = controller.get_plan().mode
     if mode != "active":
         raise SettingsError(
             f"the running stack's controller is in mode {mode} and changes nothing; start it with "

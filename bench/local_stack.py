@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from helios.errors import UnavailableError
 from helios.stack_state import StackState
 from helios.tether import tethered
 
-_POLL_SECONDS = 0.05
 _CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -54,22 +52,13 @@ def local_stack(*options: str, settings: Mapping[str, str] | None = None) -> Ite
             if not is_ready or state is None:
                 process.wait()
                 said.seek(0)
-                raise UnavailableError(said.read().strip().removeprefix("error: "))
-            while not _is_whole(state):
-                # Profiler and controller are started once the rest serves.
-                time.sleep(_POLL_SECONDS)
-                state = stack_state.read(Path(name)) or state
+                # Before the error it told what it waited for.
+                raise UnavailableError(said.read().strip().rpartition("error: ")[2])
             yield state
         finally:
             process.terminate()
             process.wait()
             process.stdout.close()
-
-
-def _is_whole(state: StackState) -> bool:
-    """Whether everything that belongs to the stack has a process."""
-    beside = {"profiler": state.profiler, "controller": state.controller}
-    return all(part in state.processes for part, address in beside.items() if address)
 
 
 def cpu_seconds(pid: int) -> float:

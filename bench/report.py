@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
+from helios.cli.rows import Rows, show
 from helios.hardware import cpu_name
 
 _VERSIONS_OF = ("torch", "transformers", "grpcio", "tokenizers")
@@ -50,15 +51,15 @@ class Report:
     def show(self) -> None:
         """Prints it to stdout."""
         console = Console()
-        figures = Table(show_header=False)
+        figures = Rows("", "", left=("",))
         for name, figure in self.rows:
-            figures.add_row(name, figure)
-        console.print(figures)
-        targets = Table("target", "to be", "measured", "met")
+            figures.add(name, figure)
+        left = ("target", "to be", "measured", "met")
+        targets = Rows(*left, left=left)
         for target in self.targets:
-            met = "[green]yes[/]" if target.met else "[red]no[/]"
-            targets.add_row(target.name, target.target, str(target.measured), met)
-        console.print(targets)
+            met = Text("yes", "green") if target.met else Text("no", "red")
+            targets.add(target.name, target.target, str(target.measured), met)
+        show(console, figures, targets)
 
 
 def machine() -> dict[str, Any]:

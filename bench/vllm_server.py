@@ -18,6 +18,7 @@ from bench.load import Open, Request
 from bench.peers.environment import variables
 from bench.peers.leash import leashed
 from helios.errors import UnavailableError
+from helios.supervisor import reason_of_end
 from helios.v1 import generation_pb2, inference_pb2
 
 _START_SECONDS = 600.0
@@ -155,8 +156,8 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while time.monotonic() < deadline:
         if process.poll() is not None:
-            last = log.read_text(errors="replace").strip().rpartition("\n")[2]
-            raise UnavailableError(f"vllm serve ended: {last} (all of it: {log})")
+            reason = reason_of_end(log.read_text(errors="replace").splitlines())
+            raise UnavailableError(f"vllm serve ended: {reason} (all of it: {log})")
         with contextlib.suppress(OSError), direct.open(url, timeout=_POLL_SECONDS * 4):
             return
         time.sleep(_POLL_SECONDS)

@@ -26,11 +26,10 @@ class ControllerClient:
     target: str
     stub: controller_pb2_grpc.ControllerServiceStub
 
-    def get_plan(self, patience_seconds: float = 0.0) -> controller_pb2.GetPlanResponse:
-        """What each worker serves, the SLO, and what is amiss. With patience, of one that still starts."""
-        request, patient = controller_pb2.GetPlanRequest(), patience_seconds > 0
-        timeout = max(patience_seconds, _ANSWER_SECONDS)
-        return self._call(lambda: self.stub.GetPlan(request, timeout=timeout, wait_for_ready=patient))
+    def get_plan(self) -> controller_pb2.GetPlanResponse:
+        """What each worker serves, the SLO, and what is amiss."""
+        request = controller_pb2.GetPlanRequest()
+        return self._call(lambda: self.stub.GetPlan(request, timeout=_ANSWER_SECONDS))
 
     def set_slo(self, slo: controller_pb2.Slo) -> controller_pb2.Slo:
         """Changes the objective."""

@@ -10,6 +10,7 @@ import grpc
 from grpc_health.v1 import health_pb2
 
 from helios import channel
+from helios.address import parse
 from helios.errors import UnavailableError
 
 
@@ -40,6 +41,10 @@ def main() -> int:
     parser.add_argument("--service", default="", help="full name of one service (default: the whole server)")
     parser.add_argument("--timeout", type=float, default=5.0, help="seconds to wait (default: %(default)g)")
     arguments = parser.parse_args()
+    try:
+        parse(arguments.address)
+    except ValueError as error:
+        parser.error(str(error))
     try:
         check(arguments.address, arguments.service, arguments.timeout)
     except UnavailableError as error:

@@ -10,6 +10,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from helios.address import parse
 from helios.errors import HeliosError, SettingsError, trailing_metadata
 
 log = logging.getLogger(__name__)
@@ -45,8 +46,12 @@ class Server:
     def bind(self, address: str) -> int:
         """Takes host:port (port 0: any free one) and returns the port.
 
-        Raises SettingsError when the address cannot be bound.
+        Raises SettingsError when it is no address, or cannot be bound.
         """
+        try:
+            parse(address, any_port=True)
+        except ValueError as error:
+            raise SettingsError(f"cannot listen: {error}") from error
         try:
             return self.grpc_server.add_insecure_port(address)
         except RuntimeError as error:

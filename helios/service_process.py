@@ -1,5 +1,6 @@
 """The process of a service: settings, logs and tracing set up, then served until it is told to stop."""
 
+import faulthandler
 import gc
 import sys
 from collections.abc import Callable, Coroutine
@@ -8,7 +9,7 @@ from typing import TypeVar
 import uvloop
 
 from helios import telemetry
-from helios.errors import HeliosError
+from helios.errors import HeliosError, SettingsError
 from helios.settings import ServiceSettings
 
 _Settings = TypeVar("_Settings", bound=ServiceSettings)
@@ -24,13 +25,16 @@ def run(
 
     `name` is the kind of service in logs and traces; `instance` tells two of a kind apart.
     """
+    # A crash of native code leaves the stack it happened in.
+    faulthandler.enable()
     try:
         settings = settings_type.from_command_line()
         telemetry.configure(f"helios-{name}", instance(settings) or "")
         settings.log_all()
         return uvloop.run(serve(settings))
     except HeliosError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        what = "wrong settings: " if isinstance(error, SettingsError) else ""
+        print(f"error: {what}{error}", file=sys.stderr)  # noqa: T201
         return 1
     finally:
         telemetry.shutdown()

@@ -2,12 +2,13 @@
 
 import json
 import logging
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import ValidationError
+from pydantic import AfterValidator, ValidationError
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 
 from helios import redis_url
+from helios.address import parse
 from helios.errors import SettingsError
 
 log = logging.getLogger(__name__)
@@ -16,6 +17,22 @@ log = logging.getLogger(__name__)
 SERVED_BURST_SECONDS = 0.008
 # The same of the rows of a prompt that are read out to notice a drift.
 SERVED_PROMPT_READINGS = 16
+
+
+def _checked_address(address: str) -> str:
+    parse(address)
+    return address
+
+
+def _checked_listen_address(address: str) -> str:
+    parse(address, any_port=True)
+    return address
+
+
+# host:port of another server.
+Address = Annotated[str, AfterValidator(_checked_address)]
+# host:port to listen on; port 0 takes any free one.
+ListenAddress = Annotated[str, AfterValidator(_checked_listen_address)]
 
 
 class ServiceSettings(BaseSettings):

@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,12 +21,13 @@ from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, RedisError, ResponseError
 
 from helios import channel, embedded_redis, redis_url, stack_state
+from helios.address import parse
 from helios.errors import SettingsError, UnavailableError
 from helios.hardware import available_memory
 from helios.redis_outage import probe, reason
 from helios.stack_state import StackState
-from helios.supervisor import Child
-from helios.v1 import inference_pb2, inference_pb2_grpc
+from helios.supervisor import LOG_BYTES, LOG_FILES, Child
+from helios.v1 import controller_pb2, controller_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,9 @@ _READY_LINE = re.compile(r"^ready address=\S+")
 # A checkpoint of many GB from a slow disk takes minutes.
 _START_SECONDS = 600.0
 _POLL_SECONDS = 0.05
-_FOLLOW_SECONDS = 0.2
+_ANSWER_SECONDS = 5.0
+# How long a start waits for a controller to lead: twice the lease of one that was killed.
+_STANDBY_SECONDS = 10.0
 _REDIS_SECONDS = 5.0
 # Longer than the services' own, in which open streams may end.
 _GRACE_SECONDS = 15.0
@@ -64,13 +67,28 @@ class StackSettings:
     profiler: bool = True
     controller: str = "active"
     """Its mode: active, advisory or off; or none, without a controller."""
+    log_bytes: int = LOG_BYTES
+    """Size at which a process's log is begun anew."""
+    log_files: int = LOG_FILES
+    """How many of a process are kept, the current one included; at least 2."""
 
 
 class Stack:
     """The processes of one stack, in the order in which they stop: gateway, workers, Redis."""
 
-    def __init__(self, settings: StackSettings, directory: Path) -> None:
-        """Starts nothing yet. Raises SettingsError when the gateway's address is taken."""
+    def __init__(
+        self,
+        settings: StackSettings,
+        directory: Path,
+        *,
+        on_progress: Callable[[Iterable[str]], None],
+        on_line: Callable[[str, str], None],
+    ) -> None:
+        """Starts nothing yet. Raises SettingsError when the gateway's address is taken.
+
+        `on_progress` is called with the names of those that do not answer yet, whenever these have changed;
+        `on_line` with each line that a process logs, after the process's name.
+        """
         gateway_address = claim_address(settings.gateway, "--gateway")
         self.state = StackState(
             pid=os.getpid(),
@@ -85,6 +103,8 @@ class Stack:
         )
         self._settings = settings
         self._directory = directory
+        self._on_progress = on_progress
+        self._on_line = on_line
         self._memory_bytes = _memory_per_worker(settings.workers)
         self._redis = None if settings.redis_url else self._redis_child()
         self._workers = [self._worker_child(f"worker-{index}") for index in range(settings.workers)]
@@ -92,7 +112,8 @@ class Stack:
         self._profiler = self._profiler_child() if settings.profiler else None
         self._controller = self._controller_child() if self.state.controller else None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._beside: list[asyncio.Task[None]] = []
+        # Names of the processes that have answered once.
+        self._answered: set[str] = set()
         self._record()
 
     @property
@@ -102,18 +123,18 @@ class Stack:
         return [self._gateway, *self._workers, *last]
 
     async def start(self) -> None:
-        """Returns once the gateway reports every worker as ready.
+        """Returns once everything answers: see `_until_serving`, `_until_deciding`.
 
-        Raises UnavailableError when a process ends before that, with what it said last.
+        Raises UnavailableError when a process ends before that, with why.
         """
         if self._redis is not None:
-            await self._await_start([self._redis], self._redis.ready.wait())
+            await self._await_start([self._redis], self._until_ready(self._redis))
         else:
             await _check_redis(self.state.redis_url)
-        await self._await_start([*self._workers, self._gateway], self._until_serving())
-        # The profiler first: the controller asks it at once.
+            self._on_progress(self.state.starting)
+        # All at once: one after the other, the last would answer half as much later again.
         beside = [child for child in (self._profiler, self._controller) if child is not None]
-        self._beside = [asyncio.create_task(_run_beside(child)) for child in beside]
+        await self._await_start([*self._workers, self._gateway, *beside], self._until_all_answer())
         self.state = replace(self.state, ready=True)
         self._record()
 
@@ -131,28 +152,12 @@ class Stack:
         if self._redis is not None:
             await self._redis.stop(_GRACE_SECONDS)
         # What ended one of them has been raised; what ended others with it is in their logs.
-        await asyncio.gather(*self._tasks, *self._beside, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def kill(self) -> None:
         """Ends every process at once."""
         for child in self.children:
             child.kill()
-
-    async def follow_logs(self) -> None:
-        """Copies what the processes log to stderr, each line after its process's name, until cancelled."""
-        offsets = dict.fromkeys(self.children, 0)
-        while True:
-            for child, offset in offsets.items():
-                if not child.is_started:
-                    continue
-                with child.log_path.open("rb") as source:
-                    source.seek(offset)
-                    text = source.read()
-                whole_lines = text[: text.rfind(b"\n") + 1]
-                offsets[child] += len(whole_lines)
-                for line in whole_lines.decode(errors="replace").splitlines():
-                    sys.stderr.write(f"{child.name} | {line}\n")
-            await asyncio.sleep(_FOLLOW_SECONDS)
 
     async def _await_start(self, children: list[Child], started: Coroutine[None, None, object]) -> None:
         tasks = {child.start() for child in children}
@@ -167,11 +172,50 @@ class Stack:
         finally:
             waiting.cancel()
         if not done:
-            late = ", ".join(child.name for child in children if not child.ready.is_set()) or "workers"
+            late = ", ".join(self.state.starting)
             logs = stack_state.logs_dir(self._directory)
             raise UnavailableError(f"not ready after {_START_SECONDS:g} s: {late} (logs: {logs})")
 
+    async def _until_all_answer(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._until_serving())
+            if self._controller is not None:
+                tasks.create_task(self._until_deciding(self._controller))
+            if self._profiler is not None:
+                tasks.create_task(self._until_ready(self._profiler))
+
+    async def _until_ready(self, child: Child) -> None:
+        await child.ready.wait()
+        self._answers(child.name)
+
+    def _answers(self, *names: str) -> None:
+        if not self._answered.issuperset(names):
+            self._answered.update(names)
+            self._record()
+            self._on_progress(self.state.starting)
+
+    async def _until_deciding(self, controller: Child) -> None:
+        """Returns once the controller leads and has heard every worker: from then on it obeys."""
+        await controller.ready.wait()
+        expected = {worker.name for worker in self._workers}
+        patience_ends = time.monotonic() + _STANDBY_SECONDS
+        async with channel.to_service_async(self.state.controller) as opened:
+            stub = controller_pb2_grpc.ControllerServiceStub(opened)
+            plan = controller_pb2.GetPlanResponse()
+            # With a Redis that was given, another stack's controller may lead for as long as it lives.
+            while not (plan.leading or time.monotonic() > patience_ends) or not (
+                expected <= {one.worker_id for one in plan.plans}
+            ):
+                await asyncio.sleep(_POLL_SECONDS)
+                # A dead one is noticed by its task.
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    plan = await stub.GetPlan(controller_pb2.GetPlanRequest(), timeout=_ANSWER_SECONDS)
+        if not plan.leading:
+            log.warning("the controller does not lead: %s", "; ".join(plan.problems))
+        self._answers(controller.name)
+
     async def _until_serving(self) -> None:
+        """Returns once the gateway reports every worker as ready."""
         await self._gateway.ready.wait()
         expected = {worker.name for worker in self._workers}
         async with channel.to_service_async(self.state.gateway) as opened:
@@ -180,15 +224,19 @@ class Stack:
                 # A gateway that has just started may not answer yet; a dead one is noticed by its task.
                 with contextlib.suppress(grpc.aio.AioRpcError):
                     status = await stub.GetServingStatus(
-                        inference_pb2.GetServingStatusRequest(), wait_for_ready=True, timeout=5
+                        inference_pb2.GetServingStatusRequest(),
+                        wait_for_ready=True,
+                        timeout=_ANSWER_SECONDS,
                     )
-                    if expected <= {worker.worker_id for worker in status.workers if worker.ready}:
+                    ready = {worker.worker_id for worker in status.workers if worker.ready}
+                    self._answers(self._gateway.name, *(expected & ready))
+                    if expected <= ready:
                         return
                 await asyncio.sleep(_POLL_SECONDS)
 
     def _record(self) -> None:
         pids = {child.name: child.pid for child in self.children}
-        starting = [child.name for child in self.children if child.pid and not child.ready.is_set()]
+        starting = [child.name for child in self.children if child.name not in self._answered]
         processes = {name: pid for name, pid in pids.items() if pid}
         self.state = replace(self.state, processes=processes, starting=starting)
         stack_state.write(self._directory, self.state)
@@ -201,6 +249,9 @@ class Stack:
             log_path=stack_state.logs_dir(self._directory) / f"{name}.log",
             on_change=self._record,
             environment=environment,
+            log_bytes=self._settings.log_bytes,
+            log_files=self._settings.log_files,
+            on_line=lambda line: self._on_line(name, line),
         )
 
     def _service_child(self, service: str, name: str, **options: object) -> Child:
@@ -265,24 +316,22 @@ class Stack:
         )
 
 
-async def _run_beside(child: Child) -> None:
-    """Keeps a child running that serving does not depend on."""
-    try:
-        await child.start()
-    except UnavailableError as error:
-        log.warning("going on without the %s: %s", child.name, error)
-
-
 async def serve(
-    settings: StackSettings, directory: Path, on_ready: Callable[[StackState], None], *, follow_logs: bool
+    settings: StackSettings,
+    directory: Path,
+    on_ready: Callable[[StackState], None],
+    *,
+    on_progress: Callable[[Iterable[str]], None],
+    on_line: Callable[[str, str], None],
 ) -> None:
     """Runs a stack until SIGINT, SIGTERM or SIGHUP; a second signal ends it without grace.
 
-    `directory` holds its state and logs, and one stack at a time. `on_ready` is called once it serves.
+    `directory` holds its state and logs, and one stack at a time. `on_ready` is called once all of it
+    answers; what the other two are called with is in `Stack`.
     Raises SettingsError when it cannot start as asked, UnavailableError when a process ends at start.
     """
     with stack_state.hold(directory):
-        stack = Stack(settings, directory)
+        stack = Stack(settings, directory, on_progress=on_progress, on_line=on_line)
         stopped = asyncio.Event()
 
         def on_signal() -> None:
@@ -293,7 +342,6 @@ async def serve(
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, on_signal)
-        following = loop.create_task(stack.follow_logs()) if follow_logs else None
         stopping = loop.create_task(stopped.wait())
         serving = loop.create_task(_start_and_watch(stack, on_ready))
         try:
@@ -304,8 +352,6 @@ async def serve(
             serving.cancel()
             stopping.cancel()
             await stack.stop()
-            if following is not None:
-                following.cancel()
 
 
 async def _start_and_watch(stack: Stack, on_ready: Callable[[StackState], None]) -> None:
@@ -351,10 +397,11 @@ def claim_address(address: str, option: str) -> str:
 
     Raises SettingsError naming the option that chooses it.
     """
-    host, separator, port = address.rpartition(":")
-    if not separator or not host or not port.isdigit() or int(port) > 65535:
-        raise SettingsError(f"{option}: {address!r} is not HOST:PORT")
-    ports = [int(port)] if int(port) else random.sample(_FREE_PORTS, _PORT_ATTEMPTS)
+    try:
+        host, port = parse(address, any_port=True)
+    except ValueError as error:
+        raise SettingsError(f"{option}: {error}") from error
+    ports = [port] if port else random.sample(_FREE_PORTS, _PORT_ATTEMPTS)
     for number in ports:
         try:
             _check_free(host.strip("[]"), number)

@@ -42,7 +42,7 @@ class StackState:
     processes: dict[str, int] = field(default_factory=dict)
     """Process ids by name: redis, gateway, worker-0 and so on."""
     starting: list[str] = field(default_factory=list)
-    """Names of those that have not said yet that they are ready."""
+    """Names of those that have not answered yet."""
 
 
 def state_dir() -> Path:

@@ -8,10 +8,11 @@ import os
 import re
 import signal
 import time
-from asyncio.subprocess import PIPE, Process
-from collections.abc import Callable, Mapping, Sequence
+from asyncio.subprocess import PIPE, STDOUT, Process
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import BinaryIO
 
 from helios.errors import UnavailableError
 from helios.tether import tethered
@@ -22,8 +23,19 @@ FIRST_BACKOFF_SECONDS = 0.2
 MAX_BACKOFF_SECONDS = 30.0
 # A child that lived this long starts again with the first backoff.
 STABLE_SECONDS = 30.0
-_LAST_WORDS_BYTES = 16_384
-_LINE_LIMIT = 1 << 20
+LOG_BYTES = 10_000_000
+LOG_FILES = 5
+# What is remembered of a process's log, to tell why it ended.
+_REMEMBERED_LINES = 500
+_REMEMBERED_CHARACTERS = 16_384
+_READ_BYTES = 1 << 16
+# A longer line is cut in two.
+_LINE_BYTES = 1 << 20
+# So much may be logged while the supervisor stands still (Ctrl-Z); what runs waits from there on.
+_PIPE_BYTES = 1 << 20
+_TRACEBACK = "Traceback (most recent call last)"
+_ERROR = "error: "
+_FATAL = "Fatal Python error: "
 
 
 class Child:
@@ -42,10 +54,15 @@ class Child:
         log_path: Path,
         on_change: Callable[[], None],
         environment: Mapping[str, str] | None = None,
+        log_bytes: int = LOG_BYTES,
+        log_files: int = LOG_FILES,
+        on_line: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """`ready_line` is searched in each line of stdout; stdout and stderr go to `log_path`.
+        """`ready_line` is searched in each line that it writes; stdout and stderr go to `log_path`.
 
-        `on_change` is called whenever `pid` or `ready` has changed; `environment` adds to what this one has.
+        At `log_bytes` the log is renamed to `log_path` with `.1` and begun anew; `log_files`, at least 2, are
+        kept, this one included. `on_change` is called whenever `pid` or `ready` has changed, `on_line` with
+        each line of the log; `environment` adds to what this process has.
         """
         self.name = name
         self.ready = asyncio.Event()
@@ -54,6 +71,12 @@ class Child:
         self._environment = dict(environment or {})
         self._ready_line = ready_line
         self._on_change = on_change
+        self._on_line = on_line
+        self._log = RotatingFileHandler(
+            log_path, maxBytes=log_bytes, backupCount=log_files - 1, encoding="utf-8", delay=True
+        )
+        # The last lines of this run.
+        self._lines: deque[str] = deque(maxlen=_REMEMBERED_LINES)
         self._process: Process | None = None
         self._stopping = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
@@ -64,18 +87,14 @@ class Child:
         running = self._process is not None and self._process.returncode is None
         return self._process.pid if self._process and running else None
 
-    @property
-    def is_started(self) -> bool:
-        """Whether `start` was called; before that, its log is of an earlier run."""
-        return self._task is not None
-
     def start(self) -> asyncio.Task[None]:
         """Starts it. The task ends after `stop`.
 
-        It fails with UnavailableError when the process ends before it was ever ready; the message
-        carries the last thing that the process said.
+        It fails with UnavailableError when the process ends before it was ever ready; the message carries
+        why, and where its log is. The log begins anew; that of an earlier run is kept as the one before.
         """
-        self.log_path.write_bytes(b"")
+        if self.log_path.exists() and self.log_path.stat().st_size:
+            self._log.doRollover()
         self._task = asyncio.create_task(self._keep_running(), name=self.name)
         return self._task
 
@@ -90,6 +109,7 @@ class Child:
             log.warning("%s did not stop within %g s: killing it", self.name, grace_seconds)
             self.kill()
             await asyncio.wait({self._task})
+        self._log.close()
 
     def kill(self) -> None:
         """Ends it and its whole group at once, for good."""
@@ -105,80 +125,113 @@ class Child:
         backoff = FIRST_BACKOFF_SECONDS
         while True:
             started = time.monotonic()
-            offset = self.log_path.stat().st_size
             code = await self._run_once()
             if self._stopping.is_set():
                 return
+            why = f"{_describe(code)}: {self._reason(code)} (log: {self.log_path})"
             if not self.ready.is_set():
-                words = last_words(self.log_path, offset)
-                raise UnavailableError(
-                    f"{self.name} ended while starting ({_describe(code)}): {words} (log: {self.log_path})"
-                )
+                raise UnavailableError(f"{self.name} ended while starting, {why}")
             if time.monotonic() - started > STABLE_SECONDS:
                 backoff = FIRST_BACKOFF_SECONDS
-            # A process that was killed had no time for words.
-            words = f": {last_words(self.log_path, offset)}" if code > 0 else ""
-            log.warning(
-                "%s ended (%s)%s; starting it again in %g s", self.name, _describe(code), words, backoff
-            )
+            log.warning("%s ended, %s; starting it again in %g s", self.name, why, backoff)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._stopping.wait(), backoff)
                 return
             backoff = min(backoff * 2, MAX_BACKOFF_SECONDS)
 
     async def _run_once(self) -> int:
-        with self.log_path.open("ab") as sink:
-            process = await asyncio.create_subprocess_exec(
-                *tethered(self._command),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=PIPE,
-                stderr=sink,
-                env={**os.environ, **self._environment},
-                start_new_session=True,
-                limit=_LINE_LIMIT,
-            )
-            self._process = process
-            self._on_change()
-            if self._stopping.is_set():
-                self._signal(signal.SIGTERM)
-            assert process.stdout is not None
-            reading = asyncio.create_task(self._read(process.stdout, sink))
-            code = await process.wait()
-            # What the process may have started, and what would hold its stdout open.
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            await reading
+        self._lines.clear()
+        process = await asyncio.create_subprocess_exec(
+            *tethered(self._command),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=PIPE,
+            stderr=STDOUT,
+            env={**os.environ, **self._environment},
+            start_new_session=True,
+            pipesize=_PIPE_BYTES,
+        )
+        self._process = process
+        self._on_change()
+        if self._stopping.is_set():
+            self._signal(signal.SIGTERM)
+        assert process.stdout is not None
+        reading = asyncio.create_task(self._read(process.stdout))
+        code = await process.wait()
+        # What the process may have started, and what would hold its stdout open.
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        await reading
         self._on_change()
         return code
 
-    async def _read(self, stdout: asyncio.StreamReader, sink: BinaryIO) -> None:
-        async for line in stdout:
-            sink.write(line)
-            sink.flush()
-            if not self.ready.is_set() and self._ready_line.search(line.decode(errors="replace")):
-                log.info("%s is ready", self.name)
-                self.ready.set()
-                self._on_change()
+    async def _read(self, output: asyncio.StreamReader) -> None:
+        begun = b""
+        while chunk := await output.read(_READ_BYTES):
+            *lines, begun = (begun + chunk).split(b"\n")
+            if len(begun) > _LINE_BYTES:
+                lines, begun = [*lines, begun], b""
+            for line in lines:
+                self._take(line.decode(errors="replace"))
+        if begun:
+            self._take(begun.decode(errors="replace"))
+
+    def _take(self, line: str) -> None:
+        """One line that the process has written."""
+        self._log.emit(logging.makeLogRecord({"msg": line}))
+        self._lines.append(line[:_REMEMBERED_CHARACTERS])
+        self._on_line(line)
+        if not self.ready.is_set() and self._ready_line.search(line):
+            log.info("%s is ready", self.name)
+            self.ready.set()
+            self._on_change()
+
+    def _reason(self, code: int) -> str:
+        if code == -signal.SIGKILL:
+            # It had no time to say anything.
+            return "memory may have run out (`dmesg` tells): start fewer workers, or a smaller model"
+        return reason_of_end(self._lines)
 
 
-def last_words(log_path: Path, offset: int = 0) -> str:
-    """The message of the last line of a log, written after `offset`; JSON lines give their message."""
-    with log_path.open("rb") as source:
-        end = source.seek(0, os.SEEK_END)
-        source.seek(max(offset, end - _LAST_WORDS_BYTES))
-        lines = source.read().decode(errors="replace").strip().splitlines()
-    if not lines:
-        return "it said nothing"
-    last = lines[-1].strip()
+def reason_of_end(lines: Iterable[str]) -> str:
+    """Why a process ended, from what it logged: its last exception, else its last error, else its last line.
+
+    An exception is a JSON line's `error`, what follows a traceback, or a line that begins with `error: `.
+    Cancellations only count when there is nothing else: they follow from something.
+    """
+    exceptions, errors, rest = [], [], "it said nothing"
+    in_traceback = False
+    for line in lines:
+        if in_traceback and not line.startswith((" ", "\t")):
+            exceptions.append(line.strip())
+            in_traceback = False
+        elif line.startswith(_TRACEBACK):
+            in_traceback = True
+        elif line.startswith((_ERROR, _FATAL)):
+            exceptions.append(line.removeprefix(_ERROR).strip())
+        elif (record := _json_record(line)) is not None:
+            message = str(record.get("message", line))
+            if "error" in record:
+                exceptions.append(str(record["error"]))
+            elif record.get("level") in ("ERROR", "CRITICAL"):
+                errors.append(message)
+            rest = message
+        elif not in_traceback and any(map(str.isalnum, line)):
+            rest = line.strip()
+    causes = [one for one in exceptions if not _is_cancellation(one)]
+    return next((found[-1] for found in (causes, errors, exceptions) if found), rest)
+
+
+def _json_record(line: str) -> dict[str, object] | None:
     try:
-        record = json.loads(last)
+        record = json.loads(line)
     except ValueError:
-        return last.removeprefix("error: ")
-    if not isinstance(record, dict):
-        return last
-    if exception := record.get("exception"):
-        return str(exception).strip().splitlines()[-1]
-    return str(record.get("message") or last)
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _is_cancellation(exception: str) -> bool:
+    kind = exception.partition(":")[0].rpartition(".")[2]
+    return kind in ("CancelledError", "KeyboardInterrupt", "SystemExit")
 
 
 def _describe(code: int) -> str:

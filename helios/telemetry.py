@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from asyncio import CancelledError
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -38,6 +39,8 @@ log = logging.getLogger(__name__)
 LOG_LEVEL_VARIABLE = "HELIOS_LOG_LEVEL"
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 _EXPORTERS = ("otlp", "console")
+# Of an exception's message in a line's `error`; all of it is in `exception`.
+_ERROR_CHARACTERS = 500
 _RECORD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
 # Without the SDK this tracer makes no spans, but hands on the trace that a caller has begun.
@@ -154,10 +157,36 @@ class JsonFormatter(logging.Formatter):
             fields["span_id"] = trace.format_span_id(current.span_id)
         if record.exc_info:
             fields["exception"] = self.formatException(record.exc_info)
+            if record.exc_info[1] is not None:
+                fields["error"] = _in_words(record.exc_info[1])
         for name, value in vars(record).items():
             if name not in _RECORD_FIELDS:
                 fields.setdefault(name, value)
         return json.dumps(fields, default=str)
+
+
+def _in_words(error: BaseException) -> str:
+    """Type and message of the exception that is behind this one, in one line.
+
+    A group and a cancellation only pass on what happened elsewhere.
+    """
+    while True:
+        inner: BaseException | None = None
+        if isinstance(error, BaseExceptionGroup):
+            inner = next(
+                (one for one in error.exceptions if not isinstance(one, CancelledError)), error.exceptions[0]
+            )
+        elif isinstance(error, CancelledError):
+            inner = error.__cause__ or error.__context__
+        if inner is None:
+            break
+        error = inner
+    # Lines that only draw, such as a table's border, say nothing.
+    lines = (line.strip() for line in str(error).splitlines() if any(map(str.isalnum, line)))
+    message = " ".join(" ".join(lines).split())
+    if len(message) > _ERROR_CHARACTERS:
+        message = f"{message[:_ERROR_CHARACTERS]}..."
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def _configure_logs(service: str, instance: str) -> None:

@@ -1,6 +1,9 @@
 """The `helios` command."""
 
+import shlex
+import shutil
 import sys
+import textwrap
 
 import click
 
@@ -36,6 +39,9 @@ def main() -> None:
     """Runs the command line and exits: 0, 1 after an error, 2 after wrong usage, 130 after Ctrl-C."""
     try:
         status = cli.main(standalone_mode=False)
+    except click.NoSuchOption as error:
+        _with_dashes_hint(error, sys.argv[1:]).show()
+        sys.exit(error.exit_code)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
@@ -48,6 +54,29 @@ def main() -> None:
         click.echo(f"error: {error.name} is not installed: `pip install '{extras}'`", err=True)
         sys.exit(1)
     except HeliosError as error:
-        click.echo(f"error: {error.message}", err=True)
+        click.echo(_for_reading(f"error: {error.message}"), err=True)
         sys.exit(1)
     sys.exit(status or 0)
+
+
+def _for_reading(text: str) -> str:
+    """A text with line breaks between words where a person reads it, otherwise as it is."""
+    if not sys.stderr.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    return textwrap.fill(text, width, break_long_words=False, break_on_hyphens=False)
+
+
+def _with_dashes_hint(error: click.NoSuchOption, words: list[str]) -> click.NoSuchOption:
+    """Says how to write an argument that begins with a dash, which was taken for an option."""
+    given = next((word for word in words if word.startswith(error.option_name)), None)
+    command = error.ctx.command if error.ctx is not None else None
+    arguments = [one for one in command.params if isinstance(one, click.Argument)] if command else []
+    # An option that is known by nearly the same name is a slip of the pen.
+    if given is None or error.ctx is None or not arguments or error.possibilities:
+        return error
+    hint = (
+        "An argument that begins with a dash goes last, after --: "
+        f"{error.ctx.command_path} -- {shlex.quote(given)}"
+    )
+    return click.NoSuchOption(error.option_name, f"{error.message} {hint}", ctx=error.ctx)

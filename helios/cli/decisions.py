@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from helios.cli.target import target_option
 from helios.controller_client import connect
 from helios.v1 import controller_pb2
 
@@ -17,12 +18,7 @@ if TYPE_CHECKING:
 @click.option("--last", type=click.IntRange(0, 1000), default=10, show_default=True, help="How many.")
 @click.option("--follow", is_flag=True, help="Go on with new ones until Ctrl-C.")
 @click.option("--json", "as_json", is_flag=True, help="As a JSON list; with --follow one object a line.")
-@click.option(
-    "--target",
-    envvar="HELIOS_CONTROLLER_TARGET",
-    metavar="HOST:PORT",
-    help="A controller. Default: the running stack's.",
-)
+@target_option("controller")
 def decisions(*, last: int, follow: bool, as_json: bool, target: str | None) -> None:
     """Read the decision record: trigger, options with their costs, choice, outcome."""
     from rich.console import Console
@@ -72,38 +68,34 @@ def in_one_line(decision: controller_pb2.Decision) -> str:
 
 
 def _show(decision: controller_pb2.Decision, console: "Console") -> None:
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
+    from helios.cli.rows import Line, Rows, show
 
-    console.print(escape(in_one_line(decision)), style="bold", highlight=False)
+    show(console, Line(in_one_line(decision), "bold"))
     outcome = decision.outcome
     if decision.HasField("outcome"):
-        console.print(
-            f"  outcome after {outcome.requests} requests, {outcome.seconds:.1f} s: "
+        text = (
+            f"outcome after {outcome.requests} requests, {outcome.seconds:.1f} s: "
             f"{outcome.tokens_per_second:.1f} tokens/s a worker, {outcome.high_exit_share:.0%} unsure; "
             f"reloads {outcome.reload_seconds:.2f} s, longest stall {1e3 * outcome.stall_seconds:.0f} ms, "
-            f"{outcome.sequences_moved} sequences moved",
-            highlight=False,
+            f"{outcome.sequences_moved} sequences moved"
         )
+        show(console, Line(text, indent="  "))
     if outcome.halted:
-        console.print(f"  [red]{escape(outcome.halted)}[/]", highlight=False)
+        show(console, Line(outcome.halted, "red", indent="  "))
     chosen = {(plan.model, plan.depth) for plan in decision.chosen if not plan.pinned}
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in ("model", "depth", "tokens/s", "TPOT ms", "ppl", "cost s"):
-        table.add_column(name, justify="left" if name == "model" else "right")
-    table.add_column("refused", overflow="fold")
+    rows = Rows(
+        *("model", "depth", "tokens/s", "TPOT ms", "ppl", "cost s"), left=("model",), names=2, note="refused"
+    )
     for option in decision.options:
-        style = "green" if (option.model, option.depth) in chosen else "dim" if option.refused else ""
-        table.add_row(
+        rows.add(
             option.model,
             str(option.depth),
             f"{option.tokens_per_second:.0f}",
             f"{1e3 * option.tpot_seconds:.1f}",
             f"{option.perplexity_increase:+.1%}",
             f"{option.cost_seconds:.2f}",
-            escape(option.refused),
-            style=style,
+            note=option.refused,
+            style="green" if (option.model, option.depth) in chosen else "dim" if option.refused else "",
         )
     if decision.options:
-        console.print(table)
+        show(console, rows, "")

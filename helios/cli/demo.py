@@ -10,9 +10,9 @@ from helios import stack_state
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
-    from rich.table import Table
 
     from bench.demo import Outcome, Progress
+    from helios.cli.rows import Rows
 
 _DECISIONS = 5
 
@@ -44,6 +44,7 @@ def demo(*, seconds: float, picture: Path, json_path: Path | None) -> None:
 
     from bench import demo as bench
     from bench import timeline
+    from helios.cli.rows import show
 
     console = Console(highlight=False)
     running = stack_state.read(stack_state.state_dir())
@@ -58,8 +59,8 @@ def demo(*, seconds: float, picture: Path, json_path: Path | None) -> None:
     if json_path is not None:
         outcome.report().write(json_path)
     for line in timeline.as_text(outcome.timeline, min(console.width, 120)):
-        console.print(line, markup=False, overflow="crop", no_wrap=True)
-    console.print(_table(outcome, bench.ALL))
+        console.print(line, markup=False, overflow="ignore", no_wrap=True, crop=False)
+    show(console, _table(outcome, bench.ALL))
     _explain(console, outcome, bench.SYSTEMS, bench.STREAMS)
     try:
         timeline.draw(outcome.timeline, picture)
@@ -93,63 +94,54 @@ class _View:
 
     def show(self, progress: "Progress") -> None:
         """Shows it; decisions stay on the screen."""
+        from helios.cli.rows import Line, show
+
         if progress.stage != self._stage:
             self._stage = progress.stage
-            self._console.print(f"[bold]{time.strftime('%H:%M:%S')} {progress.stage}[/]")
+            show(self._console, Line(f"{time.strftime('%H:%M:%S')} {progress.stage}", "bold"))
         for mark in progress.marks:
             if mark.number not in self._said:
                 self._said.add(mark.number)
                 what = "" if mark.moves else "stays: "
-                self._console.print(
-                    f"  {mark.seconds:5.1f} s, {mark.trigger}: {what}{mark.plan}",
-                    style="green" if mark.moves else "dim",
-                )
+                text = f"{mark.seconds:5.1f} s, {mark.trigger}: {what}{mark.plan}"
+                show(self._console, Line(text, "green" if mark.moves else "dim", indent="  "))
         if self._console.is_terminal:
             self._live.update(_live(progress), refresh=True)
 
 
 def _live(progress: "Progress") -> "Group":
-    from rich import box
     from rich.console import Group
     from rich.progress_bar import ProgressBar
-    from rich.table import Table
-    from rich.text import Text
 
+    from helios.cli.rows import Line, Rows
     from helios.rates import WINDOW_TOKENS
 
     bar = ProgressBar(total=progress.total_seconds or None, completed=progress.seconds, width=60)
     if not progress.samples:
-        return Group(Text(progress.stage), bar)
+        return Group(Line(progress.stage), bar)
     sample = progress.samples[-1]
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for name in ("worker", "model", "depth", f"CBC/{WINDOW_TOKENS}", "tokens/s"):
-        table.add_column(name, justify="left" if name in ("worker", "model") else "right")
+    rows = Rows("worker", "model", "depth", f"CBC/{WINDOW_TOKENS}", "tokens/s", left=("worker", "model"))
     for worker in sample.workers:
         cbc = "-" if worker.cbc is None else f"{worker.cbc:.0f}"
-        table.add_row(
-            worker.worker_id, worker.model, str(worker.depth), cbc, f"{worker.tokens_per_second:.0f}"
-        )
-    total = Text(
+        rows.add(worker.worker_id, worker.model, str(worker.depth), cbc, f"{worker.tokens_per_second:.0f}")
+    total = Line(
         f"{sample.tokens_per_second:.0f} tokens/s, perplexity {sample.perplexity_increase:+.1%} over the "
         f"best candidate, agreement {sample.agreement:.0%}"
     )
-    return Group(bar, table, total)
+    return Group(bar, rows, total)
 
 
-def _table(outcome: "Outcome", every: str) -> "Table":
-    from rich import box
-    from rich.table import Table
+def _table(outcome: "Outcome", every: str) -> "Rows":
+    from helios.cli.rows import Rows
 
-    table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
-    for name in ("phase", "system"):
-        table.add_column(name)
-    for name in ("tokens/s", "vs full", "TTFT ms", "TPOT ms", "ppl", "agree", "in bound"):
-        table.add_column(name, justify="right")
+    left = ("phase", "system")
+    figures = ("tokens/s", "vs full", "TTFT ms", "TPOT ms", "ppl", "agree", "in bound")
+    table = Rows(*left, *figures, left=left, names=2)
     for phase in (every, *outcome.followed_after):
         rows = [row for row in outcome.rows if row.phase == phase]
         full = next(row.tokens_per_second for row in rows if row.system == "full")
         for row in rows:
-            table.add_row(
+            table.add(
                 row.phase,
                 row.system,
                 f"{row.tokens_per_second:.0f}",
@@ -160,24 +152,26 @@ def _table(outcome: "Outcome", every: str) -> "Table":
                 f"{row.agreement:.0%}",
                 f"{row.within_bound:.0%}",
                 style="bold" if phase == every else "",
-                end_section=row is rows[-1],
+                ends_section=row is rows[-1],
             )
     return table
 
 
 def _explain(console: "Console", outcome: "Outcome", systems: dict[str, str], streams: int) -> None:
-    for name, what in systems.items():
-        console.print(f"{name}: {what}")
-    console.print(
+    from helios.cli.rows import Line, show
+
+    show(console, *(Line(f"{name}: {what}") for name, what in systems.items()))
+    text = (
         f"{streams} streams open at once, {outcome.workers} workers each. TTFT, TPOT: P50/P99; "
         "ppl: perplexity of held-out text of the phase under what was served, over the best candidate at "
         "full depth; agree: tokens equal to the own last layer's there; in bound: tokens from plans within "
         "the perplexity bound."
     )
+    show(console, Line(text))
     for phase, seconds in outcome.followed_after.items():
         when = "never" if seconds is None else "from the start" if not seconds else f"after {seconds:.0f} s"
-        console.print(f"{phase}: within the perplexity bound {when}")
+        show(console, Line(f"{phase}: within the perplexity bound {when}"))
     for row in outcome.rows:
         if row.failed and row.phase in outcome.followed_after:
             said = f"{row.system}, {row.phase}: {row.failed} streams failed: {'; '.join(row.errors)}"
-            console.print(said, style="red", markup=False)
+            show(console, Line(said, "red"))

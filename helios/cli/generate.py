@@ -7,6 +7,7 @@ import time
 import click
 from google.protobuf.json_format import MessageToDict
 
+from helios.cli.target import target_option
 from helios.client import Client, Event, generate_request
 from helios.errors import InvalidRequestError
 from helios.stack_state import find_gateway
@@ -26,7 +27,7 @@ from helios.v1 import generation_pb2
 @click.option("--model", default="", help="Default: any model that is being served.")
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds it may take.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per event.")
-@click.option("--target", envvar="HELIOS_TARGET", metavar="HOST:PORT", help="Default: the running stack.")
+@target_option("gateway")
 def generate(
     *,
     prompt: str,

@@ -221,17 +221,16 @@ def _checkpoint(source: str, models_dir: Path | None) -> ModelEntry:
 
 
 def _show(directory: Path, found: Catalog) -> None:
-    from rich import box
     from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
 
-    table = Table(
-        "model", "layers", "depths", "default", "parameters", "vocab", "context", box=box.SIMPLE_HEAD
+    from helios.cli.rows import Line, Rows, show
+
+    rows = Rows(
+        *("model", "layers", "depths", "default", "parameters", "vocab", "context"), left=("model", "depths")
     )
     for entry in found.models:
-        table.add_row(
-            escape(entry.name),
+        rows.add(
+            entry.name,
             str(entry.num_layers),
             _depths(entry),
             str(entry.default_depth),
@@ -239,14 +238,13 @@ def _show(directory: Path, found: Catalog) -> None:
             f"{entry.vocab_size:,}",
             f"{entry.context_tokens:,}",
         )
-    console = Console()
-    console.print(table)
-    for entry in found.models:
-        for precision, by_layer in entry.facts.precisions.items():
-            if (at_default := by_layer.get(entry.default_depth)) is not None:
-                said = f"{entry.name} in {precision} against float32: {_in_words(at_default)}"
-                console.print(escape(said), highlight=False)
-    console.print(f"in {escape(str(directory))}", style="dim", highlight=False)
+    told = [
+        Line(f"{entry.name} in {precision} against float32: {_in_words(at_default)}")
+        for entry in found.models
+        for precision, by_layer in entry.facts.precisions.items()
+        if (at_default := by_layer.get(entry.default_depth)) is not None
+    ]
+    show(Console(), rows, *told, Line(f"in {directory}", "dim"))
 
 
 def _as_json(entry: ModelEntry) -> dict[str, Any]:

@@ -4,22 +4,16 @@ from collections.abc import Iterable
 
 import click
 
+from helios.cli.target import target_option
 from helios.controller_client import connect
 from helios.v1 import controller_pb2
-
-_TARGET = click.option(
-    "--target",
-    envvar="HELIOS_CONTROLLER_TARGET",
-    metavar="HOST:PORT",
-    help="A controller. Default: the running stack's.",
-)
 
 
 @click.command()
 @click.option("--model", required=True, help="Name of a model in the workers' models directory.")
 @click.option("--depth", required=True, type=click.IntRange(min=1), help="Layers to load, an exit layer.")
 @click.option("--worker", "worker_id", default="", metavar="ID", help="Default: every worker.")
-@_TARGET
+@target_option("controller")
 def pin(*, model: str, depth: int, worker_id: str, target: str | None) -> None:
     """Reload to a model and depth and hold it; returns once it serves."""
     with connect(target) as controller:
@@ -28,7 +22,7 @@ def pin(*, model: str, depth: int, worker_id: str, target: str | None) -> None:
 
 @click.command()
 @click.option("--worker", "worker_id", default="", metavar="ID", help="Default: every worker.")
-@_TARGET
+@target_option("controller")
 def unpin(*, worker_id: str, target: str | None) -> None:
     """Give plans back to the controller."""
     with connect(target) as controller:

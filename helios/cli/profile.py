@@ -2,20 +2,14 @@
 
 import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import click
 
-from helios.errors import HeliosError, UnavailableError
+from helios.cli.target import target_option
+from helios.errors import HeliosError
 from helios.history import ModelProfile
 from helios.stack_state import find_profiler
 from helios.v1 import profiler_pb2, profiler_pb2_grpc
-
-if TYPE_CHECKING:
-    import grpc
-
-# A profiler that has just been started still imports its engine.
-_CONNECT_SECONDS = 60.0
 
 
 class _Names(click.ParamType[tuple[str, ...]]):
@@ -35,12 +29,7 @@ class _Names(click.ParamType[tuple[str, ...]]):
 @click.option("--requests", type=click.IntRange(min=1), help="Recent requests. Default: the profiler's.")
 @click.option("--history", is_flag=True, help="Show the last results; measure nothing.")
 @click.option("--json", "as_json", is_flag=True, help="As a JSON list.")
-@click.option(
-    "--target",
-    envvar="HELIOS_PROFILER_TARGET",
-    metavar="HOST:PORT",
-    help="A profiler. Default: the running stack's.",
-)
+@target_option("profiler")
 def profile(
     *, models: tuple[str, ...] | None, requests: int | None, history: bool, as_json: bool, target: str | None
 ) -> None:
@@ -57,7 +46,6 @@ def profile(
     profiles: list[ModelProfile] = []
     failure: HeliosError | None = None
     with from_client(address) as channel:
-        _await_ready(channel, address)
         stub = profiler_pb2_grpc.ProfilerServiceStub(channel)
         try:
             if history:
@@ -77,17 +65,6 @@ def profile(
             _show(one)
     if failure is not None:
         raise failure
-
-
-def _await_ready(channel: "grpc.Channel", address: str) -> None:
-    import grpc
-
-    try:
-        grpc.channel_ready_future(channel).result(_CONNECT_SECONDS)
-    except grpc.FutureTimeoutError:
-        raise UnavailableError(
-            f"the profiler at {address} has not answered for {_CONNECT_SECONDS:g} s; is it running?"
-        ) from None
 
 
 def _with_progress(responses: Iterator[profiler_pb2.EvaluateResponse]) -> Iterator[ModelProfile]:
@@ -114,19 +91,16 @@ def _with_progress(responses: Iterator[profiler_pb2.EvaluateResponse]) -> Iterat
 
 
 def _show(measured: ModelProfile) -> None:
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
+
+    from helios.cli.rows import Line, Rows, show
 
     full = measured.full
-    columns = ["depth", "TH", "sure", "agree", "ppl", "", *(f"x{speed.batch} ms" for speed in full.decode)]
+    columns = ["depth", "TH", "sure", "agree", "ppl", "+%", *(f"x{speed.batch} ms" for speed in full.decode)]
     columns += ["TTFT ms", "MB", "KV kB"]
     if full.joules_per_token is not None:
         columns.append("J/token")
-    # Narrow: all of it fits 80 columns.
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 0), pad_edge=False, title=measured.model)
-    for column in columns:
-        table.add_column(column, justify="right")
+    rows = Rows(*columns)
     for one in measured.exits:
         cells = [
             str(one.depth),
@@ -142,14 +116,11 @@ def _show(measured: ModelProfile) -> None:
         ]
         if one.joules_per_token is not None:
             cells.append(f"{one.joules_per_token:.3g}")
-        table.add_row(*cells)
-    console = Console()
-    console.print(table)
+        rows.add(*cells)
     facts = measured.provenance
-    console.print(
+    text = (
         f"{measured.requests} {facts.get('prompts', 'given')} prompts, {measured.tokens:,} tokens; took "
         f"{measured.wall_seconds:.1f} s, {measured.cpu_seconds:.1f} s of CPU; steps timed in "
-        f"{facts.get('clock', 'seconds')}; power: {facts.get('power', 'unknown')}",
-        style="dim",
-        highlight=False,
+        f"{facts.get('clock', 'seconds')}; power: {facts.get('power', 'unknown')}"
     )
+    show(Console(), Line(measured.model, "bold"), rows, Line(text, "dim"), "")

@@ -5,15 +5,9 @@ from typing import Any
 
 import click
 
+from helios.cli.target import target_option
 from helios.controller_client import connect
 from helios.slo import Objective, Slo
-
-_TARGET = click.option(
-    "--target",
-    envvar="HELIOS_CONTROLLER_TARGET",
-    metavar="HOST:PORT",
-    help="A controller. Default: the running stack's.",
-)
 
 
 class _Bound(click.ParamType[float | None]):
@@ -47,7 +41,7 @@ def slo() -> None:
 @click.option("--min-agreement", type=_Bound(), help="Share of tokens that agree with the full model.")
 @click.option("--max-ttft", type=_Bound(), metavar="SECONDS", help="Longest time to the first token.")
 @click.option("--max-tpot", type=_Bound(), metavar="SECONDS", help="Longest time per further token.")
-@_TARGET
+@target_option("controller")
 def set_slo(
     *,
     objective: str,
@@ -66,18 +60,21 @@ def set_slo(
 
 @slo.command()
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
-@_TARGET
+@target_option("controller")
 def show(*, as_json: bool, target: str | None) -> None:
     """Show the objective, its bounds and the mode of the controller."""
+    from rich.console import Console
+
+    from helios.cli import rows
+
     with connect(target) as controller:
         answer = controller.get_plan()
     current = Slo.from_proto(answer.slo)
     if as_json:
         click.echo(json.dumps({"mode": answer.mode, **as_dict(current)}, indent=2))
         return
-    click.echo(f"{in_words(current)} (controller: {answer.mode})")
-    for problem in answer.problems:
-        click.secho(f"problem: {problem}", fg="red")
+    problems = [rows.Line(f"problem: {problem}", "red") for problem in answer.problems]
+    rows.show(Console(), rows.Line(f"{in_words(current)} (controller: {answer.mode})"), *problems)
 
 
 def as_dict(current: Slo) -> dict[str, Any]:

@@ -8,26 +8,21 @@ import click
 
 from helios.cli import slo
 from helios.cli.snapshot import Snapshot, agreement_bars, histogram, observe
+from helios.cli.target import target_option
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from collections.abc import Iterator
+
+    from rich.console import RenderableType
+
+    from helios.cli.rows import Rows
 
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="As one JSON object.")
-@click.option("--target", envvar="HELIOS_TARGET", metavar="HOST:PORT", help="Default: the running stack.")
-@click.option(
-    "--controller",
-    envvar="HELIOS_CONTROLLER_TARGET",
-    metavar="HOST:PORT",
-    help="Default: the running stack's.",
-)
-@click.option(
-    "--profiler",
-    envvar="HELIOS_PROFILER_TARGET",
-    metavar="HOST:PORT",
-    help="Default: the running stack's.",
-)
+@target_option("gateway")
+@target_option("controller", "--controller")
+@target_option("profiler", "--profiler")
 def status(*, as_json: bool, target: str | None, controller: str | None, profiler: str | None) -> None:
     """Show workers, models, depths, confidence, load, objective, limits and problems."""
     with observe(target, controller, profiler) as stack:
@@ -58,28 +53,34 @@ def _as_json(snapshot: Snapshot) -> dict[str, Any]:
 
 def _show(snapshot: Snapshot) -> None:
     from rich.console import Console
-    from rich.markup import escape
 
-    console = Console(highlight=False)
-    console.print(_workers(snapshot))
+    from helios.cli.rows import show
+
+    show(Console(), *_parts(snapshot))
+
+
+def _parts(snapshot: Snapshot) -> "Iterator[RenderableType]":
+    from helios.cli.rows import Line
+
+    yield _workers(snapshot)
     if any(snapshot.exit_profile(worker) for worker in snapshot.workers):
-        console.print(_exits(snapshot))
+        yield _exits(snapshot)
     objective = slo.in_words(snapshot.slo) if snapshot.slo is not None else "unknown"
-    console.print(f"objective: {objective}; controller: {_controller(snapshot)}")
+    yield Line(f"objective: {objective}; controller: {_controller(snapshot)}")
     if snapshot.plan is not None and snapshot.plan.next_assessment:
-        console.print(f"candidates are evaluated again {escape(snapshot.plan.next_assessment)}")
+        yield Line(f"candidates are evaluated again {snapshot.plan.next_assessment}")
     answer, limits = snapshot.status, snapshot.status.limits
-    console.print(
+    yield Line(
         f"gateway {snapshot.gateway}: {answer.open_streams} streams open (at most "
         f"{limits.max_open_streams}), {answer.queued_streams} wait for their first token (at most "
         f"{limits.max_queued_streams})"
     )
-    console.print(
+    yield Line(
         f"limits: prompt {limits.max_prompt_tokens} tokens, output {limits.max_tokens} tokens, "
         f"{limits.max_request_seconds:g} s a request"
     )
     for problem in snapshot.problems:
-        console.print(f"[red]problem:[/] {escape(problem)}")
+        yield Line(f"problem: {problem}", "red")
 
 
 def _controller(snapshot: Snapshot) -> str:
@@ -94,56 +95,55 @@ def _controller(snapshot: Snapshot) -> str:
     return f"{snapshot.mode} ({says.get(snapshot.mode, 'of another version')}){leads}"
 
 
-def _workers(snapshot: Snapshot) -> "Table":
-    from rich.markup import escape
+def _workers(snapshot: Snapshot) -> "Rows":
+    from rich.text import Text
 
-    table = _table("worker", "address", "state", "model", "depth", "running", "waiting", "KV", "tokens")
+    from helios.cli.rows import Rows
+
+    left = ("worker", "address", "state", "model")
+    rows = Rows(*left, "depth", "run", "wait", "KV", "tokens", left=left, note="reason")
     for worker in snapshot.workers:
         load = worker.telemetry
-        state = "[green]ready[/]" if worker.ready else f"[red]{escape(worker.reason) or 'not ready'}[/]"
+        state = Text("ready", "green") if worker.ready else Text("not ready", "red")
+        if snapshot.is_pinned(worker.worker_id):
+            state = Text.assemble(state, " ", ("pinned", "yellow"))
         used = load.blocks_total - load.blocks_free
-        table.add_row(
-            escape(worker.worker_id),
-            escape(worker.address),
-            state + (" [yellow]pinned[/]" if snapshot.is_pinned(worker.worker_id) else ""),
-            escape(load.model),
+        rows.add(
+            worker.worker_id,
+            worker.address,
+            state,
+            load.model,
             str(load.depth),
             str(load.running),
             str(load.waiting),
             f"{used / load.blocks_total:.0%}" if load.blocks_total else "-",
             f"{load.generated_tokens:,}",
+            note="" if worker.ready else worker.reason,
         )
-    return table
+    return rows
 
 
-def _exits(snapshot: Snapshot) -> "Table":
+def _exits(snapshot: Snapshot) -> "Rows":
     """The exits that are being served, as they were profiled last."""
-    from rich.markup import escape
+    from rich.text import Text
 
-    table = _table("exit", "confidence 0-1", "", "agree", "sure", "profiled")
+    from helios.cli.rows import Rows
+
+    left = ("exit", "confidence 0-1", "")
+    rows = Rows(*left, "agree", "sure", "profiled", left=left)
     served = {}
     for worker in snapshot.workers:
         if (one := snapshot.exit_profile(worker)) is not None:
             served[worker.telemetry.model, one.depth] = one
     for (model, depth), one in sorted(served.items()):
         profile = snapshot.profiles[model]
-        table.add_row(
-            escape(f"{model} {depth}"),
-            f"{histogram(one.confidence_counts)}\n"
-            f"[green]{agreement_bars(one.confidence_counts, one.agreement_counts)}[/]",
+        agreeing = agreement_bars(one.confidence_counts, one.agreement_counts)
+        rows.add(
+            f"{model} {depth}",
+            Text.assemble(histogram(one.confidence_counts), "\n", (agreeing, "green")),
             "tokens\nagreeing",
             f"{one.agreement:.0%}",
             f"{one.share_above(one.threshold):.0%} (>= {one.threshold:.2f})",
             f"{max(0.0, time.time() - profile.time):.0f} s ago",
         )
-    return table
-
-
-def _table(*columns: str) -> "Table":
-    from rich import box
-    from rich.table import Table
-
-    table = Table(*columns, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 0), pad_edge=False)
-    for column in table.columns:
-        column.overflow = "fold"
-    return table
+    return rows

@@ -9,6 +9,7 @@ import click
 from helios.cli import slo
 from helios.cli.decisions import as_dict, in_one_line
 from helios.cli.snapshot import Snapshot, histogram, observe
+from helios.cli.target import target_option
 from helios.rates import WINDOW_TOKENS
 
 if TYPE_CHECKING:
@@ -21,19 +22,9 @@ _DECISIONS = 4
 @click.option("--interval", type=click.FloatRange(min=0.2), default=1.0, show_default=True, metavar="SECONDS")
 @click.option("--once", is_flag=True, help="Print one frame, measured over one interval.")
 @click.option("--json", "as_json", is_flag=True, help="One frame as a JSON object.")
-@click.option("--target", envvar="HELIOS_TARGET", metavar="HOST:PORT", help="Default: the running stack.")
-@click.option(
-    "--controller",
-    envvar="HELIOS_CONTROLLER_TARGET",
-    metavar="HOST:PORT",
-    help="Default: the running stack's.",
-)
-@click.option(
-    "--profiler",
-    envvar="HELIOS_PROFILER_TARGET",
-    metavar="HOST:PORT",
-    help="Default: the running stack's.",
-)
+@target_option("gateway")
+@target_option("controller", "--controller")
+@target_option("profiler", "--profiler")
 def top(
     *,
     interval: float,
@@ -47,6 +38,8 @@ def top(
     from rich.console import Console
     from rich.live import Live
 
+    from helios.cli.rows import show
+
     with observe(target, controller, profiler) as stack:
         stack.look()
         time.sleep(interval)
@@ -55,7 +48,7 @@ def top(
             click.echo(json.dumps(_as_json(frame), indent=2))
             return
         if once:
-            Console().print(draw(frame))
+            show(Console(), draw(frame))
             return
         with Live(draw(frame), screen=True, auto_refresh=False) as live:
             while True:
@@ -89,31 +82,24 @@ def _as_json(frame: Snapshot) -> dict[str, Any]:
 
 def draw(frame: Snapshot) -> "Group":
     """One frame: a table of workers, a line on the whole, the last decisions and what is amiss."""
-    from rich import box
     from rich.console import Group
-    from rich.markup import escape
-    from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    columns = (
-        "worker",
-        "model",
-        "depth",
-        "confidence",
-        f"CBC/{WINDOW_TOKENS}",
-        "tokens/s",
-        "TPOT",
-        "run",
-        "wait",
+    from helios.cli.rows import Line, Rows
+
+    left = ("worker", "model", "confidence")
+    rows = Rows(
+        *("worker", "model", "depth", "confidence", f"CBC/{WINDOW_TOKENS}"),
+        *("tokens/s", "TPOT", "run", "wait"),
+        left=left,
+        note="not ready",
     )
-    for name in columns:
-        table.add_column(name, justify="left" if name in ("worker", "model", "confidence") else "right")
     for worker in frame.workers:
         load, rates, profiled = worker.telemetry, frame.rates(worker), frame.exit_profile(worker)
-        table.add_row(
-            escape(worker.worker_id) + (" [yellow]pinned[/]" if frame.is_pinned(worker.worker_id) else ""),
-            escape(load.model) if worker.ready else f"[red]{escape(worker.reason) or 'not ready'}[/]",
+        pinned = (" pinned", "yellow") if frame.is_pinned(worker.worker_id) else ""
+        rows.add(
+            Text.assemble(worker.worker_id, pinned),
+            load.model,
             str(load.depth),
             "-" if profiled is None else histogram(profiled.confidence_counts),
             "-" if rates.cbc is None else f"{rates.cbc:.0f}",
@@ -121,6 +107,8 @@ def draw(frame: Snapshot) -> "Group":
             "-" if rates.tpot_seconds is None else f"{1e3 * rates.tpot_seconds:.1f} ms",
             str(load.running),
             str(load.waiting),
+            note="" if worker.ready else worker.reason or "no reason is known",
+            style="" if worker.ready else "red",
         )
     rate = sum(frame.rates(worker).tokens_per_second for worker in frame.workers)
     streams = frame.status
@@ -131,5 +119,5 @@ def draw(frame: Snapshot) -> "Group":
         + (f", objective {slo.in_words(frame.slo)}" if frame.slo is not None else ", plans stay as they are"),
         *(in_one_line(one) for one in reversed(frame.decisions)),
     ]
-    problems = [Text(f"problem: {problem}", style="red") for problem in frame.problems]
-    return Group(table, *(Text(line) for line in lines), *problems)
+    problems = [Line(f"problem: {problem}", "red") for problem in frame.problems]
+    return Group(rows, *map(Line, lines), *problems)

@@ -4,17 +4,21 @@ import asyncio
 import contextlib
 import logging
 import os
+import select
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from io import TextIOWrapper
+from logging.handlers import RotatingFileHandler
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
 from helios import stack_state
+from helios.cli.target import Address
 from helios.errors import SettingsError, UnavailableError, UnknownModelError
 from helios.stack_state import StackState
 
@@ -26,6 +30,11 @@ _DEFAULT_WORKERS = 2
 _DEFAULT_GATEWAY = "127.0.0.1:50051"
 _STOP_SECONDS = 60.0
 _POLL_SECONDS = 0.05
+_LISTEN_SECONDS = 0.2
+# How a line on what a start waits for begins.
+_STARTING = "starting "
+
+log = logging.getLogger(__name__)
 
 
 @click.command()
@@ -55,6 +64,7 @@ _POLL_SECONDS = 0.05
 )
 @click.option(
     "--gateway",
+    type=Address(any_port=True),
     metavar="HOST:PORT",
     default=_DEFAULT_GATEWAY,
     show_default=True,
@@ -80,8 +90,28 @@ _POLL_SECONDS = 0.05
     help="Model and depth follow: a controller, you with its advice, you alone with `helios pin`, or nobody. "
     "Default: active, or advisory when you say what to serve (--model, --depth, --exit-mode).",
 )
+@click.option(
+    "--log-bytes",
+    type=click.IntRange(min=10_000),
+    envvar="HELIOS_LOG_BYTES",
+    show_envvar=True,
+    default=10_000_000,
+    show_default=True,
+    help="Size at which the log of a process is renamed, to end in .1, and begun anew.",
+)
+@click.option(
+    "--log-files",
+    type=click.IntRange(min=2),
+    envvar="HELIOS_LOG_FILES",
+    show_envvar=True,
+    default=5,
+    show_default=True,
+    help="Logs kept of each process, the current one included.",
+)
 @click.option("--detach", is_flag=True, help="Return once the stack serves; `helios down` stops it.")
 @click.option("--verbose", is_flag=True, help="Show what the processes log.")
+# What --detach starts: its stderr is up.log.
+@click.option("--detached", is_flag=True, hidden=True)
 def up(
     *,
     workers: int | None,
@@ -95,19 +125,27 @@ def up(
     redis_url: str | None,
     profiler: bool,
     controller: str | None,
+    log_bytes: int,
+    log_files: int,
     detach: bool,
     verbose: bool,
+    detached: bool,
 ) -> None:
     """Start Redis, workers, a gateway, a profiler and a controller, and serve until Ctrl-C.
 
-    Prints `ready gateway=HOST:PORT ...` once the gateway reports all workers as ready. State and logs are
-    kept in $HELIOS_STATE_DIR, by default ~/.local/state/helios.
+    Prints `ready gateway=HOST:PORT ...` once all of them answer. State and logs are kept in
+    $HELIOS_STATE_DIR, by default ~/.local/state/helios.
     """
     if controller is None:
         controller = _default_controller([("--model", model), ("--depth", depth), ("--exit-mode", exit_mode)])
     if detach:
+        _log_to(logging.StreamHandler())
         _start_detached(controller, redis_url)
-        return
+    _log_to(
+        _StderrLog(_up_log(), maxBytes=log_bytes, backupCount=log_files - 1, encoding="utf-8")
+        if detached
+        else logging.StreamHandler()
+    )
     from helios import catalog, stack
 
     exit_mode = exit_mode or "greedy"
@@ -130,18 +168,29 @@ def up(
         redis_url=redis_url,
         profiler=profiler,
         controller=controller,
+        log_bytes=log_bytes,
+        log_files=log_files,
     )
-    _log_to_stderr()
     was_ready = False
-    with _spinner(f"starting {settings.workers} x {settings.model}, {settings.depth} layers") as end_spinner:
+    what = f"{_STARTING}{settings.workers} x {settings.model}, {settings.depth} layers"
+    with _Progress(what) as progress:
 
         def on_ready(state: StackState) -> None:
             nonlocal was_ready
             was_ready = True
-            end_spinner()
+            progress.end()
             click.echo(_ready_line(settings, state))
 
-        asyncio.run(stack.serve(settings, stack_state.state_dir(), on_ready, follow_logs=verbose))
+        def on_progress(awaited: Iterable[str]) -> None:
+            if awaited:
+                progress.say(f"{what}: waiting for {', '.join(awaited)}")
+
+        def on_line(name: str, line: str) -> None:
+            if verbose:
+                log.info("%s | %s", name, line)
+
+        directory = stack_state.state_dir()
+        asyncio.run(stack.serve(settings, directory, on_ready, on_progress=on_progress, on_line=on_line))
     if not was_ready:
         raise click.Abort
 
@@ -200,47 +249,57 @@ def _ready_line(settings: "StackSettings", state: StackState) -> str:
     )
 
 
-def _start_detached(controller: str, redis_url: str | None) -> None:
+def _start_detached(controller: str, redis_url: str | None) -> NoReturn:
     """Runs this command again without --detach, in a session of its own, and waits for its ready line.
 
-    Exits as the other one did, showing what it said, when it ends instead.
+    Exits as the other one did when it ends instead. What it says meanwhile is shown.
     """
-    directory = stack_state.logs_dir(stack_state.state_dir())
+    path = _up_log()
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        log = (directory / "up.log").open("ab")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sink = path.open("ab")
     except OSError as error:
         raise SettingsError(
-            f"cannot write to {directory}: {error.strerror}; name another directory with HELIOS_STATE_DIR"
+            f"cannot write to {path.parent}: {error.strerror}; name another directory with HELIOS_STATE_DIR"
         ) from error
-    arguments = [*_without_redis(sys.argv[1:]), "--controller", controller]
+    arguments = [*_without_redis(sys.argv[1:]), "--controller", controller, "--detached"]
     # Everybody can read the command line (ps) for as long as the stack runs; the URL may hold a password.
     environment = {**os.environ, **({"HELIOS_REDIS_URL": redis_url} if redis_url else {})}
-    with log, _spinner("starting"):
-        said_before = log.tell()
+    said: list[str] = []
+    with sink, path.open("rb") as source, _Progress("starting") as progress:
+        source.seek(0, os.SEEK_END)
+
+        def listen() -> None:
+            for line in source:
+                text = line.decode(errors="replace").rstrip("\n")
+                if text.startswith(_STARTING):
+                    progress.say(text)
+                else:
+                    said.append(text)
+
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "helios.cli", *arguments],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=log,
+            stderr=sink,
             start_new_session=True,
             text=True,
         )
         assert process.stdout is not None
         try:
-            line = process.stdout.readline()
+            while not select.select([process.stdout], [], [], _LISTEN_SECONDS)[0]:
+                listen()
+            ready_line = process.stdout.readline()
         except KeyboardInterrupt:
             process.terminate()
             raise
-    if line:
-        click.echo(line, nl=False)
-        return
-    status = process.wait()
-    with Path(log.name).open("rb") as said:
-        said.seek(said_before)
-        click.echo(said.read().decode(errors="replace"), nl=False, err=True)
-    sys.exit(status or 1)
+        status = 0 if ready_line else process.wait() or 1
+        listen()
+    for text in said:
+        click.echo(text, err=True)
+    click.echo(ready_line, nl=False)
+    sys.exit(status)
 
 
 def _without_redis(arguments: Sequence[str]) -> Iterator[str]:
@@ -253,17 +312,53 @@ def _without_redis(arguments: Sequence[str]) -> Iterator[str]:
             yield argument
 
 
-@contextlib.contextmanager
-def _spinner(text: str) -> Iterator[Callable[[], None]]:
-    """Shows that something goes on, on a terminal; yields what ends it early."""
-    from rich.console import Console
+class _Progress:
+    """What a start waits for, on stderr: one line that changes on a terminal, a line each time elsewhere."""
 
-    status = Console(stderr=True).status(text)
-    with status:
-        yield status.stop
+    def __init__(self, text: str) -> None:
+        from rich.console import Console
+
+        console = Console(stderr=True)
+        self._status = console.status(text) if console.is_terminal else None
+
+    def __enter__(self) -> "_Progress":
+        if self._status is not None:
+            self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def say(self, text: str) -> None:
+        """Shows what is waited for now."""
+        from rich.markup import escape
+
+        if self._status is not None:
+            self._status.update(escape(text))
+        else:
+            log.info("%s", text)
+
+    def end(self) -> None:
+        """Clears the line."""
+        if self._status is not None:
+            self._status.stop()
 
 
-def _log_to_stderr() -> None:
-    handler = logging.StreamHandler()
+class _StderrLog(RotatingFileHandler):
+    """A file that is also this process's stderr, which moves with it to the next one."""
+
+    def _open(self) -> TextIOWrapper:
+        stream = super()._open()
+        os.dup2(stream.fileno(), sys.stderr.fileno())
+        return stream
+
+
+def _up_log() -> Path:
+    """Where a detached stack says what happens."""
+    return stack_state.logs_dir(stack_state.state_dir()) / "up.log"
+
+
+def _log_to(handler: logging.Handler) -> None:
     handler.setFormatter(logging.Formatter("%(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    log.setLevel(logging.INFO)

@@ -5,9 +5,10 @@ from typing import Self
 from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
+from helios.address import parse
 from helios.redis_url import RedisUrl
 from helios.sampling import SamplingParams
-from helios.settings import ServiceSettings
+from helios.settings import ListenAddress, ServiceSettings
 
 
 class GatewaySettings(ServiceSettings):
@@ -17,7 +18,9 @@ class GatewaySettings(ServiceSettings):
         env_prefix="HELIOS_GATEWAY_", cli_prog_name="python -m services.gateway"
     )
 
-    address: str = Field("127.0.0.1:50051", description="host:port to listen on; port 0: any free one")
+    address: ListenAddress = Field(
+        "127.0.0.1:50051", description="host:port to listen on; port 0: any free one"
+    )
     redis_url: RedisUrl | None = Field(
         None, description="Redis in which workers hold their leases; none: only `workers`"
     )
@@ -86,9 +89,10 @@ class GatewaySettings(ServiceSettings):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         for address in self.worker_addresses:
-            host, colon, port = address.rpartition(":")
-            if not (host and colon and port.isdecimal()):
-                raise ValueError(f"workers: {address!r} is not host:port")
+            try:
+                parse(address)
+            except ValueError as error:
+                raise ValueError(f"workers: {error}") from error
         if self.default_max_tokens > self.max_tokens:
             raise ValueError("default_max_tokens must not be above max_tokens")
         if self.telemetry_seconds >= self.worker_timeout_seconds:

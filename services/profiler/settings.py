@@ -8,7 +8,7 @@ from pydantic_settings import SettingsConfigDict
 
 from helios.calibration import TARGET_AGREEMENT
 from helios.redis_url import RedisUrl
-from helios.settings import ServiceSettings
+from helios.settings import ListenAddress, ServiceSettings
 from helios.shortlist import TOP_K
 from helios.slo import Objective
 
@@ -20,7 +20,9 @@ class ProfilerSettings(ServiceSettings):
         env_prefix="HELIOS_PROFILER_", cli_prog_name="python -m services.profiler"
     )
 
-    address: str = Field("127.0.0.1:50081", description="host:port to listen on; port 0 takes a free one")
+    address: ListenAddress = Field(
+        "127.0.0.1:50081", description="host:port to listen on; port 0 takes a free one"
+    )
     redis_url: RedisUrl | None = Field(
         None, description="Redis with recent prompts and the results; none: bundled prompts, nothing is kept"
     )

@@ -1,13 +1,25 @@
 """Settings of a worker: environment HELIOS_WORKER_*, or flags."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 from pydantic_settings import SettingsConfigDict
 
+from helios.address import parse
 from helios.redis_url import RedisUrl
-from helios.settings import SERVED_BURST_SECONDS, SERVED_PROMPT_READINGS, ServiceSettings
+from helios.settings import (
+    SERVED_BURST_SECONDS,
+    SERVED_PROMPT_READINGS,
+    ListenAddress,
+    ServiceSettings,
+)
+
+
+def _checked_advertise(address: str) -> str:
+    # A host alone gets the port that the worker listens on.
+    parse(address if ":" in address else f"{address}:1")
+    return address
 
 
 class WorkerSettings(ServiceSettings):
@@ -15,8 +27,10 @@ class WorkerSettings(ServiceSettings):
 
     model_config = SettingsConfigDict(env_prefix="HELIOS_WORKER_", cli_prog_name="python -m services.worker")
 
-    address: str = Field("127.0.0.1:50061", description="host:port to listen on; port 0 takes a free one")
-    advertise: str | None = Field(
+    address: ListenAddress = Field(
+        "127.0.0.1:50061", description="host:port to listen on; port 0 takes a free one"
+    )
+    advertise: Annotated[str, AfterValidator(_checked_advertise)] | None = Field(
         None,
         description="host:port or host as gateways reach this worker; default: the address it listens on",
     )

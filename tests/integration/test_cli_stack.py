@@ -269,7 +269,7 @@ def test_killed_processes_are_started_again_and_streams_flow(running: Helios) ->
     assert running.state()["processes"]["worker-0"] == before["worker-0"]
     assert running.run("generate", "a", "--max-tokens", "4").returncode == 0
     log = (running.state_dir / "logs" / "up.log").read_text()
-    assert "worker-1 ended (killed by SIGKILL); starting it again" in log
+    assert "worker-1 ended, killed by SIGKILL: memory may have run out" in log
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -349,7 +349,6 @@ def test_taken_port_is_named(helios: Helios) -> None:
         (("--models-dir", "/nowhere"), "/nowhere"),
         (("--model", "nope"), "available: long, other, tiny"),
         (("--depth", "3"), "1, 2, 4"),
-        (("--gateway", "here"), "not HOST:PORT"),
         (("--redis", "redis://127.0.0.1:1"), "no Redis answers at redis://127.0.0.1:1"),
         (("--redis", "127.0.0.1"), "no Redis URL"),
     ],
@@ -372,7 +371,7 @@ def test_worker_that_cannot_load_its_model_ends_the_start_with_the_file(
     weights.write_bytes(weights.read_bytes()[:-1000])
     answer = helios.up("--models-dir", str(models_dir))
     assert answer.returncode == 1
-    assert "worker-0 ended while starting" in answer.stderr
+    assert "error: worker-0 ended while starting, exit status 1: " in answer.stderr
     assert str(weights) in answer.stderr
     assert not (helios.state_dir / "stack.json").exists()
 
@@ -453,7 +452,56 @@ def test_controller_chooses_unless_somebody_says_what_to_serve(helios: Helios) -
         assert process.stderr is not None
         assert "controller=active" in process.stdout.readline()
         process.send_signal(signal.SIGINT)
-        assert process.stderr.read() == ""
+        first, *rest = process.stderr.read().splitlines()
+    assert first.endswith("waiting for gateway, worker-0, controller, profiler")
+    assert all("waiting for" in line for line in rest)
+
+
+def test_all_that_was_asked_for_answers_once_the_stack_is_ready(helios: Helios) -> None:
+    started = helios.up("--workers", "2", "--controller", "active", "--profiler")
+    assert started.returncode == 0, started.stderr
+    pinned = helios.run("pin", "--model", "tiny", "--depth", "2")
+    assert pinned.stdout.splitlines() == [
+        "worker-0: tiny at depth 2 (pinned)",
+        "worker-1: tiny at depth 2 (pinned)",
+    ], pinned.stderr
+    measured = helios.run("profile", "--history")
+    assert measured.returncode == 0, measured.stderr
+    status = json.loads(helios.run("status", "--json").stdout)
+    assert status["controller"]["leading"]
+    assert helios.state()["starting"] == []
+    # What it waited for was told meanwhile.
+    assert "waiting for" in started.stderr
+
+
+def test_stack_beside_another_on_one_redis_starts_with_a_controller_that_stands_by(
+    helios: Helios, redis_url: str, tmp_path: Path
+) -> None:
+    options = ("--controller", "active", "--redis", redis_url)
+    assert helios.up(*options).returncode == 0
+    leader = helios.state()["controller"]
+    second = Helios(tmp_path / "second", helios.models_dir)
+    try:
+        started = second.up(*options)
+        assert started.returncode == 0, started.stderr
+        assert "the controller does not lead: " in started.stderr
+        assert leader in started.stderr
+    finally:
+        second.run("down")
+
+
+def test_worker_that_is_killed_while_it_starts_is_told_with_its_log(helios: Helios) -> None:
+    with helios.popen("up", *helios.options) as process:
+        eventually(
+            lambda: (helios.state_dir / "stack.json").exists() and "worker-0" in helios.state()["processes"],
+            "the start of a worker",
+        )
+        os.kill(helios.state()["processes"]["worker-0"], signal.SIGKILL)
+        _, said = process.communicate(timeout=SECONDS)
+    assert process.returncode == 1
+    *_, last = said.splitlines()
+    assert last.startswith("error: worker-0 ended while starting, killed by SIGKILL: memory may have run out")
+    assert last.endswith(f"(log: {helios.state_dir / 'logs' / 'worker-0.log'})")
 
 
 def test_verbose_shows_what_the_processes_log(helios: Helios) -> None:

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -44,6 +45,81 @@ def test_wrong_usage_exits_with_2_and_names_what_is_wrong() -> None:
     assert answer.returncode == 2
     assert "--max-tokens" in answer.stderr
     assert run("nonsense").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (("generate", "-5 degrees"), "generate -- '-5 degrees'"),
+        (("generate", "--model", "tiny", "- one"), "generate -- '- one'"),
+        (("models", "pull", "-x"), "models pull -- -x"),
+    ],
+)
+def test_argument_that_begins_with_a_dash_is_told_where_it_goes(
+    arguments: tuple[str, ...], hint: str
+) -> None:
+    answer = run(*arguments)
+    assert answer.returncode == 2
+    assert answer.stderr.strip().endswith(f"after --: python -m helios.cli {hint}")
+
+
+@pytest.mark.parametrize("arguments", [("generate", "x", "--max-token", "4"), ("status", "-x")])
+def test_option_that_is_only_misspelt_is_not_taken_for_an_argument(arguments: tuple[str, ...]) -> None:
+    answer = run(*arguments)
+    assert answer.returncode == 2
+    assert "after --" not in answer.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "x", "--target"),
+        ("status", "--target"),
+        ("status", "--controller"),
+        ("status", "--profiler"),
+        ("top", "--target"),
+        ("slo", "show", "--target"),
+        ("slo", "set", "latency", "--target"),
+        ("pin", "--model", "m", "--depth", "1", "--target"),
+        ("unpin", "--target"),
+        ("decisions", "--target"),
+        ("profile", "--target"),
+        ("up", "--gateway"),
+    ],
+)
+def test_wrong_address_is_refused_before_anything_is_dialled(arguments: tuple[str, ...]) -> None:
+    for address, hint in ("http://host:1", "as in host:1"), ("host", "as in host:50051"), ("", "HOST:PORT"):
+        answer = CliRunner().invoke(cli, [*arguments, address])
+        assert answer.exit_code == 2
+        assert f"'{arguments[-1]}'" in answer.output
+        assert hint in " ".join(answer.output.split())
+
+
+def test_wrong_address_in_the_environment_is_refused_with_its_variable() -> None:
+    answer = CliRunner().invoke(cli, ["status"], env={"HELIOS_TARGET": "host"})
+    assert answer.exit_code == 2
+    assert "HELIOS_TARGET" in answer.output
+
+
+def test_log_of_a_detached_stack_is_begun_anew_at_its_size_with_all_that_goes_to_stderr(
+    tmp_path: Path,
+) -> None:
+    log = tmp_path / "up.log"
+    code = (
+        "import logging, os, sys; from helios.cli.up import _StderrLog\n"
+        "handler = _StderrLog(sys.argv[1], maxBytes=1000, backupCount=2)\n"
+        "for i in range(200):\n"
+        "    handler.emit(logging.makeLogRecord({'msg': f'logged {i}'}))\n"
+        "    os.write(2, f'raw {i}\\n'.encode())\n"
+    )
+    with log.open("ab") as sink:
+        subprocess.run([sys.executable, "-c", code, str(log)], stderr=sink, check=True)
+    kept = [log.with_name("up.log.2"), log.with_name("up.log.1"), log]
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
+    assert all(one.stat().st_size < 1100 for one in kept)
+    lines = "".join(one.read_text() for one in kept).splitlines()
+    said = [f"{how} {i}" for i in range(200) for how in ("logged", "raw")]
+    assert lines == said[-len(lines) :]
 
 
 def test_error_is_one_line_without_traceback() -> None:

@@ -73,6 +73,7 @@ def test_a_log_record_stays_one_line_whatever_it_says() -> None:
     (line,) = lines(result.stderr)
     assert line["message"] == "a\nb \u2028 \ud800"
     assert "ValueError: two\nlines" in line["exception"]
+    assert line["error"] == "ValueError: two lines"
 
 
 @pytest.mark.parametrize(
@@ -95,6 +96,46 @@ def test_uncaught_exception_is_a_log_line(code: str) -> None:
 
     assert line["level"] == "CRITICAL"
     assert "ValueError: nobody caught it" in line["exception"]
+
+
+@pytest.mark.parametrize(
+    ("code", "error"),
+    [
+        ("raise ValueError", "ValueError"),
+        ("raise ValueError('a table:\\n+---+\\n| x |\\n+---+')", "ValueError: a table: | x |"),
+        ("raise ValueError('x' * 1000)", f"ValueError: {'x' * 500}..."),
+        (
+            "import asyncio; raise BaseExceptionGroup('g', [asyncio.CancelledError(), KeyError('k')])",
+            "KeyError: 'k'",
+        ),
+        (
+            """
+            async def fail():
+                raise OSError("the disk is full")
+            async def main():
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(asyncio.sleep(600))
+                    tasks.create_task(fail())
+            import asyncio
+            asyncio.run(main())
+            """,
+            "OSError: the disk is full",
+        ),
+        (
+            """
+            import asyncio
+            try:
+                raise OSError("the disk is full")
+            except OSError:
+                raise asyncio.CancelledError
+            """,
+            "OSError: the disk is full",
+        ),
+    ],
+)
+def test_exception_is_told_in_one_line_as_what_was_behind_it(code: str, error: str) -> None:
+    (line,) = lines(run(code).stderr)
+    assert line["error"] == error
 
 
 def test_warnings_are_log_lines() -> None:
