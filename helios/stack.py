@@ -15,10 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grpc
-from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from helios import embedded_redis, stack_state
+from helios import embedded_redis, redis_client, stack_state
 from helios.errors import SettingsError, UnavailableError
 from helios.hardware import available_memory
 from helios.server import CHANNEL_OPTIONS
@@ -35,7 +34,6 @@ _READY_LINE = re.compile(r"^ready address=\S+")
 _START_SECONDS = 600.0
 _POLL_SECONDS = 0.05
 _FOLLOW_SECONDS = 0.2
-_REDIS_SECONDS = 5.0
 # Longer than the services' own, in which open streams may end.
 _GRACE_SECONDS = 15.0
 # Of the memory available at the start, for all workers together.
@@ -312,7 +310,7 @@ async def _start_and_watch(stack: Stack, on_ready: Callable[[StackState], None])
 async def _check_redis(url: str) -> None:
     """Raises when no Redis answers: services wait for theirs to come back, but a wrong URL never does."""
     try:
-        async with Redis.from_url(url, socket_timeout=_REDIS_SECONDS) as redis:
+        async with redis_client.connect(url) as redis:
             await redis.ping()
     except (RedisError, OSError) as error:
         raise UnavailableError(

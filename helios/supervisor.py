@@ -122,7 +122,8 @@ class Child:
                 "%s ended (%s)%s; starting it again in %g s", self.name, _describe(code), words, backoff
             )
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), backoff)
+                async with asyncio.timeout(backoff):
+                    await self._stopping.wait()
                 return
             backoff = min(backoff * 2, MAX_BACKOFF_SECONDS)
 

@@ -5,9 +5,7 @@ import logging
 import sys
 import uuid
 
-from redis.asyncio import Redis
-
-from helios import catalog, service_process
+from helios import catalog, redis_client, service_process
 from helios.server import Server, wait_for_signal
 from helios.v1 import controller_pb2_grpc
 from services.controller.controller import Controller
@@ -29,8 +27,7 @@ async def _serve(settings: ControllerSettings) -> int:
     server = Server([SERVICE_NAME])
     port = server.bind(settings.address)
     address = settings.advertise or f"{settings.address.rpartition(':')[0]}:{port}"
-    timeout = settings.worker_timeout_seconds
-    redis = Redis.from_url(settings.redis_url, socket_timeout=timeout, socket_connect_timeout=timeout)
+    redis = redis_client.connect(settings.redis_url, settings.worker_timeout_seconds)
     leadership = Leadership(redis, uuid.uuid4().hex, address, settings.lease_seconds)
     controller = Controller(redis, settings, leadership)
     service = ControllerService(controller, redis, settings)

@@ -27,7 +27,8 @@ async def evaluate(
     request = profiler_pb2.EvaluateRequest(models=models)
     try:
         async with grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS) as channel:
-            await asyncio.wait_for(channel.channel_ready(), connect_seconds)
+            async with asyncio.timeout(connect_seconds):
+                await channel.channel_ready()
             stub: profiler_pb2_grpc.ProfilerServiceAsyncStub
             stub = profiler_pb2_grpc.ProfilerServiceStub(channel)
             async for response in stub.Evaluate(request, timeout=timeout_seconds):

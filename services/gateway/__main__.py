@@ -1,6 +1,5 @@
 """`python -m services.gateway`: the service that clients call."""
 
-import asyncio
 import sys
 
 from helios import service_process
@@ -36,7 +35,7 @@ async def _serve(settings: GatewaySettings) -> int:
     await service.stop(settings.grace_seconds)
     await server.stop(_FAREWELL_SECONDS)
     await sampler.close()
-    await asyncio.wait_for(pool.close(), _FAREWELL_SECONDS)
+    await pool.close()
     return 0
 
 

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import grpc
 from redis.asyncio import Redis
 
-from helios import registry
+from helios import redis_client, registry
 from helios.errors import UnavailableError, UnknownModelError
 from helios.server import CHANNEL_OPTIONS
 from helios.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
@@ -142,9 +142,7 @@ class WorkerPool:
         self._tasks.append(asyncio.create_task(self._check_liveness()))
         if self._settings.redis_url:
             timeout = self._settings.worker_timeout_seconds
-            self._redis = Redis.from_url(
-                self._settings.redis_url, socket_timeout=timeout, socket_connect_timeout=timeout
-            )
+            self._redis = redis_client.connect(self._settings.redis_url, timeout)
             self._tasks.append(asyncio.create_task(self._discover(self._redis)))
 
     async def close(self) -> None:

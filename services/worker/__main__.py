@@ -6,9 +6,7 @@ import socket
 import sys
 from pathlib import Path
 
-from redis.asyncio import Redis
-
-from helios import catalog, registry, service_process
+from helios import catalog, redis_client, registry, service_process
 from helios.engine import Engine, EngineSettings, ExitMode
 from helios.engine.threads import set_threads
 from helios.errors import SettingsError
@@ -54,7 +52,7 @@ async def _serve(settings: WorkerSettings) -> int:
     await server.start()
     background = [asyncio.create_task(_watch(engine))]
     if settings.redis_url is not None:
-        redis = Redis.from_url(settings.redis_url)
+        redis = redis_client.connect(settings.redis_url)
         lease = registry.WorkerLease(worker_id, address)
         background.append(asyncio.create_task(keep_announced(redis, lease, settings.lease_seconds)))
     service_process.say_ready(address)
