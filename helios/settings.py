@@ -5,7 +5,7 @@ import logging
 import re
 from typing import Annotated, Self
 
-from pydantic import AfterValidator, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 from redis.connection import parse_url
 
@@ -33,6 +33,13 @@ class ServiceSettings(BaseSettings):
 
     model_config = SettingsConfigDict(
         cli_kebab_case=True, cli_implicit_flags=True, frozen=True, extra="ignore", env_ignore_empty=True
+    )
+
+    stop_seconds: float = Field(
+        10,
+        gt=0,
+        description="longest time after the grace until a process that was told to stop ends by force, "
+        "logging what it still waits for",
     )
 
     @classmethod

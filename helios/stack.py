@@ -34,8 +34,8 @@ _READY_LINE = re.compile(r"^ready address=\S+")
 _START_SECONDS = 600.0
 _POLL_SECONDS = 0.05
 _FOLLOW_SECONDS = 0.2
-# Longer than the services' own, in which open streams may end.
-_GRACE_SECONDS = 15.0
+# Longer than the services' own, in which open streams may end, and the bound of their stops.
+_GRACE_SECONDS = 25.0
 # Of the memory available at the start, for all workers together.
 _WORKERS_MEMORY_SHARE = 0.8
 _MEMORY_VARIABLE = "HELIOS_WORKER_MEMORY_BYTES"

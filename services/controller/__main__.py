@@ -6,7 +6,7 @@ import sys
 import uuid
 
 from helios import catalog, redis_client, service_process
-from helios.server import Server, wait_for_signal
+from helios.server import Server
 from helios.v1 import controller_pb2_grpc
 from services.controller.controller import Controller
 from services.controller.leader import Leadership
@@ -34,8 +34,9 @@ async def _serve(settings: ControllerSettings) -> int:
     controller_pb2_grpc.add_ControllerServiceServicer_to_server(service, server.grpc_server)
     running = asyncio.create_task(controller.run())
     await server.start()
+    signalled = service_process.StopSignal(settings.grace_seconds + settings.stop_seconds)
     service_process.say_ready(address)
-    stop = asyncio.create_task(wait_for_signal())
+    stop = asyncio.create_task(signalled.wait())
     await asyncio.wait({stop, running}, return_when=asyncio.FIRST_COMPLETED)
 
     failed = running.done()

@@ -3,7 +3,7 @@
 import sys
 
 from helios import service_process
-from helios.server import Server, wait_for_signal
+from helios.server import Server
 from services.gateway.prompt_sampler import PromptSampler
 from services.gateway.service import SERVICE_NAME, InferenceService
 from services.gateway.settings import GatewaySettings
@@ -28,8 +28,9 @@ async def _serve(settings: GatewaySettings) -> int:
     pool.start()
     sampler.start()
     await server.start()
+    stop = service_process.StopSignal(settings.grace_seconds + settings.stop_seconds)
     service_process.say_ready(f"{settings.address.rpartition(':')[0]}:{port}")
-    await wait_for_signal()
+    await stop.wait()
     # Until the last stream ends, whoever still comes is told to go elsewhere.
     await server.set_serving(False)
     await service.stop(settings.grace_seconds)

@@ -6,7 +6,7 @@ import os
 import sys
 
 from helios import catalog, redis_client, service_process
-from helios.server import Server, wait_for_signal
+from helios.server import Server
 from helios.v1 import profiler_pb2_grpc
 from services.profiler.service import ProfilerService
 from services.profiler.settings import ProfilerSettings
@@ -35,8 +35,9 @@ async def _serve(settings: ProfilerSettings) -> int:
     service = ProfilerService(settings, models_dir, redis)
     profiler_pb2_grpc.add_ProfilerServiceServicer_to_server(service, server.grpc_server)
     await server.start()
+    stop = service_process.StopSignal(_GRACE_SECONDS + settings.stop_seconds)
     service_process.say_ready(f"{settings.address.rpartition(':')[0]}:{port}")
-    await wait_for_signal()
+    await stop.wait()
     await server.stop(_GRACE_SECONDS)
     await asyncio.to_thread(service.close)
     if redis is not None:
