@@ -11,7 +11,6 @@ from typing import Annotated, TypeAlias, cast
 
 from pydantic import Field, TypeAdapter
 from redis.asyncio import Redis
-from redis.typing import EncodableT, FieldT
 
 from helios.ignored_entries import fault
 from helios.redis_schema import PROMPTS
@@ -20,6 +19,19 @@ _PAGE = 64
 
 _IDS: TypeAdapter[tuple[int, ...]] = TypeAdapter(Annotated[tuple[int, ...], Field(min_length=1)])
 _Entries: TypeAlias = list[tuple[bytes, dict[bytes, bytes]]]
+
+
+# KEYS: prompts. ARGV: entries kept, their life in milliseconds, then tokenizer id and ids of each new one.
+_WRITE = """
+for first = 3, #ARGV, 2 do
+    redis.call('XADD', KEYS[1], 'MAXLEN', ARGV[1], '*', 'tokenizer_id', ARGV[first], 'ids', ARGV[first + 1])
+end
+-- Redis's clock, which also numbers the entries.
+local now = redis.call('TIME')
+local oldest = now[1] * 1000 + math.floor(now[2] / 1000) - ARGV[2]
+redis.call('XTRIM', KEYS[1], 'MINID', string.format('%.0f', math.max(oldest, 0)))
+if #ARGV > 2 then redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,21 +47,8 @@ async def write(redis: Redis, prompts: Sequence[RecentPrompt], kept: int, lifeti
 
     Raises redis.RedisError when Redis cannot be reached.
     """
-    milliseconds = int(lifetime_seconds * 1000)
-    # Redis's clock, which also numbers the entries.
-    seconds, microseconds = await redis.time()
-    oldest = int(seconds) * 1000 + int(microseconds) // 1000 - milliseconds
-    async with redis.pipeline(transaction=False) as pipeline:
-        for prompt in prompts:
-            fields: dict[FieldT, EncodableT] = {
-                "tokenizer_id": prompt.tokenizer_id,
-                "ids": json.dumps(prompt.ids),
-            }
-            pipeline.xadd(PROMPTS, fields, maxlen=kept, approximate=False)
-        pipeline.xtrim(PROMPTS, minid=max(oldest, 0), approximate=False)
-        if prompts:
-            pipeline.pexpire(PROMPTS, milliseconds)
-        await pipeline.execute()
+    entries = [part for prompt in prompts for part in (prompt.tokenizer_id, json.dumps(prompt.ids))]
+    await redis.eval(_WRITE, 1, PROMPTS, kept, int(lifetime_seconds * 1000), *entries)
 
 
 async def recent(

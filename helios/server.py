@@ -1,8 +1,5 @@
-"""What every gRPC server of Helios has: health, reflection, keepalive, a graceful stop on SIGTERM."""
+"""What every gRPC server of Helios has: health, reflection, keepalive, a graceful stop."""
 
-import asyncio
-import logging
-import signal
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -12,8 +9,6 @@ from grpc_reflection.v1alpha import reflection
 
 from helios.address import parse
 from helios.errors import HeliosError, SettingsError, trailing_metadata
-
-log = logging.getLogger(__name__)
 
 SERVER_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.so_reuseport", 0),
@@ -71,16 +66,3 @@ class Server:
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: HeliosError) -> NoReturn:
     """Ends a call with the error's status and details."""
     await context.abort(error.code, error.message, trailing_metadata(error))
-
-
-async def wait_for_signal() -> None:
-    """Returns at SIGTERM or SIGINT. A second signal ends the process at once."""
-    loop = asyncio.get_running_loop()
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    await stop.wait()
-    log.info("stopping")
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.remove_signal_handler(number)
-        signal.signal(number, signal.SIG_DFL)

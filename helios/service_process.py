@@ -1,7 +1,10 @@
 """The process of a service: settings, logs and tracing set up, then served until it is told to stop."""
 
+import asyncio
 import faulthandler
 import gc
+import logging
+import signal
 import sys
 from collections.abc import Callable, Coroutine
 from typing import TypeVar
@@ -11,6 +14,11 @@ import uvloop
 from helios import telemetry
 from helios.errors import HeliosError, SettingsError
 from helios.settings import ServiceSettings
+from helios.stop_deadline import StopDeadline
+
+log = logging.getLogger(__name__)
+
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 _Settings = TypeVar("_Settings", bound=ServiceSettings)
 
@@ -49,3 +57,34 @@ def say_ready(address: str) -> None:
     gc.collect()
     gc.freeze()
     print(f"ready address={address}", flush=True)  # noqa: T201
+
+
+class StopSignal:
+    """SIGTERM or SIGINT, noticed once this exists: make it before saying that the service is ready."""
+
+    def __init__(self, stop_seconds: float) -> None:
+        """`stop_seconds` are those that the process then has to end, its grace included (StopDeadline)."""
+        self._seconds = stop_seconds
+        self._loop = asyncio.get_running_loop()
+        self._came = asyncio.Event()
+        self._deadline = StopDeadline(self._loop)
+        for number in _STOP_SIGNALS:
+            # The loop's own handlers would set no deadline while it is blocked.
+            signal.signal(number, self._take)
+
+    async def wait(self) -> None:
+        """Returns when the signal comes. A second one ends the process at once.
+
+        The deadline holds, too, when the wait is cancelled: the service stops for another reason.
+        """
+        try:
+            await self._came.wait()
+        finally:
+            self._deadline.set(self._seconds)
+        for number in _STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        log.info("stopping")
+
+    def _take(self, *_: object) -> None:
+        self._deadline.set(self._seconds)
+        self._loop.call_soon_threadsafe(self._came.set)

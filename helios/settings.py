@@ -4,7 +4,7 @@ import json
 import logging
 from typing import Annotated, Self
 
-from pydantic import AfterValidator, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 
 from helios import redis_url
@@ -46,6 +46,13 @@ class ServiceSettings(BaseSettings):
         env_ignore_empty=True,
         # A URL may hold a password.
         hide_input_in_errors=True,
+    )
+
+    stop_seconds: float = Field(
+        10,
+        gt=0,
+        description="longest time after the grace until a process that was told to stop ends by force, "
+        "logging what it still waits for",
     )
 
     @classmethod

@@ -15,12 +15,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grpc
-from redis.asyncio import Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, RedisError, ResponseError
 
-from helios import channel, embedded_redis, redis_url, stack_state
+from helios import channel, embedded_redis, redis_client, redis_url, stack_state
 from helios.address import parse
 from helios.errors import SettingsError, UnavailableError
 from helios.hardware import available_memory
@@ -40,8 +37,8 @@ _ANSWER_SECONDS = 5.0
 # How long a start waits for a controller to lead: twice the lease of one that was killed.
 _STANDBY_SECONDS = 10.0
 _REDIS_SECONDS = 5.0
-# Longer than the services' own, in which open streams may end.
-_GRACE_SECONDS = 15.0
+# Longer than the services' own, in which open streams may end, and the bound of their stops.
+_GRACE_SECONDS = 25.0
 # Of the memory available at the start, for all workers together.
 _WORKERS_MEMORY_SHARE = 0.8
 _MEMORY_VARIABLE = "HELIOS_WORKER_MEMORY_BYTES"
@@ -370,13 +367,7 @@ async def _check_redis(url: str) -> None:
     also = f"; {hint}" if hint else ""
     try:
         redis_url.checked(url)
-        # One try: redis-py's own retries would take several times as long.
-        async with Redis.from_url(
-            url,
-            socket_timeout=_REDIS_SECONDS,
-            socket_connect_timeout=_REDIS_SECONDS,
-            retry=Retry(NoBackoff(), 0),
-        ) as redis:
+        async with redis_client.connect(url, _REDIS_SECONDS) as redis:
             await probe(redis)
     except (ResponseError, AuthenticationError) as error:
         raise SettingsError(

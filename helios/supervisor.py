@@ -135,7 +135,8 @@ class Child:
                 backoff = FIRST_BACKOFF_SECONDS
             log.warning("%s ended, %s; starting it again in %g s", self.name, why, backoff)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), backoff)
+                async with asyncio.timeout(backoff):
+                    await self._stopping.wait()
                 return
             backoff = min(backoff * 2, MAX_BACKOFF_SECONDS)
 

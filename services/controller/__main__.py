@@ -5,10 +5,8 @@ import logging
 import sys
 import uuid
 
-from redis.asyncio import Redis
-
-from helios import catalog, service_process
-from helios.server import Server, wait_for_signal
+from helios import catalog, redis_client, service_process
+from helios.server import Server
 from helios.v1 import controller_pb2_grpc
 from services.controller.controller import Controller
 from services.controller.leader import Leadership
@@ -29,16 +27,16 @@ async def _serve(settings: ControllerSettings) -> int:
     server = Server([SERVICE_NAME])
     port = server.bind(settings.address)
     address = settings.advertise or f"{settings.address.rpartition(':')[0]}:{port}"
-    timeout = settings.worker_timeout_seconds
-    redis = Redis.from_url(settings.redis_url, socket_timeout=timeout, socket_connect_timeout=timeout)
+    redis = redis_client.connect(settings.redis_url, settings.worker_timeout_seconds)
     leadership = Leadership(redis, uuid.uuid4().hex, address, settings.lease_seconds)
     controller = Controller(redis, settings, leadership)
     service = ControllerService(controller, redis, settings)
     controller_pb2_grpc.add_ControllerServiceServicer_to_server(service, server.grpc_server)
     running = asyncio.create_task(controller.run())
     await server.start()
+    signalled = service_process.StopSignal(settings.grace_seconds + settings.stop_seconds)
     service_process.say_ready(address)
-    stop = asyncio.create_task(wait_for_signal())
+    stop = asyncio.create_task(signalled.wait())
     await asyncio.wait({stop, running}, return_when=asyncio.FIRST_COMPLETED)
 
     failed = running.done()

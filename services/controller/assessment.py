@@ -27,7 +27,8 @@ async def evaluate(
     request = profiler_pb2.EvaluateRequest(models=models)
     try:
         async with channel.to_service_async(address) as opened:
-            await asyncio.wait_for(opened.channel_ready(), connect_seconds)
+            async with asyncio.timeout(connect_seconds):
+                await opened.channel_ready()
             stub: profiler_pb2_grpc.ProfilerServiceAsyncStub
             stub = profiler_pb2_grpc.ProfilerServiceStub(opened)
             async for response in stub.Evaluate(request, timeout=timeout_seconds):

@@ -1,10 +1,9 @@
 """`python -m services.gateway`: the service that clients call."""
 
-import asyncio
 import sys
 
 from helios import service_process
-from helios.server import Server, wait_for_signal
+from helios.server import Server
 from services.gateway.prompt_sampler import PromptSampler
 from services.gateway.service import SERVICE_NAME, InferenceService
 from services.gateway.settings import GatewaySettings
@@ -29,14 +28,15 @@ async def _serve(settings: GatewaySettings) -> int:
     pool.start()
     sampler.start()
     await server.start()
+    stop = service_process.StopSignal(settings.grace_seconds + settings.stop_seconds)
     service_process.say_ready(f"{settings.address.rpartition(':')[0]}:{port}")
-    await wait_for_signal()
+    await stop.wait()
     # Until the last stream ends, whoever still comes is told to go elsewhere.
     await server.set_serving(False)
     await service.stop(settings.grace_seconds)
     await server.stop(_FAREWELL_SECONDS)
     await sampler.close()
-    await asyncio.wait_for(pool.close(), _FAREWELL_SECONDS)
+    await pool.close()
     return 0
 
 

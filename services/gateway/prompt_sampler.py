@@ -7,9 +7,7 @@ import random
 from collections import deque
 from collections.abc import Sequence
 
-from redis.asyncio import Redis
-
-from helios import prompts
+from helios import prompts, redis_client
 from helios.prompts import RecentPrompt
 from helios.redis_outage import RedisOutage, probe
 from services.gateway.settings import GatewaySettings
@@ -54,8 +52,7 @@ class PromptSampler:
 
     async def _write(self, redis_url: str) -> None:
         settings = self._settings
-        timeout = settings.worker_timeout_seconds
-        async with Redis.from_url(redis_url, socket_timeout=timeout, socket_connect_timeout=timeout) as redis:
+        async with redis_client.connect(redis_url, settings.worker_timeout_seconds) as redis:
             while True:
                 await asyncio.sleep(_WRITE_SECONDS)
                 taken = list(self._queue)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import grpc
 from redis.asyncio import Redis
 
-from helios import channel, registry
+from helios import channel, redis_client, registry
 from helios.errors import UnavailableError, UnknownModelError
 from helios.ignored_entries import IgnoredEntries
 from helios.redis_outage import reason
@@ -162,9 +162,7 @@ class WorkerPool:
         self._tasks.append(asyncio.create_task(self._check_liveness()))
         if self._settings.redis_url:
             timeout = self._settings.worker_timeout_seconds
-            self._redis = Redis.from_url(
-                self._settings.redis_url, socket_timeout=timeout, socket_connect_timeout=timeout
-            )
+            self._redis = redis_client.connect(self._settings.redis_url, timeout)
             self._tasks.append(asyncio.create_task(self._discover(self._redis)))
 
     async def close(self) -> None:

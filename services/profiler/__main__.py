@@ -5,10 +5,8 @@ import logging
 import os
 import sys
 
-from redis.asyncio import Redis
-
-from helios import catalog, service_process
-from helios.server import Server, wait_for_signal
+from helios import catalog, redis_client, service_process
+from helios.server import Server
 from helios.v1 import profiler_pb2_grpc
 from services.profiler.service import ProfilerService
 from services.profiler.settings import ProfilerSettings
@@ -17,7 +15,6 @@ log = logging.getLogger(__name__)
 
 # A running evaluation is cancelled at once: its caller asks again.
 _GRACE_SECONDS = 0.5
-_REDIS_SECONDS = 5.0
 
 
 def main() -> int:
@@ -32,16 +29,15 @@ async def _serve(settings: ProfilerSettings) -> int:
     if settings.redis_url is None:
         log.warning("no --redis-url: prompts are the bundled ones, and results are not kept")
     else:
-        redis = Redis.from_url(
-            settings.redis_url, socket_timeout=_REDIS_SECONDS, socket_connect_timeout=_REDIS_SECONDS
-        )
+        redis = redis_client.connect(settings.redis_url)
     server = Server(["helios.v1.ProfilerService"])
     port = server.bind(settings.address)
     service = ProfilerService(settings, models_dir, redis)
     profiler_pb2_grpc.add_ProfilerServiceServicer_to_server(service, server.grpc_server)
     await server.start()
+    stop = service_process.StopSignal(_GRACE_SECONDS + settings.stop_seconds)
     service_process.say_ready(f"{settings.address.rpartition(':')[0]}:{port}")
-    await wait_for_signal()
+    await stop.wait()
     await server.stop(_GRACE_SECONDS)
     await asyncio.to_thread(service.close)
     if redis is not None:

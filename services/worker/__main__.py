@@ -6,14 +6,12 @@ import socket
 import sys
 from pathlib import Path
 
-from redis.asyncio import Redis
-
-from helios import catalog, registry, service_process
+from helios import catalog, redis_client, registry, service_process
 from helios.engine import Engine, EngineSettings, ExitMode
 from helios.engine.threads import set_threads
 from helios.errors import SettingsError
 from helios.orders import EVERY_WORKER, Plan
-from helios.server import Server, wait_for_signal
+from helios.server import Server
 from helios.v1 import worker_pb2_grpc
 from services.worker import first_plan
 from services.worker.first_plan import PlanFile
@@ -58,11 +56,12 @@ async def _serve(settings: WorkerSettings) -> int:
     await server.start()
     background = [asyncio.create_task(_watch(engine))]
     if settings.redis_url is not None:
-        redis = Redis.from_url(settings.redis_url)
+        redis = redis_client.connect(settings.redis_url)
         lease = registry.WorkerLease(worker_id, address)
         background.append(asyncio.create_task(keep_announced(redis, lease, settings.lease_seconds)))
+    signalled = service_process.StopSignal(settings.drain_seconds + settings.stop_seconds)
     service_process.say_ready(address)
-    stop = asyncio.create_task(wait_for_signal())
+    stop = asyncio.create_task(signalled.wait())
     await asyncio.wait({stop, background[0]}, return_when=asyncio.FIRST_COMPLETED)
 
     failed = background[0].done()

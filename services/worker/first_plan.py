@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from helios import history, orders
+from helios import history, orders, redis_client
 from helios.orders import Plan
 
 log = logging.getLogger(__name__)
@@ -85,7 +84,7 @@ async def find(redis_url: str | None, worker_id: str, plan_file: PlanFile) -> Fi
 
 async def _ordered(redis_url: str, worker_id: str) -> FirstPlan | None:
     try:
-        async with asyncio.timeout(_REDIS_SECONDS), Redis.from_url(redis_url) as redis:
+        async with asyncio.timeout(_REDIS_SECONDS), redis_client.connect(redis_url) as redis:
             plan = (await orders.read(redis)).wanted(worker_id)
             if plan is None:
                 return None

@@ -324,7 +324,8 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             changed = self._changed
             yield worker_pb2.WatchTelemetryResponse(telemetry=self._telemetry())
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(changed.wait(), interval)
+                async with asyncio.timeout(interval):
+                    await changed.wait()
 
     async def GetTokenizer(
         self, request: worker_pb2.GetTokenizerRequest, context: _Context
@@ -352,7 +353,8 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         self._announce()
         streams = len(self._streams)
         try:
-            await asyncio.wait_for(self._idle.wait(), grace_seconds)
+            async with asyncio.timeout(grace_seconds):
+                await self._idle.wait()
         except TimeoutError:
             log.info("handing back %d sequences", len(self._streams))
         handed_back = list(self._streams)

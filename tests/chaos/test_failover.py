@@ -1,7 +1,8 @@
 """A stream outlives its worker: killed, frozen, hung or drained, the client sees a pause and nothing else."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import grpc
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from helios.client import AsyncClient, generate_request
 from helios.v1 import generation_pb2, inference_pb2, worker_pb2, worker_pb2_grpc
 from helios.v1.generation_pb2 import SamplingParams
-from tests.stack import Stack
+from tests.stack import Process, Stack, write_model, write_tokenizer
 from tests.streams import Streamed, all_free, stream, until
 
 pytestmark = pytest.mark.chaos
@@ -18,9 +19,11 @@ STREAMS = 40
 TOKENS = 150
 # Into the run far enough that both workers have streams under way, and far from its end.
 MIDWAY = STREAMS * TOKENS // 10
-# Places in a worker's batch: so few that most streams still have all before them at midway, even if the
-# client reads far behind the workers.
+# Places in a worker's batch, and a model so large that a step takes much longer than the gateway and the
+# client need for its tokens: at midway the workers have most of the run before them, however far behind the
+# client reads. A tiny model's streams end faster than they come, and a lost worker may have none.
 PLACES = 4
+MODEL, LAYERS, HIDDEN = "heavy", 8, 256
 PROMPTS = (
     "def main(",
     "class Parser",
@@ -31,6 +34,24 @@ PROMPTS = (
     "self.",
     "#",
 )
+
+
+@pytest.fixture(scope="module")
+def heavy_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    models = tmp_path_factory.mktemp("heavy-models")
+    write_model(models / MODEL, write_tokenizer(), layers=LAYERS, hidden=HIDDEN)
+    return models
+
+
+@pytest.fixture
+def stack(tmp_path: Path, heavy_models: Path) -> Iterator[Stack]:
+    parts = Stack(tmp_path, heavy_models)
+    yield parts
+    parts.close()
+
+
+def start_worker(stack: Stack, **settings: object) -> Process:
+    return stack.start_worker(MODEL, LAYERS, max_running=PLACES, **settings)
 
 
 def requests() -> list[inference_pb2.GenerateRequest]:
@@ -73,7 +94,7 @@ def assert_undisturbed(disturbed: Sequence[Streamed], undisturbed: Sequence[Stre
 
 async def test_forty_streams_equal_their_undisturbed_run_when_a_worker_is_killed(stack: Stack) -> None:
     stack.start_redis()
-    workers = [stack.start_worker(depth=2, max_running=PLACES) for _ in range(2)]
+    workers = [start_worker(stack) for _ in range(2)]
     gateway = stack.start_gateway()
     async with AsyncClient(gateway.address) as client:
         await until(lambda: ready(client, 2), "both workers to be ready")
@@ -85,7 +106,7 @@ async def test_forty_streams_equal_their_undisturbed_run_when_a_worker_is_killed
 
 async def test_in_int8_a_killed_workers_streams_go_on_to_the_bit(stack: Stack) -> None:
     """Elsewhere the last digits of a logprob depend on the batch; in int8 no digit does."""
-    workers = [stack.start_worker(max_running=PLACES, precision="int8") for _ in range(2)]
+    workers = [start_worker(stack, precision="int8") for _ in range(2)]
     gateway = stack.start_gateway([worker.address for worker in workers])
     async with AsyncClient(gateway.address) as client:
         await until(lambda: ready(client, 2), "both workers to be ready")
@@ -97,7 +118,7 @@ async def test_in_int8_a_killed_workers_streams_go_on_to_the_bit(stack: Stack) -
 
 
 async def test_streams_go_on_when_a_worker_freezes(stack: Stack) -> None:
-    workers = [stack.start_worker(max_running=PLACES) for _ in range(2)]
+    workers = [start_worker(stack) for _ in range(2)]
     gateway = stack.start_gateway([worker.address for worker in workers])
     async with AsyncClient(gateway.address) as client:
         await until(lambda: ready(client, 2), "both workers to be ready")
@@ -112,7 +133,7 @@ async def test_streams_go_on_when_a_worker_freezes(stack: Stack) -> None:
 
 
 async def test_streams_go_on_when_a_worker_drains(stack: Stack) -> None:
-    workers = [stack.start_worker(max_running=PLACES) for _ in range(2)]
+    workers = [start_worker(stack) for _ in range(2)]
     gateway = stack.start_gateway([worker.address for worker in workers])
     async with (
         AsyncClient(gateway.address) as client,
@@ -120,6 +141,7 @@ async def test_streams_go_on_when_a_worker_drains(stack: Stack) -> None:
     ):
         await until(lambda: ready(client, 2), "both workers to be ready")
         undisturbed = await run_all(client)
+        await channel.channel_ready()
         drains: list[asyncio.Future[worker_pb2.DrainResponse]] = []
         stub = worker_pb2_grpc.WorkerServiceStub(channel)
 
@@ -137,7 +159,7 @@ async def test_streams_go_on_when_a_worker_drains(stack: Stack) -> None:
 
 
 async def test_streams_go_on_when_a_worker_is_stopped_with_sigterm(stack: Stack) -> None:
-    workers = [stack.start_worker(max_running=PLACES, drain_seconds=0) for _ in range(2)]
+    workers = [start_worker(stack, drain_seconds=0) for _ in range(2)]
     gateway = stack.start_gateway([worker.address for worker in workers])
     async with AsyncClient(gateway.address) as client:
         await until(lambda: ready(client, 2), "both workers to be ready")
@@ -147,20 +169,20 @@ async def test_streams_go_on_when_a_worker_is_stopped_with_sigterm(stack: Stack)
 
 
 async def test_streams_wait_for_the_only_worker_to_return(stack: Stack) -> None:
-    worker = stack.start_worker(max_running=PLACES)
+    worker = start_worker(stack)
     gateway = stack.start_gateway([worker.address], worker_wait_seconds=120)
     async with AsyncClient(gateway.address) as client:
         undisturbed = await run_all(client)
         running = asyncio.create_task(run_all(client, at_midway=worker.process.kill))
         await asyncio.to_thread(worker.process.wait)
-        await asyncio.to_thread(stack.start_worker, address=worker.address)
+        await asyncio.to_thread(start_worker, stack, address=worker.address)
         assert_undisturbed(await running, undisturbed)
 
 
 async def test_streams_and_new_requests_go_on_while_redis_is_down(stack: Stack) -> None:
     redis = stack.start_redis()
     for _ in range(2):
-        stack.start_worker()
+        start_worker(stack)
     gateway = stack.start_gateway(discovery_seconds=0.1)
     async with AsyncClient(gateway.address) as client:
         await until(lambda: ready(client, 2), "both workers to be ready")

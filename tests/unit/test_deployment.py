@@ -105,19 +105,20 @@ def test_variables_that_a_service_is_given_are_its_settings(service: str) -> Non
 
 
 @pytest.mark.parametrize("service", SERVICES)
-def test_nobody_kills_a_service_before_its_own_grace_is_over(service: str) -> None:
+def test_nobody_kills_a_service_before_its_own_grace_and_bound_are_over(service: str) -> None:
     defaults = settings_type(service).model_fields
     name = "drain_seconds" if service == "worker" else "grace_seconds"
     default = float(defaults[name].default) if name in defaults else 0.0
+    bound = float(defaults["stop_seconds"].default)
 
     compose_grace = float(composed()[service]["stop_grace_period"].removesuffix("s"))
-    assert compose_grace > default
+    assert compose_grace > default + bound
 
     one = pod(service)
     pause = one["containers"][0].get("lifecycle", {}).get("preStop", {}).get("exec", {}).get("command", ["0"])
     grace = float(environment(service).get(f"HELIOS_{service.upper()}_{name.upper()}", default))
     pod_grace = one.get("terminationGracePeriodSeconds", DEFAULT_GRACE_SECONDS)
-    assert pod_grace > float(pause[-1]) + grace
+    assert pod_grace > float(pause[-1]) + grace + bound
 
 
 def options(group: click.Group) -> Iterator[click.Parameter]:
