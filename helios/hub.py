@@ -13,14 +13,14 @@ from helios.errors import (
     UnavailableError,
     UnknownModelError,
 )
-from helios.model_config import CONFIG_FILE, ModelConfig
+from helios.model_config import CONFIG_FILE, GENERATION_FILE, ModelConfig
 from helios.staging import check_free, staged
 from helios.weight_map import INDEX_SUFFIX, SINGLE_FILES, WeightMap, read_safetensors_header
 
 # What is fetched beside the weights: small, and enough to refuse a model before its weights come.
 _FACTS = (
     CONFIG_FILE,
-    "generation_config.json",
+    GENERATION_FILE,
     FACTS_FILE,
     EXITS_FILE,
     *TOKENIZER_FILES,

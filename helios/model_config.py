@@ -1,13 +1,15 @@
-"""The architecture of an OPT checkpoint, as its config.json says it. Free of torch."""
+"""The architecture of an OPT checkpoint, as its config.json says it, and its ends of text. Free of torch."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
 from helios.errors import CheckpointError
 
 CONFIG_FILE = "config.json"
+# What to generate with, where a checkpoint says it: `eos_token_id` in it goes before that in config.json.
+GENERATION_FILE = "generation_config.json"
 # OPT's learned positions start here (transformers' OPTLearnedPositionalEmbedding).
 POSITION_OFFSET = 2
 
@@ -36,7 +38,7 @@ class ModelConfig:
     tied_head: bool  # tie_word_embeddings
     activation: Activation  # gelu is the exact one (erf)
     bos_token_id: int | None
-    eos_token_ids: tuple[int, ...]
+    eos_token_ids: tuple[int, ...]  # each ends a text
     pad_token_id: int | None
     dtype: Dtype  # of the stored weights
 
@@ -75,12 +77,18 @@ class ModelConfig:
 
     @classmethod
     def read(cls, path: Path) -> Self:
-        """The config of a checkpoint directory.
+        """The config of a checkpoint directory, its ends of text as transformers takes them.
 
+        generation_config.json goes before config.json. Where it names none, config.json's count.
         Raises CheckpointError naming the file, and the field where one is wrong.
         """
-        file = path / CONFIG_FILE
-        return cls.from_fields(read_json_object(file), file)
+        file, generation = path / CONFIG_FILE, path / GENERATION_FILE
+        config = cls.from_fields(read_json_object(file), file)
+        if not generation.exists():
+            return config
+        read = _Fields(read_json_object(generation), generation)
+        ends = read.tokens("eos_token_id", None, config.vocab_size)
+        return replace(config, eos_token_ids=ends or config.eos_token_ids)
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any], file: Path) -> Self:
@@ -100,7 +108,6 @@ class ModelConfig:
         projected = fields.get("word_embed_proj_dim") is not None
         norm_before = read.switch("do_layer_norm_before", True)
         vocab = read.size("vocab_size")
-        eos = fields.get("eos_token_id", 2)
         return cls(
             vocab_size=vocab,
             hidden_size=hidden,
@@ -119,11 +126,7 @@ class ModelConfig:
                 read.choice("activation_function", _ACTIVATIONS, fields.get("activation_function", "relu")),
             ),
             bos_token_id=read.token("bos_token_id", fields.get("bos_token_id", 2), vocab),
-            eos_token_ids=tuple(
-                token
-                for item in (eos if isinstance(eos, list) else [eos])
-                if (token := read.token("eos_token_id", item, vocab)) is not None
-            ),
+            eos_token_ids=read.tokens("eos_token_id", 2, vocab),
             pad_token_id=read.token("pad_token_id", fields.get("pad_token_id", 1), vocab),
             # transformers 5 writes `dtype`, older ones `torch_dtype`.
             dtype=cast(
@@ -172,6 +175,13 @@ class _Fields:
         if value not in choices:
             raise self.error(name, f"is {value!r}; supported: {', '.join(choices)}")
         return str(value)
+
+    def tokens(self, name: str, default: int | None, vocab_size: int) -> tuple[int, ...]:
+        """One id, or a list of them; null is none."""
+        value = self.values.get(name, default)
+        items = value if isinstance(value, list) else [value]
+        found = (self.token(name, item, vocab_size) for item in items)
+        return tuple(token for token in found if token is not None)
 
     def token(self, name: str, value: object, vocab_size: int) -> int | None:
         if value is None:

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 from helios.errors import InvalidRequestError
 from helios.v1 import generation_pb2
@@ -9,6 +10,7 @@ from helios.v1 import generation_pb2
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARACTERS = 256
 _SEED_LIMIT = 1 << 64
+_TOP_K_LIMIT = 1 << 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,9 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         """Raises InvalidRequestError naming the field that is out of range."""
+        for name in ("max_tokens", "top_k", "seed"):
+            if not isinstance(getattr(self, name), Integral):
+                raise InvalidRequestError(f"sampling.{name} must be a whole number")
         if self.max_tokens < 1:
             raise InvalidRequestError("sampling.max_tokens must be at least 1")
         if not math.isfinite(self.temperature) or self.temperature < 0:
@@ -34,8 +39,10 @@ class SamplingParams:
             )
         if not 0 < self.top_p <= 1:
             raise InvalidRequestError(f"sampling.top_p must be in (0, 1], not {self.top_p}")
-        if self.top_k < 0:
-            raise InvalidRequestError(f"sampling.top_k must be at least 0, not {self.top_k}")
+        if not 0 <= self.top_k < _TOP_K_LIMIT:
+            raise InvalidRequestError(
+                f"sampling.top_k must be at least 0 and fit 32 unsigned bits, not {self.top_k}"
+            )
         if not math.isfinite(self.repetition_penalty) or self.repetition_penalty <= 0:
             raise InvalidRequestError(
                 f"sampling.repetition_penalty must be a finite number above 0, not {self.repetition_penalty}"

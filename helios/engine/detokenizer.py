@@ -1,11 +1,21 @@
-"""Text from token ids, as they come: never half a character, never part of a stop string."""
+"""Text from token ids, as they come: never half a character, never part of a stop string.
 
+All deltas together are the text of all ids decoded at once, whatever the ids. So text that a later token may
+change is held back: half a character, and bytes of a byte-fallback vocabulary (`<0x41>`). A run of those is
+decoded as one: one broken byte makes replacement characters of the whole run.
+"""
+
+import re
 from collections.abc import Mapping, Sequence
 
 from tokenizers import Tokenizer, decoders
-from tokenizers.decoders import DecodeStream
 
-_HALF_CHARACTER = "\ufffd"
+# What stands for half a character, and for each byte that is part of none.
+_REPLACEMENT = "\ufffd"
+# As `decoders.ByteFallback` knows them.
+_FALLBACK_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
+# Half a character has at most three bytes, and so lies in as many byte-level tokens.
+_HALF_TOKENS = 3
 
 
 def token_texts(tokenizer: Tokenizer) -> dict[int, str]:
@@ -19,7 +29,7 @@ def token_texts(tokenizer: Tokenizer) -> dict[int, str]:
     ids = sorted(tokenizer.get_vocab().values())
     texts = tokenizer.decode_batch([[token_id] for token_id in ids], skip_special_tokens=True)
     found = zip(ids, texts, strict=True)
-    return {token_id: text for token_id, text in found if text and _HALF_CHARACTER not in text}
+    return {token_id: text for token_id, text in found if text and _REPLACEMENT not in text}
 
 
 class Detokenizer:
@@ -35,10 +45,11 @@ class Detokenizer:
         """texts: `token_texts` of this tokenizer, which spare most of the decoding."""
         self._tokenizer = tokenizer
         self._texts = texts or {}
-        # Of the tokens since the last one that `texts` had; of all where it has none.
-        self._stream: DecodeStream | None = None
+        # Tokens whose text is not final, behind the one before them where a text depends on its place.
+        self._window: list[int] = []
+        # Characters of the window's text that are final.
+        self._final = 0
         self._stop = stop
-        self._ids: list[int] = []
         self._decoded = ""
         self._emitted = 0
         self.stopped = False
@@ -50,20 +61,18 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """Takes the next id and returns the text it completes. Sets `stopped` at a stop string."""
-        self._ids.append(token_id)
-        new = self._texts.get(token_id) if self._stream is None else None
+        new = None if self._window else self._texts.get(token_id)
         if new is None:
             new = self._decode(token_id)
         return self._emit(new, last=False) if new else ""
 
     def push_all(self, ids: Sequence[int]) -> list[str]:
         """As `push`, one after the other, up to that which completes a stop string."""
-        if not self._stop and self._stream is None:
+        if not self._stop and not self._window:
             known = self._texts.get
             texts = [text for token_id in ids if (text := known(token_id)) is not None]
             if len(texts) == len(ids):
                 # Nothing is ever held back. Of all at once: once a token, all that `push` looks at is felt.
-                self._ids += ids
                 self._decoded += "".join(texts)
                 self._emitted = len(self._decoded)
                 return texts
@@ -75,23 +84,44 @@ class Detokenizer:
         return found
 
     def _decode(self, token_id: int) -> str:
-        """Text that an id completes, by the tokenizer itself."""
-        if self._stream is None:
-            self._stream = DecodeStream(skip_special_tokens=True)
-        new = self._stream.step(self._tokenizer, token_id)
-        if new is None:
-            return ""
+        """Text that an id makes final, by the tokenizer itself."""
+        window, decode = self._window, self._tokenizer.decode
+        alone = decode([token_id])
+        # Decoding skips special tokens and ids beyond the vocabulary: what is around them belongs together.
         if self._texts:
-            # All characters are whole: the next token may stand at the beginning as well.
-            self._stream = None
+            if not alone:
+                return ""
+        elif (token := self._tokenizer.id_to_token(token_id)) is None:
+            return ""
+        elif _FALLBACK_BYTE.fullmatch(token):
+            window.append(token_id)
+            return ""
+        elif not alone and decode([token_id], skip_special_tokens=False):
+            return ""
+        window.append(token_id)
+        text = decode(window) if len(window) > 1 else alone
+        # Of broken bytes only the last may still become a character.
+        end = len(text) - text.endswith(_REPLACEMENT)
+        new, self._final = text[self._final : end], end
+        if self._texts:
+            if end == len(text):
+                # All characters are whole: the next token may stand at the beginning as well.
+                self._window, self._final = [], 0
+            elif len(window) > _HALF_TOKENS:
+                self._window = window[-_HALF_TOKENS:]
+                self._final = len(decode(self._window)) - 1
+        elif alone and end == len(text):
+            # Behind a token with text of its own all others have theirs wherever they stand.
+            self._window, self._final = [token_id], len(alone)
         return new
 
     def flush(self) -> str:
         """The text still held back, when no more tokens will come."""
         if self.stopped:
             return ""
-        whole = self._tokenizer.decode(self._ids, skip_special_tokens=True)
-        return self._emit(whole[len(self._decoded) :], last=True)
+        text = self._tokenizer.decode(self._window)
+        new, self._final = text[self._final :], len(text)
+        return self._emit(new, last=True)
 
     def _emit(self, new: str, *, last: bool) -> str:
         start = self._emitted

@@ -5,6 +5,7 @@ import logging
 import math
 import threading
 import time
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -62,6 +63,9 @@ class Counters:
     finished_sequences: int = 0
     # Tokens whose confidence was below their exit's threshold (high-exit tokens, HT).
     high_exit_tokens: int = 0
+    # Tokens generated under the plan of the time, and the sum of their confidences' negative logarithms.
+    confidence_tokens: int = 0
+    confidence_nats: float = 0.0
     # Prompts of which a sample of tokens was read out, these tokens, and their nats under the plan.
     prompts_read: int = 0
     prompt_tokens_read: int = 0
@@ -144,9 +148,11 @@ class Engine:
     ) -> Sequence:
         """Queues a sequence. `sink` gets every Output, on the engine's thread, and must not block.
 
+        What fails for this sequence alone, its sink too, ends it with an error; all others go on.
         `emitted_ids` were generated before (elsewhere, perhaps): the sequence goes on after them.
         `deadline` is on the clock of time.monotonic.
-        Raises InvalidRequestError, OverloadedError, UnavailableError.
+        Raises InvalidRequestError, OverloadedError, UnavailableError, HeliosError if there is no text for
+        the emitted ids.
         """
         emitted = emitted_ids or []
         sampling = self._check(prompt_ids, emitted, sampling)
@@ -157,9 +163,12 @@ class Engine:
             sampling=sampling,
             detokenizer=Detokenizer(self.plan.tokenizer, sampling.stop, self._token_texts),
             sink=sink,
-            deadline=deadline,
+            deadline=None if deadline is None else float(deadline),
         )
-        ended = self._replay(sequence, emitted)
+        try:
+            _, ended = self._take(self.plan, sequence, emitted, 0)
+        except Exception as error:
+            raise _failure(sequence, error) from None
         with self._lock:
             if self._stopping:
                 raise UnavailableError("the engine is stopping; send the request to another worker")
@@ -374,45 +383,52 @@ class Engine:
     def _deliver(self, plan: Plan, readers: list[Sequence], sampled: Sampled, exits: list[int]) -> None:
         now, names, count = time.time_ns(), itertools.repeat(plan.entry.name), len(readers)
         threshold_of, outputs = plan.thresholds.get, list[Output]()
-        high_exits = 0
+        generated, high_exits, doubts = 0, 0, 0.0
         for index, seq in enumerate(readers):
             # Of a burst, all readers' tokens of a step, then those of the next.
             ids, layers, first = sampled.token_ids[index::count], exits[index::count], seq.completion_tokens
             logprobs, confidences = (part[index::count] for part in (sampled.logprobs, sampled.confidences))
-            # NaN if any of them is.
-            if not math.isfinite(sum(confidences, sum(logprobs))):
-                outputs.append(Output(error=plan.not_finite(layers, confidences), more=index + 1 < count))
+            try:
+                # NaN if any of them is.
+                if not math.isfinite(sum(confidences, sum(logprobs))):
+                    raise plan.not_finite(layers, confidences)
+                texts, reason = self._take(plan, seq, ids, first)
+            except Exception as error:
+                outputs.append(Output(error=_failure(seq, error), more=index + 1 < count))
                 continue
-            texts, reason = self._take(plan, seq, ids, first)
             made = len(texts)
             seq.token_ids += ids[:made]
-            finish = None
-            if reason is not None:
-                texts[-1] += seq.detokenizer.flush()
-                finish = seq.finish(reason)
+            finish = None if reason is None else seq.finish(reason)
             numbers = range(first, first + made)
             # As many as there are texts.
             tokens = tuple(map(GeneratedToken, numbers, ids, texts, logprobs, confidences, layers, names))
             found = zip(confidences[:made], layers, strict=False)
+            doubts += sum(map(math.log, confidences[:made]))
             high_exits += sum(confidence < threshold_of(layer, 0.0) for confidence, layer in found)
             if not seq.times.first_token:
                 seq.times.first_token = now
             if made > 1:
                 # Each step of a burst wrote the keys and values of the token before.
                 self._scheduler.advance(seq, made - 1)
-            self._counters.generated_tokens += made
+            generated += made
             outputs.append(Output(tokens, finish, more=index + 1 < count))
+        self._counters.generated_tokens += generated
         # Unsure tokens count against the plan that telemetry tells of.
         if plan is self.plan:
             self._counters.high_exit_tokens += high_exits
+            self._counters.confidence_tokens += generated
+            self._counters.confidence_nats -= doubts
         if self._moving is not None:
             self._moving.note_tokens(readers, moved=plan is self.plan)
         # In one go, and only when the last is ready: detokenizing lets go of the interpreter's lock.
         for seq, output in zip(readers, outputs, strict=True):
-            if output.finish is None and output.error is None:
-                seq.sink(output)
-            else:
+            if output.finish is not None or output.error is not None:
                 self._end(seq, output)
+                continue
+            try:
+                seq.sink(output)
+            except Exception as error:
+                self._end(seq, Output(error=_failure(seq, error)))
 
     def _end(self, seq: Sequence, output: Output) -> None:
         self._scheduler.finish(seq)
@@ -420,7 +436,16 @@ class Engine:
         with self._lock:
             del self._sequences[seq.request_id]
         self._counters.finished_sequences += 1
-        seq.sink(output)
+        self._tell(seq, output)
+
+    def _tell(self, seq: Sequence, output: Output) -> None:
+        """Gives a sequence's last output to its sink; if that fails, an error instead."""
+        try:
+            seq.sink(output)
+        except Exception as error:
+            failure = _failure(seq, error)
+            if output.error is None:
+                self._tell(seq, Output(error=failure))
 
     def _fail_all(self, error: HeliosError) -> None:
         with self._lock:
@@ -437,7 +462,10 @@ class Engine:
     def _take(
         self, plan: Plan, seq: Sequence, ids: list[int], before: int
     ) -> tuple[list[str], FinishReason | None]:
-        """The texts of a sequence's next tokens, `before` having come, up to that which ends it, and why."""
+        """The texts of a sequence's next tokens, `before` having come, up to that which ends it, and why.
+
+        The last one's has what was held back. An end of text has no text, whatever the tokenizer has for it.
+        """
         reason, left = None, seq.sampling.max_tokens - before
         if len(ids) >= left:
             ids, reason = ids[:left], FinishReason.LENGTH
@@ -445,8 +473,15 @@ class Engine:
             for eos in plan.model.config.eos_token_ids:
                 if eos in ids:
                     ids, reason = ids[: ids.index(eos) + 1], FinishReason.EOS
-        texts = seq.detokenizer.push_all(ids)
-        return texts, FinishReason.STOP if seq.detokenizer.stopped else reason
+        detokenizer = seq.detokenizer
+        texts = detokenizer.push_all(ids if reason is not FinishReason.EOS else ids[:-1])
+        if detokenizer.stopped:
+            return texts, FinishReason.STOP
+        if reason is FinishReason.EOS:
+            texts.append("")
+        if reason is not None:
+            texts[-1] += detokenizer.flush()
+        return texts, reason
 
     # -- the plan ---------------------------------------------------------------------------------
 
@@ -676,6 +711,10 @@ class Engine:
         config = self.plan.model.config
         if not prompt_ids:
             raise InvalidRequestError("the prompt is empty; send at least one token")
+        try:
+            array("q", (*prompt_ids, *emitted))
+        except (TypeError, OverflowError) as error:
+            raise InvalidRequestError(f"token ids must be whole numbers: {error}") from None
         for token_id in (*prompt_ids, *emitted):
             if not 0 <= token_id < config.vocab_size:
                 raise InvalidRequestError(
@@ -692,12 +731,15 @@ class Engine:
             raise InvalidRequestError(f"{len(emitted)} tokens are emitted, more than max_tokens {max_tokens}")
         return sampling.capped(max_tokens)
 
-    def _replay(self, sequence: Sequence, emitted: list[int]) -> FinishReason | None:
-        """Brings the text up to the emitted ids; the reason if the sequence had already ended."""
-        _, reason = self._take(self.plan, sequence, emitted, 0)
-        if reason is not None:
-            sequence.detokenizer.flush()
-        return reason
+
+def _failure(seq: Sequence, error: Exception) -> HeliosError:
+    """What a sequence ends with that has failed by itself; the log gets the cause."""
+    log.error("sequence %s failed", seq.request_id, exc_info=error)
+    if isinstance(error, HeliosError):
+        return error
+    return HeliosError(
+        f"the sequence failed: {type(error).__name__}: {error}; the worker's log has the cause"
+    )
 
 
 def _no_room(num_blocks: int, error: BaseException) -> OutOfMemoryError:

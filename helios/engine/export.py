@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from helios.catalog import FACTS_FILE, TOKENIZER_FILES, read_model
 from helios.engine.checkpoint import ExitHead, LinearWeights, ModelWeights, Norm, load_weights
 from helios.errors import CheckpointError
-from helios.model_config import CONFIG_FILE, read_json_object
+from helios.model_config import CONFIG_FILE, GENERATION_FILE, read_json_object
 from helios.staging import staged
 from helios.weight_map import SINGLE_FILES
 
@@ -56,7 +56,7 @@ def export(
             "_remove_final_layer_norm": config.norm_before and not config.has_final_norm and head is None,
         }
         (staging / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n")
-        for name in (*TOKENIZER_FILES, "generation_config.json"):
+        for name in (*TOKENIZER_FILES, GENERATION_FILE):
             if (source / name).is_file():
                 shutil.copyfile(source / name, staging / name)
         weight_file = staging / SINGLE_FILES[0]

@@ -25,10 +25,15 @@ class EvaluateRequest(_message.Message):
     MODELS_FIELD_NUMBER: _builtins.int
     REQUESTS_FIELD_NUMBER: _builtins.int
     REMEASURE_FIELD_NUMBER: _builtins.int
+    FRESH_FIELD_NUMBER: _builtins.int
     requests: _builtins.int
     """Recent requests to run through each. Unset: the profiler's default (5)."""
     remeasure: _builtins.bool
     """Measure speeds anew, though they are known for this model, hardware, precision and thread count."""
+    fresh: _builtins.bool
+    """The traffic has changed: earlier evaluations are not pooled with this one, and it does not stand back behind
+    other work, since what is served may be out of its bounds meanwhile.
+    """
     @_builtins.property
     def models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of the models to evaluate. Empty: the shortlist."""
@@ -39,10 +44,11 @@ class EvaluateRequest(_message.Message):
         models: _abc.Iterable[_builtins.str] | None = ...,
         requests: _builtins.int | None = ...,
         remeasure: _builtins.bool = ...,
+        fresh: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_requests", b"_requests", "requests", b"requests"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_requests", b"_requests", "models", b"models", "remeasure", b"remeasure", "requests", b"requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_requests", b"_requests", "fresh", b"fresh", "models", b"models", "remeasure", b"remeasure", "requests", b"requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__requests: _TypeAlias = _typing.Literal["requests"]  # noqa: Y015
     _WhichOneofArgType__requests: _TypeAlias = _typing.Literal["_requests", b"_requests"]  # noqa: Y015

@@ -538,6 +538,8 @@ class Telemetry(_message.Message):
     PROMPTS_READ_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_READ_FIELD_NUMBER: _builtins.int
     PROMPT_NATS_FIELD_NUMBER: _builtins.int
+    CONFIDENCE_TOKENS_FIELD_NUMBER: _builtins.int
+    CONFIDENCE_NATS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     model: _builtins.str
     """Name of the model and layers loaded."""
@@ -570,6 +572,11 @@ class Telemetry(_message.Message):
     """
     prompt_tokens_read: _builtins.int
     prompt_nats: _builtins.float
+    confidence_tokens: _builtins.int
+    """Counters: tokens generated under the plan of the time (not those of sequences that still move to it), and the
+    sum of the negative natural logarithms of their confidences.
+    """
+    confidence_nats: _builtins.float
     def __init__(
         self,
         *,
@@ -593,10 +600,12 @@ class Telemetry(_message.Message):
         prompts_read: _builtins.int = ...,
         prompt_tokens_read: _builtins.int = ...,
         prompt_nats: _builtins.float = ...,
+        confidence_tokens: _builtins.int = ...,
+        confidence_nats: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_free", b"blocks_free", "blocks_total", b"blocks_total", "cached_tokens", b"cached_tokens", "depth", b"depth", "draining", b"draining", "finished_sequences", b"finished_sequences", "generated_tokens", b"generated_tokens", "high_exit_tokens", b"high_exit_tokens", "model", b"model", "preemptions", b"preemptions", "prefill_tokens", b"prefill_tokens", "prompt_nats", b"prompt_nats", "prompt_tokens_read", b"prompt_tokens_read", "prompts_read", b"prompts_read", "running", b"running", "step_age_seconds", b"step_age_seconds", "steps", b"steps", "time", b"time", "waiting", b"waiting", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_free", b"blocks_free", "blocks_total", b"blocks_total", "cached_tokens", b"cached_tokens", "confidence_nats", b"confidence_nats", "confidence_tokens", b"confidence_tokens", "depth", b"depth", "draining", b"draining", "finished_sequences", b"finished_sequences", "generated_tokens", b"generated_tokens", "high_exit_tokens", b"high_exit_tokens", "model", b"model", "preemptions", b"preemptions", "prefill_tokens", b"prefill_tokens", "prompt_nats", b"prompt_nats", "prompt_tokens_read", b"prompt_tokens_read", "prompts_read", b"prompts_read", "running", b"running", "step_age_seconds", b"step_age_seconds", "steps", b"steps", "time", b"time", "waiting", b"waiting", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

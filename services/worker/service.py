@@ -392,6 +392,8 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             prompts_read=load.counters.prompts_read,
             prompt_tokens_read=load.counters.prompt_tokens_read,
             prompt_nats=load.counters.prompt_nats,
+            confidence_tokens=load.counters.confidence_tokens,
+            confidence_nats=load.counters.confidence_nats,
         )
 
 

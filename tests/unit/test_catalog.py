@@ -222,11 +222,44 @@ def test_wrong_config_names_file_and_field(model: Path, field: str, value: objec
         ModelConfig.read(model)
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
 @pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b""])
-def test_unreadable_config_is_named(model: Path, content: bytes) -> None:
-    (model / "config.json").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"config\.json"):
+def test_unreadable_config_is_named(model: Path, content: bytes, name: str) -> None:
+    (model / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"/{name}"):
         ModelConfig.read(model)
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "ends"),
+    [
+        (2, None, (2,)),
+        ([2, 50], None, (2, 50)),
+        (None, None, ()),
+        (2, {"eos_token_id": [7, 50]}, (7, 50)),
+        ([2, 50], {"eos_token_id": 7}, (7,)),
+        (None, {"eos_token_id": 7}, (7,)),
+        # It names none: text must end all the same.
+        ([2, 50], {"eos_token_id": None}, (2, 50)),
+        ([2, 50], {"max_length": 20}, (2, 50)),
+    ],
+)
+def test_ends_of_text_are_those_of_the_generation_config_or_else_of_the_config(
+    model: Path, config: object, generation: object, ends: tuple[int, ...]
+) -> None:
+    rewrite(model / "config.json", eos_token_id=config)
+    if generation is not None:
+        (model / "generation_config.json").write_text(json.dumps(generation))
+    assert ModelConfig.read(model).eos_token_ids == ends
+    assert catalog.read_model(model).config.eos_token_ids == ends
+
+
+@pytest.mark.parametrize("ends", [264, -1, "</s>", True, [2, 264], [2, "</s>"], [[2]], {"id": 2}, 2.0])
+def test_wrong_ends_of_text_name_file_and_field(model: Path, ends: object) -> None:
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+    with pytest.raises(CheckpointError, match=r"/generation_config\.json: eos_token_id must be an id"):
+        ModelConfig.read(model)
+    assert "eos_token_id" in catalog.read_catalog(model.parent).broken[0].reason
 
 
 def test_config_as_older_hub_checkpoints_write_it(model: Path) -> None:

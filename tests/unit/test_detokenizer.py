@@ -1,15 +1,52 @@
 """Text comes whole: no half characters, nothing of a stop string, and the same after a resume."""
 
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
+import helios
 from helios.engine.detokenizer import Detokenizer, token_texts
 from tests.opt_variants import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()  # a token a byte, so every non-ASCII character is split
 TEXTS = token_texts(TOKENIZER)
+BUNDLED = Path(helios.__file__).parent.parent / "models" / "helios-prose" / "tokenizer.json"
+WORDS = ["<s>", "</s>", "▁", "▁▁", "a", "▁b", "▁c▁", "é", "\ufffd", ".", "##d", "e</w>"]
+
+
+def word_tokenizer(decoder: decoders.Decoder) -> Tokenizer:
+    """Words, two special tokens before them, and a token for each byte, as Llama's vocabulary has them."""
+    tokens = [*WORDS, *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    tokenizer.decoder = decoder
+    tokenizer.add_special_tokens(WORDS[:2])
+    return tokenizer
+
+
+LLAMA = word_tokenizer(
+    decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+)
+TOKENIZERS = {
+    "byte-level": TOKENIZER,
+    "bundled": Tokenizer.from_file(str(BUNDLED)),
+    "byte fallback": LLAMA,
+    "byte fallback, unstripped": word_tokenizer(
+        decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    ),
+    "metaspace": word_tokenizer(decoders.Metaspace()),
+    "metaspace, never": word_tokenizer(decoders.Metaspace(prepend_scheme="never")),
+    "byte-level in a sequence": TOKENIZER.from_str(TOKENIZER.to_str()),
+    "word piece": word_tokenizer(decoders.WordPiece()),
+    "word ends": word_tokenizer(decoders.BPEDecoder()),
+    "as they are": word_tokenizer(decoders.Fuse()),
+}
+TOKENIZERS["byte-level in a sequence"].decoder = decoders.Sequence([decoders.ByteLevel()])
 
 
 def ids_of(text: str) -> list[int]:
@@ -25,25 +62,87 @@ def test_deltas_concatenate_to_the_text_and_never_split_a_character(text: str) -
     assert detokenizer.flush() == ""
 
 
-@given(st.lists(st.integers(0, 259), max_size=60))
-def test_any_ids_give_the_text_that_the_tokenizer_decodes(ids: list[int]) -> None:
-    detokenizer = Detokenizer(TOKENIZER, (), TEXTS)
-    text = "".join(detokenizer.push(token_id) for token_id in ids) + detokenizer.flush()
-    assert text == TOKENIZER.decode(ids, skip_special_tokens=True)
-    assert text == detokenizer.text
+def fallback_ids(text: str) -> list[int]:
+    """Ids of LLAMA for words of one letter, and bytes for all else."""
+    ids = []
+    for letter in text:
+        token_id = LLAMA.token_to_id(letter)
+        ids += [len(WORDS) + byte for byte in letter.encode()] if token_id is None else [token_id]
+    return ids
 
 
-@given(st.lists(st.sampled_from(["a", "▁b", "▁c", "<s>"]), min_size=1, max_size=12))
-def test_a_token_whose_text_depends_on_its_place_is_decoded_in_its_place(tokens: list[str]) -> None:
-    # Metaspace drops the space before a text's first word.
-    vocabulary = {"a": 0, "▁b": 1, "▁c": 2, "<s>": 3}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.decoder = decoders.Metaspace()
-    tokenizer.add_special_tokens(["<s>"])
-    ids = [vocabulary[token] for token in tokens]
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(st.data())
+def test_any_ids_give_the_text_that_the_tokenizer_decodes(name: str, data: st.DataObject) -> None:
+    tokenizer = TOKENIZERS[name]
+    size = tokenizer.get_vocab_size()
+    # Words and special tokens often; every byte, whole characters of several, and ids beyond the vocabulary.
+    character = st.sampled_from("é€😀").map(fallback_ids if size == LLAMA.get_vocab_size() else ids_of)
+    one = st.integers(0, len(WORDS) - 1) | st.integers(0, size + 3)
+    parts = data.draw(st.lists(one.map(lambda token_id: [token_id]) | character, max_size=30))
+    ids = [token_id for part in parts for token_id in part]
+    cut = data.draw(st.integers(0, len(ids)))
     detokenizer = Detokenizer(tokenizer, (), token_texts(tokenizer))
-    text = "".join(detokenizer.push(token_id) for token_id in ids) + detokenizer.flush()
-    assert text == tokenizer.decode(ids, skip_special_tokens=True)
+    replayed = detokenizer.push_all(ids[:cut])
+    assert "".join(replayed) == detokenizer.text
+    deltas = [*replayed, *(detokenizer.push(token_id) for token_id in ids[cut:]), detokenizer.flush()]
+    whole = tokenizer.decode(ids, skip_special_tokens=True)
+    assert "".join(deltas) == detokenizer.text == whole
+    one_by_one = Detokenizer(tokenizer, ())
+    assert [*(one_by_one.push(token_id) for token_id in ids), one_by_one.flush()] == deltas
+
+
+@given(st.text(alphabet="a.é€😀\n", max_size=30))
+def test_bytes_of_a_fallback_never_leave_as_half_a_character(text: str) -> None:
+    detokenizer = Detokenizer(LLAMA, ())
+    deltas = [detokenizer.push(token_id) for token_id in fallback_ids(text)]
+    assert not any("\ufffd" in delta for delta in deltas)
+    assert "".join(deltas) + detokenizer.flush() == text
+
+
+def byte_ids(tokenizer: Tokenizer, values: list[int]) -> list[int]:
+    """Ids of bytes, whatever they are."""
+    if tokenizer is LLAMA:
+        return [len(WORDS) + value for value in values]
+    # Each byte has a printable letter of its own (Radford et al. 2019): itself, or else one from U+0100 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [value for value in range(256) if value not in printable]
+    letters = [chr(value) if value in printable else chr(256 + others.index(value)) for value in values]
+    return [token_id for letter in letters if (token_id := tokenizer.token_to_id(letter)) is not None]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "values", "deltas"),
+    [
+        (LLAMA, [0x41, 0xFF], ["", "", "\ufffd\ufffda"]),
+        # A newline and half an emoji: a run of bytes of which any is broken has no character.
+        (LLAMA, [0x0A, 0xF0, 0x9F], ["", "", "", "\ufffd" * 3 + "a"]),
+        (TOKENIZER, [0x0A, 0xF0, 0x9F], ["\n", "", "", "\ufffda"]),
+        # Broken bytes leave as soon as no character can come of them.
+        (TOKENIZER, [0xFF] * 6, ["", *["\ufffd"] * 5, "\ufffda"]),
+        (TOKENIZER, [0x80] * 6 + [0xE2, 0x82, 0xAC], ["", *["\ufffd"] * 6, "", "€", "a"]),
+    ],
+)
+def test_broken_bytes_become_replacement_characters(
+    tokenizer: Tokenizer, values: list[int], deltas: list[str]
+) -> None:
+    ids = [*byte_ids(tokenizer, values), WORDS.index("a") if tokenizer is LLAMA else ids_of("a")[0]]
+    for texts in (None, token_texts(tokenizer)):
+        detokenizer = Detokenizer(tokenizer, (), texts)
+        assert [detokenizer.push(token_id) for token_id in ids] == deltas
+        assert detokenizer.flush() == ""
+
+
+@given(
+    st.lists(st.integers(0, LLAMA.get_vocab_size()), max_size=40),
+    st.text("ab \ufffd", min_size=1, max_size=2),
+)
+def test_a_stop_string_ends_a_text_of_byte_tokens(ids: list[int], stop: str) -> None:
+    detokenizer = Detokenizer(LLAMA, (stop,))
+    text = "".join(detokenizer.push_all(ids)) + detokenizer.flush()
+    whole = LLAMA.decode(ids)
+    assert text == detokenizer.text == whole.split(stop)[0]
+    assert detokenizer.stopped == (stop in whole)
 
 
 def test_texts_are_those_of_tokens_that_are_whole_characters() -> None:

@@ -1,12 +1,17 @@
 """What an engine promises to whoever submits to it."""
 
+import copy
+import json
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models
 
 from helios.engine import Engine, EngineSettings, ExitMode, Finish, FinishReason, Output, SamplingParams
 from helios.engine.plan import Plan
@@ -23,7 +28,7 @@ from helios.errors import (
     UnavailableError,
     UnknownDepthError,
 )
-from tests.opt_variants import save_variant
+from tests.opt_variants import SPECIAL_TOKENS, save_variant
 
 EXITS = (1, 2, 4, 6)
 MEMORY = 64 << 20
@@ -252,6 +257,33 @@ def test_generation_ends_at_end_of_text_unless_told_otherwise(engine: Engine) ->
     assert ended.ids == whole.ids[: whole.ids.index(2) + 1]
 
 
+@pytest.mark.parametrize("where", ["config.json", "generation_config.json"])
+def test_every_end_of_text_ends_a_text_and_is_no_part_of_it(tmp_path: Path, where: str) -> None:
+    def load(**ends: object) -> Engine:
+        save_variant(tmp_path, "pre-norm", 21, eos_token_id=ends.get("config.json", 2))
+        file = tmp_path / "generation_config.json"
+        file.write_text(json.dumps({"eos_token_id": ends.get("generation_config.json")}))
+        return Engine.load(tmp_path, settings=EngineSettings(memory_bytes=MEMORY))
+
+    endless = SamplingParams(max_tokens=60, ignore_eos=True, temperature=1.0, seed=4)
+    sampling = replace(endless, ignore_eos=False)
+    whole = finished(load(), [2, 8], endless)
+    # Letters, which the tokenizer knows as no special tokens; the second of the ends comes first.
+    letters = [i for i, token in enumerate(whole.tokens) if i > 10 and token.text.isascii() and token.text]
+    at = next(i for i in letters if whole.ids.index(whole.ids[i]) == i)
+    other = next(token_id for token_id in range(40, 90) if token_id not in whole.ids[:at])
+    engine = load(**{where: [other, whole.ids[at]]})
+    ended = finished(engine, [2, 8], sampling)
+    assert ended.finish is not None
+    assert ended.finish.reason is FinishReason.EOS
+    assert ended.ids == whole.ids[: at + 1]
+    assert ended.text == ended.finish.text == engine.plan.tokenizer.decode(whole.ids[:at])
+    # To whoever ignores them they are tokens as any other.
+    assert finished(engine, [2, 8], endless).text == whole.text
+    for cut in (at, at + 1):
+        assert finished(engine, [2, 8], sampling, emitted=ended.ids[:cut]).finish == ended.finish
+
+
 def test_generation_ends_before_a_stop_string(engine: Engine) -> None:
     whole = finished(engine, [2, 8], SamplingParams(max_tokens=60, ignore_eos=True, temperature=1.0, seed=4))
     stop = whole.text[20:22]
@@ -320,6 +352,7 @@ def test_a_full_queue_refuses_with_a_retry_hint(model: Path) -> None:
     [
         ([], [], "prompt is empty"),
         ([2, 264], [], "264 is outside the vocabulary of 264"),
+        ([2, 3.0], [], "must be whole numbers"),
         ([2] * 256, [], "256 positions"),
         ([2], [3] * 9, "9 tokens are emitted"),
         ([2], [999], "999 is outside"),
@@ -334,6 +367,12 @@ def test_bad_requests_are_refused_with_the_reason(
         engine.submit("bad", prompt, SamplingParams(max_tokens=8), Stream(), emitted_ids=emitted)
     drive(engine)
     assert neighbour.finish is not None
+
+
+@pytest.mark.parametrize("wrong", [{"top_k": 1 << 32}, {"top_k": 2.5}, {"max_tokens": 7.5}, {"seed": 0.5}])
+def test_sampling_that_no_step_can_do_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError, match=f"sampling.{next(iter(wrong))} must be"):
+        SamplingParams(**wrong)
 
 
 def test_a_request_id_is_in_use_only_once(engine: Engine) -> None:
@@ -463,6 +502,134 @@ def test_the_loop_in_a_thread_serves_and_stops(model: Path) -> None:
     assert not engine.running
     with pytest.raises(UnavailableError):
         engine.submit("late", [2], SamplingParams(), Stream())
+
+
+def save_byte_fallback_tokenizer(path: Path) -> None:
+    """Puts one of Llama's kind in place of a variant's: special tokens, bytes and words."""
+    words = ["▁", "▁a", "▁b", "c"]
+    tokens = [*SPECIAL_TOKENS, *(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.save(str(path / "tokenizer.json"))
+
+
+def test_broken_bytes_of_a_byte_fallback_tokenizer_end_nothing(tmp_path: Path) -> None:
+    save_variant(tmp_path, "pre-norm", 21)
+    save_byte_fallback_tokenizer(tmp_path)
+    engine = Engine.load(tmp_path, settings=EngineSettings(memory_bytes=MEMORY))
+    samplings = [
+        SamplingParams(max_tokens=60, ignore_eos=True, temperature=100.0, seed=seed) for seed in range(8)
+    ]
+    streams = [Stream() for _ in samplings]
+    for number, stream in enumerate(streams):
+        engine.submit(str(number), [2, 8], samplings[number], stream)
+    drive(engine)
+    for sampling, stream in zip(samplings, streams, strict=True):
+        assert stream.finish is not None
+        assert stream.text == stream.finish.text == engine.plan.tokenizer.decode(stream.ids)
+        assert "\ufffd" in stream.text
+        resumed = finished(engine, [2, 8], sampling, emitted=stream.ids[:30])
+        assert resumed.finish == stream.finish
+        assert resumed.text == "".join(token.text for token in stream.tokens[30:])
+
+
+class Failing(Stream):
+    """Raises when it is given its `number`th output, and from then on if `always`."""
+
+    def __init__(self, number: int, *, always: bool) -> None:
+        super().__init__()
+        self._left, self._always = number, always
+
+    def __call__(self, output: Output) -> None:
+        self._left -= 1
+        if self._left == 0 or (self._left < 0 and self._always):
+            raise RuntimeError("nobody is there")
+        super().__call__(output)
+
+
+def fail_text(engine: Engine, sequence: Sequence) -> None:
+    def explode(ids: object) -> list[str]:
+        raise RuntimeError("no text")
+
+    sequence.detokenizer.push_all = explode  # type: ignore[method-assign]
+
+
+def pass_deadline(engine: Engine, sequence: Sequence) -> None:
+    sequence.deadline = 0.0
+
+
+def cancel(engine: Engine, sequence: Sequence) -> None:
+    engine.cancel(sequence.request_id)
+
+
+@pytest.mark.parametrize("burst_seconds", [0.0, 0.05])
+@pytest.mark.parametrize(
+    ("sink", "happens", "error"),
+    [
+        (Stream(), fail_text, "RuntimeError: no text"),
+        (Failing(3, always=False), None, "RuntimeError: nobody is there"),
+        (Failing(3, always=True), None, None),
+        (Failing(3, always=True), fail_text, None),
+        (Failing(3, always=True), pass_deadline, None),
+        (Failing(3, always=True), cancel, None),
+    ],
+)
+def test_what_fails_for_one_sequence_ends_it_alone(
+    model: Path,
+    sink: Stream,
+    happens: Callable[[Engine, Sequence], None] | None,
+    error: str | None,
+    burst_seconds: float,
+) -> None:
+    settings = EngineSettings(memory_bytes=MEMORY, block_tokens=4, burst_seconds=burst_seconds)
+    engine = Engine.load(model, 4, settings)
+    sampling = SamplingParams(max_tokens=40, ignore_eos=True)
+    alone = finished(engine, [2, 40], sampling)
+    before = engine.telemetry().counters.finished_sequences
+    sink = copy.deepcopy(sink)
+    streams = [Stream(), sink, Stream()]
+    sequences = [engine.submit(str(i), [2, 40], sampling, stream) for i, stream in enumerate(streams)]
+    for _ in range(2):
+        engine.step()
+    if happens is not None:
+        happens(engine, sequences[1])
+    drive(engine)
+    for stream in streams[::2]:
+        assert stream.finish == alone.finish
+        assert stream.ids == alone.ids
+    assert sink.finish is None
+    assert error is None or (sink.error is not None and error in sink.error.message)
+    telemetry = engine.telemetry()
+    assert telemetry.blocks_free == telemetry.blocks_total
+    assert telemetry.counters.finished_sequences == before + 3
+    assert finished(engine, [2, 40], sampling).finish == alone.finish
+    engine.submit("1", [2], SamplingParams(max_tokens=1), Stream())  # the name is free again
+
+
+def test_a_sink_that_cannot_take_the_finish_is_told_so(engine: Engine) -> None:
+    sampling, neighbour = SamplingParams(max_tokens=1), Stream()
+    sink = Failing(1, always=False)
+    engine.submit("failing", [2, 3], sampling, sink)
+    engine.submit("neighbour", [2, 3], sampling, neighbour)
+    drive(engine)
+    assert sink.error is not None
+    assert "nobody is there" in sink.error.message
+    assert neighbour.finish is not None
+    assert engine.telemetry().counters.generated_tokens == 2
+
+
+def test_emitted_ids_without_a_text_are_refused(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def explode(self: object, ids: object) -> list[str]:
+        raise RuntimeError("no text")
+
+    monkeypatch.setattr("helios.engine.detokenizer.Detokenizer.push_all", explode)
+    with pytest.raises(HeliosError, match="the sequence failed: RuntimeError: no text"):
+        engine.submit("resumed", [2], GREEDY, Stream(), emitted_ids=[3])
+    assert not engine.step()
 
 
 def test_a_failing_step_fails_its_streams_and_ends_the_loop(

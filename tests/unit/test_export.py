@@ -81,6 +81,17 @@ def test_the_export_is_a_model_of_the_catalog_with_its_tokenizer(tmp_path: Path)
     assert len({file.stat().st_mode for file in target.iterdir()}) == 1
 
 
+def test_the_export_ends_its_texts_as_the_model_does(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    save_variant(source, "pre-norm", 3, exits=EXITS, eos_token_id=[2, 9])
+    for ends in ([2, 9], [7, 50]):
+        if ends != [2, 9]:
+            (source / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
+        target = export(source, tmp_path / "target", 4, force=True)
+        assert catalog.read_model(target).config.eos_token_ids == tuple(ends)
+        assert OPTForCausalLM.from_pretrained(target).generation_config.eos_token_id == ends
+
+
 @pytest.mark.parametrize("variant", ["post-norm", "no-affine"])
 def test_a_norm_that_opt_has_no_place_for_is_refused(tmp_path: Path, variant: str) -> None:
     source = tmp_path / "source"
