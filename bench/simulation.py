@@ -231,9 +231,9 @@ class _Simulation:
             len(read),
             float(nats[read].sum(dtype=np.float64)) if read else 0.0,
         )
-        self.agenda.observe(served, self.history)
         done.plans.append(plan)
         done.seconds += record.tokens * self.scene.token_seconds(plan)
+        self.agenda.observe(served, self.history, done.seconds)
         done.nats += float(nats.sum(dtype=np.float64))
         done.tokens += record.tokens
         done.text_bytes += record.text_bytes

@@ -52,20 +52,24 @@ async def write(redis: Redis, prompts: Sequence[RecentPrompt], kept: int, lifeti
 
 
 async def recent(
-    redis: Redis, tokenizer_ids: Collection[str], count: int
+    redis: Redis, tokenizer_ids: Collection[str], count: int, newest_seconds: float | None = None
 ) -> tuple[list[RecentPrompt], dict[str, str]]:
     """The newest prompts of these tokenizers, newest first; fewer than `count` when there are no more.
 
-    Also what was ignored on the way, by key and position, with the reason.
+    newest_seconds: age of the oldest that counts; None: any. Also what was ignored on the way, by key and position, with the reason.
 
     Raises redis.RedisError when Redis cannot be reached.
     """
     found: list[RecentPrompt] = []
     ignored: dict[str, str] = {}
-    before = "+"
+    before, oldest = "+", "-"
+    if newest_seconds is not None:
+        # Redis's clock, which also numbers the entries.
+        seconds, microseconds = await redis.time()
+        oldest = str(max(0, int(seconds) * 1000 + int(microseconds) // 1000 - int(newest_seconds * 1000)))
     while len(found) < count:
         # Without decode_responses, which is how Helios connects, everything is bytes.
-        entries = cast("_Entries", await redis.xrevrange(PROMPTS, max=before, count=_PAGE))
+        entries = cast("_Entries", await redis.xrevrange(PROMPTS, max=before, min=oldest, count=_PAGE))
         for position, fields in entries:
             try:
                 prompt = _parsed(fields)

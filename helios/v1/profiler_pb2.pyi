@@ -26,6 +26,7 @@ class EvaluateRequest(_message.Message):
     REQUESTS_FIELD_NUMBER: _builtins.int
     REMEASURE_FIELD_NUMBER: _builtins.int
     FRESH_FIELD_NUMBER: _builtins.int
+    NEWEST_SECONDS_FIELD_NUMBER: _builtins.int
     requests: _builtins.int
     """Recent requests to run through each. Unset: the profiler's default (5)."""
     remeasure: _builtins.bool
@@ -34,6 +35,8 @@ class EvaluateRequest(_message.Message):
     """The traffic has changed: earlier evaluations are not pooled with this one, and it does not stand back behind
     other work, since what is served may be out of its bounds meanwhile.
     """
+    newest_seconds: _builtins.float
+    """Evaluate only on requests of the last so many seconds. Unset: of any age."""
     @_builtins.property
     def models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of the models to evaluate. Empty: the shortlist."""
@@ -45,13 +48,19 @@ class EvaluateRequest(_message.Message):
         requests: _builtins.int | None = ...,
         remeasure: _builtins.bool = ...,
         fresh: _builtins.bool = ...,
+        newest_seconds: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_requests", b"_requests", "requests", b"requests"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_newest_seconds", b"_newest_seconds", "_requests", b"_requests", "newest_seconds", b"newest_seconds", "requests", b"requests"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_requests", b"_requests", "fresh", b"fresh", "models", b"models", "remeasure", b"remeasure", "requests", b"requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_newest_seconds", b"_newest_seconds", "_requests", b"_requests", "fresh", b"fresh", "models", b"models", "newest_seconds", b"newest_seconds", "remeasure", b"remeasure", "requests", b"requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__newest_seconds: _TypeAlias = _typing.Literal["newest_seconds"]  # noqa: Y015
+    _WhichOneofArgType__newest_seconds: _TypeAlias = _typing.Literal["_newest_seconds", b"_newest_seconds"]  # noqa: Y015
     _WhichOneofReturnType__requests: _TypeAlias = _typing.Literal["requests"]  # noqa: Y015
     _WhichOneofArgType__requests: _TypeAlias = _typing.Literal["_requests", b"_requests"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__newest_seconds) -> _WhichOneofReturnType__newest_seconds | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__requests) -> _WhichOneofReturnType__requests | None: ...
 
 Global___EvaluateRequest: _TypeAlias = EvaluateRequest  # noqa: Y015

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from helios.history import ModelProfile
 from services.controller.allowance import Allowance
-from services.controller.cusum import Cusum, Tuning
+from services.controller.cusum import Cusum, Moment, Tuning
 from services.controller.decision import Decision
 from services.controller.policy import PolicySettings, is_breached
 from services.controller.situation import Bar, Plan, Reading, Trigger, WorkerView
@@ -94,6 +94,7 @@ class Served:
     plan: Plan
     requests: int = 0
     tokens: int = 0
+    """Generated tokens whose confidences are known."""
     confidence_nats: float = 0.0
     """Sum of the negative logarithms of the generated tokens' confidences."""
     prompts_read: int = 0
@@ -122,9 +123,9 @@ class Evaluate:
     requests: int | None = None
     """None: as many as the profiler takes."""
     fresh: bool = False
-    """Whether the traffic has changed, so that earlier evaluations do not count any more."""
-    urgent: bool = False
-    """Whether what is served is probably out of its bounds meanwhile."""
+    """Whether the traffic has changed: earlier evaluations do not count any more, and this one is urgent."""
+    newest_seconds: float | None = None
+    """Age of the oldest request that is evaluated; None: any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,16 +190,16 @@ class Agenda:
 
     # -- what happens -----------------------------------------------------------------------------
 
-    def observe(self, served: Served, history: Mapping[str, ModelProfile]) -> None:
-        """Takes in what was served."""
+    def observe(self, served: Served, history: Mapping[str, ModelProfile], now: float) -> None:
+        """Takes in what was served until now, seconds."""
         profile = history.get(served.plan.model)
         known = profile is not None and any(one.depth == served.plan.depth for one in profile.exits)
         if profile is None or not known:
             return
         if self._tests is None or self._tests.plan != served.plan:
             # A drift that changed nothing was none: then the profile's expectation is what is wrong.
-            self._tests = _Tests(served.plan, profile, trusted=self._false_alarm != served.plan)
-        self._tests.add(served, self.tuning)
+            self._tests = _Tests(served.plan, profile, now, trusted=self._false_alarm != served.plan)
+        self._tests.add(served, self.tuning, now)
 
     @property
     def reading(self) -> Reading | None:
@@ -272,21 +273,23 @@ class Agenda:
         if settings.detection is Detection.WINDOW or tests is None:
             return None
         if self._alarm is None and (found := tests.alarm(self.tuning.limit)) is not None:
-            side, requests = found
-            self._alarm = _Alarm(seen.now, seen.finished, side is _Side.WORSE, requests)
+            side, since = found
+            self._alarm = _Alarm(seen.now, seen.finished, side is _Side.WORSE, since)
         alarm = self._alarm
-        if alarm is None or seen.moving:
+        if alarm is None:
             return None
         waited = seen.now - alarm.since
-        if alarm.is_worse and not alarm.retreated and waited >= settings.drift_patience_seconds:
+        is_late = alarm.is_worse and waited >= settings.drift_patience_seconds
+        if is_late and not alarm.retreated and not seen.moving:
             return Decide(Trigger.RETREAT)
         if seen.evaluating or not seen.can_evaluate or seen.now < self._retry_at:
             return None
         # Older requests are of the traffic before; and a handful of the new ones has to be there.
-        recent = alarm.requests + seen.finished - alarm.finished
+        recent = alarm.began.requests + seen.finished - alarm.noticed_at
         if recent < settings.drift_requests:
             return None
-        return Evaluate(requests=min(recent, settings.follow_up_requests), fresh=True)
+        count = min(recent, settings.follow_up_requests)
+        return Evaluate(requests=count, fresh=True, newest_seconds=seen.now - alarm.began.seconds)
 
     def _answer_breach(self, seen: Outlook) -> Due:
         """The paper's rule, in window mode."""
@@ -384,18 +387,21 @@ class _Side(enum.Enum):
 @dataclass(frozen=True, slots=True)
 class _Alarm:
     since: float
-    finished: int
+    # Finished requests when it was noticed.
+    noticed_at: int
     is_worse: bool
-    requests: int
+    # Finished requests between the change and that, and when the change was.
+    began: Moment
     retreated: bool = False
 
 
 class _Tests:
     """Whether what is served under a plan is what its profile expects."""
 
-    def __init__(self, plan: Plan, profile: ModelProfile, *, trusted: bool) -> None:
+    def __init__(self, plan: Plan, profile: ModelProfile, now: float, *, trusted: bool) -> None:
         self.plan = plan
-        self._requests = 0
+        # When what was taken in last ended.
+        self._last = Moment(0, now)
         self._prompts_deviation = self._reading_mean = self._reading_weight = self._reading_squares = 0.0
         one = profile.at(plan.depth)
         index = profile.exits.index(one)
@@ -414,7 +420,7 @@ class _Tests:
         deviation *= math.sqrt(_CLUSTERING / _BLOCK_TOKENS)
         self._confidences = Cusum(mean, deviation, _CONFIDENCE_WEIGHT if trusted else 1.0)
 
-    def add(self, served: Served, tuning: Tuning) -> None:
+    def add(self, served: Served, tuning: Tuning, now: float) -> None:
         if served.prompts_read and served.prompt_tokens_read:
             if self._prompts is None:
                 # The nats of single tokens vary about as much as their mean is large.
@@ -423,11 +429,11 @@ class _Tests:
                 self._prompts = Cusum(self._prompts_mean, self._prompts_deviation, self._prompt_weight)
             mean = served.prompt_nats / served.prompt_tokens_read
             self._read(mean, served.prompts_read)
-            self._prompts.add(mean, served.prompts_read, tuning, self._requests)
+            self._prompts.add(mean, served.prompts_read, tuning, self._last)
         if served.tokens:
             mean, blocks = served.confidence_nats / served.tokens, served.tokens / _BLOCK_TOKENS
-            self._confidences.add(mean, blocks, tuning, self._requests)
-        self._requests += served.requests
+            self._confidences.add(mean, blocks, tuning, self._last)
+        self._last = Moment(self._last.requests + served.requests, now)
 
     def _read(self, mean: float, prompts: int) -> None:
         """Takes in the mean of some prompts; those of long ago count less and less."""
@@ -446,11 +452,12 @@ class _Tests:
             model=self.plan.model, depth=self.plan.depth, nats_per_token=self._reading_mean, error=error
         )
 
-    def alarm(self, limit: float) -> tuple[_Side, int] | None:
-        """Which way the traffic has changed, and the requests that have been finished since."""
+    def alarm(self, limit: float) -> tuple[_Side, Moment] | None:
+        """Which way the traffic has changed; the requests that were finished since, and when that began."""
         tests = [test for test in (self._confidences, self._prompts) if test is not None]
         for side in _Side:
             found = [test for test in tests if side.is_reached(test, limit)]
             if found:
-                return side, self._requests - min(test.began for test in found)
+                began = min(test.began for test in found)
+                return side, Moment(self._last.requests - began.requests, began.seconds)
         return None

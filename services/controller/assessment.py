@@ -8,6 +8,7 @@ import grpc
 
 from helios import channel
 from helios.v1 import profiler_pb2, profiler_pb2_grpc
+from services.controller.agenda import Evaluate
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +21,13 @@ class Assessment:
 
 
 async def evaluate(
-    address: str, models: Sequence[str], *, connect_seconds: float, timeout_seconds: float
+    address: str, models: Sequence[str], due: Evaluate, *, connect_seconds: float, timeout_seconds: float
 ) -> Assessment:
-    """Has the profiler at `address` evaluate the models; the results go to Redis."""
+    """Has the profiler at `address` evaluate the models as it is due; the results go to Redis."""
     cpu_seconds = 0.0
-    request = profiler_pb2.EvaluateRequest(models=models)
+    request = profiler_pb2.EvaluateRequest(
+        models=models, requests=due.requests, fresh=due.fresh, newest_seconds=due.newest_seconds
+    )
     try:
         async with channel.to_service_async(address) as opened:
             async with asyncio.timeout(connect_seconds):

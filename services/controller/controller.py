@@ -1,9 +1,10 @@
 """The loop around the policy: watch, decide, record, roll out (arXiv 2504.10724)."""
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Mapping
+from collections import Counter
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
@@ -20,6 +21,7 @@ from helios.redis_outage import RedisOutage, reason
 from helios.shortlist import shortlist
 from helios.slo import Slo
 from services.controller import record, state
+from services.controller.agenda import Agenda, Decide, Evaluate, Outlook
 from services.controller.allowance import Allowance
 from services.controller.assessment import Assessment, evaluate
 from services.controller.decision import WorkerPlan
@@ -28,7 +30,7 @@ from services.controller.history import History, read_history
 from services.controller.leader import Leadership, find_leader
 from services.controller.measurement import Measurement
 from services.controller.metrics import decision_counter, observe_fleet
-from services.controller.policy import contradiction, decide, is_breached, is_suspicious
+from services.controller.policy import contradiction, decide
 from services.controller.record import DecisionEntry
 from services.controller.rollout import Rollout, WorkerLostError, next_to_move, reload
 from services.controller.settings import ControllerSettings
@@ -40,8 +42,6 @@ log = logging.getLogger(__name__)
 # Requests from which their mean length is taken over.
 _ENOUGH_REQUESTS = 10
 _RENEWALS_PER_LEASE = 3
-# Between two attempts to get a first history.
-_RETRY_SECONDS = 10.0
 
 
 class Controller:
@@ -55,28 +55,18 @@ class Controller:
         self.fleet = Fleet(redis, settings)
         self.state = ControllerState(slo=settings.slo)
         self._history = History()
-        self._decided_on: Mapping[str, float] = {}
         self._ignored_profiles = IgnoredEntries(log)
         self._problems: dict[str, str] = {}
         # The term of leadership for which the state was resumed.
         self._resumed_term = 0
-        self._started = False
         self._rollout = Rollout()
         self._rollout_lock = asyncio.Lock()
         self._decide_lock = asyncio.Lock()
+        # Set when a plan has been chosen, so that workers are brought to it at once.
+        self._chosen = asyncio.Event()
+        self._agenda = Agenda(settings, Allowance(settings.profiling_share))
         self._assessment: asyncio.Task[Assessment] | None = None
-        self._assessed_at = 0
-        self._allowance = Allowance(settings.profiling_share)
-        # Since when a reassessment is put off; and for how long the last one was.
-        self._delayed_since: float | None = None
-        self._delayed_seconds = 0.0
-        # Finished requests at which a breach or a suspicion asks for another look; None: neither has.
-        self._breach_due_at: int | None = None
-        # Finished requests at which the dwell ends that kept a better plan out; None: none was.
-        self._dwell_over_at: int | None = None
-        self._retry_at = 0.0
         self._moved_at: int | None = None
-        self._breaches_answered: set[Plan] = set()
         self._mean_prompt = settings.prompt_tokens
         self._mean_output = settings.output_tokens
         self._measuring: Measurement | None = None
@@ -246,7 +236,7 @@ class Controller:
         # The leader before may have had another mode.
         await state.save(self._leadership, self.state, self._settings.mode)
         self._problems.pop("leader", None)
-        self._started = False
+        self._agenda = Agenda(self._settings, Allowance(self._settings.profiling_share))
         self._resumed_term = self._leadership.terms
         log.info("leading with %s", self.state.model_dump_json())
 
@@ -269,7 +259,10 @@ class Controller:
                 self._problems["decide"] = f"no decision can be made, the last plan stays: {error}"
             else:
                 self._problems.pop("decide", None)
-            await asyncio.sleep(self._settings.telemetry_seconds)
+            self.fleet.news.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._settings.telemetry_seconds):
+                    await self.fleet.news.wait()
 
     async def _read_history(self) -> None:
         self._history = await read_history(self._redis, self._loadable(), self._ignored_profiles)
@@ -293,137 +286,75 @@ class Controller:
         measuring = self._measuring
         if measuring is not None and measuring.requests(self.fleet.totals) >= self._policy.reassess_requests:
             await self._record_outcome()
-        if self._assessment is not None and not self._assessment.done():
-            await self._look_for_breach()
-        elif self._assessment is not None:
+        in_force = self._in_force
+        for served in self.fleet.take_served():
+            # What an operator holds, or has not been moved yet, is nothing that the policy answers for.
+            if served.plan == in_force:
+                self._agenda.observe(served, self._history.profiles, time.monotonic())
+        if self._assessment is not None and self._assessment.done():
             assessment, self._assessment = self._assessment, None
             done = assessment.result()
             self._problems["profiler"] = done.problem
-            self._allowance.spend(done.cpu_seconds, self.fleet.threads)
+            self._agenda.evaluation_ended(done.cpu_seconds, self.fleet.threads, failed=bool(done.problem))
             await self._read_history()
-            if self._history.profiles:
-                await self._decide(Trigger.REASSESSMENT if self._started else Trigger.START)
-        elif not self._started and self._history.profiles:
-            await self._decide(Trigger.START)
-            # What an earlier controller went by may be old.
-            self._assess()
-        elif not self._history.profiles:
-            if time.monotonic() >= self._retry_at:
-                self._assess()
-        elif finished >= self._assessment_due_at and self._is_affordable():
-            self._breach_due_at = None
-            self._assess()
-            if self._assessment is None:
-                await self._decide(Trigger.REASSESSMENT)
-        elif self._dwell_over_at is not None and finished >= self._dwell_over_at:
-            # The next evaluation may be far: until then this is what is known.
-            await self._decide(Trigger.DWELL)
-        elif self._history.times != self._decided_on:
-            # Somebody else has asked the profiler.
-            await self._decide(Trigger.REASSESSMENT)
-        else:
-            await self._look_for_breach()
+        due = self._agenda.due(self._outlook(finished))
+        if isinstance(due, Evaluate):
+            self._evaluate(due)
+        elif isinstance(due, Decide):
+            await self._decide(due.trigger, due.bar)
 
     @property
-    def _assessment_due_at(self) -> int:
-        """Finished requests at which the candidates are evaluated again."""
-        regular = self._assessed_at + self._policy.reassess_requests
-        return regular if self._breach_due_at is None else min(regular, self._breach_due_at)
+    def _in_force(self) -> Plan | None:
+        """The plan that the policy has chosen; where it only advises, the one that most workers serve."""
+        if self._settings.mode == "active" and self.state.plan is not None:
+            return self.state.plan
+        served = Counter(worker.plan for worker in self.fleet.serving)
+        return served.most_common(1)[0][0] if served else None
 
-    def _is_affordable(self) -> bool:
-        """Whether the reassessment that is due may begin; after a breach it goes first."""
-        if self._settings.profiler is None:
-            return True
-        urgent = self._breach_due_at is not None and self.fleet.totals.finished >= self._breach_due_at
-        now = time.monotonic()
-        if not self._allowance.permits(urgent=urgent):
-            self._delayed_since = self._delayed_since or now
-            return False
-        self._delayed_seconds = 0.0 if self._delayed_since is None else now - self._delayed_since
-        self._delayed_since = None
-        return True
+    def _outlook(self, finished: int) -> Outlook:
+        profiles = self._history.profiles
+        return Outlook(
+            now=time.monotonic(),
+            finished=finished,
+            workers=[
+                worker.view(pinned=False)
+                for worker in self.fleet.serving
+                if self.state.pin_of(worker.worker_id) is None
+            ],
+            history=profiles,
+            history_times=self._history.times,
+            can_evaluate=self._settings.profiler is not None,
+            evaluating=self._assessment is not None,
+            moving=bool(self._rollout.halted) or self._to_move() is not None,
+        )
 
     def next_assessment(self) -> str:
         """When the candidates are evaluated again, in words; empty without a profiler."""
-        if self._settings.profiler is None or self._settings.mode == "off":
+        if self._settings.profiler is None or self._settings.mode == "off" or not self.fleet.is_settled:
             return ""
-        if self._assessment is not None and not self._assessment.done():
-            return "now"
-        requests = self._assessment_due_at - self.fleet.totals.finished
-        wait = self._allowance.wait_seconds
-        cap = f"so that profiling takes at most {self._settings.profiling_share:.1%} of the workers' CPU"
-        if requests > 0:
-            return f"in {requests} requests" + (f", and not within {wait:.0f} s, {cap}" if wait else "")
-        return f"in {wait:.0f} s: it is due, and put off {cap}" if wait else "now"
+        return self._agenda.next_evaluation(self._outlook(self.fleet.totals.finished))
 
-    def _assess(self) -> None:
-        """Asks the profiler, where there is one, to evaluate the candidates beside everything else."""
+    def _evaluate(self, due: Evaluate) -> None:
+        """Asks the profiler to evaluate candidates beside everything else."""
         if self._settings.profiler is None:
-            if not self._history.profiles:
-                self._problems["profile"] = (
-                    "no model has been profiled and no profiler is configured, so the plans stay; "
-                    "run `helios profile`"
-                )
             return
-        self._assessed_at = self.fleet.totals.finished
-        self._retry_at = time.monotonic() + _RETRY_SECONDS
-        self._assessment = asyncio.create_task(self._evaluate(self._settings.profiler))
+        self._agenda.evaluation_began(self._outlook(self.fleet.totals.finished))
+        self._assessment = asyncio.create_task(self._ask(self._settings.profiler, due))
+        self._assessment.add_done_callback(lambda _: self.fleet.news.set())
 
-    async def _evaluate(self, profiler: str) -> Assessment:
+    async def _ask(self, profiler: str, due: Evaluate) -> Assessment:
         # One that has just been started still imports its engine; with a history there is no need to wait.
         patience = self._settings.evaluate_timeout_seconds
         if self._history.profiles:
             patience = self._settings.worker_timeout_seconds
+        candidates = await self._candidates()
         return await evaluate(
             profiler,
-            await self._candidates(),
+            [name for name in candidates if not due.models or name in due.models],
+            due,
             connect_seconds=patience,
             timeout_seconds=self._settings.evaluate_timeout_seconds,
         )
-
-    async def _look_for_breach(self) -> None:
-        if self._rollout.halted or self._to_move() is not None or not self._history.profiles:
-            return
-        breached = [
-            worker
-            for worker in self.fleet.serving
-            if self.state.pin_of(worker.worker_id) is None
-            and (view := worker.view(pinned=False)).plan not in self._breaches_answered
-            and is_breached(view, self._history.profiles.get(view.model), self._policy)
-        ]
-        if not breached:
-            self._look_for_drift()
-            return
-        view = breached[0].view(pinned=False)
-        self._breaches_answered.add(view.plan)
-        bar = Bar(
-            model=view.model,
-            depth=view.depth,
-            time=time.time(),
-            reason=f"confidence breach: {view.window_high_exit_tokens} of the last {view.window_tokens} "
-            "tokens were unsure",
-            shallower=True,
-        )
-        await self._decide(Trigger.BREACH, bar)
-        # The breach was answered from what was measured before the traffic changed.
-        self._breach_due_at = self.fleet.totals.finished + self._settings.breach_reassess_requests
-
-    def _look_for_drift(self) -> None:
-        """Brings the next reassessment forward when a worker's tokens are not what was profiled."""
-        if self._breach_due_at is not None or self._settings.profiler is None:
-            return
-        for worker in self.fleet.serving:
-            view = worker.view(pinned=False)
-            profile = self._history.profiles.get(view.model)
-            if profile is not None and is_suspicious(view, profile, self._policy):
-                log.info(
-                    "%s: %d of the last %d tokens were unsure, more than was profiled",
-                    worker.worker_id,
-                    view.window_high_exit_tokens,
-                    view.window_tokens,
-                )
-                self._breach_due_at = self.fleet.totals.finished + self._settings.breach_reassess_requests
-                return
 
     async def _candidates(self) -> tuple[str, ...]:
         """The shortlist (TopK), from offline facts; without any, every model that workers can load."""
@@ -465,9 +396,9 @@ class Controller:
                 for worker in self.fleet.serving
             ),
             plan=self.state.plan if self._settings.mode == "active" else None,
+            reading=self._agenda.reading,
             bars=self.state.bars,
-            requests_since_assessment=finished - self._assessed_at,
-            delayed_seconds=self._delayed_seconds if trigger is Trigger.REASSESSMENT else 0.0,
+            delayed_seconds=self._agenda.delayed_seconds if trigger is Trigger.REASSESSMENT else 0.0,
             requests_since_move=None if self._moved_at is None else finished - self._moved_at,
             prompt_tokens=self._mean_prompt,
             output_tokens=self._mean_output,
@@ -512,16 +443,10 @@ class Controller:
             self._decisions.add(1, {"helios.trigger": str(trigger)})
             log.info("decision %d (%s): %s", number, trigger, decision.reason)
             totals = self.fleet.totals
-            again = decision.again_after_requests
-            self._dwell_over_at = None if again is None else totals.finished + again
             self._measuring = Measurement(number, totals, len(self.fleet.serving))
             self._rollout = Rollout()
-            if trigger in (Trigger.START, Trigger.REASSESSMENT):
-                self._started = True
-                self._assessed_at = totals.finished
-                self._decided_on = self._history.times
-                self._breaches_answered.clear()
-                self._delayed_seconds = 0.0
+            self._agenda.decided(trigger, decision, self._outlook(totals.finished))
+            self._chosen.set()
             if decision.moves and self._settings.mode == "active":
                 self._moved_at = totals.finished
             if decision.options:
@@ -570,7 +495,10 @@ class Controller:
                 async with self._rollout_lock:
                     moved = await self._move_next()
             if not moved:
-                await asyncio.sleep(self._settings.telemetry_seconds)
+                self._chosen.clear()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(self._settings.telemetry_seconds):
+                        await self._chosen.wait()
 
     def _threshold(self, plan: Plan) -> float | None:
         """The confidence that the plan's exit was calibrated to on recent requests; None: not profiled."""

@@ -6,6 +6,7 @@ So a large change is noticed within a few requests, a small one later, and chanc
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 # Requests from which the expectation is no longer refined by what is served: a slow drift would be learnt.
 _LEARNT = 50.0
@@ -58,6 +59,13 @@ def _limit(slack: float, false_alarm_requests: float) -> float:
     return high
 
 
+class Moment(NamedTuple):
+    """When something was: requests finished by then, and seconds on the caller's clock."""
+
+    requests: int
+    seconds: float
+
+
 class Cusum:
     """The test of one figure. What it expects is refined by the first requests that are served."""
 
@@ -68,13 +76,13 @@ class Cusum:
         self._spread = weight * deviation**2
         self._freedom = weight
         self._rise = self._fall = 0.0
-        # Where the sums last were nothing, by the caller's count.
-        self._rise_began = self._fall_began = 0
+        # Where the sums last were nothing.
+        self._rise_began = self._fall_began = Moment(0, 0.0)
 
-    def add(self, mean: float, requests: float, tuning: Tuning, at: int) -> None:
+    def add(self, mean: float, requests: float, tuning: Tuning, before: Moment) -> None:
         """Takes in the mean figure of some requests that were served together.
 
-        at: the caller's count of requests before these, by which `began` answers.
+        before: when what was taken in last ended.
         """
         deviation = math.sqrt(self._spread / self._freedom)
         if not requests or not deviation:
@@ -83,9 +91,9 @@ class Cusum:
         error = deviation * math.sqrt(1 + requests / self._weight)
         distance = max(-_CLIP, min(_CLIP, (mean - self._mean) / error))
         if not self._rise:
-            self._rise_began = at
+            self._rise_began = before
         if not self._fall:
-            self._fall_began = at
+            self._fall_began = before
         self._rise = max(0.0, self._rise + requests * (distance - tuning.slack))
         self._fall = max(0.0, self._fall - requests * (distance + tuning.slack))
         is_calm = max(self._rise, self._fall) < tuning.limit / 2
@@ -109,6 +117,6 @@ class Cusum:
         return self._fall >= limit
 
     @property
-    def began(self) -> int:
-        """The count of requests at which the figure began to differ, as far as can be told."""
+    def began(self) -> Moment:
+        """When the figure began to differ, as far as can be told."""
         return self._rise_began if self._rise >= self._fall else self._fall_began

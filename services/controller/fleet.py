@@ -12,6 +12,7 @@ from helios import channel, registry
 from helios.ignored_entries import IgnoredEntries
 from helios.redis_outage import reason
 from helios.v1 import worker_pb2, worker_pb2_grpc
+from services.controller.agenda import Served
 from services.controller.breach_window import BreachWindow
 from services.controller.settings import ControllerSettings
 from services.controller.situation import Plan, WorkerView
@@ -126,6 +127,10 @@ class Fleet:
         self._workers: dict[str, Worker] = {}
         self._watches: dict[str, asyncio.Task[None]] = {}
         self.totals = Totals()
+        # What was served since it was asked last, by plan.
+        self._served: dict[Plan, Served] = {}
+        # Set whenever a worker was heard.
+        self.news = asyncio.Event()
         # Why workers cannot be found; empty when they can.
         self._problem = "leases have not been read yet"
         self._is_cut_off = False
@@ -214,6 +219,7 @@ class Fleet:
                     await worker.take(response.telemetry)
                     if before is not None and worker.telemetry is not None:
                         self._count(before, worker.telemetry)
+                    self.news.set()
             except grpc.aio.AioRpcError as error:
                 if not is_lost:
                     log.warning("worker %s: telemetry ended: %s", worker.worker_id, error.details())
@@ -227,6 +233,24 @@ class Fleet:
         self.totals.prefilled += now.prefill_tokens - before.prefill_tokens
         self.totals.generated += now.generated_tokens - before.generated_tokens
         self.totals.high_exit += now.high_exit_tokens - before.high_exit_tokens
+        plan = _plan(now)
+        if plan != _plan(before):
+            return  # What was served in between is of both.
+        served = Served(
+            plan,
+            now.finished_sequences - before.finished_sequences,
+            now.confidence_tokens - before.confidence_tokens,
+            now.confidence_nats - before.confidence_nats,
+            now.prompts_read - before.prompts_read,
+            now.prompt_tokens_read - before.prompt_tokens_read,
+            now.prompt_nats - before.prompt_nats,
+        )
+        self._served[plan] = served if plan not in self._served else self._served[plan].plus(served)
+
+    def take_served(self) -> list[Served]:
+        """What was served since the last call, by plan."""
+        served, self._served = self._served, {}
+        return list(served.values())
 
 
 def _plan(telemetry: worker_pb2.Telemetry) -> Plan:

@@ -7,26 +7,29 @@ from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from helios.redis_url import RedisUrl
-from helios.settings import ServiceSettings
+from helios.settings import Address, ListenAddress, ServiceSettings
 from helios.slo import Objective, Slo
+from services.controller.agenda import AgendaSettings
 from services.controller.policy import PolicySettings
 
 
-class ControllerSettings(ServiceSettings, PolicySettings):
+class ControllerSettings(ServiceSettings, AgendaSettings):
     """Everything about a controller that an operator can set, the policy included."""
 
     model_config = SettingsConfigDict(
         env_prefix="HELIOS_CONTROLLER_", cli_prog_name="python -m services.controller", extra="ignore"
     )
 
-    address: str = Field("127.0.0.1:50071", description="host:port to listen on; port 0: any free one")
-    advertise: str | None = Field(
+    address: ListenAddress = Field(
+        "127.0.0.1:50071", description="host:port to listen on; port 0: any free one"
+    )
+    advertise: Address | None = Field(
         None, description="host:port under which others reach this controller; default: where it listens"
     )
     redis_url: RedisUrl = Field(
         "redis://127.0.0.1:6379/0", description="Redis with leases, performance history, record and state"
     )
-    profiler: str | None = Field(
+    profiler: Address | None = Field(
         None, description="host:port of the profiler; none: decide on what others write to the history"
     )
     models_dir: Path | None = Field(
@@ -52,22 +55,10 @@ class ControllerSettings(ServiceSettings, PolicySettings):
     evaluate_timeout_seconds: float = Field(
         120, gt=0, description="longest time that a reassessment waits for the profiler"
     )
-    breach_reassess_requests: int = Field(
-        5,
-        ge=1,
-        description="requests after a breach until the candidates are evaluated again: on the new traffic",
-    )
-    profiling_share: float = Field(
-        0.005,
-        gt=0,
-        le=1,
-        description="CPU that profiling may take, a share of the workers' threads: reassessments are put off "
-        "for it, those after a breach a few times at most; 1: never",
-    )
     worker_timeout_seconds: float = Field(
         3, gt=0, description="a worker without telemetry for this long has stopped answering"
     )
-    telemetry_seconds: float = Field(0.5, ge=0.05, description="time between two telemetry messages")
+    telemetry_seconds: float = Field(0.2, ge=0.05, description="time between two telemetry messages")
     discovery_seconds: float = Field(1, gt=0, description="time between two looks at leases and history")
     lease_seconds: float = Field(5, gt=0, description="life of the leader's lock without renewal")
     record_entries: int = Field(2000, ge=1, description="entries that the decision record keeps")

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import logging
+import math
 import random
 from collections import deque
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from services.gateway.settings import GatewaySettings
 log = logging.getLogger(__name__)
 
 # Between two writes, seconds; what comes in between beyond `prompts_per_second` pushes older ones out.
-_WRITE_SECONDS = 1.0
+_WRITE_SECONDS = 0.2
 
 
 class PromptSampler:
@@ -23,7 +24,7 @@ class PromptSampler:
 
     def __init__(self, settings: GatewaySettings) -> None:
         self._settings = settings
-        self._queue: deque[RecentPrompt] = deque(maxlen=settings.prompts_per_second)
+        self._queue: deque[RecentPrompt] = deque(maxlen=math.ceil(settings.prompts_per_second * _WRITE_SECONDS))
         self._task: asyncio.Task[None] | None = None
         self._outage = RedisOutage(
             log, "prompts cannot be sampled for the profiler", "prompts are sampled again"

@@ -80,7 +80,7 @@ class GatewaySettings(ServiceSettings):
     prompt_share: float = Field(
         1, ge=0, le=1, description="share of prompts whose ids are sampled for the profiler; 0 turns it off"
     )
-    prompts_per_second: int = Field(10, ge=1, description="most prompts sampled in a second")
+    prompts_per_second: int = Field(50, ge=1, description="most prompts sampled in a second")
     prompts_kept: int = Field(256, ge=1, description="sampled prompts that Redis keeps, the newest")
     prompt_lifetime_seconds: float = Field(
         3600, gt=0, description="time after which a sampled prompt is deleted"

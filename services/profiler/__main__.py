@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import os
 import sys
 
 from helios import catalog, redis_client, service_process
@@ -23,7 +22,6 @@ def main() -> int:
 
 
 async def _serve(settings: ProfilerSettings) -> int:
-    os.nice(settings.niceness)
     models_dir = catalog.find_models_dir(settings.models_dir)
     redis = None
     if settings.redis_url is None:

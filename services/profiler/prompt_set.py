@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 from helios import prompts
 from helios.catalog import ModelEntry
 from helios.engine.tokenizer import LoadedTokenizer, load_tokenizer
+from helios.errors import InvalidRequestError
 from helios.ignored_entries import IgnoredEntries
 from helios.prompts import RecentPrompt
 from helios.redis_outage import reason
@@ -71,14 +72,25 @@ class PromptSet:
 
 
 async def choose(
-    redis: Redis | None, known: Mapping[str, Tokenizer], count: int, min_tokens: int
+    redis: Redis | None,
+    known: Mapping[str, Tokenizer],
+    count: int,
+    min_tokens: int,
+    newest_seconds: float | None = None,
 ) -> PromptSet:
     """The `count` newest prompts that hold text, and as many more as it takes to hold `min_tokens`.
 
     Bundled prompts fill up what recent ones cannot. known: tokenizers by id; prompts of others cannot be
-    read.
+    read. newest_seconds: none are older, nor bundled, and as few as there are will do; None: any.
+
+    Raises InvalidRequestError when none is that young.
     """
-    recent = await _recent(redis, known)
+    recent = await _recent(redis, known, newest_seconds)
+    if newest_seconds is not None:
+        young = tuple(prompt for prompt in recent if _has_text(prompt, known[prompt.tokenizer_id]))
+        if not young:
+            raise InvalidRequestError(f"no prompt was sampled in the last {newest_seconds:.1f} s; try again")
+        return PromptSet("recent", young[:count])
     chosen: list[RecentPrompt | str] = []
     tokens = 0
     for prompt in recent:
@@ -104,12 +116,14 @@ def _bundled() -> list[str]:
     return texts
 
 
-async def _recent(redis: Redis | None, known: Mapping[str, Tokenizer]) -> list[RecentPrompt]:
+async def _recent(
+    redis: Redis | None, known: Mapping[str, Tokenizer], newest_seconds: float | None
+) -> list[RecentPrompt]:
     """Newest first."""
     if redis is None:
         return []
     try:
-        found, ignored = await prompts.recent(redis, known, _MOST_RECENT)
+        found, ignored = await prompts.recent(redis, known, _MOST_RECENT, newest_seconds)
     except (RedisError, OSError) as error:
         log.warning("recent prompts cannot be read, the bundled ones are taken: %s", reason(error))
         return []

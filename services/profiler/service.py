@@ -2,6 +2,8 @@
 
 import asyncio
 import logging
+import os
+import threading
 import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -72,8 +74,11 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
             packed_cache_dir=settings.packed_cache_dir,
             packed_cache_bytes=settings.packed_cache_bytes,
         )
-        # torch's thread count is a thread's own.
-        self._thread = ThreadPoolExecutor(1, initializer=set_threads, initargs=(settings.threads,))
+        # One stands back behind serving; the other is for what cannot wait. One of them works at a time.
+        self._thread, self._urgent_thread = (
+            ThreadPoolExecutor(1, initializer=_begin_thread, initargs=(settings.threads, niceness))
+            for niceness in (settings.niceness, 0)
+        )
         self._tokenizers = Tokenizers()
         # What is free now: later on, what is kept loaded counts as taken.
         self._budget = self._evaluation.budget
@@ -88,6 +93,7 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
     def close(self) -> None:
         """Waits for the thread, whose evaluation has been cancelled, to end."""
         self._thread.shutdown()
+        self._urgent_thread.shutdown()
 
     async def Evaluate(  # type: ignore[override]  # a coroutine that writes, which grpc.aio takes as well
         self, request: profiler_pb2.EvaluateRequest, context: _Context
@@ -203,11 +209,13 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
         loop = asyncio.get_running_loop()
         known = await loop.run_in_executor(self._thread, self._known_tokenizers)
         settings = self._settings
-        prompts = await choose(self._redis, known, request.requests or settings.requests, settings.min_tokens)
+        count = request.requests or settings.requests
+        newest_seconds = request.newest_seconds if request.HasField("newest_seconds") else None
+        prompts = await choose(self._redis, known, count, settings.min_tokens, newest_seconds)
         failures: list[HeliosError] = []
         for name in names:
             try:
-                profile = await self._evaluate(name, prompts, known, context, remeasure=request.remeasure)
+                profile = await self._evaluate(name, prompts, known, context, request)
             except _CandidateErrors as error:
                 failures.append(error)
                 continue
@@ -236,15 +244,14 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
         prompts: PromptSet,
         known: dict[str, Tokenizer],
         context: _Context,
-        *,
-        remeasure: bool,
+        request: profiler_pb2.EvaluateRequest,
     ) -> ModelProfile:
         """One candidate, in the thread; what it reports is sent on. Cancelled when the call is."""
         entry = catalog.find_model(self._models_dir, name)
         before = await self._before(name)
         loop = asyncio.get_running_loop()
         stages: asyncio.Queue[tuple[int, int] | None] = asyncio.Queue()
-        pace = Pace(self._settings.cpu_share)
+        pace = Pace(1.0 if request.fresh else self._settings.cpu_share)
 
         def progress(done: int, total: int) -> None:
             loop.call_soon_threadsafe(stages.put_nowait, (done, total))
@@ -252,7 +259,7 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
         def run() -> ModelProfile:
             ids = prompts.ids_for(entry, known, self._tokenizers.of(entry))
             candidate, is_fresh = self._candidates.take(entry, ids)
-            timed = None if remeasure else before
+            timed = None if request.remeasure else before
             profile = evaluate(candidate, ids, self._evaluation, progress, pace, timed, prompts.names)
             provenance = {**profile.provenance, "prompts": prompts.source}
             update: dict[str, object] = {"provenance": provenance}
@@ -262,7 +269,7 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
                 update["once_cpu_seconds"] = profile.once_cpu_seconds + candidate.load_cpu_seconds
             return profile.model_copy(update=update)
 
-        task = loop.run_in_executor(self._thread, run)
+        task = loop.run_in_executor(self._urgent_thread if request.fresh else self._thread, run)
         task.add_done_callback(lambda _: stages.put_nowait(None))
         try:
             while (stage := await stages.get()) is not None:
@@ -275,7 +282,7 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
             pace.stop()
             await asyncio.wait({task})
         # Only recent requests are of the same traffic, and only of the same weights are they of one model.
-        if before is not None and _is_poolable(before, profile):
+        if before is not None and not request.fresh and _is_poolable(before, profile):
             target = self._settings.target_agreement if self._settings.threshold is None else None
             profile = pooled(before, profile, self._settings.pooled_requests, target)
         self._last[name] = profile
@@ -302,6 +309,12 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
             else:
                 found[loaded.tokenizer_id] = loaded.tokenizer
         return found
+
+
+def _begin_thread(threads: int, niceness: int) -> None:
+    """A thread of evaluations. torch's thread count, and on Linux the niceness, are a thread's own."""
+    set_threads(threads)
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + niceness)
 
 
 def _is_poolable(before: ModelProfile, now: ModelProfile) -> bool:

@@ -81,8 +81,15 @@ class ProfilerSettings(ServiceSettings):
     packed_cache_bytes: int = Field(
         16 << 30, ge=0, description="what those of all models may take there; 0: none are kept"
     )
-    niceness: int = Field(10, ge=0, le=19, description="how far the process stands back behind serving")
-    cpu_share: float = Field(0.5, gt=0, le=1, description="share of a CPU that an evaluation takes")
+    niceness: int = Field(
+        10,
+        ge=0,
+        le=19,
+        description="how far evaluations stand back behind serving, but for those after a drift",
+    )
+    cpu_share: float = Field(
+        0.5, gt=0, le=1, description="share of a CPU that an evaluation takes, but for those after a drift"
+    )
     max_waiting: int = Field(4, ge=0, description="evaluations that may wait for a running one")
 
     @model_validator(mode="after")
