@@ -61,7 +61,7 @@ class AgendaSettings(PolicySettings):
         "larger ones are noticed sooner. More: smaller ones are told from chance",
     )
     drift_patience_seconds: float = Field(
-        2.0,
+        5.0,
         ge=0,
         description="after a drift is noticed, time for its evaluation before workers go to the safest plan known",
     )

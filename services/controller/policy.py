@@ -66,7 +66,7 @@ class PolicySettings(Record):
         "bound",
     )
     enter_sigmas: float = Field(
-        0.5,
+        0.75,
         ge=0,
         description="a plan replaces one that is not out once its perplexity is this many standard errors within the "
         "bound",
@@ -200,15 +200,15 @@ class _Weighed:
     def eligible(self) -> bool:
         return not self.refusals
 
-    def is_surely_within(self, bound: float, sigmas: float, switch_sigmas: float | None = None) -> bool:
+    def is_surely_within(self, bound: float, sigmas: float, switch_sigmas: float | None) -> bool:
         """Whether its perplexity is within the bound by more than chance, whichever candidate is the best.
 
-        switch_sigmas: the same against candidates that are other models; None: as against its own.
+        switch_sigmas: the same against candidates that are other models; None: they do not matter.
         """
         return all(
-            error is not None
-            and increase + (sigmas if is_own or switch_sigmas is None else switch_sigmas) * error <= bound
+            increase + (sigmas if is_own else switch_sigmas or 0.0) * (error or 0.0) <= bound
             for increase, error, is_own in self.increases
+            if is_own or switch_sigmas is not None
         )
 
     def is_surely_beyond(self, bound: float, sigmas: float) -> bool:
@@ -314,12 +314,14 @@ def _expect(
 def _increases(
     profile: ModelProfile, one: ExitProfile, references: Sequence[ModelProfile], control: "_Control | None"
 ) -> tuple[_Increase, ...]:
-    """Rise of perplexity over each candidate at full depth, and its standard error: shares per token of it."""
+    """Rise of perplexity over each candidate at full depth, and its standard error: shares per token."""
+    # One measure for all, so that they can be compared: a token of the best.
+    best = min(references, key=lambda profile: (profile.full.nats_per_byte, profile.model))
     found = []
     for reference in references:
         nats, error = _excess(profile, one, reference, control)
-        increase = math.expm1(min(nats * reference.bytes_per_token, _MAX_EXPONENT))
-        share = None if error is None else (1 + increase) * error * reference.bytes_per_token
+        increase = math.expm1(min(nats * best.bytes_per_token, _MAX_EXPONENT))
+        share = None if error is None else (1 + increase) * error * best.bytes_per_token
         found.append((increase, share, reference is profile))
     return tuple(found)
 
@@ -434,12 +436,15 @@ def _refusals(
             by = f" by more than noise, {noise:.2g}" if noise else ""
             found[bound] = f"{bound}: {value:.4g} is {side} {limit:.4g}{by}"
 
-    increase, noise, limit = option.perplexity_increase, 0.0, slo.max_perplexity_increase
-    if option.plan == before:
-        # What is in force goes only when it is beyond the bound by more than noise: over whichever candidate.
-        tolerated = [(one, settings.leave_sigmas * (error or 0.0)) for one, error, _ in increases]
-        increase, noise = max(tolerated, key=lambda one: one[0] - one[1])
-    check(_QUALITY, increase, limit, noise=noise)
+    # What is in force goes only when it is beyond the bound by more than noise. Another depth of its model is
+    # neither better nor worse against other models than it is: only against its own does it have to be within.
+    stays, same_model = option.plan == before, before is not None and option.model == before.model
+    tolerated = [
+        (increase, settings.leave_sigmas * (error or 0.0) if stays or (same_model and not is_own) else 0.0)
+        for increase, error, is_own in increases
+    ]
+    increase, noise = max(tolerated, key=lambda one: one[0] - one[1])
+    check(_QUALITY, increase, slo.max_perplexity_increase, noise=noise)
     check("min_agreement", option.agreement, slo.min_agreement, at_least=True)
     check("min_exit_share", option.exit_share, settings.min_exit_share, at_least=True)
     check("max_ttft_seconds", option.ttft_seconds, slo.max_ttft_seconds)
@@ -530,7 +535,10 @@ def _undecided(
     for one in weighed:
         option, sigmas = one.option, settings.decide_sigmas
         matters = option is chosen or option.loss < chosen.loss * (1 - settings.min_gain)
-        doubtful = not (one.is_surely_within(bound, sigmas) or one.is_surely_beyond(bound, sigmas))
+        is_known = all(error is not None for _, error, _ in one.increases)
+        doubtful = not is_known or not (
+            one.is_surely_within(bound, sigmas, sigmas) or one.is_surely_beyond(bound, sigmas)
+        )
         if matters and doubtful and set(one.refusals) <= {_QUALITY}:
             found.add(option.model)
     # All others are measured against the best at full depth.
@@ -625,14 +633,15 @@ def _entrants(
     bound = slo.max_perplexity_increase
     if bound is not None:
         stays = any(one.option.plan == before for one in eligible)
+
+        def is_sure(one: _Weighed) -> bool:
+            if before is not None and one.option.model == before.model:
+                return one.is_surely_within(bound, settings.enter_sigmas, None)
+            switch_sigmas = settings.switch_sigmas if stays else settings.enter_sigmas
+            return one.is_surely_within(bound, settings.enter_sigmas, switch_sigmas)
+
         # A new plan is within the bound by more than chance, if there is such a one.
-        sure = [
-            one
-            for one in eligible
-            if one.option.plan == before
-            or one.is_surely_within(bound, settings.enter_sigmas, settings.switch_sigmas if stays else None)
-        ]
-        eligible = sure or eligible
+        eligible = [one for one in eligible if one.option.plan == before or is_sure(one)] or eligible
     return [one for one in eligible if one.option.plan == before or is_safe(one.option)] or eligible
 
 

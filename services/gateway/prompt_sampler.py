@@ -24,7 +24,9 @@ class PromptSampler:
 
     def __init__(self, settings: GatewaySettings) -> None:
         self._settings = settings
-        self._queue: deque[RecentPrompt] = deque(maxlen=math.ceil(settings.prompts_per_second * _WRITE_SECONDS))
+        self._queue: deque[RecentPrompt] = deque(
+            maxlen=math.ceil(settings.prompts_per_second * _WRITE_SECONDS)
+        )
         self._task: asyncio.Task[None] | None = None
         self._outage = RedisOutage(
             log, "prompts cannot be sampled for the profiler", "prompts are sampled again"

@@ -17,7 +17,6 @@ from services.controller.policy import (
     contradiction,
     decide,
     is_breached,
-    is_suspicious,
 )
 from services.controller.situation import Bar, Plan, Situation, Trigger, WorkerView
 from tests.profiles import exit_profile, model_profile
@@ -225,12 +224,6 @@ def test_a_breach_is_half_of_a_full_window_or_more_than_the_profile_expects() ->
     assert not is_breached(view(100, 65), unsure, SETTINGS)
     assert is_breached(view(100, 80), unsure, SETTINGS)
 
-    # 20 are expected, give or take 4: 41 are no breach, but five standard deviations off.
-    assert not is_suspicious(view(99, 99), sure, SETTINGS)
-    assert not is_suspicious(view(100, 39), sure, SETTINGS)
-    assert is_suspicious(view(100, 41), sure, SETTINGS)
-    assert is_suspicious(view(200, 82), sure, SETTINGS)
-
 
 def test_a_small_gain_does_not_move_and_a_large_one_does() -> None:
     def better_by(gain: float) -> Decision:
@@ -283,8 +276,9 @@ def measured_at(increase: float, error: float, depth: int = 4) -> list[ModelProf
     1,000 bytes a request at 4 bytes a token, so that both come out exactly.
     """
     rate = math.log1p(increase) / 4
-    # The error of the mean of four values rate +- d is d * sqrt(4 / (4 * 3)).
-    spread = error / (1 + increase) / 4 * math.sqrt(3)
+    # The error of the mean of four values rate +- d is d * sqrt(4 / (4 * 3)), and Student's t of three degrees of
+    # freedom has three times the variance of a normal distribution.
+    spread = error / (1 + increase) / 4
     samples = [
         RequestSample(id=str(number), text_bytes=1000, nats=((0.9 + rate + sign * spread) * 1000, 900.0))
         for number, sign in enumerate((1, -1, 1, -1))
@@ -323,7 +317,7 @@ def test_what_two_models_find_hard_alike_does_not_count_as_error() -> None:
 
 @pytest.mark.parametrize(
     ("increase", "enters", "stays"),
-    [(0.03, True, True), (0.049, True, True), (0.055, False, True), (0.07, False, False)],
+    [(0.03, True, True), (0.049, False, True), (0.054, False, True), (0.07, False, False)],
 )
 def test_noise_at_the_bound_keeps_a_plan_out_and_lets_one_in_force_stay(
     increase: float, enters: bool, stays: bool

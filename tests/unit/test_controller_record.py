@@ -163,7 +163,7 @@ async def test_what_a_newer_version_saved_is_read_and_kept(redis: Redis, leaders
     pins = {"w": Plan(model="a", depth=2), "v": Plan(model="a", depth=6)}
     bars = (*read.bars, Bar(model="b", depth=1, time=2.5, reason="breach"))
     plan = Plan(model="c", depth=1)
-    await state.save(leadership, read.model_copy(update={"pins": pins, "bars": bars, "plan": plan}))
+    await state.save(leadership, read.model_copy(update={"pins": pins, "bars": bars, "plan": plan}), "active")
     kept = json.loads(await redis.hget(CONTROLLER_STATE, "state") or "")
     for unchanged in ("slo", "routes"):
         assert kept[unchanged] == newer[unchanged]
@@ -181,7 +181,7 @@ async def test_a_state_that_cannot_be_read_is_not_replaced(
     with pytest.raises(SettingsError, match=CONTROLLER_STATE):
         await state.load(redis)
     with pytest.raises(SettingsError, match=CONTROLLER_STATE):
-        await state.save(leadership, ControllerState())
+        await state.save(leadership, ControllerState(), "active")
     assert await redis.hget(CONTROLLER_STATE, "state") == spoilt.encode()
 
 
@@ -224,7 +224,7 @@ async def test_the_lock_of_a_newer_leader_is_read(redis: Redis, leadership: Lead
     assert leader is not None
     assert leader.controller_id == "a"
     assert await leadership.campaign()
-    await state.save(leadership, ControllerState())
+    await state.save(leadership, ControllerState(), "active")
 
 
 @pytest.mark.parametrize("spoilt", ["not json", "7", '{"controller_id": "a"}'])
@@ -234,7 +234,7 @@ async def test_a_lock_that_cannot_be_read_is_named_and_not_taken(
     await redis.set(CONTROLLER_LEADER, spoilt)
     assert not await leadership.campaign()
     with pytest.raises(StaleLeaderError):
-        await state.save(leadership, ControllerState())
+        await state.save(leadership, ControllerState(), "active")
     with pytest.raises(UnavailableError, match=f"{CONTROLLER_LEADER}.*delete it"):
         await find_leader(redis)
 
