@@ -1,8 +1,8 @@
 """The controller's own agenda and policy on recorded requests, without any service.
 
-Simulated time is tokens times the step times that the profiler measured, plus the cost of every move; so a sweep
-costs nothing, and all its settings see the same tokens. Requests come one after the other, and an evaluation is
-there at once: what it takes is priced, not waited for.
+Simulated time is tokens times the step times that the profiler measured, plus the cost of every move. So a
+sweep costs nothing, and all its settings see the same tokens. Requests come one after the other. An evaluation
+is there at once: what it takes is priced, not waited for.
 """
 
 import time
@@ -20,10 +20,11 @@ from helios.drift import pooled
 from helios.history import ModelProfile
 from helios.settings import SERVED_PROMPT_READINGS
 from helios.slo import Slo
-from services.controller.agenda import Agenda, AgendaSettings, Decide, Evaluate, Outlook, Served
+from services.controller.agenda import Agenda, AgendaSettings, Decide, Evaluate, Outlook
 from services.controller.allowance import Allowance
 from services.controller.policy import decide
 from services.controller.situation import Bar, Plan, Situation, WorkerView
+from services.controller.traffic_watch import Served
 from services.profiler.settings import ProfilerSettings
 
 POOLED_REQUESTS: int = ProfilerSettings.model_fields["pooled_requests"].default
@@ -97,8 +98,8 @@ def simulate(
 ) -> Run:
     """The controller's loop over the recorded requests.
 
-    threshold: of every exit; None: calibrated. profiled_requests: recent ones that a regular evaluation runs; None:
-    the scene's.
+    threshold: of every exit; None: calibrated. profiled_requests: recent ones that a regular evaluation runs;
+    None: the scene's.
     """
     return _Simulation(scene, settings, threshold, profiled_requests, pooled_requests).run()
 
@@ -254,8 +255,10 @@ class _Simulation:
         )
 
     def _threshold(self, plan: Plan) -> float:
-        """What the engine calls unsure under a plan: as calibrated on the requests that it was chosen by. At the
-        last layer nothing."""
+        """What the engine calls unsure under a plan: as calibrated on the requests that it was chosen by.
+
+        At the last layer nothing.
+        """
         by_depth = self.scene.thresholds[plan.model]
         if plan.depth not in by_depth:
             return 0.0

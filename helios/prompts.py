@@ -56,7 +56,8 @@ async def recent(
 ) -> tuple[list[RecentPrompt], dict[str, str]]:
     """The newest prompts of these tokenizers, newest first; fewer than `count` when there are no more.
 
-    newest_seconds: age of the oldest that counts; None: any. Also what was ignored on the way, by key and position, with the reason.
+    newest_seconds: age of the oldest that counts; None: any. Also what was ignored on the way, by key and
+    position, with the reason.
 
     Raises redis.RedisError when Redis cannot be reached.
     """

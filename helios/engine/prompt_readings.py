@@ -1,7 +1,7 @@
 """A sample of each prompt's own tokens, read out while it is prefilled: how well the plan reads the traffic.
 
-Prefill computes all that these tokens' probabilities need but the LM head's rows. So what the served exit makes
-of real prompts is known for the price of a few rows, without any evaluation.
+Prefill computes all that these tokens' probabilities need but the LM head's rows. So a few more rows tell
+what the served exit makes of real prompts, without any evaluation.
 """
 
 import math

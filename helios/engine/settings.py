@@ -32,8 +32,8 @@ class EngineSettings:
     block_tokens: int = 16
     # Whether sequences with the same beginning share its KV.
     prefix_cache: bool = True
-    # Tokens of each prompt, at most, whose probabilities are read out while it is prefilled: they say how well
-    # the plan reads the traffic. Never more than one of sixteen. 0: none.
+    # Tokens of each prompt, at most, whose probabilities are read out in prefill: they say how well the plan
+    # reads the traffic. Never more than one of sixteen. 0: none.
     prompt_readings: int = 0
     # Whether decode steps on a CUDA device are captured as graphs.
     cuda_graphs: bool = True

@@ -1,7 +1,7 @@
 """A sequential test for a change of a figure that comes with every request: CUSUM (Page 1954), on both sides.
 
-It adds up how far the figure is from what was expected, less a slack, and alarms when the sum reaches a limit.
-So a large change is noticed within a few requests, a small one later, and chance rarely alarms at all.
+It adds up how far the figure is from what was expected, less a slack. A sum that reaches a limit is an alarm.
+A large change is noticed within a few requests, a small one later, and chance rarely causes an alarm.
 """
 
 import math
@@ -75,7 +75,8 @@ class Cusum:
         self._weight = weight
         self._spread = weight * deviation**2
         self._freedom = weight
-        self._rise = self._fall = 0.0
+        # How far the figure was above what was expected, and below, added up.
+        self.rise = self.fall = 0.0
         # Where the sums last were nothing.
         self._rise_began = self._fall_began = Moment(0, 0.0)
 
@@ -90,13 +91,13 @@ class Cusum:
         # What is expected is uncertain itself.
         error = deviation * math.sqrt(1 + requests / self._weight)
         distance = max(-_CLIP, min(_CLIP, (mean - self._mean) / error))
-        if not self._rise:
+        if not self.rise:
             self._rise_began = before
-        if not self._fall:
+        if not self.fall:
             self._fall_began = before
-        self._rise = max(0.0, self._rise + requests * (distance - tuning.slack))
-        self._fall = max(0.0, self._fall - requests * (distance + tuning.slack))
-        is_calm = max(self._rise, self._fall) < tuning.limit / 2
+        self.rise = max(0.0, self.rise + requests * (distance - tuning.slack))
+        self.fall = max(0.0, self.fall - requests * (distance + tuning.slack))
+        is_calm = max(self.rise, self.fall) < tuning.limit / 2
         if self._weight < _UNSURE or (is_calm and self._weight < _LEARNT):
             self._learn(mean, requests)
 
@@ -108,15 +109,7 @@ class Cusum:
         self._spread += requests * before * (mean - self._mean)
         self._freedom += 1
 
-    def has_risen(self, limit: float) -> bool:
-        """Whether the figure is higher than expected."""
-        return self._rise >= limit
-
-    def has_fallen(self, limit: float) -> bool:
-        """Whether the figure is lower than expected."""
-        return self._fall >= limit
-
     @property
     def began(self) -> Moment:
         """When the figure began to differ, as far as can be told."""
-        return self._rise_began if self._rise >= self._fall else self._fall_began
+        return self._rise_began if self.rise >= self.fall else self._fall_began

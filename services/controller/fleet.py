@@ -12,10 +12,10 @@ from helios import channel, registry
 from helios.ignored_entries import IgnoredEntries
 from helios.redis_outage import reason
 from helios.v1 import worker_pb2, worker_pb2_grpc
-from services.controller.agenda import Served
 from services.controller.breach_window import BreachWindow
 from services.controller.settings import ControllerSettings
 from services.controller.situation import Plan, WorkerView
+from services.controller.traffic_watch import Served
 
 log = logging.getLogger(__name__)
 

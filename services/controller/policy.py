@@ -68,19 +68,19 @@ class PolicySettings(Record):
     enter_sigmas: float = Field(
         0.75,
         ge=0,
-        description="a plan replaces one that is not out once its perplexity is this many standard errors within the "
-        "bound",
+        description="a new plan's perplexity must be this many standard errors within the bound, if one's is",
     )
     switch_sigmas: float = Field(
         1.0,
         ge=0,
-        description="the same over the best of another model: few requests say little of which model is better on a mixture",
+        description="the same against other models, while the plan in force is not out: a few requests of "
+        "mixed traffic say little of which model is better",
     )
     decide_sigmas: float = Field(
         2.0,
         ge=0,
-        description="more requests are evaluated while a plan that matters is within this many standard errors of the "
-        "bound on perplexity",
+        description="while a plan that matters is no more than this many standard errors from the bound on "
+        "perplexity, more requests are evaluated",
     )
     bound_margin: float = Field(
         0.1,
@@ -327,10 +327,11 @@ def _increases(
 
 
 class _Control:
-    """A control variate: what all recent prompts gave under the plan that is served, and what the evaluated ones did.
+    """A control variate: what all recent prompts gave under the plan that is served.
 
-    The few that were evaluated are easier or harder than the traffic by chance. How much, the plan that is served tells of
-    both, and the difference between two options is corrected by regression on it (Cochran, Sampling Techniques, 7).
+    The few requests that were evaluated are easier or harder than the traffic by chance. The plan that is
+    served has read both, so it tells by how much. The difference of two options is corrected by regression on
+    that (Cochran, Sampling Techniques, 7).
     """
 
     def __init__(self, reading: Reading, profile: ModelProfile) -> None:
@@ -384,7 +385,7 @@ def _excess(
             excess += slope * (control.mean - mean)
             left = math.fsum((r - slope * d) ** 2 for r, d in zip(residuals, deviations, strict=True))
             variance = left / (count * (count - 2)) + slope**2 * control.variance
-    # A standard error of few is uncertain itself: Student's t varies by so much more than a normal distribution.
+    # A standard error from few requests is uncertain itself. Student's t has so much more variance.
     freedom = count - 1
     return excess, math.sqrt(variance * (freedom / (freedom - 2) if freedom > 2 else _FEW_FACTOR))
 
@@ -436,8 +437,8 @@ def _refusals(
             by = f" by more than noise, {noise:.2g}" if noise else ""
             found[bound] = f"{bound}: {value:.4g} is {side} {limit:.4g}{by}"
 
-    # What is in force goes only when it is beyond the bound by more than noise. Another depth of its model is
-    # neither better nor worse against other models than it is: only against its own does it have to be within.
+    # What is in force goes only when it is beyond the bound by more than noise. How its model compares with
+    # others is no reason against another depth of it: that must be within the bound over its own last layer.
     stays, same_model = option.plan == before, before is not None and option.model == before.model
     tolerated = [
         (increase, settings.leave_sigmas * (error or 0.0) if stays or (same_model and not is_own) else 0.0)

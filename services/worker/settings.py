@@ -86,7 +86,7 @@ class WorkerSettings(ServiceSettings):
     prompt_readings: int = Field(
         SERVED_PROMPT_READINGS,
         ge=0,
-        description="tokens of each prompt, at most one in sixteen of it, whose probabilities are read out in "
+        description="tokens of each prompt, at most one in sixteen, whose probabilities are read out in "
         "prefill: by them the controller notices that the traffic has changed; 0: none",
     )
     cuda_graphs: bool = Field(

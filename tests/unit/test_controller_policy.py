@@ -276,7 +276,7 @@ def measured_at(increase: float, error: float, depth: int = 4) -> list[ModelProf
     1,000 bytes a request at 4 bytes a token, so that both come out exactly.
     """
     rate = math.log1p(increase) / 4
-    # The error of the mean of four values rate +- d is d * sqrt(4 / (4 * 3)), and Student's t of three degrees of
+    # The error of the mean of four values rate +- d is d * sqrt(4 / (4 * 3)). Student's t of three degrees of
     # freedom has three times the variance of a normal distribution.
     spread = error / (1 + increase) / 4
     samples = [

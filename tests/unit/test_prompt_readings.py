@@ -1,4 +1,4 @@
-"""What a sample of a prompt's own tokens says: the same as the model's logits, however the prompt is computed."""
+"""A sample of a prompt's own tokens says what the model's logits say, however the prompt is computed."""
 
 from pathlib import Path
 

@@ -1,0 +1,137 @@
+"""Whether the traffic under a plan is still what the plan was chosen for: tests over what is free."""
+
+import enum
+import math
+from dataclasses import dataclass
+
+from helios.history import ModelProfile
+from services.controller.cusum import Cusum, Moment, Tuning
+from services.controller.situation import Plan, Reading
+
+# Requests that a profile's expectation counts as at most, until what is served refines it. Generated text is
+# not like the prompts that were profiled, so what is expected of its confidences is less certain.
+_PROMPT_WEIGHT, _CONFIDENCE_WEIGHT = 25.0, 5.0
+# The same after a drift was noticed that was none: the profile's expectation was wrong, not the traffic.
+_DOUBTED_WEIGHT = 1.0
+# Generated tokens whose mean confidence is one observation.
+_BLOCK_TOKENS = 32
+# How much more such a mean varies than if tokens were independent (Kish's design effect).
+_CLUSTERING = 2.0
+# Prompts after which one counts a third of what the newest does.
+_READING_PROMPTS = 100.0
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What was served under one plan over some time. All are counts but the nats."""
+
+    plan: Plan
+    requests: int = 0
+    tokens: int = 0
+    """Generated tokens whose confidences are known."""
+    confidence_nats: float = 0.0
+    """Sum of the negative natural logarithms of their confidences."""
+    prompts_read: int = 0
+    """Prompts of which a sample of tokens was read out, these tokens, and their nats."""
+    prompt_tokens_read: int = 0
+    prompt_nats: float = 0.0
+
+    def plus(self, other: "Served") -> "Served":
+        """Both together."""
+        return Served(
+            self.plan,
+            self.requests + other.requests,
+            self.tokens + other.tokens,
+            self.confidence_nats + other.confidence_nats,
+            self.prompts_read + other.prompts_read,
+            self.prompt_tokens_read + other.prompt_tokens_read,
+            self.prompt_nats + other.prompt_nats,
+        )
+
+
+class Side(enum.Enum):
+    """Which way the traffic has changed for a plan: it is less sure, and reads it worse; or the reverse."""
+
+    WORSE = "worse"
+    BETTER = "better"
+
+
+class TrafficWatch:
+    """Two figures of the traffic under a plan, tested against what its profile expects.
+
+    The nats of prompts' own tokens say how well the plan reads the traffic. The confidences of generated tokens
+    say how sure it is.
+    """
+
+    def __init__(self, plan: Plan, profile: ModelProfile, now: float, *, trusted: bool) -> None:
+        """profile: has the plan's depth. now: seconds. trusted: whether its expectation has not failed yet."""
+        self.plan = plan
+        # When what was taken in last ended.
+        self._last = Moment(0, now)
+        one = profile.at(plan.depth)
+        index = profile.exits.index(one)
+        self._prompts_mean = mean = math.log(one.perplexity)
+        per_token = [
+            sample.nats[index] / sample.text_bytes * profile.bytes_per_token
+            for sample in profile.samples
+            if sample.text_bytes
+        ]
+        # Variance between requests; a guess where there are too few to tell.
+        known = len(per_token) > 1
+        self._between = (
+            sum((value - mean) ** 2 for value in per_token) / len(per_token) if known else mean**2 / 4
+        )
+        self._prompt_weight = min(max(len(per_token), 2), _PROMPT_WEIGHT) if trusted else _DOUBTED_WEIGHT
+        # Made with the first reading, which tells how many tokens of a prompt are read.
+        self._prompts: Cusum | None = None
+        self._prompts_deviation = 0.0
+        mean, deviation = one.confidence_nats
+        self._confidences = Cusum(
+            mean,
+            deviation * math.sqrt(_CLUSTERING / _BLOCK_TOKENS),
+            _CONFIDENCE_WEIGHT if trusted else _DOUBTED_WEIGHT,
+        )
+        self._reading_mean = self._reading_weight = self._reading_squares = 0.0
+
+    def add(self, served: Served, tuning: Tuning, now: float) -> None:
+        """Takes in what was served until now, seconds."""
+        if served.prompts_read and served.prompt_tokens_read:
+            tokens = served.prompt_tokens_read / served.prompts_read
+            mean = served.prompt_nats / served.prompt_tokens_read
+            if self._prompts is None:
+                # The nats of single tokens vary about as much as their mean is large.
+                self._prompts_deviation = math.sqrt(self._between + self._prompts_mean**2 / tokens)
+                self._prompts = Cusum(self._prompts_mean, self._prompts_deviation, self._prompt_weight)
+            self._read(mean, served.prompts_read)
+            self._prompts.add(mean, served.prompts_read, tuning, self._last)
+        if served.tokens:
+            mean, blocks = served.confidence_nats / served.tokens, served.tokens / _BLOCK_TOKENS
+            self._confidences.add(mean, blocks, tuning, self._last)
+        self._last = Moment(self._last.requests + served.requests, now)
+
+    def alarm(self, limit: float) -> tuple[Side, Moment] | None:
+        """Which way the traffic has changed; the requests finished since then, and when that was."""
+        tests = [test for test in (self._confidences, self._prompts) if test is not None]
+        for side in Side:
+            found = [test for test in tests if (test.rise if side is Side.WORSE else test.fall) >= limit]
+            if found:
+                began = min(test.began for test in found)
+                return side, Moment(self._last.requests - began.requests, began.seconds)
+        return None
+
+    @property
+    def reading(self) -> Reading | None:
+        """What recent prompts gave under the plan; None: none was read."""
+        if not self._reading_weight:
+            return None
+        error = self._prompts_deviation * math.sqrt(self._reading_squares) / self._reading_weight
+        return Reading(
+            model=self.plan.model, depth=self.plan.depth, nats_per_token=self._reading_mean, error=error
+        )
+
+    def _read(self, mean: float, prompts: int) -> None:
+        """Takes the mean of some prompts into the reading."""
+        fade = math.exp(-prompts / _READING_PROMPTS)
+        self._reading_weight = self._reading_weight * fade + prompts
+        self._reading_squares = self._reading_squares * fade**2 + prompts
+        self._reading_mean += (mean - self._reading_mean) * prompts / self._reading_weight
