@@ -1,8 +1,8 @@
 """The controller's own agenda and policy on recorded requests, without any service.
 
 Simulated time is tokens times the step times that the profiler measured, plus the cost of every move. So a
-sweep costs nothing, and all its settings see the same tokens. Requests come one after the other. An evaluation
-is there at once: what it takes is priced, not waited for.
+sweep costs nothing, and all its settings see the same tokens. Requests come one after the other. An
+evaluation is there at once: what it takes is priced, not waited for.
 """
 
 import time
@@ -156,7 +156,7 @@ class _Simulation:
 
     def _evaluate(self, due: Evaluate, seen: Outlook) -> None:
         number, count = seen.finished, due.requests or self.sample
-        self.agenda.evaluation_began(seen)
+        self.agenda.evaluation_began(due, seen)
         if due.fresh:
             self.done.alarms.append(number)
         # Before the first request there is nothing recent; the first ones are profiled then.

@@ -60,7 +60,7 @@ class ExitProfile(_Record):
 
     @property
     def confidence_nats(self) -> tuple[float, float]:
-        """Negative natural logarithm of a token's confidence: mean and standard deviation, by the histogram."""
+        """Negative natural logarithm of a token's confidence: mean and standard deviation."""
         bins = len(self.confidence_counts)
         values = [-math.log((index + 0.5) / bins) for index in range(bins)]
         tokens = max(self.tokens, 1)

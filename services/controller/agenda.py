@@ -26,6 +26,8 @@ _SECONDS_PER_DAY = 86400.0
 _FEWEST_BETWEEN_ALARMS, _MOST_BETWEEN_ALARMS = 1e3, 1e8
 # Tests are tuned anew when the rate of requests has changed by this factor: they depend on its logarithm.
 _RETUNE_FACTOR = 1.25
+# Decisions that rest on all that has been evaluated.
+_FROM_EVALUATIONS = (Trigger.START, Trigger.REASSESSMENT, Trigger.FOLLOW_UP, Trigger.DRIFT)
 # Between two attempts to get an evaluation that failed.
 _RETRY_SECONDS = 10.0
 
@@ -135,6 +137,8 @@ class Agenda:
         # Finished requests at the last evaluation; None: there was none.
         self._evaluated_at: int | None = None
         self._retry_at = -math.inf
+        # Whether an evaluation has ended that was not decided on yet.
+        self._evaluation_has_ended = False
         # When each profile was measured that the last decision rests on.
         self._decided_on: Mapping[str, float] = {}
         self._between_alarms = _FEWEST_BETWEEN_ALARMS
@@ -169,12 +173,11 @@ class Agenda:
             self._watch = TrafficWatch(plan, profile, now, trusted=self._false_alarm != plan)
         self._watch.add(served, self._tuning, now)
 
-    def evaluation_began(self, seen: Outlook) -> None:
+    def evaluation_began(self, due: Evaluate, seen: Outlook) -> None:
         """An evaluation is under way."""
         self._evaluated_at = seen.finished
         self._retry_at = seen.now + _RETRY_SECONDS
-        self._breach_due_at = None
-        if self._follow_up is not None:
+        if self._follow_up is not None and due.models:
             self._follow_up = replace(self._follow_up, due_at=math.inf)
 
     def evaluation_ended(self, cpu_seconds: float, threads: int, *, failed: bool) -> None:
@@ -182,6 +185,8 @@ class Agenda:
         self._allowance.spend(cpu_seconds, threads)
         if not failed:
             self._retry_at = -math.inf
+        # Without an evaluation nothing is known of a drift.
+        self._evaluation_has_ended = not failed or self._drift is None
 
     def decided(self, trigger: Trigger, decision: Decision, seen: Outlook) -> None:
         """A decision has been made and recorded."""
@@ -189,16 +194,19 @@ class Agenda:
         self._dwell_over_at = None if again is None else seen.finished + again
         if trigger is Trigger.RETREAT and self._drift is not None:
             self._drift = replace(self._drift, retreated=True)
-        if trigger not in (Trigger.START, Trigger.REASSESSMENT, Trigger.DRIFT):
+        if trigger not in _FROM_EVALUATIONS:
             return
-        self._started = True
+        self._started, self._evaluation_has_ended = True, False
+        if not seen.can_evaluate:
+            self._evaluated_at = seen.finished
         self._decided_on = dict(seen.history_times)
         self._breaches_answered.clear()
+        self._breach_due_at = None
         self.delayed_seconds = 0.0
         if trigger is Trigger.DRIFT:
             self._drift = self._watch = None
             self._false_alarm = None if decision.moves else decision.plan
-        self._plan_follow_up(decision, seen, anew=trigger is not Trigger.REASSESSMENT)
+        self._plan_follow_up(decision, seen, anew=trigger in (Trigger.START, Trigger.DRIFT))
 
     # -- what is due ------------------------------------------------------------------------------
 
@@ -215,8 +223,9 @@ class Agenda:
             return Evaluate() if may else None
         if not self._started:
             return None if seen.evaluating else Decide(Trigger.START)
-        if not seen.evaluating and seen.history_times != self._decided_on:
-            return Decide(Trigger.REASSESSMENT if self._drift is None else Trigger.DRIFT)
+        has_ended = self._evaluation_has_ended or seen.history_times != self._decided_on
+        if has_ended and not seen.evaluating:
+            return Decide(self._trigger)
         if (answer := self._answer_drift(seen)) is not None:
             return answer
         if seen.evaluating:
@@ -246,8 +255,16 @@ class Agenda:
             return f"in {requests} requests" + (f", and not within {wait:.0f} s, {cap}" if wait else "")
         return f"in {wait:.0f} s: it is due, and put off {cap}" if wait else "now"
 
+    @property
+    def _trigger(self) -> Trigger:
+        """What the evaluation that has just ended was for."""
+        if self._drift is not None:
+            return Trigger.DRIFT
+        is_follow_up = self._follow_up is not None and math.isinf(self._follow_up.due_at)
+        return Trigger.FOLLOW_UP if is_follow_up else Trigger.REASSESSMENT
+
     def _answer_drift(self, seen: Outlook) -> Due:
-        """A drift is evaluated once a handful of its requests is there. What takes too long is not waited for."""
+        """Evaluates a drift once a handful of its requests is there, and does not wait for that too long."""
         settings = self._settings
         if settings.detection is Detection.WINDOW:
             return None

@@ -338,7 +338,7 @@ class Controller:
         """Asks the profiler to evaluate candidates beside everything else."""
         if self._settings.profiler is None:
             return
-        self._agenda.evaluation_began(self._outlook(self.fleet.totals.finished))
+        self._agenda.evaluation_began(due, self._outlook(self.fleet.totals.finished))
         self._assessment = asyncio.create_task(self._ask(self._settings.profiler, due))
         self._assessment.add_done_callback(lambda _: self.fleet.news.set())
 

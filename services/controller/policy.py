@@ -602,7 +602,7 @@ def _best(
         since is not None
         and since < settings.min_dwell_requests
         and not at_once
-        and situation.trigger is Trigger.REASSESSMENT
+        and situation.trigger in (Trigger.REASSESSMENT, Trigger.FOLLOW_UP)
     ):
         best.note = f"the plan in force is {since} requests old, its dwell {settings.min_dwell_requests}"
         best.dwell_left = settings.min_dwell_requests - since

@@ -25,6 +25,7 @@ class Trigger(enum.StrEnum):
     START = "start"
     REASSESSMENT = "reassessment"
     DWELL = "dwell over"
+    FOLLOW_UP = "follow-up"
     DRIFT = "drift"
     RETREAT = "drift, not evaluated yet"
     BREACH = "confidence breach"

@@ -59,12 +59,12 @@ class Side(enum.Enum):
 class TrafficWatch:
     """Two figures of the traffic under a plan, tested against what its profile expects.
 
-    The nats of prompts' own tokens say how well the plan reads the traffic. The confidences of generated tokens
-    say how sure it is.
+    The nats of prompts' own tokens say how well the plan reads the traffic. The confidences of generated
+    tokens say how sure it is.
     """
 
     def __init__(self, plan: Plan, profile: ModelProfile, now: float, *, trusted: bool) -> None:
-        """profile: has the plan's depth. now: seconds. trusted: whether its expectation has not failed yet."""
+        """profile: has the plan's depth. now: seconds. trusted: whether its expectation held."""
         self.plan = plan
         # When what was taken in last ended.
         self._last = Moment(0, now)

@@ -346,7 +346,7 @@ async def test_a_confidence_breach_loads_deeper(parts: Stack) -> None:
     """Random models are never 0.97 sure; the profile expects it of four tokens in five."""
     gateway = parts.start_gateway(telemetry_seconds=0.1, discovery_seconds=0.2)
     await write_profiles(parts, await profile(parts, time.time()))
-    controller = parts.start_controller(min_dwell_requests=0, **QUICK)
+    controller = parts.start_controller(detection="window", min_dwell_requests=0, **QUICK)
     async with connect(controller) as stub, AsyncClient(gateway.address) as client:
         await await_depths(stub, a=2, b=2)
         running = start_streams(client, 4, 200)
@@ -358,11 +358,28 @@ async def test_a_confidence_breach_loads_deeper(parts: Stack) -> None:
         await await_depths(stub, a=2, b=2)
 
 
+async def test_a_drift_that_is_not_evaluated_sends_workers_to_the_safest_plan(parts: Stack) -> None:
+    """Random models are far less sure than the profile expects of the traffic; there is no profiler."""
+    gateway = parts.start_gateway(telemetry_seconds=0.1, discovery_seconds=0.2)
+    await write_profiles(parts, await profile(parts, time.time()))
+    controller = parts.start_controller(drift_patience_seconds=0.2, **QUICK)
+    async with connect(controller) as stub, AsyncClient(gateway.address) as client:
+        await await_depths(stub, a=2, b=2)
+        async with traffic(client):
+            await await_depths(stub, a=4, b=4)
+        retreat = await decision(stub, "drift, not evaluated yet")
+        assert "is the safest plan known" in retreat.reason
+
+
 async def test_a_breach_brings_the_next_reassessment_forward(parts: Stack) -> None:
     gateway = parts.start_gateway(telemetry_seconds=0.1, discovery_seconds=0.2)
     await write_profiles(parts, await profile(parts, time.time()))
     controller = parts.start_controller(
-        min_dwell_requests=0, reassess_requests=10_000, breach_reassess_requests=3, **QUICK
+        detection="window",
+        min_dwell_requests=0,
+        reassess_requests=10_000,
+        breach_reassess_requests=3,
+        **QUICK,
     )
     async with connect(controller) as stub, AsyncClient(gateway.address) as client:
         await await_depths(stub, a=2, b=2)
@@ -376,7 +393,11 @@ async def test_what_only_the_dwell_kept_out_is_chosen_when_it_is_over(parts: Sta
     gateway = parts.start_gateway(telemetry_seconds=0.1, discovery_seconds=0.2)
     await write_profiles(parts, await profile(parts, time.time()))
     controller = parts.start_controller(
-        min_dwell_requests=8, reassess_requests=10_000, breach_reassess_requests=10_000, **QUICK
+        detection="window",
+        min_dwell_requests=8,
+        reassess_requests=10_000,
+        breach_reassess_requests=10_000,
+        **QUICK,
     )
     async with connect(controller) as stub, AsyncClient(gateway.address) as client:
         await await_depths(stub, a=2, b=2)
