@@ -8,6 +8,7 @@ import sys
 from redis.asyncio import Redis
 
 from helios import catalog, service_process
+from helios.engine import jit
 from helios.server import Server, wait_for_signal
 from helios.v1 import profiler_pb2_grpc
 from services.profiler.service import ProfilerService
@@ -28,6 +29,7 @@ def main() -> int:
 async def _serve(settings: ProfilerSettings) -> int:
     os.nice(settings.niceness)
     models_dir = catalog.find_models_dir(settings.models_dir)
+    log.info("%s", jit.describe())
     redis = None
     if settings.redis_url is None:
         log.warning("no --redis-url: prompts are the bundled ones, and results are not kept")

@@ -9,7 +9,7 @@ from pathlib import Path
 from redis.asyncio import Redis
 
 from helios import catalog, registry, service_process
-from helios.engine import Engine, EngineSettings, ExitMode
+from helios.engine import Engine, EngineSettings, ExitMode, jit
 from helios.engine.threads import set_threads
 from helios.errors import SettingsError
 from helios.server import Server, wait_for_signal
@@ -41,6 +41,7 @@ async def _serve(settings: WorkerSettings) -> int:
     if depth is None:
         depth = entry.default_depth if settings.exit_mode == "greedy" else entry.num_layers
     set_threads(settings.threads)
+    log.info("%s", jit.describe())
     engine = Engine.load(entry.path, depth, _engine_settings(settings))
     log.info("loaded %s depth %d, %s", entry.name, depth, engine.plan.memory)
 
