@@ -150,20 +150,21 @@ def describe() -> str:
 @functools.cache
 def _places() -> _Places:
     """The first of these in which this user can write: $HELIOS_KERNEL_CACHE_DIR, helios/kernels in the user's
-    cache directory, a directory for temporary files. What the first two hold is read in any case."""
-    chosen, own = os.environ.get(VARIABLE), user_cache("kernels")
-    read = [base / _DIRECTORY for base in (Path(chosen).absolute() if chosen else None, own) if base]
-    for path in read:
-        # What others put into the directory that was chosen is the business of whoever chose it.
-        if _make(path, trusts_others=bool(chosen) and path is read[0]):
-            return _Places(tuple(read), path)
-    with contextlib.suppress(OSError):
-        path = Path(tempfile.gettempdir()) / f"helios-{os.geteuid()}" / _DIRECTORY
-        # Everybody writes beside it: nobody else may have made it, or get into it.
-        with contextlib.suppress(FileExistsError):
-            path.parent.mkdir(mode=0o700)
-        if _is_private(path.parent) and _make(path, trusts_others=False):
-            return _Places((*read, path), path)
+    cache directory, a directory for temporary files. What those before it hold is read."""
+    read, chosen = [], os.environ.get(VARIABLE)
+    if chosen:
+        # Who else may write there is the business of whoever chose it.
+        read.append(Path(chosen).absolute() / _DIRECTORY)
+        if _make(read[0]):
+            return _Places(tuple(read), read[0])
+    for base in (user_cache("kernels"), _temporary_directory()):
+        if base is not None:
+            path = base / _DIRECTORY
+            is_made = _make(path)
+            if _is_own(path):
+                read.append(path)
+                if is_made:
+                    return _Places(tuple(read), path)
     log.warning(
         "compiled kernels cannot be kept, so each start compiles them anew, which takes a minute or more: "
         "name a directory that can be written with %s",
@@ -172,15 +173,24 @@ def _places() -> _Places:
     return _Places(tuple(read), None)
 
 
-def _make(path: Path, *, trusts_others: bool) -> bool:
-    """Whether there is this directory, now, for this user to write in."""
+def _temporary_directory() -> Path | None:
+    """Of this user, beside those of others; None where it is not this user's alone."""
+    try:
+        path = Path(tempfile.gettempdir()) / f"helios-{os.geteuid()}"
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+    except OSError:
+        return None
+    return path if _is_own(path) else None
+
+
+def _make(path: Path) -> bool:
+    """Whether this directory is there, now, for this user to write in."""
     try:
         is_new = not path.exists()
         path.mkdir(mode=0o755, parents=True, exist_ok=True)
-        if not trusts_others and not _is_private(path, but_for=0o555):
-            return False
         tempfile.TemporaryFile(dir=path).close()
-        # It is in use; the least recently used go first.
+        # It is in use: the least recently used go first.
         os.utime(path)
         if is_new:
             _tidy(path.parent)
@@ -190,11 +200,13 @@ def _make(path: Path, *, trusts_others: bool) -> bool:
     return True
 
 
-def _is_private(path: Path, but_for: int = 0) -> bool:
-    """Whether it is a directory of this user's, whom others can do no more than `but_for` in it."""
-    facts = path.lstat()
-    others = stat.S_IMODE(facts.st_mode) & 0o077 & ~but_for
-    return stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.geteuid() and not others
+def _is_own(path: Path) -> bool:
+    """Whether it is a directory into which only this user, and root, can have put machine code."""
+    try:
+        facts = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(facts.st_mode) and facts.st_uid in (os.geteuid(), 0) and not facts.st_mode & 0o022
 
 
 def _tidy(directory: Path) -> None:

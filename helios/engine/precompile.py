@@ -8,6 +8,7 @@ import argparse
 import logging
 import os
 import pickle
+import platform
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -69,10 +70,9 @@ def compile_for_others() -> int:
         variables = os.environ | {processor.VARIABLE: target.name}
         return subprocess.run(command, input=signatures, env=variables, check=False).returncode
 
-    others = [target for target in processor.TARGETS if target != processor.TARGET]
-    # Code of another architecture is of no use here, and Numba's for this one needs no class.
-    if processor.TARGET is None:
-        return 0
+    # On other architectures Numba's own description of the processor is all there is.
+    is_x86 = platform.machine() == "x86_64"
+    others = [target for target in processor.TARGETS if is_x86 and target != processor.TARGET]
     with ThreadPoolExecutor(os.cpu_count()) as processes:
         return int(any(processes.map(compile_for, others)))
 

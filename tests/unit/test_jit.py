@@ -181,6 +181,16 @@ def test_a_user_without_a_home_keeps_machine_code_in_a_directory_of_their_own(
     assert "kept nowhere" in found["where"]
 
 
+def test_machine_code_that_others_can_have_put_there_is_not_read(copy: Copy) -> None:
+    assert copy.call()["compiled"] == 1
+    (version,) = copy.kept.iterdir()
+    version.chmod(0o777)
+
+    found = copy.call()
+    assert found["compiled"] == 1
+    assert str(version) not in found["where"]
+
+
 def test_machine_code_of_versions_that_are_gone_goes_when_a_new_one_comes(copy: Copy) -> None:
     versions = [copy.kept / f"{number:016x}.kernels" for number in range(12)]
     for number, version in enumerate(versions):
