@@ -166,8 +166,8 @@ def _places() -> _Places:
                 if is_made:
                     return _Places(tuple(read), path)
     log.warning(
-        "compiled kernels cannot be kept, so each start compiles them anew, which takes a minute or more: "
-        "name a directory that can be written with %s",
+        "kernels that are compiled cannot be kept: each start that needs some takes a minute or more. "
+        "Name a directory that can be written with %s",
         VARIABLE,
     )
     return _Places(tuple(read), None)
