@@ -76,12 +76,21 @@ RUN pip install --no-cache-dir --find-links . ${TORCH_INDEX_URL:+--index-url "$T
     --requirement torch.txt
 RUN pip install --no-cache-dir --find-links . --requirement engine.txt
 
+# Machine code for every class of processors that the image may meet, so that no start waits for a compiler.
+FROM engine-dependencies AS kernels
+COPY models /models
+COPY --from=code /code /opt/helios
+RUN HELIOS_KERNEL_CACHE_DIR=/kernels python -m helios.engine.precompile --all-targets --models-dir /models \
+ && chmod -R a+rX /kernels
+
 FROM runtime AS engine
 COPY --from=engine-dependencies /opt/helios /opt/helios
 COPY models /models
 COPY --from=code /code /opt/helios
+COPY --from=kernels /kernels /opt/helios/kernels
+# Nobody writes into that: what else is compiled is kept with the rest of the cache.
 ENV HELIOS_MODELS_DIR=/models \
-    NUMBA_CACHE_DIR=/tmp/numba \
+    HELIOS_KERNEL_CACHE_DIR=/opt/helios/kernels \
     XDG_CACHE_HOME=/tmp/cache
 
 FROM engine AS worker

@@ -2,16 +2,14 @@
 
 Keys and values lie as `KVCache` says. A row's result is the same to the bit whatever rows are beside it:
 each of its sums goes over its context in the order of the tokens.
-
-Numba keeps compiled kernels by the time of their own file: after a change here, touch `kernels.py` too.
 """
 
 import numpy as np
 
+from helios.engine.jit import compiled
 from helios.engine.simd import (
     LANES,
     add,
-    compiled,
     exponential,
     fetch_kept,
     keep,

@@ -4,21 +4,19 @@ Keys and values lie as `KVCache` says, each token's in a head with a scale by wh
 127. A query is rounded to bytes in the same way. The weights of a row's values, times the scales of these,
 are rounded to 16 bits and multiplied as two bytes. All sums of products are whole numbers: a row's result is
 the same to the bit whatever rows are beside it, and in whatever order they are summed.
-
-Numba keeps compiled kernels by the time of their own file: after a change here, touch `kernels.py` too.
 """
 
 import numpy as np
 
 from helios.engine.attention import are_of_one_sequence, first_block_after, longest_context
 from helios.engine.inner_product import multiply_bytes
+from helios.engine.jit import compiled
 from helios.engine.simd import (
     LANES,
     absolute,
     add,
     add_words,
     both_of,
-    compiled,
     either_of,
     exponential,
     fetch_kept,

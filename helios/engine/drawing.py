@@ -2,17 +2,15 @@
 
 A row's token depends on its logits, its parameters, its seed and its position alone, and all sums are taken
 in an order that no other row changes. `sampler.py` does the same in torch, for other devices.
-
-Numba keeps compiled kernels by the time of their own file: after a change here, touch `kernels.py` too.
 """
 
 import numpy as np
 
+from helios.engine.jit import compiled
 from helios.engine.simd import (
     LANES,
     add,
     bits_of,
-    compiled,
     exponential,
     lanes_between,
     larger,

@@ -3,8 +3,6 @@
 A step takes a word of 32 bits of each row, which holds one float32, two bfloat16 or four bytes, and the same
 of each channel of the tile. All sums stay in registers. Each takes its steps one after the other, whatever
 rows are beside it: a row's sums are the same to the bit in every batch.
-
-Numba keeps compiled kernels by the time of their own file: after a change here, touch `kernels.py` too.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +12,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from helios.engine.processor import has_bfloat16_dot_product, has_byte_dot_product, has_long_registers
 from helios.engine.simd import (
     LANES,
     SINGLES,
@@ -24,9 +23,6 @@ from helios.engine.simd import (
     Value,
     build_call,
     build_spread,
-    has_bfloat16_dot_product,
-    has_byte_dot_product,
-    has_long_registers,
     operation,
     words,
 )

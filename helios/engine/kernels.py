@@ -22,12 +22,12 @@ from helios.engine.inner_product import (
     TILE,
     inner_product,
 )
+from helios.engine.jit import compiled
 from helios.engine.simd import (
     LANES,
     add,
     add_shared,
     add_words,
-    compiled,
     exponential,
     keep,
     lane_numbers,

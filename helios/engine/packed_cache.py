@@ -26,6 +26,7 @@ from helios.engine.checkpoint import Norm
 from helios.engine.linear import PackedLinear
 from helios.engine.packed_weights import Part
 from helios.errors import CheckpointError
+from helios.user_cache import user_cache
 from helios.weight_map import read_safetensors_header_and_metadata
 
 log = logging.getLogger(__name__)
@@ -53,12 +54,8 @@ _Part = TypeVar("_Part", bound=Part)
 
 
 def default_directory() -> Path | None:
-    """helios/packed in the XDG cache directory; None for a user without a home."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return (Path(base) if base else Path.home() / ".cache") / "helios" / "packed"
-    except RuntimeError:
-        return None
+    """helios/packed in the user's cache directory; None for a user without a home."""
+    return user_cache("packed")
 
 
 class PackedCache:

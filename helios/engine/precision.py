@@ -4,7 +4,7 @@ import enum
 
 import torch
 
-from helios.engine.simd import has_byte_dot_product
+from helios.engine.processor import has_byte_dot_product
 from helios.errors import SettingsError
 
 

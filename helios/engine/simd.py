@@ -1,21 +1,20 @@
 """Vectors of 16 lanes for kernels compiled by Numba: the few operations that these need, as LLVM code.
 
-Addresses are integers (`Tensor.data_ptr`), indices count elements, and nothing is checked: only
-`helios.engine.kernels` calls these. LLVM splits the vectors on processors with narrower registers.
-
-Numba keeps compiled kernels by the time of their own file: after a change here, touch `kernels.py` too.
+Addresses are integers (`Tensor.data_ptr`), indices count elements, and nothing is checked: only kernels
+(`jit.compiled`) call these. LLVM splits the vectors on processors with narrower registers.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import llvmlite.binding
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
+
+from helios.engine.jit import compiled
 
 LANES = 16
 
@@ -27,35 +26,12 @@ WORDS, SINGLES = ir.VectorType(WORD, LANES), ir.VectorType(SINGLE, LANES)
 SOON = tuple(ir.Constant(WORD, value) for value in (0, 3, 1))
 _LINE_BYTES = 64
 
-# How kernels are compiled: they release the interpreter lock, and numbers are divided as the processor does.
-compiled = njit(nogil=True, error_model="numpy", cache=True)
-
 _LOG2_E = math.log2(math.e)
 # 2**x on [0, 1): the Taylor series in x ln 2, as exact as float32 is.
 _EXP = tuple(math.log(2) ** power / math.factorial(power) for power in range(8))
 
 Builder = Any  # llvmlite's ir.IRBuilder, which is untyped
 Value = Any
-
-
-def has_long_registers() -> bool:
-    """Whether this processor has 32 registers of 16 lanes (AVX-512)."""
-    return _has("avx512f")
-
-
-def has_byte_dot_product() -> bool:
-    """Whether this processor multiplies and sums bytes in one instruction (AVX-512 VNNI)."""
-    return _has("avx512vnni")
-
-
-def has_bfloat16_dot_product() -> bool:
-    """Whether this processor multiplies and sums bfloat16 in one instruction (AVX-512 BF16)."""
-    return _has("avx512bf16")
-
-
-def _has(feature: str) -> bool:
-    features = llvmlite.binding.get_host_cpu_features()
-    return bool(features.get(feature) and features.get("avx512f"))
 
 
 class VectorType(types.Type):

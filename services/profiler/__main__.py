@@ -5,6 +5,7 @@ import logging
 import sys
 
 from helios import catalog, redis_client, service_process
+from helios.engine import jit
 from helios.server import Server
 from helios.v1 import profiler_pb2_grpc
 from services.profiler.service import ProfilerService
@@ -23,6 +24,7 @@ def main() -> int:
 
 async def _serve(settings: ProfilerSettings) -> int:
     models_dir = catalog.find_models_dir(settings.models_dir)
+    log.info("%s", jit.describe())
     redis = None
     if settings.redis_url is None:
         log.warning("no --redis-url: prompts are the bundled ones, and results are not kept")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from helios import catalog, redis_client, registry, service_process
-from helios.engine import Engine, EngineSettings, ExitMode
+from helios.engine import Engine, EngineSettings, ExitMode, jit
 from helios.engine.threads import set_threads
 from helios.errors import SettingsError
 from helios.orders import EVERY_WORKER, Plan
@@ -43,6 +43,7 @@ async def _serve(settings: WorkerSettings) -> int:
         depth = entry.default_depth if settings.exit_mode == "greedy" else entry.num_layers
     plan_file = PlanFile(settings.plan_file, Plan(model=entry.name, depth=depth))
     set_threads(settings.threads)
+    log.info("%s", jit.describe())
     engine = await _load(settings, models_dir, entry, depth, plan_file)
     log.info("loaded %s depth %d, %s", engine.plan.entry.name, engine.plan.depth, engine.plan.memory)
 

@@ -317,3 +317,7 @@ async def test_without_redis_results_still_come_and_it_is_said_that_they_were_no
 def test_a_wrong_setting_is_refused_at_the_start(stack: Stack) -> None:
     with pytest.raises(AssertionError, match="batches must ascend"):
         stack.start_profiler(batches="8,1")
+
+
+def test_a_profiler_says_at_its_start_where_compiled_kernels_are_kept(profiler: Process) -> None:
+    assert "kernels are compiled for" in profiler.log

@@ -417,3 +417,7 @@ def test_a_worker_that_cannot_start_says_why(tiny_models: Path, flags: list[str]
     assert ended.returncode == 1
     assert said in ended.stderr.splitlines()[-1]
     assert "Traceback" not in ended.stderr
+
+
+def test_a_worker_says_at_its_start_where_compiled_kernels_are_kept(worker: Process) -> None:
+    assert "kernels are compiled for" in worker.log

@@ -1,0 +1,13 @@
+"""Where this user's processes keep what they can make again (XDG base directories)."""
+
+import os
+from pathlib import Path
+
+
+def user_cache(name: str) -> Path | None:
+    """helios/`name` in the user's cache directory, which need not exist; None for a user without a home."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "helios" / name
+    except RuntimeError:
+        return None
