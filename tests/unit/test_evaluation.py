@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from helios.calibration import calibrated_threshold
 from helios.catalog import read_model
@@ -135,6 +136,15 @@ def test_every_batch_is_timed_and_depth_is_linear(profile: ModelProfile) -> None
     assert all(one.prefill_tokens_per_second > 0 for one in profile.exits)
     assert profile.wall_seconds > 0
     assert profile.cpu_seconds > 0
+
+
+@pytest.mark.parametrize("field", ["confidence_counts", "agreement_counts"])
+def test_a_profile_with_impossible_counts_is_not_valid(profile: ModelProfile, field: str) -> None:
+    document = profile.model_dump(mode="json")
+    assert ModelProfile.model_validate(document) == profile
+    document["exits"][0][field][3] = -1
+    with pytest.raises(ValidationError, match=field):
+        ModelProfile.model_validate(document)
 
 
 def test_time_to_the_first_token_follows_the_length_of_prompts(
