@@ -96,7 +96,7 @@ class RequestSample(_Record):
 
     id: str
     text_bytes: int = Field(ge=0)
-    nats: tuple[Annotated[float, Field(ge=0)], ...]
+    nats: tuple[float, ...]
 
 
 class ModelProfile(_Record):
