@@ -6,6 +6,7 @@ One JSON document per model in Redis, under the schema of `helios.redis_schema`.
 import math
 import operator
 from collections.abc import Mapping
+from typing import Annotated
 
 from google.protobuf.json_format import MessageToDict, ParseDict
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,6 +18,8 @@ from helios.redis_schema import PROFILE_PATTERN, PROFILE_PREFIX
 from helios.v1 import profiler_pb2
 
 CONFIDENCE_BINS = 50
+
+_Count = Annotated[int, Field(ge=0)]
 
 
 class _Record(BaseModel):
@@ -36,8 +39,8 @@ class ExitProfile(_Record):
 
     depth: int = Field(ge=1)
     threshold: float = Field(ge=0, le=1)
-    confidence_counts: tuple[int, ...]
-    agreement_counts: tuple[int, ...]
+    confidence_counts: tuple[_Count, ...]
+    agreement_counts: tuple[_Count, ...]
     nats_per_byte: float = Field(ge=0)
     perplexity: float = Field(ge=1)
     decode: tuple[DecodeSpeed, ...] = Field(min_length=1)
@@ -46,7 +49,7 @@ class ExitProfile(_Record):
     weight_bytes: int = Field(gt=0)
     kv_bytes_per_token: int = Field(gt=0)
     load_seconds: float = Field(ge=0)
-    joules_per_token: float | None = None
+    joules_per_token: float | None = Field(None, ge=0)
 
     @property
     def tokens(self) -> int:
@@ -103,12 +106,12 @@ class ModelProfile(_Record):
     requests: int = Field(ge=0)
     tokens: int = Field(ge=0)
     exits: tuple[ExitProfile, ...] = Field(min_length=1)
-    wall_seconds: float
-    cpu_seconds: float
+    wall_seconds: float = Field(ge=0)
+    cpu_seconds: float = Field(ge=0)
     tokenizer_id: str
     bytes_per_token: float = Field(gt=0)
     provenance: Mapping[str, str]
-    once_cpu_seconds: float = 0.0
+    once_cpu_seconds: float = Field(0.0, ge=0)
     samples: tuple[RequestSample, ...] = ()
 
     @model_validator(mode="after")

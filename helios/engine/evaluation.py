@@ -27,7 +27,7 @@ from helios.engine.packed_cache import DEFAULT_LIMIT_BYTES
 from helios.engine.plan import warm_up
 from helios.engine.precision import Precision
 from helios.engine.sequence import Sequence
-from helios.engine.speed import Clock, Speed, measure_speed
+from helios.engine.speed import Clock, Speed, fit_speeds, measure_speed, timed_depths
 from helios.engine.threads import get_threads, lend, set_threads
 from helios.engine.tokenizer import load_tokenizer
 from helios.errors import CheckpointError, InvalidRequestError, SettingsError
@@ -56,6 +56,7 @@ class EvaluationSettings:
     max_prompt_tokens: int = 256
     generated_tokens: int = 32
     batches: tuple[int, ...] = (1, 8, 32)
+    # Timed steps of each kind, shared out among the exits that are timed; short steps are timed more often.
     repetitions: int = 5
     device: str = "cpu"
     precision: str = "float32"
@@ -371,7 +372,7 @@ def _use(threads: int, model: Model) -> None:
 def _time_steps(
     candidate: Candidate, cache: KVCache, space: _Space, settings: EvaluationSettings, pace: Pace
 ) -> _Timing:
-    """Times the first exit and full depth; between them time is linear in depth, as all layers are alike."""
+    """Times steps at some exits, and fits the speeds of all."""
     model, exit_layers = candidate.model, candidate.entry.exit_layers
     # Which tokens they are makes no difference to the time.
     context = [index % candidate.entry.vocab_size for index in range(space.timed_context)]
@@ -379,6 +380,8 @@ def _time_steps(
     for sequence in decoding:
         sequence.prompt_tokens = sequence.computed = len(context) - 1
     prompts = space.sequences(candidate.tokenizer, [context] * _TIMED_PROMPTS)
+    depths = timed_depths(exit_layers)
+    repetitions = math.ceil(settings.repetitions / len(depths))
 
     def measure(depth: int) -> Speed:
         return measure_speed(
@@ -388,34 +391,31 @@ def _time_steps(
             decoding,
             prompts,
             settings.batches,
-            settings.repetitions,
+            repetitions,
             settings.block_tokens,
             pace,
         )
 
     meter = power_meter(settings.device)
     began, before = time.perf_counter(), meter.read() if meter is not None else ()
-    first, last = exit_layers[0], model.depth
     threads = get_threads()
     _use(settings.timing_threads or threads, model)
     try:
         clock = Clock.of(model.device).name
-        low = measure(first)
-        high = measure(last) if last > first else low
+        timed = {depth: measure(depth) for depth in depths}
     finally:
         _use(threads, model)
     watts, source = settings.power_watts, "unknown" if settings.power_watts is None else "configured"
     if meter is not None:
         watts, source = meter.joules_since(before) / (time.perf_counter() - began), meter.name
-    shares = {depth: (depth - first) / max(last - first, 1) for depth in exit_layers}
-    speeds = {depth: low.toward(high, share) for depth, share in shares.items()}
+    speeds = fit_speeds(timed, exit_layers)
     batch = settings.batches[-1]
     joules = {
         depth: None if watts is None else watts * speed.decode[batch] / batch
         for depth, speed in speeds.items()
     }
     # Loading takes as long as there are bytes to read.
-    seconds_per_byte = candidate.load_seconds / candidate.weight_bytes[last]
+    seconds_per_byte = candidate.load_seconds / candidate.weight_bytes[model.depth]
     load_seconds = {depth: size * seconds_per_byte for depth, size in candidate.weight_bytes.items()}
     facts = (str(time.time()), clock, source)
     return _Timing(speeds, joules, load_seconds, dict(zip(_TIMING_FACTS, facts, strict=True)))

@@ -50,7 +50,12 @@ class ProfilerSettings(ServiceSettings):
         None, ge=0, le=1, description="one confidence threshold for all exits; default: calibrated"
     )
     batches: tuple[int, ...] = Field((1, 8, 32), description="batch sizes at which decoding is timed")
-    repetitions: int = Field(5, ge=1, description="timed steps of each kind, of which the median counts")
+    repetitions: int = Field(
+        5,
+        ge=1,
+        description="timed steps of each kind, shared out among up to five exits; "
+        "short ones are timed more often",
+    )
     pooled_requests: int = Field(
         100,
         ge=1,

@@ -3,12 +3,14 @@
 import math
 import statistics
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from helios.calibration import calibrated_threshold
 from helios.catalog import read_model
@@ -16,6 +18,7 @@ from helios.engine.evaluation import Candidate, EvaluationSettings, evaluate, lo
 from helios.engine.loader import load_packed
 from helios.engine.pace import Pace
 from helios.engine.precision import Precision
+from helios.engine.speed import Speed, fit_speeds, timed_depths
 from helios.errors import CancelledError, InvalidRequestError, SettingsError
 from helios.history import CONFIDENCE_BINS, ModelProfile
 from helios.power_meter import power_meter
@@ -135,6 +138,125 @@ def test_every_batch_is_timed_and_depth_is_linear(profile: ModelProfile) -> None
     assert all(one.prefill_tokens_per_second > 0 for one in profile.exits)
     assert profile.wall_seconds > 0
     assert profile.cpu_seconds > 0
+
+
+SECONDS = st.floats(1e-7, 1e3)
+
+
+@st.composite
+def timings(draw: st.DrawFn) -> tuple[list[int], dict[int, Speed]]:
+    """Exits of a model, and timings with any noise of those that are timed."""
+    exits = sorted(draw(st.sets(st.integers(1, 48), min_size=1, max_size=8)))
+    batches = sorted(draw(st.sets(st.integers(1, 64), min_size=1, max_size=4)))
+    return exits, {
+        depth: Speed({batch: draw(SECONDS) for batch in batches}, draw(SECONDS))
+        for depth in timed_depths(exits)
+    }
+
+
+@given(timings())
+def test_fitted_times_grow_with_depth_and_do_not_fall_with_the_batch_whatever_the_noise(
+    measured: tuple[list[int], dict[int, Speed]],
+) -> None:
+    exits, timed = measured
+    found = fit_speeds(timed, exits)
+    assert list(found) == exits
+    for speed in found.values():
+        times = [speed.decode[batch] for batch in sorted(speed.decode)]
+        assert times[0] > 0
+        assert times == sorted(times)
+    for shallow, deep in pairwise(found.values()):
+        assert 0 < shallow.prefill_per_token < deep.prefill_per_token
+        for batch, seconds in shallow.decode.items():
+            assert seconds < deep.decode[batch]
+    for (depth, shallow), (deeper, deep) in pairwise(found.items()):
+        for batch, seconds in shallow.decode.items():
+            # The fixed part is not negative.
+            assert deep.decode[batch] / deeper <= seconds / depth * (1 + 1e-9)
+
+
+# Seconds of a decode step: the fixed part and each layer. Every sequence in the batch adds a tenth.
+LINE = st.tuples(st.floats(0, 1e-2), st.floats(1e-4, 1e-2))
+BATCHES = (1, 8, 32)
+
+
+def _linear(fixed: float, layer: float, depth: int) -> Speed:
+    seconds = fixed + depth * layer
+    return Speed({batch: seconds * (1 + batch / 10) for batch in BATCHES}, seconds / 10)
+
+
+def _assert_close(found: dict[int, Speed], expected: dict[int, Speed], rel: float) -> None:
+    for depth, speed in expected.items():
+        assert found[depth].decode == pytest.approx(speed.decode, rel=rel)
+        assert found[depth].prefill_per_token == pytest.approx(speed.prefill_per_token, rel=rel)
+
+
+@given(LINE, st.sets(st.integers(1, 48), min_size=1, max_size=8).map(sorted))
+def test_exactly_linear_times_are_fitted_exactly(line: tuple[float, float], exits: list[int]) -> None:
+    expected = {depth: _linear(*line, depth) for depth in exits}
+    _assert_close(
+        fit_speeds({depth: expected[depth] for depth in timed_depths(exits)}, exits), expected, 1e-9
+    )
+
+
+@given(
+    LINE,
+    st.lists(st.floats(-1, 1), min_size=20, max_size=20),
+    st.sampled_from((2, 6, 8, 12, 16)),
+    st.sampled_from((*BATCHES, "prefill")),
+    st.floats(1e-3, 1e3),
+)
+def test_one_wild_timing_among_five_moves_the_fit_by_little(
+    line: tuple[float, float], noise: list[float], depth: int, kind: int | str, factor: float
+) -> None:
+    exits = (2, 4, 6, 8, 12, 16)
+    expected = {depth: _linear(*line, depth) for depth in exits}
+
+    def timed(by: float) -> dict[int, Speed]:
+        """Timings with this much noise, one of them wild."""
+        errors = iter(noise)
+        found = {
+            one: Speed(
+                {batch: seconds * (1 + by * next(errors)) for batch, seconds in expected[one].decode.items()},
+                expected[one].prefill_per_token * (1 + by * next(errors)),
+            )
+            for one in timed_depths(exits)
+        }
+        wild = found[depth]
+        if kind == "prefill":
+            found[depth] = replace(wild, prefill_per_token=wild.prefill_per_token * factor)
+        else:
+            decode = {b: s * (factor if b == kind else 1) for b, s in wild.decode.items()}
+            found[depth] = replace(wild, decode=decode)
+        return found
+
+    assert timed_depths(exits) == [2, 6, 8, 12, 16]
+    _assert_close(fit_speeds(timed(0), exits), expected, 1e-9)
+    # Noise of 0.1 % of a step moves a slope by up to 0.2 % over the least gap, of 2 layers: 1.6 % over 16.
+    # A small fixed part that this noise hides counts as layers.
+    for batch in BATCHES:
+        full = expected[16].decode[batch]
+        for one, speed in fit_speeds(timed(0.001), exits).items():
+            assert speed.decode[batch] == pytest.approx(expected[one].decode[batch], abs=0.03 * full)
+
+
+@pytest.mark.parametrize(
+    ("exits", "timed"),
+    [((6,), [6]), ((1, 6), [1, 6]), ((1, 3, 6), [1, 3, 6]), ((2, 4, 6, 8, 12, 16), [2, 6, 8, 12, 16])],
+)
+def test_first_last_and_spread_exits_are_timed(exits: tuple[int, ...], timed: list[int]) -> None:
+    assert timed_depths(exits) == timed
+    every = timed_depths(range(1, 25))
+    assert (every[0], every[-1], len(every)) == (1, 24, 5)
+
+
+@pytest.mark.parametrize("field", ["confidence_counts", "agreement_counts"])
+def test_a_profile_with_impossible_counts_is_not_valid(profile: ModelProfile, field: str) -> None:
+    document = profile.model_dump(mode="json")
+    assert ModelProfile.model_validate(document) == profile
+    document["exits"][0][field][3] = -1
+    with pytest.raises(ValidationError, match=field):
+        ModelProfile.model_validate(document)
 
 
 def test_time_to_the_first_token_follows_the_length_of_prompts(
