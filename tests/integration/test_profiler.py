@@ -6,6 +6,7 @@ import random
 import shutil
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -73,12 +74,14 @@ async def stub(profiler: Process) -> AsyncIterator[Stub]:
         yield Stub(channel)
 
 
-async def evaluate(stub: Stub, models: Sequence[str], requests: int | None = None) -> Evaluated:
+async def evaluate(
+    stub: Stub, models: Sequence[str], requests: int | None = None, **fields: Any
+) -> Evaluated:
     """Progress, results, and the error that the call ended with."""
     progress, results = [], []
     try:
         async for response in stub.Evaluate(
-            profiler_pb2.EvaluateRequest(models=models, requests=requests), timeout=TIMEOUT
+            profiler_pb2.EvaluateRequest(models=models, requests=requests, **fields), timeout=TIMEOUT
         ):
             if response.HasField("progress"):
                 progress.append(response.progress)
@@ -283,9 +286,52 @@ async def test_history_of_another_version_or_of_a_model_that_is_gone_is_ignored_
         assert profiler.log.count(said) == 1
 
 
-async def test_it_stands_back_and_answers_health_and_reflection(profiler: Process) -> None:
+async def test_evaluations_stand_back_behind_serving_but_for_those_after_a_drift(
+    profiler: Process, stub: Stub
+) -> None:
     own = os.getpriority(os.PRIO_PROCESS, 0)
-    assert os.getpriority(os.PRIO_PROCESS, profiler.process.pid) == min(own + 10, 19)
+    back = min(own + 10, 19)
+
+    def niceness() -> list[int]:
+        threads = Path(f"/proc/{profiler.process.pid}/task").iterdir()
+        return [os.getpriority(os.PRIO_PROCESS, int(thread.name)) for thread in threads]
+
+    await evaluate(stub, ["tiny"], requests=1)
+    assert niceness().count(back) == 1
+    before = len(niceness())
+    await evaluate(stub, ["tiny"], requests=1, fresh=True)
+    # The one that does not stand back.
+    assert (len(niceness()), niceness().count(back)) == (before + 1, 1)
+
+
+async def test_a_fresh_evaluation_counts_alone_and_only_the_youngest_prompts(
+    stub: Stub, redis: Redis
+) -> None:
+    _, (bundled,), _ = await evaluate(stub, ["tiny"], requests=1)
+
+    async def write(first: int) -> None:
+        ids = [(2, *range(first + number, first + number + 30)) for number in range(3)]
+        recent = [prompts.RecentPrompt(bundled.tokenizer_id, one) for one in ids]
+        await prompts.write(redis, recent, 250, 60)
+
+    await write(10)
+    # By Redis's clock, which tells how old they are.
+    seconds, microseconds = await redis.time()
+    before = seconds + microseconds / 1e6
+    while True:
+        seconds, microseconds = await redis.time()
+        if (age := seconds + microseconds / 1e6 - before) > 0.05:
+            break
+    await write(100)
+    _, (result,), _ = await evaluate(stub, ["tiny"], requests=5, fresh=True, newest_seconds=age)
+    assert (result.requests, len(result.samples)) == (3, 3)
+    _, results, error = await evaluate(stub, ["tiny"], requests=5, fresh=True, newest_seconds=1e-9)
+    assert not results
+    assert error is not None
+    assert "no prompt was sampled in the last" in (error.details() or "")
+
+
+async def test_it_answers_health_and_reflection(profiler: Process) -> None:
     with grpc.insecure_channel(profiler.address) as channel:
         health = health_pb2_grpc.HealthStub(channel).Check(
             health_pb2.HealthCheckRequest(service="helios.v1.ProfilerService"), timeout=TIMEOUT

@@ -1,0 +1,92 @@
+"""How soon a change of a figure is noticed, and how rarely chance is taken for one."""
+
+import random
+import statistics
+
+import pytest
+
+from services.controller.cusum import Cusum, Moment, Tuning
+
+TUNING = Tuning.of(1e4, 20)
+
+
+def run(test: Cusum, dice: random.Random, mean: float, most: int, first: int = 0) -> int | None:
+    """Requests until an alarm; None: there was none in `most`."""
+    for count in range(most):
+        test.add(dice.gauss(mean, 1), 1, TUNING, Moment(first + count, float(first + count)))
+        if max(test.rise, test.fall) >= TUNING.limit:
+            return count + 1
+    return None
+
+
+@pytest.mark.parametrize("shift", [-4.0, 4.0])
+def test_a_large_change_is_noticed_within_a_few_requests_to_either_side(shift: float) -> None:
+    began = []
+    for seed in range(20):
+        dice, test = random.Random(seed), Cusum(0, 1, 25)
+        assert run(test, dice, 0, 100) is None
+        delay = run(test, dice, shift, 100, first=100)
+        assert delay is not None
+        assert delay <= 6
+        assert (test.rise if shift > 0 else test.fall) >= TUNING.limit
+        began.append(test.began.requests)
+    assert 95 <= statistics.median(began) <= 101
+
+
+def test_the_smallest_change_is_noticed_after_about_the_delay_asked_for() -> None:
+    # It is twice the slack.
+    delays = [run(Cusum(0, 1, 1e6), random.Random(seed), 2 * TUNING.slack, 10_000) for seed in range(200)]
+    found = [delay for delay in delays if delay is not None]
+    assert len(found) == len(delays)
+    assert statistics.fmean(found) == pytest.approx(20, rel=0.3)
+
+
+def test_false_alarms_are_about_as_rare_as_asked_for() -> None:
+    tuning = Tuning.of(500, 20)
+    runs = []
+    for seed in range(60):
+        dice, test, count = random.Random(seed), Cusum(0, 1, 1e6), 0
+        while test.rise < tuning.limit:
+            test.add(dice.gauss(0, 1), 1, tuning, Moment(count, 0.0))
+            count += 1
+        runs.append(count)
+    # Winsorized tails make them rarer still.
+    assert 350 < statistics.fmean(runs) < 1500
+
+
+def test_rarer_false_alarms_and_longer_delays_both_raise_the_limit() -> None:
+    assert Tuning.of(1e6, 20).limit > Tuning.of(1e4, 20).limit
+    assert Tuning.of(1e4, 40).limit > Tuning.of(1e4, 20).limit
+    assert Tuning.of(1e4, 40).slack < Tuning.of(1e4, 20).slack
+
+
+def test_one_odd_request_is_no_alarm() -> None:
+    test = Cusum(0, 1, 25)
+    test.add(1e9, 1, TUNING, Moment(0, 0.0))
+    assert 0 < test.rise < TUNING.limit
+
+
+def test_a_wrong_expectation_is_learnt_where_it_rests_on_little() -> None:
+    tuning, alarms = Tuning.of(1e5, 20), 0
+    for seed in range(100):
+        dice, test = random.Random(seed), Cusum(0.8, 1, 1)
+        for count in range(200):
+            test.add(dice.gauss(0, 1), 1, tuning, Moment(count, 0.0))
+        alarms += max(test.rise, test.fall) >= tuning.limit
+    assert alarms <= 15
+
+
+def test_what_may_be_a_drift_is_not_learnt() -> None:
+    """The traffic changes right after the test has begun."""
+    for seed in range(20):
+        delay = run(Cusum(0, 1, 25), random.Random(seed), 2.5, 100)
+        assert delay is not None
+        assert delay <= 12
+
+
+def test_a_group_of_requests_counts_as_so_many() -> None:
+    one, many = Cusum(0, 1, 1e6), Cusum(0, 1, 1e6)
+    for count in range(4):
+        one.add(1.5, 1, TUNING, Moment(count, 0.0))
+    many.add(1.5, 4, TUNING, Moment(0, 0.0))
+    assert many.rise == pytest.approx(one.rise, rel=1e-4)
