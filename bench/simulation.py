@@ -1,8 +1,8 @@
 """The controller's own agenda and policy on recorded requests, without any service.
 
-Simulated time is tokens times the step times that the profiler measured, plus the cost of every move; so a sweep
-costs nothing, and all its settings see the same tokens. Requests come one after the other, and an evaluation is
-there at once: what it takes is priced, not waited for.
+Simulated time is tokens times the step times that the profiler measured, plus the cost of every move; so a
+sweep costs nothing, and all its settings see the same tokens. Requests come one after the other, and an
+evaluation is there at once: what it takes is priced, not waited for.
 """
 
 import time
@@ -23,7 +23,7 @@ from helios.slo import Slo
 from services.controller.agenda import Agenda, AgendaSettings, Decide, Evaluate, Outlook, Served
 from services.controller.allowance import Allowance
 from services.controller.policy import decide
-from services.controller.situation import Bar, Plan, Situation, WorkerView
+from services.controller.situation import Bar, Plan, Situation, Trigger, WorkerView
 from services.profiler.settings import ProfilerSettings
 
 POOLED_REQUESTS: int = ProfilerSettings.model_fields["pooled_requests"].default
@@ -97,8 +97,8 @@ def simulate(
 ) -> Run:
     """The controller's loop over the recorded requests.
 
-    threshold: of every exit; None: calibrated. profiled_requests: recent ones that a regular evaluation runs; None:
-    the scene's.
+    threshold: of every exit; None: calibrated. profiled_requests: recent ones that a regular evaluation runs;
+    None: the scene's.
     """
     return _Simulation(scene, settings, threshold, profiled_requests, pooled_requests).run()
 
@@ -175,6 +175,8 @@ class _Simulation:
         began = time.perf_counter()
         if due.bar is not None:
             self.bars = (*self.bars, due.bar)
+        if due.trigger is Trigger.BREACH:
+            self.done.alarms.append(seen.finished)
         profiles = self.history
         self.bars = tuple(bar for bar in self.bars if profiles[bar.model].time <= bar.time)
         situation = Situation(
@@ -254,8 +256,8 @@ class _Simulation:
         )
 
     def _threshold(self, plan: Plan) -> float:
-        """What the engine calls unsure under a plan: as calibrated on the requests that it was chosen by. At the
-        last layer nothing."""
+        """What the engine calls unsure under a plan: as calibrated on the requests that it was chosen by. At
+        the last layer nothing."""
         by_depth = self.scene.thresholds[plan.model]
         if plan.depth not in by_depth:
             return 0.0
