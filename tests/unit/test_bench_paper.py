@@ -375,7 +375,7 @@ def policy_result(**changes: Any) -> dict[str, Any]:
         "policy": {"reassess_requests": 150},
         "drifting": {"sudden": figures, "long": long},
         "steady": {
-            name: {"traces": 3, "needless_moves": needless}
+            name: {"traces": 3, "within_bound": 3, "needless_moves": needless}
             for name, needless in (("prose", 0.5), ("technical", 1.0), ("mix", figures["needless"]))
         },
         "paper_setting": {"ratio": figures["ratio"], "dynamic_model": "m", "helios": {"traces": 3}},
