@@ -43,12 +43,11 @@ _PAPER = {
     "profiling_share": 1,
 }
 _SWEEPS: dict[str, tuple[float, ...]] = {
-    "reassess_requests": (50, 150, 400),
     "drift_delay_requests": (10, 20, 40),
     "false_alarms_per_day": (2, 24, 240),
     "follow_up_requests": (3, 6, 12),
 }
-_PROFILED_REQUESTS = (5, 10, 20)
+_REASSESS_REQUESTS, _PROFILED_REQUESTS = (50, 150, 400), (5, 10, 20)
 _PAPER_SWEEPS: dict[str, tuple[int, ...]] = {
     "reassess_requests": (25, 50, 150, 250, 400),
     "breach_limit": (10, 25, 50, 100),
@@ -143,6 +142,11 @@ def measure(subject: Subject) -> dict[str, Any]:
             "both, the paper's rule, no reassessment put off": _row(few, _settings(**_PAPER)),
         },
         "sweeps": {
+            # Were reassessments put off to keep profiling within its share, the interval would not matter.
+            "reassess_requests": [
+                {"value": value} | _row(few, _settings(reassess_requests=value, profiling_share=1))
+                for value in _REASSESS_REQUESTS
+            ],
             **{
                 name: [{"value": value} | _row(few, _settings(**{name: value})) for value in values]
                 for name, values in _SWEEPS.items()
