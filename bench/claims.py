@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from bench import traffic
+
 Results = Mapping[str, Any]
 
 
@@ -107,8 +109,10 @@ def _perplexity(results: Results) -> str:
 
 def _adaptation(results: Results) -> str:
     found = results["policy"]
+    standard = found["drifting"][traffic.STANDARD]
     return (
-        f"{found['default']['moves']} in {found['requests']} requests of drifting traffic; "
+        f"{standard['moves']:.1f} in {found['requests']} requests of drifting traffic, mean of "
+        f"{standard['traces']} traces; "
         f"{found['profiling']['seconds_per_assessment'] * 1000:.0f} ms per profiling of all "
         f"{len(found['candidates'])} candidates"
     )
@@ -122,7 +126,7 @@ def _ablation(results: Results) -> str:
 
 
 def _sweeps(results: Results) -> str:
-    sweeps = results["policy"]["sweeps"]
+    sweeps = results["policy"]["paper_sweeps"]
     fastest = max(sweeps["reassess_requests"], key=lambda row: float(row["tokens_per_second"]))
     best = min(sweeps["reassess_requests"], key=lambda row: float(row["perplexity_increase"]))
     low, high = sweeps["threshold"][0], sweeps["threshold"][-1]

@@ -377,54 +377,68 @@ def _saturation(result: Mapping[str, Any], page: Page) -> None:
     page.plot("saturation", "Throughput over batch, model and depth", draw)
 
 
-def _start(one: Mapping[str, Any]) -> tuple[object, ...]:
-    return f"{one['regret_by_phase']:+.1%}", f"{one['perplexity_increase']:+.1%}", one["moves"]
-
-
 def _policy(result: Mapping[str, Any], page: Page) -> None:
-    phases = ", ".join(result["phases"])
     page.say(
         "## The loop over drifting traffic",
-        f"{result['requests']} requests of {result['request_tokens']} tokens ({phases}), the controller's "
-        f"own policy. Assumed: {result['assumed']}. Perplexity is over the best model of each phase, whole; "
-        "regret is time over the best fixed plan in hindsight that is at least as good; by phase: over the "
-        "fastest plan of each phase that is within the bound there.",
+        "The controller's own agenda and policy, simulated on recorded requests of "
+        f"{result['request_tokens']} tokens. Assumed: {result['assumed']}.",
+        "Time, moves included, is over the fastest plan of each phase that is within the bound on it, in "
+        "hindsight; *priced*: with the CPU of evaluations. Perplexity is over the best model of each phase, "
+        f"whole; *within*: traces that rise by at most {result['bound']:.0%}, and by twice that in no phase. "
+        "All else is a mean over the traces.",
     )
 
     def figures(rows: Sequence[tuple[object, Mapping[str, Any]]]) -> None:
         page.table(
-            ("", "tokens/s", "perplexity", "moves", "breaches", "reactions", "regret", "by phase"),
+            (
+                "",
+                "traces",
+                "time",
+                "priced",
+                "tokens/s",
+                "within",
+                "perplexity: mean, worst trace, worst phase",
+                "moves",
+                "alarms",
+                "evaluations",
+            ),
             [
                 (
                     name,
+                    row["traces"],
+                    f"{row['time_to_best']:.3f}",
+                    f"{row['priced_time_to_best']:.3f}",
                     f"{row['tokens_per_second']:,.0f}",
-                    f"{row['perplexity_increase']:+.1%}",
-                    row["moves"],
-                    row["breaches"],
-                    ", ".join("never" if one is None else str(one) for one in row["reactions"]) or "-",
-                    "no fixed plan is as good" if row["regret"] is None else f"{row['regret']:+.1%}",
-                    f"{row['regret_by_phase']:+.1%}",
+                    f"{row['within_bound']} of {row['traces']}",
+                    f"{row['perplexity_increase']:+.1%}, {row['largest_perplexity_increase']:+.1%}, "
+                    f"{row['worst_phase_increase']:+.1%}",
+                    f"{row['moves']:.1f}",
+                    f"{row['alarms']:.1f}",
+                    f"{row['evaluations']:.1f}",
                 )
                 for name, row in rows
             ],
         )
 
-    figures([("default", result["default"])])
-    page.say("The same traffic, begun at other places of the texts:")
-    page.table(
-        ("regret by phase", "perplexity", "moves", "the same with profiling spaced as services do"),
-        [
-            (*_start(one), ", ".join(map(str, _start(spaced))))
-            for one, spaced in zip(result["starts"], result["starts_spaced"], strict=True)
-        ],
+    page.say(
+        f"Drifting traffic: phases of {result['phase_requests']} requests, of "
+        f"{result['long_phase_requests']:,} where it says *long*. *sudden* is the standard trace: "
+        f"{', '.join(result['phases'])}."
     )
+    figures(list(result["drifting"].items()))
+    page.say(
+        f"Without a drift, {result['long_phase_requests']:,} requests each. Needless moves, on the mean: "
+        + ", ".join(f"{row['needless_moves']:.2f} on {name}" for name, row in result["steady"].items())
+        + "."
+    )
+    figures(list(result["steady"].items()))
     profiling = result["profiling"]
     page.say(
-        f"An assessment of all candidates takes {profiling['seconds_per_assessment']:.2f} s "
+        f"An evaluation of all candidates takes {profiling['seconds_per_assessment']:.2f} s "
         f"({profiling['cpu_seconds_per_assessment']:.2f} s of CPU), speeds known and models loaded; timing "
-        f"steps took {profiling['cpu_seconds_once']:.1f} s of CPU, once. Each interval, unspaced, they would "
-        f"take {profiling['share_if_unspaced']:.0%} of a thread that serves all the time.",
-        "Drifts:",
+        f"steps took {profiling['cpu_seconds_once']:.1f} s of CPU, once. On the first standard trace "
+        f"evaluations would take {profiling['share']:.0%} of a thread that serves all the time.",
+        "Drifts of the first standard trace:",
     )
     page.table(
         (
@@ -432,8 +446,8 @@ def _policy(result: Mapping[str, Any], page: Page) -> None:
             "to",
             "plan before",
             "its perplexity there",
-            "tokens until a breach",
-            "requests until within the bound",
+            "requests until noticed",
+            "until within the bound",
         ),
         [
             (
@@ -441,19 +455,31 @@ def _policy(result: Mapping[str, Any], page: Page) -> None:
                 drift["phase"],
                 drift["plan_before"],
                 f"{drift['perplexity_increase_if_kept']:+.1%}",
-                "-" if drift["tokens_until_breach"] is None else drift["tokens_until_breach"],
-                "never"
-                if drift["requests_until_within_bound"] is None
-                else drift["requests_until_within_bound"],
+                _requests(drift["requests_until_alarm"]),
+                _requests(drift["requests_until_within_bound"]),
             )
-            for drift in result["drifts"]
+            for drift in result["default"]["drifts"]
         ],
     )
-    page.say("Ablation (reactions: requests from a drift that needs a move until a plan within the bound):")
+    page.say("Plans, each held over the whole of that trace:")
+    page.table(
+        ("plan", "time", "tokens/s", "perplexity: trace, worst phase"),
+        [
+            (
+                f"{row['model']} at {row['depth']}",
+                f"{row['time_to_best']:.3f}",
+                f"{row['tokens_per_second']:,.0f}",
+                f"{row['perplexity_increase']:+.1%}, {row['worst_phase_increase']:+.1%}",
+            )
+            for row in result["fixed_plans"]
+        ],
+    )
+    page.say("Ablation, on the standard trace:")
     figures(list(result["ablation"].items()))
-    for name, rows in result["sweeps"].items():
-        page.say(f"Sweep of {name}:")
-        figures([(row["value"], row) for row in rows])
+    for kind, name_of in (("sweeps", "Sweep of {}"), ("paper_sweeps", "Sweep of {} by the paper's rule")):
+        for name, rows in result[kind].items():
+            page.say(f"{name_of.format(name)}, on the standard trace:")
+            figures([(row["value"], row) for row in rows])
     paper = result["paper_setting"]
     page.say(
         f"The paper's own setting, concurrency 1: {paper['ratio']:.2f}x of dynamic {paper['dynamic_model']} "
@@ -478,13 +504,17 @@ def _policy(result: Mapping[str, Any], page: Page) -> None:
             axes.plot(span, (one["depth"],) * 2, color=colours[one["model"]], linewidth=4)
         for name, colour in colours.items():
             axes.plot([], [], color=colour, linewidth=4, label=name)
-        for drift in result["drifts"]:
+        for drift in result["default"]["drifts"]:
             axes.axvline(drift["request"], color="grey", linestyle="--")
         axes.set_xlabel("request")
         axes.set_ylabel("depth")
         axes.legend(fontsize="small")
 
     page.plot("policy", "Plan over drifting traffic (dashed: drifts)", draw)
+
+
+def _requests(count: int | None) -> str:
+    return "never" if count is None else str(count)
 
 
 def _control(result: Mapping[str, Any], page: Page) -> None:

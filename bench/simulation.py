@@ -23,7 +23,7 @@ from helios.slo import Slo
 from services.controller.agenda import Agenda, AgendaSettings, Decide, Evaluate, Outlook
 from services.controller.allowance import Allowance
 from services.controller.policy import decide
-from services.controller.situation import Bar, Plan, Situation, WorkerView
+from services.controller.situation import Bar, Plan, Situation, Trigger, WorkerView
 from services.controller.traffic_watch import Served
 from services.profiler.settings import ProfilerSettings
 
@@ -176,6 +176,8 @@ class _Simulation:
         began = time.perf_counter()
         if due.bar is not None:
             self.bars = (*self.bars, due.bar)
+        if due.trigger is Trigger.BREACH:
+            self.done.alarms.append(seen.finished)
         profiles = self.history
         self.bars = tuple(bar for bar in self.bars if profiles[bar.model].time <= bar.time)
         situation = Situation(

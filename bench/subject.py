@@ -38,9 +38,14 @@ class Sizes:
     forced_tokens: int = 128
     grid_batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
     request_tokens: int = 64
-    # Of the drifting traffic: prose, then technical, then a mix of both. Drifts shall not fall on a
-    # reassessment, which would flatter the reaction.
+    # Of a phase of drifting traffic. Drifts shall not fall on a reassessment, which would flatter the
+    # reaction.
     phase_requests: int = 310
+    # Of a phase of long traces, and of traffic without a drift.
+    long_phase_requests: int = 3000
+    # Traces of each shape; and of what is long or only compared.
+    traces: int = 20
+    few_traces: int = 5
     served_requests: int = 120
     served_interval: int = 20
     profiled_requests: int = 5
@@ -76,6 +81,9 @@ QUICK = Sizes(
     grid_batches=(1, 2, 4),
     request_tokens=16,
     phase_requests=12,
+    long_phase_requests=24,
+    traces=2,
+    few_traces=1,
     served_requests=9,
     served_interval=3,
     profiled_requests=2,

@@ -1,11 +1,13 @@
-"""Drifting traffic, recorded: prose, then technical, then a mix, and what every exit says of each request.
+"""Recorded requests, with what every exit of every candidate says of them, and traces of drifting traffic.
 
 A request's text is given, not generated, so that every policy is measured on the same tokens.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +19,37 @@ from helios.catalog import ModelEntry
 from helios.history import CONFIDENCE_BINS, ExitProfile, ModelProfile, RequestSample
 
 _EDGES = [index / CONFIDENCE_BINS for index in range(CONFIDENCE_BINS)]
+_PROSE, _TECHNICAL = held_out.DOMAINS
+
+# Share of technical text in a phase: a constant, or by the number of the request and how many the phase has.
+Share: TypeAlias = float | Callable[[int, int], float]
+# Phases one after the other: name and share.
+Shape: TypeAlias = tuple[tuple[str, Share], ...]
+
+
+def _by_turns(number: int, _requests: int) -> float:
+    return float(number % 2)
+
+
+def _sliding(number: int, requests: int) -> float:
+    return number / requests
+
+
+def _in_bursts(number: int, requests: int) -> float:
+    """Three bursts, each two fifths of a third of the phase."""
+    return float(3 * number / requests % 1 >= 0.6)
+
+
+STANDARD = "sudden"
+SHAPES: Mapping[str, Shape] = {
+    STANDARD: (("prose", 0), ("technical", 1), ("mix", _by_turns)),
+    "other order": (("technical", 1), ("prose", 0), ("mix", _by_turns)),
+    "slow slide": (("prose", 0), ("slide", _sliding), ("technical", 1)),
+    "bursts": (("prose", 0), ("bursts", _in_bursts), ("technical", 1)),
+    "mixtures": (("a fifth technical", 0.2), ("four fifths technical", 0.8), ("prose", 0)),
+}
+# The standard trace's phases, each alone: traffic without a drift.
+STEADY: Mapping[str, Shape] = {name: ((name, share),) for name, share in SHAPES[STANDARD]}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,30 +78,31 @@ class Request:
     records: Mapping[str, Record]
 
 
-def drifting(
-    subject: Subject, candidates: Sequence[ModelEntry], phase_requests: int, starts: int
-) -> list[list[Request]]:
-    """Three phases of equally many requests, begun at `starts` places of the texts, which repeat when they
-    run out."""
-    pools = {domain: _requests(subject, candidates, domain) for domain in held_out.DOMAINS}
-    domains = list(held_out.DOMAINS)
-    phases = [(domain, [domain]) for domain in domains] + [("mix", domains)]
+def record(subject: Subject, candidates: Sequence[ModelEntry]) -> dict[str, list[Request]]:
+    """All requests that the held-out texts give, by domain."""
+    return {domain: _requests(subject, candidates, domain) for domain in held_out.DOMAINS}
 
-    def begin(start: int) -> list[Request]:
-        taken = {domain: len(pool) * start // starts for domain, pool in pools.items()}
 
-        def take(phase: str, domain: str) -> Request:
-            request = pools[domain][taken[domain] % len(pools[domain])]
+def trace(
+    pools: Mapping[str, Sequence[Request]], shape: Shape, phase_requests: int, seed: int
+) -> list[Request]:
+    """A trace of this shape, each phase of `phase_requests`.
+
+    pools: recorded requests by domain. The seed draws the order in which a domain's requests come, and the
+    domain where a share leaves it open. Requests repeat when all of a domain have come.
+    """
+    draw = random.Random(seed)
+    orders = {domain: draw.sample(pool, len(pool)) for domain, pool in pools.items()}
+    taken = dict.fromkeys(pools, 0)
+    found = []
+    for phase, share in shape:
+        for number in range(phase_requests):
+            technical = share(number, phase_requests) if callable(share) else share
+            domain = _TECHNICAL if draw.random() < technical else _PROSE
+            order = orders[domain]
+            found.append(replace(order[taken[domain] % len(order)], phase=phase))
             taken[domain] += 1
-            return Request(phase, domain, request.ids, request.records)
-
-        return [
-            take(phase, kinds[index % len(kinds)])
-            for phase, kinds in phases
-            for index in range(phase_requests)
-        ]
-
-    return [begin(start) for start in range(starts)]
+    return found
 
 
 def profile(
