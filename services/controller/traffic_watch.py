@@ -15,6 +15,8 @@ _PROMPT_WEIGHT, _CONFIDENCE_WEIGHT = 25.0, 5.0
 _DOUBTED_WEIGHT = 1.0
 # Generated tokens whose mean confidence is one observation.
 _BLOCK_TOKENS = 32
+# Standard deviation of a token's confidence in nats, at least: a histogram's bins hide what is smaller.
+_LEAST_DEVIATION = 0.1
 # How much more such a mean varies than if tokens were independent (Kish's design effect).
 _CLUSTERING = 2.0
 # Prompts after which one counts a third of what the newest does.
@@ -88,7 +90,7 @@ class TrafficWatch:
         mean, deviation = one.confidence_nats
         self._confidences = Cusum(
             mean,
-            deviation * math.sqrt(_CLUSTERING / _BLOCK_TOKENS),
+            max(deviation, _LEAST_DEVIATION) * math.sqrt(_CLUSTERING / _BLOCK_TOKENS),
             _CONFIDENCE_WEIGHT if trusted else _DOUBTED_WEIGHT,
         )
         self._reading_mean = self._reading_weight = self._reading_squares = 0.0

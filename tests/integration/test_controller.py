@@ -359,9 +359,10 @@ async def test_a_confidence_breach_loads_deeper(parts: Stack) -> None:
 
 
 async def test_a_drift_that_is_not_evaluated_sends_workers_to_the_safest_plan(parts: Stack) -> None:
-    """Random models are far less sure than the profile expects of the traffic; there is no profiler."""
+    """Random models are never sure, which the profile expects of every token; there is no profiler."""
     gateway = parts.start_gateway(telemetry_seconds=0.1, discovery_seconds=0.2)
-    await write_profiles(parts, await profile(parts, time.time()))
+    sure = (exit_profile(2, 0.905, sure=1.0), exit_profile(4, 0.9))
+    await write_profiles(parts, model_profile(MODEL, sure, tokenizer_id=await tokenizer_id(parts)))
     controller = parts.start_controller(drift_patience_seconds=0.2, **QUICK)
     async with connect(controller) as stub, AsyncClient(gateway.address) as client:
         await await_depths(stub, a=2, b=2)
