@@ -136,6 +136,7 @@ def decide(situation: Situation, settings: PolicySettings) -> Decision:
         plan, reason = _retreat(weighed, before)
     else:
         plan, reason = _best(weighed, before, situation, settings)
+    reason += _excuse(weighed, before, plan, situation)
     if situation.delayed_seconds:
         waited = f"{situation.delayed_seconds:.0f} s"
         reason += f"; put off for {waited}, so that profiling stays within its share of CPU"
@@ -509,10 +510,25 @@ def _answer_breach(
     return best.option.plan, f"{seen}; {kind} to {best.option.plan} is the cheapest answer"
 
 
+def _excuse(weighed: Sequence[_Weighed], before: Plan | None, plan: Plan | None, situation: Situation) -> str:
+    """Why a plan stays whose perplexity was measured beyond the bound; empty when it was not."""
+    bound = situation.slo.max_perplexity_increase
+    option = next((one.option for one in weighed if one.option.plan == plan), None)
+    if plan != before or option is None or bound is None or option.perplexity_increase <= bound:
+        return ""
+    requests = len(situation.history[option.model].samples)
+    counted = f"{requests} request" + ("" if requests == 1 else "s")
+    measured = f"; its perplexity was measured at {option.perplexity_increase:+.1%}, on {counted}"
+    if option.perplexity_increase_error is None:
+        return f"{measured}: too few to tell that from the bound of {bound:.1%}"
+    return f"{measured} with a standard error of {option.perplexity_increase_error:.1%}, bound {bound:.1%}"
+
+
 def _retreat(weighed: Sequence[_Weighed], before: Plan) -> tuple[Plan, str]:
     """The plan that is best in quality by all that was ever measured: until the new traffic is evaluated."""
     said = "the traffic has changed and is not evaluated yet"
-    known = [one for one in weighed if set(one.refusals) <= {_QUALITY, "min_agreement"}]
+    known = [one for one in weighed if one.eligible]
+    known = known or [one for one in weighed if set(one.refusals) <= {_QUALITY, "min_agreement"}]
     if not known:
         return before, f"{said}; {before} stays, no other plan is possible"
     safest = min(known, key=lambda one: (one.option.perplexity_increase, -one.option.depth, one.option.model))

@@ -18,7 +18,7 @@ from services.controller.policy import (
     decide,
     is_breached,
 )
-from services.controller.situation import Bar, Plan, Situation, Trigger, WorkerView
+from services.controller.situation import Bar, Plan, Reading, Situation, Trigger, WorkerView
 from tests.profiles import exit_profile, model_profile
 
 SETTINGS = PolicySettings()
@@ -328,6 +328,61 @@ def test_noise_at_the_bound_keeps_a_plan_out_and_lets_one_in_force_stay(
     kept = decide(situation(seen, [worker(depth=4)], plan=plan("small", 4)), SETTINGS)
     assert (kept.plan == plan("small", 4)) is stays
     assert (f"{increase:.4g} is above 0.05 by more than noise" in kept.reason) is not stays
+
+
+def test_a_plan_that_stays_beyond_the_bound_is_said_to_be_measured_on_too_little() -> None:
+    seen = measured_at(0.054, 0.01)
+    kept = decide(situation(seen, [worker(depth=4)], plan=plan("small", 4)), SETTINGS)
+    assert kept.plan == plan("small", 4)
+    assert "measured at +5.4%, on 4 requests with a standard error of 1.0%, bound 5.0%" in kept.reason
+    # One request of which nothing can be told, and no other plan.
+    alone = model_profile("small", [exit_profile(4, 0.95), exit_profile(6, 0.9)])
+    one = RequestSample(id="a", text_bytes=1000, nats=(950.0, 900.0))
+    alone = alone.model_copy(update={"samples": (one,)})
+    bar = Bar(model="small", depth=6, time=alone.time, reason="could not load it")
+    kept = decide(situation([alone], [worker(depth=4)], plan=plan("small", 4), bars=(bar,)), SETTINGS)
+    assert kept.plan == plan("small", 4)
+    assert "on 1 request: too few to tell that from the bound of 5.0%" in kept.reason
+    within = measured_at(0.03, 0.01)
+    assert (
+        "measured" not in decide(situation(within, [worker(depth=4)], plan=plan("small", 4)), SETTINGS).reason
+    )
+
+
+def test_a_mixture_says_little_of_which_model_is_better() -> None:
+    """Each model reads half of the requests far better; the plan in force is not given up for that."""
+
+    def model(name: str, excess: float, first: float, depth: int) -> ModelProfile:
+        samples = tuple(
+            RequestSample(id=str(number), text_bytes=1000, nats=(nats + excess * 1000, nats))
+            for number in range(9)
+            for nats in [900 + (first if number % 2 else 100 - first)]
+        )
+        mean = sum(one.nats[1] for one in samples) / 9000
+        exits = [exit_profile(depth, mean + excess), exit_profile(6, mean)]
+        return model_profile(name, exits).model_copy(update={"samples": samples})
+
+    other = model("other", 0.001, 0.0, 2)
+    here = model("small", 0.001, 100.0, 4)
+    kept = decide(situation([here, other], [worker(depth=4)], plan=plan("small", 4)), SETTINGS)
+    assert kept.plan == plan("small", 4)
+    # With what all prompts gave it can be told: most are of the kind that the plan reads badly.
+    reading = Reading(model="small", depth=4, nats_per_token=4.0, error=0.01)
+    many = [one.model_copy(update={"samples": one.samples * 1}) for one in (here, other)]
+    more = tuple(
+        one.model_copy(
+            update={
+                "samples": tuple(
+                    sample.model_copy(update={"id": f"{turn}-{sample.id}"})
+                    for turn in range(3)
+                    for sample in one.samples
+                )
+            }
+        )
+        for one in many
+    )
+    moved = decide(situation(more, [worker(depth=4)], plan=plan("small", 4), reading=reading), SETTINGS)
+    assert moved.plan == plan("other", 2)
 
 
 # Properties.
