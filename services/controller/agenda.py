@@ -56,9 +56,7 @@ class AgendaSettings(PolicySettings):
         description="requests until the smallest drift that can be told from chance is noticed, on the mean; "
         "larger drifts are noticed sooner; a larger value notices smaller drifts",
     )
-    drift_requests: int = Field(
-        4, ge=2, description="requests that there must be since a drift began before it is evaluated"
-    )
+    drift_requests: int = Field(4, ge=2, description="requests since a drift began on which it is evaluated")
     drift_patience_seconds: float = Field(
         5.0,
         ge=0,
@@ -67,8 +65,8 @@ class AgendaSettings(PolicySettings):
     follow_up_requests: int = Field(
         6,
         ge=1,
-        description="requests that are evaluated at a drift, and again while chance may have decided: after "
-        "so many more, then after twice as many, and so on",
+        description="requests that are evaluated as well while chance may have decided: after so many more, then "
+        "after twice as many, and so on",
     )
     breach_reassess_requests: int = Field(
         5,
@@ -286,11 +284,9 @@ class Agenda:
         recent = drift.began.requests + seen.finished - drift.noticed.requests
         if recent < settings.drift_requests:
             return None
-        return Evaluate(
-            requests=min(recent, settings.follow_up_requests),
-            fresh=True,
-            newest_seconds=seen.now - drift.began.seconds,
-        )
+        # No more than it takes to choose at once: more follow.
+        age = seen.now - drift.began.seconds
+        return Evaluate(requests=settings.drift_requests, fresh=True, newest_seconds=age)
 
     def _answer_breach(self, seen: Outlook) -> Due:
         """The paper's rule, in window mode."""

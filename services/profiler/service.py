@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -207,7 +208,8 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
         self, names: Sequence[str], request: profiler_pb2.EvaluateRequest, context: _Context
     ) -> list[HeliosError]:
         loop = asyncio.get_running_loop()
-        known = await loop.run_in_executor(self._thread, self._known_tokenizers)
+        thread = self._urgent_thread if request.fresh else self._thread
+        known = await loop.run_in_executor(thread, self._known_tokenizers)
         settings = self._settings
         count = request.requests or settings.requests
         newest_seconds = request.newest_seconds if request.HasField("newest_seconds") else None
@@ -260,7 +262,11 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
             ids = prompts.ids_for(entry, known, self._tokenizers.of(entry))
             candidate, is_fresh = self._candidates.take(entry, ids)
             timed = None if request.remeasure else before
-            profile = evaluate(candidate, ids, self._evaluation, progress, pace, timed, prompts.names)
+            settings = self._evaluation
+            if request.fresh:
+                # Perplexity is of the prompts alone, and what serves meanwhile may be out of its bounds.
+                settings = replace(settings, generated_tokens=1)
+            profile = evaluate(candidate, ids, settings, progress, pace, timed, prompts.names)
             provenance = {**profile.provenance, "prompts": prompts.source}
             update: dict[str, object] = {"provenance": provenance}
             if is_fresh:

@@ -173,8 +173,7 @@ def test_a_drift_is_evaluated_at_once_on_its_own_requests(figure: str, change: f
     assert due.newest_seconds is not None
     # Since the drift began, give or take a request.
     assert owner.now - due.newest_seconds == pytest.approx(before, abs=0.25)
-    assert due.requests is not None
-    assert owner.settings.drift_requests <= due.requests <= owner.settings.follow_up_requests
+    assert due.requests == owner.settings.drift_requests
     owner.end(profile(time=3.0))
     owner.settle()
     assert owner.decided == [Trigger.DRIFT]
