@@ -65,8 +65,8 @@ class AgendaSettings(PolicySettings):
     follow_up_requests: int = Field(
         6,
         ge=1,
-        description="requests that are evaluated as well while chance may have decided: after so many more, then "
-        "after twice as many, and so on",
+        description="requests that are evaluated as well while chance may have decided: after so many more, "
+        "then after twice as many, and so on",
     )
     breach_reassess_requests: int = Field(
         5,
