@@ -91,6 +91,10 @@ class EngineFailedError(HeliosError):
     """A worker's engine has failed under all its sequences; the worker ends and is to be started anew."""
 
 
+class SequenceFailedError(HeliosError):
+    """One sequence has failed by itself, and would on any worker; the engine and all others go on."""
+
+
 class QuarantinedError(HeliosError):
     """Workers failed one after the other under this request, so no other worker gets it."""
 

@@ -40,6 +40,7 @@ from helios.errors import (
     InvalidRequestError,
     OutOfMemoryError,
     OverloadedError,
+    SequenceFailedError,
     SettingsError,
     UnavailableError,
 )
@@ -737,7 +738,7 @@ def _failure(seq: Sequence, error: Exception) -> HeliosError:
     log.error("sequence %s failed", seq.request_id, exc_info=error)
     if isinstance(error, HeliosError):
         return error
-    return HeliosError(
+    return SequenceFailedError(
         f"the sequence failed: {type(error).__name__}: {error}; the worker's log has the cause"
     )
 

@@ -9,7 +9,13 @@ from collections.abc import Awaitable, Callable
 import grpc
 from opentelemetry import trace
 
-from helios.errors import HeliosError, OverloadedError, QuarantinedError, UnavailableError
+from helios.errors import (
+    HeliosError,
+    OverloadedError,
+    QuarantinedError,
+    SequenceFailedError,
+    UnavailableError,
+)
 from helios.sampling import SamplingParams
 from helios.v1 import generation_pb2, worker_pb2
 from services.gateway.outlet import Outlet
@@ -220,7 +226,7 @@ class Stream:
     def _judged(self, worker: Worker, error: HeliosError) -> Exception:
         """What a worker's error means for the stream."""
         code = error.code
-        if code in _REQUEST_FAULTS:
+        if code in _REQUEST_FAULTS or isinstance(error, SequenceFailedError):
             return error
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
             return TimeoutError()

@@ -15,6 +15,7 @@ from helios.errors import (
     InvalidRequestError,
     OverloadedError,
     QuarantinedError,
+    SequenceFailedError,
     UnavailableError,
     UnknownModelError,
 )
@@ -223,6 +224,21 @@ async def test_a_request_under_which_two_workers_failed_is_sent_to_no_third(
                 await stream(client, SIX)
             await until(lambda: all_ready(client), "the workers to be taken back")
         assert [len(worker.requests) for worker in workers] == [1, 1, 0]
+
+
+async def test_a_sequence_that_fails_by_itself_is_sent_to_no_other_worker(stack: Stack) -> None:
+    async def fails_alone(request: Request, seconds: float) -> AsyncIterator[Response]:
+        yield chunk(0)
+        raise SequenceFailedError("the sequence failed: ValueError: no text")
+
+    async with scripted_workers(fails_alone, fails_alone) as workers:
+        gateway = stack.start_gateway([worker.address for worker in workers])
+        async with AsyncClient(gateway.address) as client:
+            await until(lambda: all_ready(client), "the workers to be ready")
+            with pytest.raises(SequenceFailedError, match="no text"):
+                await stream(client, SIX)
+            assert await all_ready(client)
+        assert sorted(len(worker.requests) for worker in workers) == [0, 1]
 
 
 async def test_a_request_that_hangs_two_engines_is_sent_to_no_third(stack: Stack) -> None:
