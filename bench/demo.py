@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from bench import held_out, load
 from bench.load import Latency, Request, Stream
 from bench.local_stack import local_stack
-from bench.report import Report
+from bench.report import Report, Target
 from bench.subject import Sizes, Subject
 from bench.timeline import Mark, Sample, Timeline, WorkerSample
 from helios import catalog
@@ -50,10 +50,12 @@ STREAMS = 32
 ALL = "all"
 # Of a model with room for them.
 _PROMPT_TOKENS, _OUTPUT_TOKENS = 96, 48
-_SAMPLE_SECONDS = 1.0
+_SAMPLE_SECONDS = 0.25
 # Of the traffic's time; `full` and `dynamic` share the rest.
 _HELIOS_SHARE = 0.7
 _WARM_UP_TOKENS = 8
+# Seconds, a share of the tokens, and a ratio of tokens a second.
+_FOLLOW_TARGET, _WITHIN_TARGET, _RATIO_TARGET = 2.0, 0.95, 1.4
 # A profiler that has just been started imports its engine first, and evaluates beside other work.
 _DECISION_SECONDS = 120.0
 _LOOK_SECONDS = 0.1
@@ -125,7 +127,40 @@ class Outcome:
 
     def report(self) -> Report:
         """The outcome as a bench's report."""
-        return Report({"systems": SYSTEMS, **asdict(self)}, [])
+        return Report({"systems": SYSTEMS, **asdict(self)}, self.targets())
+
+    def targets(self) -> list[Target]:
+        """The bound holds when traffic drifts, and what that leaves of the speed."""
+        helios = {row.phase: row for row in self.rows if row.system == "HELIOS"}
+        full = next(row for row in self.rows if (row.system, row.phase) == ("full", ALL))
+        phases = list(self.followed_after)
+        later = [self.followed_after[phase] for phase in phases[1:]]
+        slowest = max((math.inf if one is None else one for one in later), default=0.0)
+        within = min(helios[phase].within_bound for phase in phases)
+        ratio = helios[ALL].tokens_per_second / full.tokens_per_second if full.tokens_per_second else 0.0
+        return [
+            Target(
+                "within the perplexity bound after a drift",
+                f"at most {_FOLLOW_TARGET:g} s",
+                ", ".join(
+                    f"{phase} never" if one is None else f"{phase} {one:.1f} s"
+                    for phase, one in zip(phases[1:], later, strict=True)
+                ),
+                slowest <= _FOLLOW_TARGET,
+            ),
+            Target(
+                "tokens from plans within the bound, the worst phase",
+                f"at least {_WITHIN_TARGET:.0%}",
+                f"{within:.1%}",
+                within >= _WITHIN_TARGET,
+            ),
+            Target(
+                "throughput against full, all phases",
+                f"at least {_RATIO_TARGET:g}x",
+                f"{ratio:.2f}x",
+                ratio >= _RATIO_TARGET,
+            ),
+        ]
 
 
 SYSTEMS = {

@@ -1,5 +1,6 @@
 """`helios demo`: traffic drifts, model and depth follow; then a timeline, and a table against baselines."""
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,12 +57,14 @@ def demo(*, seconds: float, picture: Path, json_path: Path | None) -> None:
     view = _View(console)
     with view:
         outcome = bench.run(running, seconds, view.show)
+    report = outcome.report()
     if json_path is not None:
-        outcome.report().write(json_path)
+        report.write(json_path)
     for line in timeline.as_text(outcome.timeline, min(console.width, 120)):
         console.print(line, markup=False, overflow="ignore", no_wrap=True, crop=False)
     show(console, _table(outcome, bench.ALL))
     _explain(console, outcome, bench.SYSTEMS, bench.STREAMS)
+    report.show()
     try:
         timeline.draw(outcome.timeline, picture)
     except ModuleNotFoundError as error:
@@ -159,17 +162,19 @@ def _table(outcome: "Outcome", every: str) -> "Rows":
 
 def _explain(console: "Console", outcome: "Outcome", systems: dict[str, str], streams: int) -> None:
     from helios.cli.rows import Line, show
+    from helios.hardware import cpu_name
 
     show(console, *(Line(f"{name}: {what}") for name, what in systems.items()))
     text = (
-        f"{streams} streams open at once, {outcome.workers} workers each. TTFT, TPOT: P50/P99; "
+        f"{streams} streams open at once, {outcome.workers} workers each, on {os.cpu_count()} cores of "
+        f"{cpu_name()}. TTFT, TPOT: P50/P99; "
         "ppl: perplexity of held-out text of the phase under what was served, over the best candidate at "
         "full depth; agree: tokens equal to the own last layer's there; in bound: tokens from plans within "
         "the perplexity bound."
     )
     show(console, Line(text))
     for phase, seconds in outcome.followed_after.items():
-        when = "never" if seconds is None else "from the start" if not seconds else f"after {seconds:.0f} s"
+        when = "never" if seconds is None else "from the start" if not seconds else f"after {seconds:.1f} s"
         show(console, Line(f"{phase}: within the perplexity bound {when}"))
     for row in outcome.rows:
         if row.failed and row.phase in outcome.followed_after:

@@ -58,6 +58,11 @@ def test_demo_without_a_stack_shows_drift_decisions_and_every_system(helios: Hel
     assert picture.read_bytes().startswith(b"\x89PNG")
 
     content = json.loads(out.read_text())
+    assert [target["name"] for target in content["targets"]] == [
+        "within the perplexity bound after a drift",
+        "tokens from plans within the bound, the worst phase",
+        "throughput against full, all phases",
+    ]
     assert content["machine"]["cores"] >= 1
     results: dict[str, Any] = content["results"]
     rows = {(row["system"], row["phase"]): row for row in results["rows"]}
