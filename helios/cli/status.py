@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from helios.cli import slo
+from helios.cli.decisions import as_dict, in_one_line
 from helios.cli.snapshot import Snapshot, agreement_bars, histogram, observe
 from helios.cli.target import target_option
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 def status(*, as_json: bool, target: str | None, controller: str | None, profiler: str | None) -> None:
     """Show workers, models, depths, confidence, load, objective, limits and problems."""
     with observe(target, controller, profiler) as stack:
-        snapshot = stack.look()
+        snapshot = stack.look(decisions=1)
     if as_json:
         click.echo(json.dumps(_as_json(snapshot), indent=2))
     else:
@@ -47,6 +48,7 @@ def _as_json(snapshot: Snapshot) -> dict[str, Any]:
             else {"mode": plan.mode, "leading": plan.leading, "next_assessment": plan.next_assessment}
         ),
         "slo": None if snapshot.slo is None else slo.as_dict(snapshot.slo),
+        "last_decision": next((as_dict(decision) for decision in snapshot.decisions), None),
         "problems": list(snapshot.problems),
     }
 
@@ -67,6 +69,8 @@ def _parts(snapshot: Snapshot) -> "Iterator[RenderableType]":
         yield _exits(snapshot)
     objective = slo.in_words(snapshot.slo) if snapshot.slo is not None else "unknown"
     yield Line(f"objective: {objective}; controller: {_controller(snapshot)}")
+    for decision in snapshot.decisions:
+        yield Line(f"last decision: {in_one_line(decision)}")
     if snapshot.plan is not None and snapshot.plan.next_assessment:
         yield Line(f"candidates are evaluated again {snapshot.plan.next_assessment}")
     answer, limits = snapshot.status, snapshot.status.limits

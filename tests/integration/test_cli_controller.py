@@ -85,6 +85,9 @@ def test_an_operator_watches_steers_and_reads_back(running: Helios) -> None:
     assert not seen["workers"][0]["pinned"]
     told = running.run("status").stdout
     assert "objective: accuracy, max_perplexity_increase 0.01" in told
+    last = answer(running, "decisions", "--last", "1")[0]
+    assert seen["last_decision"]["reason"]
+    assert f"last decision: {last['number']} " in told
 
 
 def test_decisions_are_followed_as_they_are_made(running: Helios) -> None:
