@@ -24,6 +24,8 @@ _Increase: TypeAlias = tuple[float, float | None, bool]
 _QUALITY = "max_perplexity_increase"
 # Requests from which a standard error can be told.
 _FEWEST_PAIRS = 2
+# Standard errors between the evaluated requests and all traffic that may be chance.
+_LIKELY_SIGMAS = 3.0
 # By what the variance from two or three is multiplied.
 _FEW_FACTOR = 5.0
 # Requests from which their difference is corrected by what is known of all traffic.
@@ -379,7 +381,9 @@ def _excess(
         mean, deviations = _rate([control.nats[own.id] for own, _ in pairs], sizes)
         spread = math.fsum(d * d for d in deviations)
         own_variance = spread / (count * (count - 1))
-        if spread:
+        # What differs by more than chance is not the same traffic, or not the same part of its prompts.
+        likely = _LIKELY_SIGMAS * math.sqrt(own_variance + control.variance)
+        if spread and abs(control.mean - mean) <= likely:
             slope = math.fsum(r * d for r, d in zip(residuals, deviations, strict=True)) / spread
             # The two means are weighed by how sure they are.
             slope *= own_variance / (own_variance + control.variance)

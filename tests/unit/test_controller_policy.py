@@ -366,23 +366,27 @@ def test_a_mixture_says_little_of_which_model_is_better() -> None:
     here = model("small", 0.001, 100.0, 4)
     kept = decide(situation([here, other], [worker(depth=4)], plan=plan("small", 4)), SETTINGS)
     assert kept.plan == plan("small", 4)
-    # With what all prompts gave it can be told: most are of the kind that the plan reads badly.
-    reading = Reading(model="small", depth=4, nats_per_token=4.0, error=0.01)
-    many = [one.model_copy(update={"samples": one.samples * 1}) for one in (here, other)]
-    more = tuple(
+    # With what all prompts gave it can be told: more of them are of the kind that the plan reads badly.
+    reading = Reading(model="small", depth=4, nats_per_token=3.9, error=0.01)
+    more = [
         one.model_copy(
             update={
                 "samples": tuple(
-                    sample.model_copy(update={"id": f"{turn}-{sample.id}"})
+                    sample.model_copy(update={"id": f"{turn} {sample.id}"})
                     for turn in range(3)
                     for sample in one.samples
                 )
             }
         )
-        for one in many
-    )
-    moved = decide(situation(more, [worker(depth=4)], plan=plan("small", 4), reading=reading), SETTINGS)
+        for one in (here, other)
+    ]
+    asked = situation(more, [worker(depth=4)], plan=plan("small", 4))
+    assert decide(asked, SETTINGS).plan == plan("small", 4)
+    moved = decide(asked.model_copy(update={"reading": reading}), SETTINGS)
     assert moved.plan == plan("other", 2)
+    # Far from what was evaluated it is not the same traffic, and says nothing of it.
+    strange = reading.model_copy(update={"nats_per_token": 8.0})
+    assert decide(asked.model_copy(update={"reading": strange}), SETTINGS).plan == plan("small", 4)
 
 
 # Properties.
