@@ -74,7 +74,7 @@ def test_a_new_stack_does_not_go_on_with_what_an_earlier_ones_workers_served(dir
         gateway="127.0.0.1:0",
     )
     with stack_state.hold(directory):
-        stack.Stack(settings, directory)
+        stack.Stack(settings, directory, on_line=lambda _: None, on_progress=lambda _: None)
     assert not kept.exists()
 
 
