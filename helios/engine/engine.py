@@ -492,6 +492,8 @@ class Engine:
         depth: int | None = None,
         progress: Progress | None = None,
         threshold: float | None = None,
+        *,
+        urgent: bool = False,
     ) -> Reloaded:
         """Loads another plan beside the running one and swaps between two steps.
 
@@ -500,12 +502,12 @@ class Engine:
         Sequences in flight go on under the new plan: computed again, or, if it is the same model with fewer
         layers, with the KV they have. Who is to be computed again goes on under the old plan until it is its
         turn; where the old KV cannot stay beside the new, on a GPU or with heads of another shape, it is
-        everybody's turn at once. Returns when all have moved. `threshold` goes before the settings' own. On
-        an error the running plan stays as it was.
+        everybody's turn at once. Returns when all have moved. `threshold` overrides the settings' own.
+        `urgent`: loading does not stand back behind serving. On an error the running plan stays as it was.
         Raises CheckpointError, UnknownDepthError, OutOfMemoryError, InvalidRequestError.
         """
         with self._reload_lock:
-            plan = load_plan(Path(path), depth, self.settings, progress, threshold, self.plan)
+            plan = load_plan(Path(path), depth, self.settings, progress, threshold, self.plan, urgent=urgent)
             if plan.tokenizer_id != self.plan.tokenizer_id:
                 raise InvalidRequestError(
                     f"{plan.entry.name} has another tokenizer than {self.plan.entry.name}: sequences in "

@@ -94,11 +94,13 @@ def load_plan(
     progress: Progress | None = None,
     threshold: float | None = None,
     running: Plan | None = None,
+    *,
+    urgent: bool = False,
 ) -> Plan:
-    """Loads a partial model and plans its memory. `threshold` goes before the settings' own.
+    """Loads a partial model and plans its memory. `threshold` overrides the settings' own.
 
-    running: the plan that is served meanwhile, in whose favour loading stands back. Of a model that both
-    have, the weights are shared.
+    running: the plan that is served meanwhile. Loading stands back behind it unless it is `urgent`. Of a model
+    that both have, the weights are shared.
 
     Raises CheckpointError, UnknownDepthError, OutOfMemoryError, SettingsError.
     """
@@ -123,7 +125,7 @@ def load_plan(
         cache_dir=settings.packed_cache_dir,
         cache_bytes=settings.packed_cache_bytes,
         running=None if running is None else running.model.weights,
-        beside_serving=running is not None,
+        beside_serving=running is not None and not urgent,
         progress=progress,
     )
     model = Model(entry.config, weights)

@@ -261,6 +261,7 @@ class ReloadRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     DEPTH_FIELD_NUMBER: _builtins.int
     THRESHOLD_FIELD_NUMBER: _builtins.int
+    URGENT_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of a model in the worker's models directory."""
     depth: _builtins.int
@@ -269,16 +270,19 @@ class ReloadRequest(_message.Message):
     """Confidence below which a token counts as unsure, in [0, 1]. Unset: as the worker is configured, else
     the exit's calibrated one.
     """
+    urgent: _builtins.bool
+    """What is served is probably out of its bounds: loading does not stand back behind serving."""
     def __init__(
         self,
         *,
         model: _builtins.str = ...,
         depth: _builtins.int = ...,
         threshold: _builtins.float | None = ...,
+        urgent: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_threshold", b"_threshold", "threshold", b"threshold"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_threshold", b"_threshold", "depth", b"depth", "model", b"model", "threshold", b"threshold"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_threshold", b"_threshold", "depth", b"depth", "model", b"model", "threshold", b"threshold", "urgent", b"urgent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__threshold: _TypeAlias = _typing.Literal["threshold"]  # noqa: Y015
     _WhichOneofArgType__threshold: _TypeAlias = _typing.Literal["_threshold", b"_threshold"]  # noqa: Y015

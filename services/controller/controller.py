@@ -444,7 +444,7 @@ class Controller:
             log.info("decision %d (%s): %s", number, trigger, decision.reason)
             totals = self.fleet.totals
             self._measuring = Measurement(number, totals, len(self.fleet.serving))
-            self._rollout = Rollout()
+            self._rollout = Rollout(urgent=trigger in (Trigger.DRIFT, Trigger.RETREAT))
             self._agenda.decided(trigger, decision, self._outlook(totals.finished))
             self._chosen.set()
             if decision.moves and self._settings.mode == "active":
@@ -512,7 +512,13 @@ class Controller:
         if worker is None or plan is None:
             return False
         try:
-            moved = await reload(worker, plan, self._settings.reload_timeout_seconds, self._threshold(plan))
+            moved = await reload(
+                worker,
+                plan,
+                self._settings.reload_timeout_seconds,
+                self._threshold(plan),
+                urgent=self._rollout.urgent,
+            )
         except HeliosError as error:
             self._rollout.halt(worker, plan, error)
             await self._after_halt(worker, plan, error)

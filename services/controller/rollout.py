@@ -34,15 +34,21 @@ class Reloaded:
 
 
 async def reload(
-    worker: Worker, plan: Plan, timeout_seconds: float, threshold: float | None = None
+    worker: Worker,
+    plan: Plan,
+    timeout_seconds: float,
+    threshold: float | None = None,
+    *,
+    urgent: bool = False,
 ) -> Reloaded:
     """Reloads one worker; returns once its telemetry shows the plan.
 
-    `threshold` is the confidence below which it counts a token as unsure; None: its own.
+    `threshold` is the confidence below which it counts a token as unsure; None: its own. `urgent`: loading
+    does not stand back behind serving.
 
     Raises WorkerLostError when it stops answering, else the worker's own refusal: its old plan serves then.
     """
-    reading = asyncio.create_task(_read_stages(worker, plan, timeout_seconds, threshold))
+    reading = asyncio.create_task(_read_stages(worker, plan, timeout_seconds, threshold, urgent=urgent))
     try:
         while not reading.done():
             await asyncio.wait({reading}, timeout=_CHECK_SECONDS)
@@ -64,9 +70,9 @@ async def reload(
 
 
 async def _read_stages(
-    worker: Worker, plan: Plan, timeout_seconds: float, threshold: float | None
+    worker: Worker, plan: Plan, timeout_seconds: float, threshold: float | None, *, urgent: bool
 ) -> worker_pb2.ReloadResponse:
-    request = worker_pb2.ReloadRequest(model=plan.model, depth=plan.depth, threshold=threshold)
+    request = worker_pb2.ReloadRequest(model=plan.model, depth=plan.depth, threshold=threshold, urgent=urgent)
     stages = [stage async for stage in worker.stub.Reload(request, timeout=timeout_seconds)]
     if not stages or stages[-1].stage != worker_pb2.RELOAD_STAGE_DONE:
         raise WorkerLostError(f"{worker.worker_id} ended its reload without a result")
@@ -94,6 +100,8 @@ def next_to_move(
 class Rollout:
     """How far the last plan has got."""
 
+    # Whether what is served meanwhile is probably out of its bounds.
+    urgent: bool = False
     reload_seconds: float = 0.0
     stall_seconds: float = 0.0
     sequences_moved: int = 0

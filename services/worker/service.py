@@ -236,7 +236,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             if threshold is not None and not 0 <= threshold <= 1:
                 raise InvalidRequestError(f"threshold must be in [0, 1], not {threshold}")
             depth = request.depth or entry.num_layers
-            reloaded = self._engine.reload(entry.path, depth, progress, threshold)
+            reloaded = self._engine.reload(entry.path, depth, progress, threshold, urgent=request.urgent)
             self._plan_file.write(Plan(model=entry.name, depth=depth), threshold)
             return reloaded
 
