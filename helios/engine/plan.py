@@ -99,8 +99,8 @@ def load_plan(
 ) -> Plan:
     """Loads a partial model and plans its memory. `threshold` overrides the settings' own.
 
-    running: the plan that is served meanwhile. Loading stands back behind it unless it is `urgent`. Of a model
-    that both have, the weights are shared.
+    running: the plan that is served meanwhile. Loading stands back behind it unless it is `urgent`. Of a
+    model that both have, the weights are shared.
 
     Raises CheckpointError, UnknownDepthError, OutOfMemoryError, SettingsError.
     """
