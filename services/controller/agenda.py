@@ -147,6 +147,8 @@ class Agenda:
         self._drift: _Drift | None = None
         # The plan that was kept at the last drift, which was none then; None: another was chosen.
         self._false_alarm: Plan | None = None
+        # Drifts in a row that were none, and finished requests until which no other is looked for.
+        self._false_alarms = self._quiet_until = 0
         # The next evaluation of models that chance may have decided on; None: nothing hangs on it.
         self._follow_up: _FollowUp | None = None
         # In window mode: finished requests at which a breach asks for an evaluation, and plans that had one.
@@ -188,6 +190,7 @@ class Agenda:
 
     def decided(self, trigger: Trigger, decision: Decision, seen: Outlook) -> None:
         """A decision has been made and recorded."""
+        settings = self._settings
         again = decision.again_after_requests
         self._dwell_over_at = None if again is None else seen.finished + again
         if trigger is Trigger.RETREAT and self._drift is not None:
@@ -204,6 +207,9 @@ class Agenda:
         if trigger is Trigger.DRIFT:
             self._drift = self._watch = None
             self._false_alarm = None if decision.moves else decision.plan
+            self._false_alarms = 0 if decision.moves else self._false_alarms + 1
+            if self._false_alarms:
+                self._quiet_until = seen.finished + settings.drift_requests * 2**self._false_alarms
         self._plan_follow_up(decision, seen, anew=trigger in (Trigger.START, Trigger.DRIFT))
 
     # -- what is due ------------------------------------------------------------------------------
@@ -266,7 +272,7 @@ class Agenda:
         settings = self._settings
         if settings.detection is Detection.WINDOW:
             return None
-        if self._drift is None and self._watch is not None:
+        if self._drift is None and self._watch is not None and seen.finished >= self._quiet_until:
             found = self._watch.alarm(self._tuning.limit)
             if found is not None:
                 side, since = found

@@ -12,6 +12,8 @@ from typing import NamedTuple
 _LEARNT = 50.0
 # Requests up to which it is refined in any case; from then on not by what may be a drift.
 _UNSURE = 10.0
+# Share of the limit that a sum reaches by chance often; from then on requests count as those of a change.
+_BEGUN = 0.25
 # A single request counts as at most so many standard deviations: one odd prompt is no drift.
 _CLIP = 3.0
 # Of Siegmund's correction for the overshoot of a sum over its limit (Siegmund, Sequential Analysis, 1985).
@@ -77,24 +79,22 @@ class Cusum:
         self._freedom = weight
         # How far the figure was above what was expected, and below, added up.
         self.rise = self.fall = 0.0
-        # Where the sums last were nothing.
+        # When the sums rose beyond what chance often makes of them.
         self._rise_began = self._fall_began = Moment(0, 0.0)
 
-    def add(self, mean: float, requests: float, tuning: Tuning, before: Moment) -> None:
-        """Takes in the mean figure of some requests that were served together.
-
-        before: when what was taken in last ended.
-        """
+    def add(self, mean: float, requests: float, tuning: Tuning, until: Moment) -> None:
+        """Takes in the mean figure of some requests that were served together until then."""
         deviation = math.sqrt(self._spread / self._freedom)
         if not requests or not deviation:
             return
         # What is expected is uncertain itself.
         error = deviation * math.sqrt(1 + requests / self._weight)
         distance = max(-_CLIP, min(_CLIP, (mean - self._mean) / error))
-        if not self.rise:
-            self._rise_began = before
-        if not self.fall:
-            self._fall_began = before
+        # These requests may have begun before the change: what comes after them has not.
+        if self.rise < tuning.limit * _BEGUN:
+            self._rise_began = until
+        if self.fall < tuning.limit * _BEGUN:
+            self._fall_began = until
         self.rise = max(0.0, self.rise + requests * (distance - tuning.slack))
         self.fall = max(0.0, self.fall - requests * (distance + tuning.slack))
         is_calm = max(self.rise, self.fall) < tuning.limit / 2
@@ -111,5 +111,5 @@ class Cusum:
 
     @property
     def began(self) -> Moment:
-        """When the figure began to differ, as far as can be told."""
+        """From when on the figure surely differed, as far as can be told."""
         return self._rise_began if self.rise >= self.fall else self._fall_began

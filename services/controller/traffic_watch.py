@@ -11,7 +11,7 @@ from services.controller.situation import Plan, Reading
 # Requests that a profile's expectation counts as at most, until what is served refines it. Generated text is
 # not like the prompts that were profiled, so what is expected of its confidences is less certain.
 _PROMPT_WEIGHT, _CONFIDENCE_WEIGHT = 25.0, 5.0
-# The same after a drift was noticed that was none: the profile's expectation was wrong, not the traffic.
+# The latter after a drift was noticed that was none: generated text is surer than the profile expects, then.
 _DOUBTED_WEIGHT = 1.0
 # Generated tokens whose mean confidence is one observation.
 _BLOCK_TOKENS = 32
@@ -66,7 +66,7 @@ class TrafficWatch:
     """
 
     def __init__(self, plan: Plan, profile: ModelProfile, now: float, *, trusted: bool) -> None:
-        """profile: has the plan's depth. now: seconds. trusted: whether its expectation held."""
+        """profile: has the plan's depth. now: seconds. trusted: whether its expected confidences held."""
         self.plan = plan
         # When what was taken in last ended.
         self._last = Moment(0, now)
@@ -83,7 +83,7 @@ class TrafficWatch:
         self._between = (
             sum((value - mean) ** 2 for value in per_token) / len(per_token) if known else mean**2 / 4
         )
-        self._prompt_weight = min(max(len(per_token), 2), _PROMPT_WEIGHT) if trusted else _DOUBTED_WEIGHT
+        self._prompt_weight = min(max(len(per_token), 2), _PROMPT_WEIGHT)
         # Made with the first reading, which tells how many tokens of a prompt are read.
         self._prompts: Cusum | None = None
         self._prompts_deviation = 0.0
@@ -97,6 +97,7 @@ class TrafficWatch:
 
     def add(self, served: Served, tuning: Tuning, now: float) -> None:
         """Takes in what was served until now, seconds."""
+        self._last = Moment(self._last.requests + served.requests, now)
         if served.prompts_read and served.prompt_tokens_read:
             tokens = served.prompt_tokens_read / served.prompts_read
             mean = served.prompt_nats / served.prompt_tokens_read
@@ -109,7 +110,6 @@ class TrafficWatch:
         if served.tokens:
             mean, blocks = served.confidence_nats / served.tokens, served.tokens / _BLOCK_TOKENS
             self._confidences.add(mean, blocks, tuning, self._last)
-        self._last = Moment(self._last.requests + served.requests, now)
 
     def alarm(self, limit: float) -> tuple[Side, Moment] | None:
         """Which way the traffic has changed; the requests finished since then, and when that was."""

@@ -16,7 +16,7 @@ from services.gateway.settings import GatewaySettings
 log = logging.getLogger(__name__)
 
 # Between two writes, seconds; what comes in between beyond `prompts_per_second` pushes older ones out.
-_WRITE_SECONDS = 0.2
+_WRITE_SECONDS = 0.1
 
 
 class PromptSampler:

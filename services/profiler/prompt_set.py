@@ -14,7 +14,6 @@ from tokenizers import Tokenizer
 from helios import prompts
 from helios.catalog import ModelEntry
 from helios.engine.tokenizer import LoadedTokenizer, load_tokenizer
-from helios.errors import InvalidRequestError
 from helios.ignored_entries import IgnoredEntries
 from helios.prompts import RecentPrompt
 from helios.redis_outage import reason
@@ -82,14 +81,10 @@ async def choose(
 
     Bundled prompts fill up what recent ones cannot. known: tokenizers by id; prompts of others cannot be
     read. newest_seconds: none are older, nor bundled, and as few as there are will do; None: any.
-
-    Raises InvalidRequestError when none is that young.
     """
     recent = await _recent(redis, known, newest_seconds)
     if newest_seconds is not None:
         young = tuple(prompt for prompt in recent if _has_text(prompt, known[prompt.tokenizer_id]))
-        if not young:
-            raise InvalidRequestError(f"no prompt was sampled in the last {newest_seconds:.1f} s; try again")
         return PromptSet("recent", young[:count])
     chosen: list[RecentPrompt | str] = []
     tokens = 0

@@ -49,6 +49,8 @@ _Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
 # What one candidate can fail with while the others go on.
 _CandidateErrors = (CheckpointError, OutOfMemoryError, InvalidRequestError)
+# How long prompts that are young enough are waited for, and between two looks.
+_YOUNG_PROMPTS_SECONDS, _LOOK_SECONDS = 1.0, 0.05
 # Retry hint while no evaluation has ended yet.
 _FIRST_RETRY_SECONDS = 5.0
 
@@ -213,7 +215,17 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
         settings = self._settings
         count = request.requests or settings.requests
         newest_seconds = request.newest_seconds if request.HasField("newest_seconds") else None
+        began = time.monotonic()
         prompts = await choose(self._redis, known, count, settings.min_tokens, newest_seconds)
+        # Of the traffic that has just begun more are on their way.
+        while newest_seconds is not None and len(prompts.prompts) < count:
+            await asyncio.sleep(_LOOK_SECONDS)
+            waited = time.monotonic() - began
+            prompts = await choose(self._redis, known, count, settings.min_tokens, newest_seconds + waited)
+            if waited > _YOUNG_PROMPTS_SECONDS:
+                break
+        if not prompts.prompts:
+            raise InvalidRequestError(f"no prompt was sampled in the last {newest_seconds:.1f} s; try again")
         failures: list[HeliosError] = []
         for name in names:
             try:

@@ -13,7 +13,7 @@ TUNING = Tuning.of(1e4, 20)
 def run(test: Cusum, dice: random.Random, mean: float, most: int, first: int = 0) -> int | None:
     """Requests until an alarm; None: there was none in `most`."""
     for count in range(most):
-        test.add(dice.gauss(mean, 1), 1, TUNING, Moment(first + count, float(first + count)))
+        test.add(dice.gauss(mean, 1), 1, TUNING, Moment(first + count + 1, float(first + count + 1)))
         if max(test.rise, test.fall) >= TUNING.limit:
             return count + 1
     return None
@@ -30,7 +30,7 @@ def test_a_large_change_is_noticed_within_a_few_requests_to_either_side(shift: f
         assert delay <= 6
         assert (test.rise if shift > 0 else test.fall) >= TUNING.limit
         began.append(test.began.requests)
-    assert 95 <= statistics.median(began) <= 101
+    assert 100 <= statistics.median(began) <= 102
 
 
 def test_the_smallest_change_is_noticed_after_about_the_delay_asked_for() -> None:
