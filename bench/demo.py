@@ -486,6 +486,7 @@ class _Watch:
         self._began = time.time()
         self._phase = PHASES[0]
         self._before: dict[str, worker_pb2.Telemetry] = {}
+        self._last: dict[str, WorkerSample] = {}
         self._decisions: dict[int, controller_pb2.Decision] = {}
 
     @property
@@ -547,13 +548,16 @@ class _Watch:
             now = worker.telemetry
             if not now.model:
                 continue
-            done = rates(now, self._before.get(worker.worker_id))
+            before, last = self._before.get(worker.worker_id), self._last.get(worker.worker_id)
+            done = rates(now, before)
+            rate, cbc = done.tokens_per_second, done.cbc
+            if before is not None and last is not None and now.time == before.time:
+                # It was not heard since the last look: what it did then is the best that is known.
+                rate, cbc = last.tokens_per_second, last.cbc
             self._before[worker.worker_id] = now
-            workers.append(
-                WorkerSample(
-                    worker.worker_id, now.model, now.depth, done.tokens, done.tokens_per_second, done.cbc
-                )
-            )
+            sample = WorkerSample(worker.worker_id, now.model, now.depth, done.tokens, rate, cbc)
+            self._last[worker.worker_id] = sample
+            workers.append(sample)
             # While nothing is generated all plans count the same.
             share = done.tokens or 1
             increase, agrees = self._quality.of_plan(now.model, now.depth, self._phase)
