@@ -17,6 +17,7 @@ from bench import traffic
 from bench.traffic import Request
 from helios.calibration import TARGET_AGREEMENT
 from helios.drift import pooled
+from helios.engine.prompt_readings import read_positions
 from helios.history import ModelProfile
 from helios.settings import SERVED_PROMPT_READINGS
 from helios.slo import Slo
@@ -28,8 +29,6 @@ from services.controller.traffic_watch import Served
 from services.profiler.settings import ProfilerSettings
 
 POOLED_REQUESTS: int = ProfilerSettings.model_fields["pooled_requests"].default
-# Tokens of a prompt for each one that is read out, as the engine does.
-_READING_SPACING = 16
 # What is due at a request at most: an evaluation, the decision on it, and what follows from that.
 _MOST_DUE = 6
 
@@ -223,8 +222,7 @@ class _Simulation:
         unsure = record.confidences[index] < self.threshold
         self.window.extend(unsure.tolist())
         nats = record.nats[index]
-        count = min(SERVED_PROMPT_READINGS, record.tokens // _READING_SPACING)
-        read = [(2 * i + 1) * record.tokens // (2 * count) for i in range(count)]
+        read = read_positions(record.tokens + 1, SERVED_PROMPT_READINGS)
         served = Served(
             plan,
             1,

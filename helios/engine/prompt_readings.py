@@ -13,6 +13,12 @@ from helios.engine.sequence import Sequence
 _SPACING = 16
 
 
+def read_positions(prompt_tokens: int, most: int) -> list[int]:
+    """Which tokens of a prompt are read, at most `most`: evenly spread over all that have a next one."""
+    predicted, count = prompt_tokens - 1, min(most, prompt_tokens // _SPACING)
+    return [(2 * index + 1) * predicted // (2 * count) for index in range(count)]
+
+
 class PromptReadings:
     """The rows of one step that are read for this, and the tokens that follow them."""
 
@@ -27,13 +33,9 @@ class PromptReadings:
 
     def take(self, seq: Sequence, start: int, end: int, first_row: int) -> None:
         """Chooses among the tokens start..end of a sequence, whose rows begin at `first_row`."""
-        # The last token of a prompt has no next one that is given.
-        predicted = seq.prompt_tokens - 1
-        count = min(self._most, seq.prompt_tokens // _SPACING)
-        begin, stop = max(start, seq.read_until), min(end, predicted)
-        # Evenly spread over the whole prompt, however it is cut into chunks.
-        positions = [(2 * index + 1) * predicted // (2 * count) for index in range(count)]
-        chosen = [position for position in positions if begin <= position < stop]
+        begin, stop = max(start, seq.read_until), min(end, seq.prompt_tokens - 1)
+        # The same tokens, however the prompt is cut into chunks.
+        chosen = [at for at in read_positions(seq.prompt_tokens, self._most) if begin <= at < stop]
         if not chosen:
             return
         self.rows += (first_row + position - start for position in chosen)

@@ -237,6 +237,8 @@ class Controller:
         await state.save(self._leadership, self.state, self._settings.mode)
         self._problems.pop("leader", None)
         self._agenda = Agenda(self._settings, Allowance(self._settings.profiling_share))
+        # What was served while another led may be of long ago.
+        self.fleet.take_served()
         self._resumed_term = self._leadership.terms
         log.info("leading with %s", self.state.model_dump_json())
 
@@ -259,10 +261,7 @@ class Controller:
                 self._problems["decide"] = f"no decision can be made, the last plan stays: {error}"
             else:
                 self._problems.pop("decide", None)
-            self.fleet.news.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._settings.telemetry_seconds):
-                    await self.fleet.news.wait()
+            await _wait(self.fleet.news, self._settings.telemetry_seconds)
 
     async def _read_history(self) -> None:
         self._history = await read_history(self._redis, self._loadable(), self._ignored_profiles)
@@ -298,8 +297,8 @@ class Controller:
             self._agenda.evaluation_ended(done.cpu_seconds, self.fleet.threads, failed=bool(done.problem))
             await self._read_history()
         due = self._agenda.due(self._outlook(finished))
-        if isinstance(due, Evaluate):
-            self._evaluate(due)
+        if isinstance(due, Evaluate) and self._settings.profiler is not None:
+            self._evaluate(self._settings.profiler, due)
         elif isinstance(due, Decide):
             await self._decide(due.trigger, due.bar)
 
@@ -334,12 +333,10 @@ class Controller:
             return ""
         return self._agenda.next_evaluation(self._outlook(self.fleet.totals.finished))
 
-    def _evaluate(self, due: Evaluate) -> None:
+    def _evaluate(self, profiler: str, due: Evaluate) -> None:
         """Asks the profiler to evaluate candidates beside everything else."""
-        if self._settings.profiler is None:
-            return
         self._agenda.evaluation_began(due, self._outlook(self.fleet.totals.finished))
-        self._assessment = asyncio.create_task(self._ask(self._settings.profiler, due))
+        self._assessment = asyncio.create_task(self._ask(profiler, due))
         self._assessment.add_done_callback(lambda _: self.fleet.news.set())
 
     async def _ask(self, profiler: str, due: Evaluate) -> Assessment:
@@ -495,10 +492,7 @@ class Controller:
                 async with self._rollout_lock:
                     moved = await self._move_next()
             if not moved:
-                self._chosen.clear()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(self._settings.telemetry_seconds):
-                        await self._chosen.wait()
+                await _wait(self._chosen, self._settings.telemetry_seconds)
 
     def _threshold(self, plan: Plan) -> float | None:
         """The confidence that the plan's exit was calibrated to on recent requests; None: not profiled."""
@@ -542,3 +536,11 @@ class Controller:
                     self._rollout.halt(worker, plan, error)
         except (RedisError, OSError, HeliosError) as unrecorded:
             log.warning("the halt could not be recorded: %s", unrecorded)
+
+
+async def _wait(event: asyncio.Event, seconds: float) -> None:
+    """Waits until the event is set, but no longer than that. What was set meanwhile counts at once."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    event.clear()

@@ -564,8 +564,6 @@ def _undecided(
             found.add(option.model)
     # All others are measured against the best at full depth.
     if found:
-        full = [one for one in weighed if all(increase <= 0 for increase, _, _ in one.increases)]
-        found |= {one.option.model for one in full[:1]}
         found |= {
             one.option.model
             for one in weighed

@@ -5,6 +5,7 @@ import contextlib
 import logging
 import math
 import random
+import time
 from collections import deque
 from collections.abc import Sequence
 
@@ -17,6 +18,8 @@ log = logging.getLogger(__name__)
 
 # Between two writes, seconds; what comes in between beyond `prompts_per_second` pushes older ones out.
 _WRITE_SECONDS = 0.1
+# The same while no prompt comes.
+_IDLE_SECONDS = 1.0
 
 
 class PromptSampler:
@@ -56,11 +59,15 @@ class PromptSampler:
     async def _write(self, redis_url: str) -> None:
         settings = self._settings
         async with redis_client.connect(redis_url, settings.worker_timeout_seconds) as redis:
+            idle_until = 0.0
             while True:
                 await asyncio.sleep(_WRITE_SECONDS)
                 taken = list(self._queue)
                 self._queue.clear()
-                # Also without new ones: old ones go when their time is over.
+                # Also without new ones, now and then: old ones go when their time is over.
+                if not taken and time.monotonic() < idle_until:
+                    continue
+                idle_until = time.monotonic() + _IDLE_SECONDS
                 with self._outage.bridged():
                     if self._outage.ongoing:
                         # A full Redis takes deletions, so that a write without new ones would tell nothing.
