@@ -43,7 +43,7 @@ _PAPER = {
     "profiling_share": 1,
 }
 _SWEEPS: dict[str, tuple[float, ...]] = {
-    "drift_delay_requests": (10, 20, 40),
+    "drift_delay_requests": (5, 10, 20),
     "false_alarms_per_day": (2, 24, 240),
     "follow_up_requests": (3, 6, 12),
 }

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from helios.history import ModelProfile
 from services.controller.allowance import Allowance
-from services.controller.cusum import Moment, Tuning
+from services.controller.cusum import Moment, tunings
 from services.controller.decision import Decision
 from services.controller.policy import PolicySettings, is_breached
 from services.controller.situation import Bar, Plan, Reading, Trigger, WorkerView
@@ -51,12 +51,13 @@ class AgendaSettings(PolicySettings):
         24.0, gt=0, description="drifts that are noticed by mistake in a day, about; each costs an evaluation"
     )
     drift_delay_requests: float = Field(
-        20.0,
+        10.0,
         ge=2,
-        description="requests until the smallest drift that can be told from chance is noticed, on the mean; "
-        "larger drifts are noticed sooner; a larger value notices smaller drifts",
+        description="requests until a drift is noticed, on the mean, if it is large enough to be told from "
+        "chance by then; larger ones are noticed sooner, smaller ones within four times as many; a larger "
+        "value notices smaller drifts",
     )
-    drift_requests: int = Field(4, ge=2, description="requests since a drift began on which it is evaluated")
+    drift_requests: int = Field(6, ge=2, description="requests since a drift began on which it is evaluated")
     drift_patience_seconds: float = Field(
         5.0,
         ge=0,
@@ -140,7 +141,7 @@ class Agenda:
         # When each profile was measured that the last decision rests on.
         self._decided_on: Mapping[str, float] = {}
         self._between_alarms = _FEWEST_BETWEEN_ALARMS
-        self._tuning = Tuning.of(self._between_alarms, settings.drift_delay_requests)
+        self._tuned = tunings(self._between_alarms, settings.drift_delay_requests)
         # Of the plan that is served; None until there is a profile to expect anything of.
         self._watch: TrafficWatch | None = None
         # A drift that was noticed and not answered from an evaluation yet.
@@ -171,12 +172,15 @@ class Agenda:
             return
         if self._watch is None or self._watch.plan != plan:
             self._watch = TrafficWatch(plan, profile, now, trusted=self._false_alarm != plan)
-        self._watch.add(served, self._tuning, now)
+        self._watch.add(served, self._tuned, now)
 
     def evaluation_began(self, due: Evaluate, seen: Outlook) -> None:
         """An evaluation is under way."""
         self._evaluated_at = seen.finished
         self._retry_at = seen.now + _RETRY_SECONDS
+        if self._drift is not None:
+            # One that began before the drift was noticed says nothing of it.
+            self._drift = replace(self._drift, evaluated=due.fresh)
         if self._follow_up is not None and due.models:
             self._follow_up = replace(self._follow_up, due_at=math.inf)
 
@@ -230,7 +234,8 @@ class Agenda:
         has_ended = self._evaluation_has_ended or seen.history_times != self._decided_on
         if has_ended and not seen.evaluating:
             return Decide(self._trigger)
-        if (answer := self._answer_drift(seen)) is not None:
+        answer = self._answer_drift(seen)
+        if answer is not None or self._drift is not None:
             return answer
         if seen.evaluating:
             return self._answer_breach(seen)
@@ -262,7 +267,7 @@ class Agenda:
     @property
     def _trigger(self) -> Trigger:
         """What the evaluation that has just ended was for."""
-        if self._drift is not None:
+        if self._drift is not None and self._drift.evaluated:
             return Trigger.DRIFT
         is_follow_up = self._follow_up is not None and math.isinf(self._follow_up.due_at)
         return Trigger.FOLLOW_UP if is_follow_up else Trigger.REASSESSMENT
@@ -273,7 +278,7 @@ class Agenda:
         if settings.detection is Detection.WINDOW:
             return None
         if self._drift is None and self._watch is not None and seen.finished >= self._quiet_until:
-            found = self._watch.alarm(self._tuning.limit)
+            found = self._watch.alarm()
             if found is not None:
                 side, since = found
                 self._drift = _Drift(Moment(seen.finished, seen.now), since, side is Side.WORSE)
@@ -346,7 +351,7 @@ class Agenda:
         wanted = max(_FEWEST_BETWEEN_ALARMS, min(_MOST_BETWEEN_ALARMS, wanted))
         if not 1 / _RETUNE_FACTOR < wanted / self._between_alarms < _RETUNE_FACTOR:
             self._between_alarms = wanted
-            self._tuning = Tuning.of(wanted, self._settings.drift_delay_requests)
+            self._tuned = tunings(wanted, self._settings.drift_delay_requests)
 
     def _plan_follow_up(self, decision: Decision, seen: Outlook, *, anew: bool) -> None:
         """While chance may have decided, more requests are evaluated, each time after twice as many."""
@@ -370,5 +375,7 @@ class _Drift:
     # Requests that were finished between its beginning and its notice, and when it began.
     began: Moment
     is_worse: bool
+    # Whether its own evaluation is under way, or has ended.
+    evaluated: bool = False
     # Whether workers have been sent to the safest plan known.
     retreated: bool = False

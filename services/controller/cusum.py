@@ -2,12 +2,17 @@
 
 It adds up how far the figure is from what was expected, less a slack. A sum that reaches a limit is an alarm.
 A large change is noticed within a few requests, a small one later, and chance rarely causes an alarm.
+
+Two tests run side by side: one is tuned for large changes, which it notices soon, the other for smaller ones.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+# Delays of the tests, as multiples of what is asked for.
+_SCALES = (1.0, 4.0)
 # Requests from which the expectation is no longer refined by what is served: a slow drift would be learnt.
 _LEARNT = 50.0
 # Requests up to which it is refined in any case; from then on not by what may be a drift.
@@ -46,6 +51,12 @@ class Tuning:
         return cls(high, _limit(high, false_alarm_requests))
 
 
+def tunings(false_alarm_requests: float, delay_requests: float) -> tuple[Tuning, ...]:
+    """Of all tests, for one false alarm of any of them in so many requests. The first has this delay."""
+    apart = false_alarm_requests * len(_SCALES)
+    return tuple(Tuning.of(apart, delay_requests * scale) for scale in _SCALES)
+
+
 def _mean_run(slack: float, limit: float) -> float:
     """Mean requests until an alarm, for a figure whose mean is `slack` below the slack (Siegmund 1985)."""
     reach = limit + _OVERSHOOT
@@ -68,8 +79,27 @@ class Moment(NamedTuple):
     seconds: float
 
 
+class _Sum:
+    """How far a figure went to one side, added up."""
+
+    def __init__(self) -> None:
+        self.value = 0.0
+        # As a share of the limit: 1 is an alarm.
+        self.share = 0.0
+        # When it rose beyond what chance often makes of it.
+        self.began = Moment(0, 0.0)
+
+    def add(self, distance: float, requests: float, tuning: Tuning, until: Moment) -> None:
+        """distance: in standard deviations, to this side; its mean over some requests."""
+        # These requests may have begun before the change: what comes after them has not.
+        if self.value < tuning.limit * _BEGUN:
+            self.began = until
+        self.value = max(0.0, self.value + requests * (distance - tuning.slack))
+        self.share = self.value / tuning.limit
+
+
 class Cusum:
-    """The test of one figure. What it expects is refined by the first requests that are served."""
+    """The tests of one figure. What they expect is refined by the first requests that are served."""
 
     def __init__(self, mean: float, deviation: float, weight: float) -> None:
         """mean, deviation: of one request, as expected; weight: requests that the expectation rests on."""
@@ -77,12 +107,26 @@ class Cusum:
         self._weight = weight
         self._spread = weight * deviation**2
         self._freedom = weight
-        # How far the figure was above what was expected, and below, added up.
-        self.rise = self.fall = 0.0
-        # When the sums rose beyond what chance often makes of them.
-        self._rise_began = self._fall_began = Moment(0, 0.0)
+        # Of each test, for a figure above what was expected, and below.
+        self._rises = [_Sum() for _ in _SCALES]
+        self._falls = [_Sum() for _ in _SCALES]
 
-    def add(self, mean: float, requests: float, tuning: Tuning, until: Moment) -> None:
+    @property
+    def rise(self) -> float:
+        """How far the figure was above what was expected, as a share of what is an alarm."""
+        return max(one.share for one in self._rises)
+
+    @property
+    def fall(self) -> float:
+        """The same, below."""
+        return max(one.share for one in self._falls)
+
+    @property
+    def began(self) -> Moment:
+        """From when on the figure surely differed, as far as can be told."""
+        return max(self._rises + self._falls, key=lambda one: one.share).began
+
+    def add(self, mean: float, requests: float, tuned: Sequence[Tuning], until: Moment) -> None:
         """Takes in the mean figure of some requests that were served together until then."""
         deviation = math.sqrt(self._spread / self._freedom)
         if not requests or not deviation:
@@ -90,14 +134,10 @@ class Cusum:
         # What is expected is uncertain itself.
         error = deviation * math.sqrt(1 + requests / self._weight)
         distance = max(-_CLIP, min(_CLIP, (mean - self._mean) / error))
-        # These requests may have begun before the change: what comes after them has not.
-        if self.rise < tuning.limit * _BEGUN:
-            self._rise_began = until
-        if self.fall < tuning.limit * _BEGUN:
-            self._fall_began = until
-        self.rise = max(0.0, self.rise + requests * (distance - tuning.slack))
-        self.fall = max(0.0, self.fall - requests * (distance + tuning.slack))
-        is_calm = max(self.rise, self.fall) < tuning.limit / 2
+        for tuning, rise, fall in zip(tuned, self._rises, self._falls, strict=True):
+            rise.add(distance, requests, tuning, until)
+            fall.add(-distance, requests, tuning, until)
+        is_calm = max(self.rise, self.fall) < 1 / 2
         if self._weight < _UNSURE or (is_calm and self._weight < _LEARNT):
             self._learn(mean, requests)
 
@@ -108,8 +148,3 @@ class Cusum:
         self._mean += before * requests / self._weight
         self._spread += requests * before * (mean - self._mean)
         self._freedom += 1
-
-    @property
-    def began(self) -> Moment:
-        """From when on the figure surely differed, as far as can be told."""
-        return self._rise_began if self.rise >= self.fall else self._fall_began

@@ -59,13 +59,13 @@ class PolicySettings(Record):
         0.05, ge=0, lt=1, description="share by which a plan must beat the one in force, its cost included"
     )
     min_dwell_requests: int = Field(
-        50, ge=0, description="requests for which a plan stays unless it violates the quality bound"
+        25, ge=0, description="requests for which a plan stays unless it violates the quality bound"
     )
     leave_sigmas: float = Field(
-        0.5,
+        0.0,
         ge=0,
         description="the plan in force is out once its perplexity is this many standard errors beyond the "
-        "bound",
+        "bound; a larger value moves less often, and leaves the bound more often",
     )
     enter_sigmas: float = Field(
         0.75,

@@ -2,6 +2,7 @@
 
 import enum
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from helios.history import ModelProfile
@@ -95,7 +96,7 @@ class TrafficWatch:
         )
         self._reading_mean = self._reading_weight = self._reading_squares = 0.0
 
-    def add(self, served: Served, tuning: Tuning, now: float) -> None:
+    def add(self, served: Served, tuned: Sequence[Tuning], now: float) -> None:
         """Takes in what was served until now, seconds."""
         self._last = Moment(self._last.requests + served.requests, now)
         if served.prompts_read and served.prompt_tokens_read:
@@ -106,16 +107,16 @@ class TrafficWatch:
                 self._prompts_deviation = math.sqrt(self._between + self._prompts_mean**2 / tokens)
                 self._prompts = Cusum(self._prompts_mean, self._prompts_deviation, self._prompt_weight)
             self._read(mean, served.prompts_read)
-            self._prompts.add(mean, served.prompts_read, tuning, self._last)
+            self._prompts.add(mean, served.prompts_read, tuned, self._last)
         if served.tokens:
             mean, blocks = served.confidence_nats / served.tokens, served.tokens / _BLOCK_TOKENS
-            self._confidences.add(mean, blocks, tuning, self._last)
+            self._confidences.add(mean, blocks, tuned, self._last)
 
-    def alarm(self, limit: float) -> tuple[Side, Moment] | None:
+    def alarm(self) -> tuple[Side, Moment] | None:
         """Which way the traffic has changed; the requests finished since then, and when that was."""
         tests = [test for test in (self._confidences, self._prompts) if test is not None]
         for side in Side:
-            found = [test for test in tests if (test.rise if side is Side.WORSE else test.fall) >= limit]
+            found = [test for test in tests if (test.rise if side is Side.WORSE else test.fall) >= 1]
             if found:
                 began = min(test.began for test in found)
                 return side, Moment(self._last.requests - began.requests, began.seconds)

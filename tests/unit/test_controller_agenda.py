@@ -179,6 +179,15 @@ def test_a_drift_is_evaluated_at_once_on_its_own_requests(figure: str, change: f
     assert owner.decided == [Trigger.DRIFT]
 
 
+def doubtful(time: float) -> ModelProfile:
+    """An exit that is a little within the bound, by two requests that differ."""
+    samples = (
+        RequestSample(id="a", text_bytes=1000, nats=(890.0, 900.0)),
+        RequestSample(id="b", text_bytes=1000, nats=(934.0, 900.0)),
+    )
+    return profile(rise=0.012, time=time).model_copy(update={"samples": samples})
+
+
 def drift(owner: Owner) -> None:
     owner.serve(60, **usual(owner))
     owner.serve(
@@ -215,6 +224,42 @@ def test_a_drift_whose_evaluation_failed_is_evaluated_again_after_a_while() -> N
     assert owner.decided == []
 
 
+def followed_up(**fields: object) -> Owner:
+    """One whose first decision may be chance, so that more requests are to be evaluated."""
+    owner = Owner(history={"small": profile(rise=0.012)}, reassess_requests=10_000, **fields)
+    owner.settle()
+    owner.end(doubtful(3.0))
+    owner.settle()
+    return owner
+
+
+def test_an_evaluation_that_began_before_a_drift_is_no_answer_to_it() -> None:
+    """A follow-up of one model is under way when the traffic changes."""
+    owner = followed_up(follow_up_requests=60)
+    owner.serve(60, **usual(owner))
+    assert owner.look() == Evaluate(("small",), 60)
+    drift(owner)
+    assert owner.look() is None
+    owner.end(doubtful(4.0))
+    assert owner.look() == Decide(Trigger.FOLLOW_UP)
+    due = owner.look()
+    assert isinstance(due, Evaluate)
+    assert due.fresh
+    owner.end(profile(time=5.0))
+    assert owner.look() == Decide(Trigger.DRIFT)
+
+
+def test_nothing_else_is_evaluated_while_a_drift_waits_for_its_requests() -> None:
+    # The follow-up is due as well.
+    owner = followed_up(follow_up_requests=75, drift_requests=100, drift_patience_seconds=1e6)
+    drift(owner)
+    assert owner.look() is None
+    owner.serve(100, **usual(owner))
+    due = owner.look()
+    assert isinstance(due, Evaluate)
+    assert due.fresh
+
+
 def test_a_false_alarm_does_not_come_again_at_once() -> None:
     """Generated text is surer than the profile expects, always."""
     owner = started(reassess_requests=10_000)
@@ -233,18 +278,12 @@ def test_a_false_alarm_does_not_come_again_at_once() -> None:
 def test_chance_is_followed_up_after_twice_as_many_requests_each_time() -> None:
     """The exit is a little within the bound, of two requests that differ."""
     owner = Owner(history={"small": profile(rise=0.012)}, reassess_requests=10_000, follow_up_requests=3)
-    noisy = profile(rise=0.012, time=5.0)
-    samples = (
-        RequestSample(id="a", text_bytes=1000, nats=(890.0, 900.0)),
-        RequestSample(id="b", text_bytes=1000, nats=(934.0, 900.0)),
-    )
-    noisy = noisy.model_copy(update={"samples": samples})
     at: list[int] = []
     for _ in range(60):
         owner.settle()
         if owner.evaluating:
             at.append(int(owner.finished))
-            owner.end(noisy.model_copy(update={"time": 10.0 + len(at)}))
+            owner.end(doubtful(10.0 + len(at)))
             owner.settle()
         owner.finished += 1
     follow_ups = [due for due in owner.evaluated if due.models]

@@ -322,17 +322,17 @@ def test_what_two_models_find_hard_alike_does_not_count_as_error() -> None:
 def test_noise_at_the_bound_keeps_a_plan_out_and_lets_one_in_force_stay(
     increase: float, enters: bool, stays: bool
 ) -> None:
-    seen = measured_at(increase, 0.01)
-    entered = decide(situation(seen, plan=plan("small", 6)), SETTINGS).plan
+    seen, patient = measured_at(increase, 0.01), PolicySettings(leave_sigmas=0.5)
+    entered = decide(situation(seen, plan=plan("small", 6)), patient).plan
     assert (entered == plan("small", 4)) is enters
-    kept = decide(situation(seen, [worker(depth=4)], plan=plan("small", 4)), SETTINGS)
+    kept = decide(situation(seen, [worker(depth=4)], plan=plan("small", 4)), patient)
     assert (kept.plan == plan("small", 4)) is stays
     assert (f"{increase:.4g} is above 0.05 by more than noise" in kept.reason) is not stays
 
 
 def test_a_plan_that_stays_beyond_the_bound_is_said_to_be_measured_on_too_little() -> None:
-    seen = measured_at(0.054, 0.01)
-    kept = decide(situation(seen, [worker(depth=4)], plan=plan("small", 4)), SETTINGS)
+    seen, patient = measured_at(0.054, 0.01), PolicySettings(leave_sigmas=0.5)
+    kept = decide(situation(seen, [worker(depth=4)], plan=plan("small", 4)), patient)
     assert kept.plan == plan("small", 4)
     assert "measured at +5.4%, on 4 requests with a standard error of 1.0%, bound 5.0%" in kept.reason
     # One request of which nothing can be told, and no other plan.
