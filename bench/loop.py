@@ -46,6 +46,8 @@ _SWEEPS: dict[str, tuple[float, ...]] = {
     "drift_delay_requests": (5, 10, 20),
     "false_alarms_per_day": (2, 24, 240),
     "follow_up_requests": (3, 6, 12),
+    "most_follow_up_requests": (6, 12, 24),
+    "leave_sigmas": (0, 0.2, 0.5),
 }
 _REASSESS_REQUESTS, _PROFILED_REQUESTS = (50, 150, 400), (5, 10, 20)
 _PAPER_SWEEPS: dict[str, tuple[int, ...]] = {
@@ -76,6 +78,7 @@ def measure(subject: Subject) -> dict[str, Any]:
         profiled_requests=sizes.profiled_requests,
         prompt_tokens=sizes.prompt_tokens,
         evaluation_seconds=profiling["cpu_seconds_per_request_and_model"],
+        prompt_evaluation_seconds=profiling["cpu_seconds_per_prompt_and_model"],
     )
 
     def traces(shape: traffic.Shape, phase_requests: int, count: int) -> list[Hindsight]:
@@ -286,10 +289,15 @@ def _profile(
     profiles = {one.entry.name: evaluate(one, prompts, settings) for one in candidates}
     again = [evaluate(one, prompts, settings, timed=profiles[one.entry.name]) for one in candidates]
     cpu_seconds = sum(one.cpu_seconds for one in again)
+    alone = replace(settings, generated_tokens=1)
+    prompts_only = [evaluate(one, prompts, alone, timed=profiles[one.entry.name]) for one in candidates]
+    pairs = len(prompts) * len(candidates)
     return profiles, {
         "seconds_per_assessment": sum(one.wall_seconds for one in again),
         "cpu_seconds_per_assessment": cpu_seconds,
-        "cpu_seconds_per_request_and_model": cpu_seconds / (len(prompts) * len(candidates)),
+        "cpu_seconds_per_request_and_model": cpu_seconds / pairs,
+        # Where the prompts are not continued.
+        "cpu_seconds_per_prompt_and_model": sum(one.cpu_seconds for one in prompts_only) / pairs,
         "cpu_seconds_once": sum(one.once_cpu_seconds for one in profiles.values()),
     }
 

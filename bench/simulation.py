@@ -47,8 +47,9 @@ class Scene:
     batch: int
     profiled_requests: int
     prompt_tokens: int
-    # CPU of evaluating one request under one model.
+    # CPU of evaluating one request under one model, continued and not.
     evaluation_seconds: float = 0.0
+    prompt_evaluation_seconds: float = 0.0
 
     def token_seconds(self, plan: Plan) -> float:
         """Seconds per generated token of a saturated engine, the prompt's share included."""
@@ -166,7 +167,9 @@ class _Simulation:
             before = None if due.fresh else self.history.get(name)
             target = TARGET_AGREEMENT if self.fixed_threshold is None else None
             self.history[name] = pooled(before, now, self.pooled_requests, target)
-        seconds = self.scene.evaluation_seconds * len(recent) * len(names)
+        scene = self.scene
+        each = scene.prompt_evaluation_seconds if due.prompts_only else scene.evaluation_seconds
+        seconds = each * len(recent) * len(names)
         self.done.evaluating_seconds += seconds
         self.done.assessments += 1
         self.agenda.evaluation_ended(seconds, threads=1, failed=False)

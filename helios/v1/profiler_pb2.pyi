@@ -27,6 +27,7 @@ class EvaluateRequest(_message.Message):
     REMEASURE_FIELD_NUMBER: _builtins.int
     FRESH_FIELD_NUMBER: _builtins.int
     NEWEST_SECONDS_FIELD_NUMBER: _builtins.int
+    PROMPTS_ONLY_FIELD_NUMBER: _builtins.int
     requests: _builtins.int
     """Recent requests to run through each. Unset: the profiler's default (5)."""
     remeasure: _builtins.bool
@@ -37,6 +38,8 @@ class EvaluateRequest(_message.Message):
     """
     newest_seconds: _builtins.float
     """Evaluate only on requests of the last so many seconds. Unset: of any age."""
+    prompts_only: _builtins.bool
+    """Do not continue the prompts. Perplexity is of the prompts alone, and continuing them is half of the work."""
     @_builtins.property
     def models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of the models to evaluate. Empty: the shortlist."""
@@ -49,10 +52,11 @@ class EvaluateRequest(_message.Message):
         remeasure: _builtins.bool = ...,
         fresh: _builtins.bool = ...,
         newest_seconds: _builtins.float | None = ...,
+        prompts_only: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_newest_seconds", b"_newest_seconds", "_requests", b"_requests", "newest_seconds", b"newest_seconds", "requests", b"requests"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_newest_seconds", b"_newest_seconds", "_requests", b"_requests", "fresh", b"fresh", "models", b"models", "newest_seconds", b"newest_seconds", "remeasure", b"remeasure", "requests", b"requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_newest_seconds", b"_newest_seconds", "_requests", b"_requests", "fresh", b"fresh", "models", b"models", "newest_seconds", b"newest_seconds", "prompts_only", b"prompts_only", "remeasure", b"remeasure", "requests", b"requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__newest_seconds: _TypeAlias = _typing.Literal["newest_seconds"]  # noqa: Y015
     _WhichOneofArgType__newest_seconds: _TypeAlias = _typing.Literal["_newest_seconds", b"_newest_seconds"]  # noqa: Y015

@@ -66,8 +66,11 @@ class AgendaSettings(PolicySettings):
     follow_up_requests: int = Field(
         6,
         ge=1,
-        description="requests that are evaluated as well while chance may have decided: after so many more, "
-        "then after twice as many, and so on",
+        description="while chance may have decided, more requests are evaluated: after so many, then after "
+        "twice as many, and so on",
+    )
+    most_follow_up_requests: int = Field(
+        12, ge=1, description="of the requests since the last evaluation, so many are evaluated then at most"
     )
     breach_reassess_requests: int = Field(
         5,
@@ -95,6 +98,8 @@ class Evaluate:
     """Whether the traffic has changed: earlier evaluations do not count any more, and this one is urgent."""
     newest_seconds: float | None = None
     """Age of the oldest request that is evaluated; None: any."""
+    prompts_only: bool = False
+    """Whether perplexity is all that is asked for. Prompts are not continued then: that is half the work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +246,8 @@ class Agenda:
             return self._answer_breach(seen)
         follow_up = self._follow_up
         if follow_up is not None and seen.finished >= follow_up.due_at and seen.can_evaluate:
-            return Evaluate(follow_up.models, self._settings.follow_up_requests)
+            requests = min(follow_up.wait, self._settings.most_follow_up_requests)
+            return Evaluate(follow_up.models, requests, prompts_only=True)
         if seen.finished >= self._evaluation_due_at and self._is_affordable(seen):
             return Evaluate() if seen.can_evaluate else Decide(Trigger.REASSESSMENT)
         if self._dwell_over_at is not None and seen.finished >= self._dwell_over_at:
@@ -297,7 +303,7 @@ class Agenda:
             return None
         # No more than it takes to choose at once: more follow.
         age = seen.now - drift.began.seconds
-        return Evaluate(requests=settings.drift_requests, fresh=True, newest_seconds=age)
+        return Evaluate(requests=settings.drift_requests, fresh=True, newest_seconds=age, prompts_only=True)
 
     def _answer_breach(self, seen: Outlook) -> Due:
         """The paper's rule, in window mode."""

@@ -26,7 +26,11 @@ async def evaluate(
     """Has the profiler at `address` evaluate the models as it is due; the results go to Redis."""
     cpu_seconds = 0.0
     request = profiler_pb2.EvaluateRequest(
-        models=models, requests=due.requests, fresh=due.fresh, newest_seconds=due.newest_seconds
+        models=models,
+        requests=due.requests,
+        fresh=due.fresh,
+        newest_seconds=due.newest_seconds,
+        prompts_only=due.prompts_only,
     )
     try:
         async with channel.to_service_async(address) as opened:

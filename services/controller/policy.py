@@ -62,7 +62,7 @@ class PolicySettings(Record):
         25, ge=0, description="requests for which a plan stays unless it violates the quality bound"
     )
     leave_sigmas: float = Field(
-        0.0,
+        0.2,
         ge=0,
         description="the plan in force is out once its perplexity is this many standard errors beyond the "
         "bound; a larger value moves less often, and leaves the bound more often",

@@ -275,8 +275,7 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
             candidate, is_fresh = self._candidates.take(entry, ids)
             timed = None if request.remeasure else before
             settings = self._evaluation
-            if request.fresh:
-                # Perplexity is of the prompts alone, and what serves meanwhile may be out of its bounds.
+            if request.prompts_only:
                 settings = replace(settings, generated_tokens=1)
             profile = evaluate(candidate, ids, settings, progress, pace, timed, prompts.names)
             provenance = {**profile.provenance, "prompts": prompts.source}

@@ -325,6 +325,11 @@ async def test_a_fresh_evaluation_counts_alone_and_only_the_youngest_prompts(
     await write(100)
     _, (result,), _ = await evaluate(stub, ["tiny"], requests=5, fresh=True, newest_seconds=age)
     assert (result.requests, len(result.samples)) == (3, 3)
+    continued = result.tokens
+    _, (result,), _ = await evaluate(
+        stub, ["tiny"], requests=3, fresh=True, newest_seconds=60, prompts_only=True
+    )
+    assert (result.requests, result.tokens < continued) == (3, True)
     _, results, error = await evaluate(stub, ["tiny"], requests=5, fresh=True, newest_seconds=1e-9)
     assert not results
     assert error is not None

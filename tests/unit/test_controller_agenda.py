@@ -237,7 +237,7 @@ def test_an_evaluation_that_began_before_a_drift_is_no_answer_to_it() -> None:
     """A follow-up of one model is under way when the traffic changes."""
     owner = followed_up(follow_up_requests=60)
     owner.serve(60, **usual(owner))
-    assert owner.look() == Evaluate(("small",), 60)
+    assert owner.look() == Evaluate(("small",), 12, prompts_only=True)
     drift(owner)
     assert owner.look() is None
     owner.end(doubtful(4.0))
@@ -287,7 +287,8 @@ def test_chance_is_followed_up_after_twice_as_many_requests_each_time() -> None:
             owner.settle()
         owner.finished += 1
     follow_ups = [due for due in owner.evaluated if due.models]
-    assert all(due == Evaluate(("small",), 3) for due in follow_ups)
+    assert [due.requests for due in follow_ups[:4]] == [3, 6, 12, 12]
+    assert all(due.models == ("small",) and due.prompts_only for due in follow_ups)
     assert at[:5] == [0, 3, 9, 21, 45]
     assert Trigger.FOLLOW_UP in owner.decided
 
