@@ -57,7 +57,7 @@ class AgendaSettings(PolicySettings):
         "chance by then; larger ones are noticed sooner, smaller ones within four times as many; a larger "
         "value notices smaller drifts",
     )
-    drift_requests: int = Field(6, ge=2, description="requests since a drift began on which it is evaluated")
+    drift_requests: int = Field(4, ge=2, description="requests since a drift began on which it is evaluated")
     drift_patience_seconds: float = Field(
         5.0,
         ge=0,
@@ -378,7 +378,7 @@ class _FollowUp:
 @dataclass(frozen=True, slots=True)
 class _Drift:
     noticed: Moment
-    # Requests that were finished between its beginning and its notice, and when it began.
+    # Requests that came between its beginning and its notice, and when it began.
     began: Moment
     is_worse: bool
     # Whether its own evaluation is under way, or has ended.

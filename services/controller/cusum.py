@@ -21,6 +21,8 @@ _UNSURE = 10.0
 _BEGUN = 0.25
 # A single request counts as at most so many standard deviations: one odd prompt is no drift.
 _CLIP = 3.0
+# Standard errors of what is expected that do not count as a change.
+_DOUBT = 0.5
 # Of Siegmund's correction for the overshoot of a sum over its limit (Siegmund, Sequential Analysis, 1985).
 _OVERSHOOT = 1.166
 
@@ -73,7 +75,7 @@ def _limit(slack: float, false_alarm_requests: float) -> float:
 
 
 class Moment(NamedTuple):
-    """When something was: requests finished by then, and seconds on the caller's clock."""
+    """When something was: requests that had come by then, and seconds on the caller's clock."""
 
     requests: int
     seconds: float
@@ -134,9 +136,11 @@ class Cusum:
         # What is expected is uncertain itself.
         error = deviation * math.sqrt(1 + requests / self._weight)
         distance = max(-_CLIP, min(_CLIP, (mean - self._mean) / error))
+        # Its mean may be off, and that would add up.
+        doubt = _DOUBT / math.sqrt(self._weight)
         for tuning, rise, fall in zip(tuned, self._rises, self._falls, strict=True):
-            rise.add(distance, requests, tuning, until)
-            fall.add(-distance, requests, tuning, until)
+            rise.add(distance - doubt, requests, tuning, until)
+            fall.add(-distance - doubt, requests, tuning, until)
         is_calm = max(self.rise, self.fall) < 1 / 2
         if self._weight < _UNSURE or (is_calm and self._weight < _LEARNT):
             self._learn(mean, requests)

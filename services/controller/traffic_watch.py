@@ -98,7 +98,8 @@ class TrafficWatch:
 
     def add(self, served: Served, tuned: Sequence[Tuning], now: float) -> None:
         """Takes in what was served until now, seconds."""
-        self._last = Moment(self._last.requests + served.requests, now)
+        # A prompt that was read is there to be evaluated, though its request is not finished.
+        self._last = Moment(self._last.requests + max(served.requests, served.prompts_read), now)
         if served.prompts_read and served.prompt_tokens_read:
             tokens = served.prompt_tokens_read / served.prompts_read
             mean = served.prompt_nats / served.prompt_tokens_read
@@ -113,7 +114,7 @@ class TrafficWatch:
             self._confidences.add(mean, blocks, tuned, self._last)
 
     def alarm(self) -> tuple[Side, Moment] | None:
-        """Which way the traffic has changed; the requests finished since then, and when that was."""
+        """Which way the traffic has changed; the requests that came since then, and when that was."""
         tests = [test for test in (self._confidences, self._prompts) if test is not None]
         for side in Side:
             found = [test for test in tests if (test.rise if side is Side.WORSE else test.fall) >= 1]
