@@ -67,6 +67,12 @@ class PolicySettings(Record):
         description="the plan in force is out once its perplexity is this many standard errors beyond the "
         "bound; a larger value moves less often, and leaves the bound more often",
     )
+    stay_sigmas: float = Field(
+        0.5,
+        ge=0,
+        description="the same where it is compared with another model: of two models a few requests say less "
+        "than of two depths of one",
+    )
     enter_sigmas: float = Field(
         0.75,
         ge=0,
@@ -446,7 +452,9 @@ def _refusals(
     # others is no reason against another depth of it: that must be within the bound over its own last layer.
     stays, same_model = option.plan == before, before is not None and option.model == before.model
     tolerated = [
-        (increase, settings.leave_sigmas * (error or 0.0) if stays or (same_model and not is_own) else 0.0)
+        (increase, (settings.leave_sigmas if is_own else settings.stay_sigmas) * (error or 0.0))
+        if stays or (same_model and not is_own)
+        else (increase, 0.0)
         for increase, error, is_own in increases
     ]
     increase, noise = max(tolerated, key=lambda one: one[0] - one[1])
