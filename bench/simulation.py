@@ -29,6 +29,7 @@ from services.controller.traffic_watch import Served
 from services.profiler.settings import ProfilerSettings
 
 POOLED_REQUESTS: int = ProfilerSettings.model_fields["pooled_requests"].default
+FRESH_POOLED_REQUESTS: int = ProfilerSettings.model_fields["fresh_pooled_requests"].default
 # What is due at a request at most: an evaluation, the decision on it, and what follows from that.
 _MOST_DUE = 6
 
@@ -164,9 +165,9 @@ class _Simulation:
         names = due.models or tuple(self.scene.profiles)
         for name in names:
             now = traffic.profile(self.scene.profiles[name], recent, float(number), self.fixed_threshold)
-            before = None if due.fresh else self.history.get(name)
             target = TARGET_AGREEMENT if self.fixed_threshold is None else None
-            self.history[name] = pooled(before, now, self.pooled_requests, target)
+            keep = max(count, FRESH_POOLED_REQUESTS) if due.fresh else self.pooled_requests
+            self.history[name] = pooled(self.history.get(name), now, keep, target)
         scene = self.scene
         each = scene.prompt_evaluation_seconds if due.prompts_only else scene.evaluation_seconds
         seconds = each * len(recent) * len(names)

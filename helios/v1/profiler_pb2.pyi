@@ -33,8 +33,9 @@ class EvaluateRequest(_message.Message):
     remeasure: _builtins.bool
     """Measure speeds anew, though they are known for this model, hardware, precision and thread count."""
     fresh: _builtins.bool
-    """The traffic has changed: earlier evaluations are not pooled with this one, and it does not stand back behind
-    other work, since what is served may be out of its bounds meanwhile.
+    """The traffic seems to have changed: of earlier requests only the last few count, and none where these differ from
+    them by more than chance. It does not stand back behind other work, since what is served may be out of its
+    bounds meanwhile.
     """
     newest_seconds: _builtins.float
     """Evaluate only on requests of the last so many seconds. Unset: of any age."""

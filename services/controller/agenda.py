@@ -95,7 +95,7 @@ class Evaluate:
     requests: int | None = None
     """None: as many as the profiler takes."""
     fresh: bool = False
-    """Whether the traffic has changed: earlier evaluations do not count any more, and this one is urgent."""
+    """Whether the traffic seems to have changed. This one is urgent; few of the earlier requests count."""
     newest_seconds: float | None = None
     """Age of the oldest request that is evaluated; None: any."""
     prompts_only: bool = False

@@ -299,9 +299,11 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
             pace.stop()
             await asyncio.wait({task})
         # Only recent requests are of the same traffic, and only of the same weights are they of one model.
-        if before is not None and not request.fresh and _is_poolable(before, profile):
-            target = self._settings.target_agreement if self._settings.threshold is None else None
-            profile = pooled(before, profile, self._settings.pooled_requests, target)
+        if before is not None and _is_poolable(before, profile):
+            settings = self._settings
+            target = settings.target_agreement if settings.threshold is None else None
+            keep = settings.fresh_pooled_requests if request.fresh else settings.pooled_requests
+            profile = pooled(before, profile, keep, target)
         self._last[name] = profile
         return profile
 

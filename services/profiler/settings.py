@@ -61,6 +61,12 @@ class ProfilerSettings(ServiceSettings):
         ge=1,
         description="requests on which quality is measured, earlier ones included until the traffic drifts",
     )
+    fresh_pooled_requests: int = Field(
+        12,
+        ge=1,
+        description="the same where the traffic seems to have drifted; earlier ones are included unless they "
+        "differ by more than chance",
+    )
     power_watts: float | None = Field(
         None, gt=0, description="power while decoding, for machines without a readable meter"
     )

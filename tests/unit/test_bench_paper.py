@@ -192,10 +192,10 @@ def pools(count: int = 40) -> dict[str, list[Request]]:
 POOLS = pools()
 
 
-def scene(shape: str, phase_requests: int = 120, seed: int = 0, evaluation_seconds: float = 0.0) -> Scene:
+def scene(shape: str, phase_requests: int = 120, seed: int = 0, price: float = 0.0) -> Scene:
     thresholds = {model: {2: 0.5} for model in PROFILES}
     requests = traffic.trace(POOLS, traffic.SHAPES[shape], phase_requests, seed)
-    return Scene(requests, PROFILES, thresholds, {}, 16, 5, 16, evaluation_seconds)
+    return Scene(requests, PROFILES, thresholds, {}, 16, 5, 16, price, price / 2)
 
 
 def at(model: str, depth: int) -> situation.Plan:
@@ -337,11 +337,11 @@ def test_the_simulated_controller_follows_drifts_and_keeps_calm_without_them() -
 
 def test_an_evaluation_is_priced_and_not_waited_for() -> None:
     settings = AgendaSettings.model_validate({"profiling_share": 1})
-    free, priced = (simulate(scene(traffic.STANDARD, evaluation_seconds=one), settings) for one in (0.0, 0.5))
+    free, priced = (simulate(scene(traffic.STANDARD, price=price), settings) for price in (0.0, 0.5))
     assert priced.plans == free.plans
     assert priced.seconds == free.seconds == free.priced_seconds
-    # Of five requests or more, under two models or more.
-    assert priced.priced_seconds - priced.seconds >= priced.assessments * 0.5 * 2
+    # Of four requests or more, under one model or more.
+    assert priced.priced_seconds - priced.seconds >= priced.assessments * 0.25 * 4
     found = Hindsight(scene(traffic.STANDARD)).figures(priced)
     assert found.priced_time_to_best > found.time_to_best
 
