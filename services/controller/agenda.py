@@ -242,7 +242,9 @@ class Agenda:
         if seen.evaluating:
             return self._answer_breach(seen)
         follow_up = self._follow_up
-        if follow_up is not None and seen.finished >= follow_up.due_at and seen.can_evaluate:
+        is_due = follow_up is not None and seen.finished >= follow_up.due_at
+        # Not while workers are on their way: loading would have less of the CPU.
+        if follow_up is not None and is_due and seen.can_evaluate and not seen.moving:
             requests = min(follow_up.wait, self._settings.most_follow_up_requests)
             return Evaluate(follow_up.models, requests, prompts_only=True)
         if seen.finished >= self._evaluation_due_at and self._is_affordable(seen):

@@ -249,6 +249,15 @@ def test_an_evaluation_that_began_before_a_drift_is_no_answer_to_it() -> None:
     assert owner.look() == Decide(Trigger.DRIFT)
 
 
+def test_no_follow_up_is_evaluated_while_workers_are_on_their_way() -> None:
+    owner = followed_up(follow_up_requests=10)
+    owner.serve(10, **usual(owner))
+    owner.moving = True
+    assert owner.look() is None
+    owner.moving = False
+    assert owner.look() == Evaluate(("small",), 10, prompts_only=True)
+
+
 def test_nothing_else_is_evaluated_while_a_drift_waits_for_its_requests() -> None:
     # The follow-up is due as well.
     owner = followed_up(follow_up_requests=75, drift_requests=100, drift_patience_seconds=1e6)
