@@ -5,6 +5,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
+from collections.abc import Collection
 
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
@@ -32,7 +33,7 @@ from services.controller.measurement import Measurement
 from services.controller.metrics import decision_counter, observe_fleet
 from services.controller.policy import contradiction, decide
 from services.controller.record import DecisionEntry
-from services.controller.rollout import Rollout, WorkerLostError, next_to_move, reload
+from services.controller.rollout import Rollout, WorkerLostError, move_overlapping, next_to_move, reload
 from services.controller.settings import ControllerSettings
 from services.controller.situation import Bar, Plan, Situation, Trigger
 from services.controller.state import EVERY_WORKER, ControllerState
@@ -475,13 +476,23 @@ class Controller:
             return self.state.wanted(worker_id)
         return self.state.pin_of(worker_id)
 
-    def _to_move(self) -> Worker | None:
+    def _to_move(self, besides: Collection[str] = ()) -> tuple[Worker, Plan] | None:
+        """The worker that moves next, and where to; none of those `besides`."""
         if not self.is_leading:
             return None
-        return next_to_move(self.fleet.workers, self._wanted, self._settings.min_ready)
+
+        def wanted(worker_id: str) -> Plan | None:
+            return None if worker_id in besides else self._wanted(worker_id)
+
+        worker = next_to_move(self.fleet.workers, wanted, self._settings.min_ready)
+        plan = wanted(worker.worker_id) if worker is not None else None
+        return None if worker is None or plan is None else (worker, plan)
 
     async def _roll_out(self) -> None:
-        """Brings workers to their plans, one after the other, for as long as none fails."""
+        """Brings workers to their plans, one after the other, for as long as none fails.
+
+        Where it is urgent, one begins while the sequences of the one before still move.
+        """
         while True:
             lost = self.fleet.find(self._rollout.lost)
             if self._rollout.halted and lost is not None and lost.is_serving:
@@ -501,10 +512,13 @@ class Controller:
         return next((one.threshold for one in exits if one.depth == plan.depth), None)
 
     async def _move_next(self) -> bool:
-        worker = self._to_move()
-        plan = self._wanted(worker.worker_id) if worker is not None else None
-        if worker is None or plan is None:
-            return False
+        if self._rollout.urgent:
+            return await move_overlapping(self._to_move, self._move)
+        found = self._to_move()
+        return found is not None and await self._move(*found)
+
+    async def _move(self, worker: Worker, plan: Plan, loaded: asyncio.Event | None = None) -> bool:
+        """Whether the worker came along. `loaded` is set when it has loaded the plan."""
         try:
             moved = await reload(
                 worker,
@@ -512,6 +526,7 @@ class Controller:
                 self._settings.reload_timeout_seconds,
                 self._threshold(plan),
                 urgent=self._rollout.urgent,
+                loaded=loaded,
             )
         except HeliosError as error:
             self._rollout.halt(worker, plan, error)

@@ -1,9 +1,10 @@
-"""Bringing workers to their plans: one at a time, halting at the first that does not come along."""
+"""Bringing workers to their plans: one after the other, halting at the first that does not come along."""
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 
@@ -40,15 +41,19 @@ async def reload(
     threshold: float | None = None,
     *,
     urgent: bool = False,
+    loaded: asyncio.Event | None = None,
 ) -> Reloaded:
     """Reloads one worker; returns once its telemetry shows the plan.
 
     `threshold` is the confidence below which it counts a token as unsure; None: its own. `urgent`: loading
-    does not stand back behind serving.
+    does not stand back behind serving. `loaded` is set when the plan takes in new sequences.
 
     Raises WorkerLostError when it stops answering, else the worker's own refusal: its old plan serves then.
     """
-    reading = asyncio.create_task(_read_stages(worker, plan, timeout_seconds, threshold, urgent=urgent))
+    loaded = loaded or asyncio.Event()
+    reading = asyncio.create_task(
+        _read_stages(worker, plan, timeout_seconds, threshold, urgent=urgent, loaded=loaded)
+    )
     try:
         while not reading.done():
             await asyncio.wait({reading}, timeout=_CHECK_SECONDS)
@@ -70,13 +75,46 @@ async def reload(
 
 
 async def _read_stages(
-    worker: Worker, plan: Plan, timeout_seconds: float, threshold: float | None, *, urgent: bool
+    worker: Worker,
+    plan: Plan,
+    timeout_seconds: float,
+    threshold: float | None,
+    *,
+    urgent: bool,
+    loaded: asyncio.Event,
 ) -> worker_pb2.ReloadResponse:
     request = worker_pb2.ReloadRequest(model=plan.model, depth=plan.depth, threshold=threshold, urgent=urgent)
-    stages = [stage async for stage in worker.stub.Reload(request, timeout=timeout_seconds)]
-    if not stages or stages[-1].stage != worker_pb2.RELOAD_STAGE_DONE:
+    last = worker_pb2.ReloadResponse()
+    async for last in worker.stub.Reload(request, timeout=timeout_seconds):
+        if last.stage == worker_pb2.RELOAD_STAGE_SWAPPING:
+            loaded.set()
+    if last.stage != worker_pb2.RELOAD_STAGE_DONE:
         raise WorkerLostError(f"{worker.worker_id} ended its reload without a result")
-    return stages[-1]
+    return last
+
+
+async def move_overlapping(
+    following: Callable[[Collection[str]], tuple[Worker, Plan] | None],
+    move: Callable[[Worker, Plan, asyncio.Event], Coroutine[Any, Any, bool]],
+) -> bool:
+    """Moves all workers that are to move. The next begins once the one before has loaded its plan, which is
+    what may fail, while sequences in flight still move to it.
+
+    following: who is next, besides these. move: returns whether the worker came along, and sets the event when
+    it has loaded. Returns whether workers moved, and none failed.
+    """
+    moves: dict[str, asyncio.Task[bool]] = {}
+    async with asyncio.TaskGroup() as group:
+        while (found := following(moves)) is not None:
+            worker, plan = found
+            loaded = asyncio.Event()
+            moves[worker.worker_id] = moving = group.create_task(move(worker, plan, loaded))
+            waiting = group.create_task(loaded.wait())
+            await asyncio.wait({moving, waiting}, return_when=asyncio.FIRST_COMPLETED)
+            waiting.cancel()
+            if any(one.done() and not one.result() for one in moves.values()):
+                break
+    return bool(moves) and all(one.result() for one in moves.values())
 
 
 def next_to_move(

@@ -1,0 +1,81 @@
+"""In which order workers move."""
+
+import asyncio
+from collections.abc import Collection
+from types import SimpleNamespace
+from typing import cast
+
+from services.controller.fleet import Worker
+from services.controller.rollout import move_overlapping
+from services.controller.situation import Plan
+
+PLAN = Plan(model="small", depth=4)
+
+
+class Workers:
+    """Three of them, whose moves a test ends; `refusing` cannot load the plan."""
+
+    def __init__(self, refusing: str = "") -> None:
+        self.names = ["a", "b", "c"]
+        self.refusing = refusing
+        self.begun: list[str] = []
+        self.loads = {name: asyncio.Event() for name in self.names}
+        self.ends = {name: asyncio.Event() for name in self.names}
+
+    def following(self, besides: Collection[str]) -> tuple[Worker, Plan] | None:
+        left = [name for name in self.names if name not in besides]
+        # As much of a worker as is looked at.
+        return (cast("Worker", SimpleNamespace(worker_id=left[0])), PLAN) if left else None
+
+    async def move(self, worker: Worker, plan: Plan, loaded: asyncio.Event) -> bool:
+        self.begun.append(worker.worker_id)
+        await self.loads[worker.worker_id].wait()
+        if worker.worker_id == self.refusing:
+            return False
+        loaded.set()
+        await self.ends[worker.worker_id].wait()
+        return True
+
+
+async def settle() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def test_a_worker_begins_when_the_one_before_has_loaded() -> None:
+    workers = Workers()
+    moving = asyncio.create_task(move_overlapping(workers.following, workers.move))
+    await settle()
+    assert workers.begun == ["a"]
+    workers.loads["a"].set()
+    await settle()
+    # The sequences of the first still move.
+    assert workers.begun == ["a", "b"]
+    for event in (*workers.loads.values(), *workers.ends.values()):
+        event.set()
+    assert await moving
+    assert workers.begun == ["a", "b", "c"]
+
+
+async def test_no_worker_begins_after_one_that_refused() -> None:
+    workers = Workers(refusing="b")
+    moving = asyncio.create_task(move_overlapping(workers.following, workers.move))
+    for event in (*workers.loads.values(), workers.ends["a"]):
+        event.set()
+    assert not await moving
+    assert workers.begun == ["a", "b"]
+
+
+async def test_no_worker_moves_where_all_are_where_they_should_be() -> None:
+    workers = Workers()
+    workers.names.clear()
+    assert not await move_overlapping(workers.following, workers.move)
+
+
+async def test_moves_end_with_the_rollout() -> None:
+    workers = Workers()
+    moving = asyncio.create_task(move_overlapping(workers.following, workers.move))
+    await settle()
+    moving.cancel()
+    await asyncio.wait({moving}, timeout=5)
+    assert moving.cancelled()
