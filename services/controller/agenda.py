@@ -151,6 +151,8 @@ class Agenda:
         self._watch: TrafficWatch | None = None
         # A drift that was noticed and not answered from an evaluation yet.
         self._drift: _Drift | None = None
+        # The plan that was kept at the last drift, which was none then; None: another was chosen.
+        self._false_alarm: Plan | None = None
         # Drifts in a row that were none, and finished requests until which no other is looked for.
         self._false_alarms = self._quiet_until = 0
         # The next evaluation of models that chance may have decided on; None: nothing hangs on it.
@@ -174,7 +176,7 @@ class Agenda:
         if profile is None or all(one.depth != plan.depth for one in profile.exits):
             return
         if self._watch is None or self._watch.plan != plan:
-            self._watch = TrafficWatch(plan, profile, now)
+            self._watch = TrafficWatch(plan, profile, now, trusted=self._false_alarm != plan)
         self._watch.add(served, self._tuned, now)
 
     def evaluation_began(self, due: Evaluate, seen: Outlook) -> None:
@@ -213,6 +215,7 @@ class Agenda:
         self.delayed_seconds = 0.0
         if trigger is Trigger.DRIFT:
             self._drift = self._watch = None
+            self._false_alarm = None if decision.moves else decision.plan
             self._false_alarms = 0 if decision.moves else self._false_alarms + 1
             if self._false_alarms:
                 self._quiet_until = seen.finished + settings.drift_requests * 2**self._false_alarms

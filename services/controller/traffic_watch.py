@@ -11,7 +11,9 @@ from services.controller.situation import Plan, Reading
 
 # Requests that a profile's expectation counts as at most, until what is served refines it. Generated text is
 # not like the prompts that were profiled, so what is expected of its confidences is less certain.
-_PROMPT_WEIGHT, _CONFIDENCE_WEIGHT = 25.0, 1.0
+_PROMPT_WEIGHT, _CONFIDENCE_WEIGHT = 25.0, 5.0
+# The latter after a drift was noticed that was none: generated text is surer than the profile expects, then.
+_DOUBTED_WEIGHT = 1.0
 # Generated tokens whose mean confidence is one observation.
 _BLOCK_TOKENS = 32
 # Standard deviation of a token's confidence in nats, at least: a histogram's bins hide what is smaller.
@@ -64,8 +66,8 @@ class TrafficWatch:
     tokens say how sure it is.
     """
 
-    def __init__(self, plan: Plan, profile: ModelProfile, now: float) -> None:
-        """profile: has the plan's depth. now: seconds."""
+    def __init__(self, plan: Plan, profile: ModelProfile, now: float, *, trusted: bool) -> None:
+        """profile: has the plan's depth. now: seconds. trusted: whether its expected confidences held."""
         self.plan = plan
         # When what was taken in last ended.
         self._last = Moment(0, now)
@@ -90,7 +92,7 @@ class TrafficWatch:
         self._confidences = Cusum(
             mean,
             max(deviation, _LEAST_DEVIATION) * math.sqrt(_CLUSTERING / _BLOCK_TOKENS),
-            _CONFIDENCE_WEIGHT,
+            _CONFIDENCE_WEIGHT if trusted else _DOUBTED_WEIGHT,
         )
         self._reading_mean = self._reading_weight = self._reading_squares = 0.0
 
