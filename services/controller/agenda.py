@@ -201,7 +201,11 @@ class Agenda:
         """A decision has been made and recorded."""
         settings = self._settings
         again = decision.again_after_requests
-        self._dwell_over_at = None if again is None else seen.finished + again
+        if again is not None:
+            self._dwell_over_at = seen.finished + again
+        elif decision.moves or trigger is Trigger.DWELL or trigger in _FROM_EVALUATIONS:
+            # Others, such as the answer to a breach, know nothing of what was found before.
+            self._dwell_over_at = None
         if trigger is Trigger.RETREAT and self._drift is not None:
             self._drift = replace(self._drift, retreated=True)
         if trigger not in _FROM_EVALUATIONS:

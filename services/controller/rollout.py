@@ -100,8 +100,8 @@ async def move_overlapping(
     """Moves all workers that are to move. The next begins once the one before has loaded its plan, which is
     what may fail, while sequences in flight still move to it.
 
-    following: who is next, besides these. move: returns whether the worker came along, and sets the event when
-    it has loaded. Returns whether workers moved, and none failed.
+    following: who is next, besides these. move: returns whether the worker came along, and sets the event
+    when it has loaded. Returns whether workers moved, and none failed.
     """
     moves: dict[str, asyncio.Task[bool]] = {}
     async with asyncio.TaskGroup() as group:

@@ -258,6 +258,32 @@ def test_no_follow_up_is_evaluated_while_workers_are_on_their_way() -> None:
     assert owner.look() == Evaluate(("small",), 10, prompts_only=True)
 
 
+def test_a_breach_does_not_make_it_forget_when_a_dwell_is_over() -> None:
+    owner = started(reassess_requests=10_000)
+
+    def decide(trigger: Trigger, again: int | None) -> None:
+        kept = Decision(
+            trigger=trigger,
+            before=owner.plan,
+            plan=owner.plan,
+            chosen=(),
+            options=(),
+            reason="",
+            again_after_requests=again,
+        )
+        owner.agenda.decided(trigger, kept, owner.seen)
+
+    owner.settle()
+    decide(Trigger.REASSESSMENT, 8)
+    decide(Trigger.BREACH, None)
+    owner.finished += 8
+    assert owner.look() == Decide(Trigger.DWELL)
+    decide(Trigger.REASSESSMENT, 8)
+    decide(Trigger.REASSESSMENT, None)
+    owner.finished += 8
+    assert owner.look() is None
+
+
 def test_nothing_else_is_evaluated_while_a_drift_waits_for_its_requests() -> None:
     # The follow-up is due as well.
     owner = followed_up(follow_up_requests=75, drift_requests=100, drift_patience_seconds=1e6)
