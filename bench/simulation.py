@@ -116,7 +116,7 @@ class _Simulation:
     ) -> None:
         self.scene, self.settings, self.fixed_threshold = scene, settings, threshold
         self.sample = profiled_requests or scene.profiled_requests
-        self.pooled_requests = max(pooled_requests, self.sample)
+        self.pooled_requests = pooled_requests
         self.done = Run()
         self.agenda = Agenda(settings, Allowance(settings.profiling_share, lambda: self.done.seconds))
         self.window: deque[bool] = deque(maxlen=settings.window_tokens)
@@ -166,7 +166,9 @@ class _Simulation:
         for name in names:
             now = traffic.profile(self.scene.profiles[name], recent, float(number), self.fixed_threshold)
             target = TARGET_AGREEMENT if self.fixed_threshold is None else None
-            keep = max(count, FRESH_POOLED_REQUESTS) if due.fresh else self.pooled_requests
+            keep = self.pooled_requests
+            if due.fresh:
+                keep = min(keep, FRESH_POOLED_REQUESTS)
             self.history[name] = pooled(self.history.get(name), now, keep, target)
         scene = self.scene
         each = scene.prompt_evaluation_seconds if due.prompts_only else scene.evaluation_seconds

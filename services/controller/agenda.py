@@ -141,8 +141,9 @@ class Agenda:
         # Finished requests at the last evaluation; None: there was none.
         self._evaluated_at: int | None = None
         self._retry_at = -math.inf
-        # Whether an evaluation has ended that was not decided on yet.
+        # Whether an evaluation has ended that was not decided on yet, and what it was for.
         self._evaluation_has_ended = False
+        self._evaluated_for = Trigger.REASSESSMENT
         # When each profile was measured that the last decision rests on.
         self._decided_on: Mapping[str, float] = {}
         self._between_alarms = _FEWEST_BETWEEN_ALARMS
@@ -183,11 +184,12 @@ class Agenda:
         """An evaluation is under way."""
         self._evaluated_at = seen.finished
         self._retry_at = seen.now + _RETRY_SECONDS
-        if self._drift is not None:
-            # One that began before the drift was noticed says nothing of it.
-            self._drift = replace(self._drift, evaluated=due.fresh)
-        if self._follow_up is not None and due.models:
-            self._follow_up = replace(self._follow_up, due_at=math.inf)
+        # Kept, since a drift may be noticed while it is under way, of which it says nothing.
+        self._evaluated_for = Trigger.REASSESSMENT
+        if due.fresh:
+            self._evaluated_for = Trigger.DRIFT
+        elif due.models:
+            self._evaluated_for = Trigger.FOLLOW_UP
 
     def evaluation_ended(self, cpu_seconds: float, threads: int, *, failed: bool) -> None:
         """What it cost, and the threads of all workers. One that failed is tried again after a while."""
@@ -211,6 +213,8 @@ class Agenda:
         if trigger not in _FROM_EVALUATIONS:
             return
         self._started, self._evaluation_has_ended = True, False
+        # What somebody else has evaluated meanwhile counts as one.
+        self._evaluated_for = Trigger.REASSESSMENT
         if not seen.can_evaluate:
             self._evaluated_at = seen.finished
         self._decided_on = dict(seen.history_times)
@@ -242,16 +246,16 @@ class Agenda:
             return None if seen.evaluating else Decide(Trigger.START)
         has_ended = self._evaluation_has_ended or seen.history_times != self._decided_on
         if has_ended and not seen.evaluating:
-            return Decide(self._trigger)
+            return Decide(self._evaluated_for)
         answer = self._answer_drift(seen)
         if answer is not None or self._drift is not None:
             return answer
         if seen.evaluating:
             return self._answer_breach(seen)
         follow_up = self._follow_up
-        is_due = follow_up is not None and seen.finished >= follow_up.due_at
         # Not while workers are on their way: loading would have less of the CPU.
-        if follow_up is not None and is_due and seen.can_evaluate and not seen.moving:
+        may_follow_up = seen.can_evaluate and not seen.moving
+        if follow_up is not None and seen.finished >= follow_up.due_at and may_follow_up:
             requests = min(follow_up.wait, self._settings.most_follow_up_requests)
             return Evaluate(follow_up.models, requests, prompts_only=True)
         if seen.finished >= self._evaluation_due_at and self._is_affordable(seen):
@@ -264,8 +268,8 @@ class Agenda:
         """When candidates are evaluated again, in words."""
         if seen.evaluating:
             return "now"
-        if self._follow_up is not None and math.isfinite(self._follow_up.due_at):
-            left = max(0, round(self._follow_up.due_at) - seen.finished)
+        if self._follow_up is not None:
+            left = max(0, self._follow_up.due_at - seen.finished)
             return (
                 f"in {left} requests: {' and '.join(self._follow_up.models)}, where chance may have decided"
             )
@@ -275,14 +279,6 @@ class Agenda:
         if requests > 0:
             return f"in {requests} requests" + (f", and not within {wait:.0f} s, {cap}" if wait else "")
         return f"in {wait:.0f} s: it is due, and put off {cap}" if wait else "now"
-
-    @property
-    def _trigger(self) -> Trigger:
-        """What the evaluation that has just ended was for."""
-        if self._drift is not None and self._drift.evaluated:
-            return Trigger.DRIFT
-        is_follow_up = self._follow_up is not None and math.isinf(self._follow_up.due_at)
-        return Trigger.FOLLOW_UP if is_follow_up else Trigger.REASSESSMENT
 
     def _answer_drift(self, seen: Outlook) -> Due:
         """Evaluates a drift once a handful of its requests is there, and does not wait for that too long."""
@@ -375,8 +371,8 @@ class Agenda:
 
 @dataclass(frozen=True, slots=True)
 class _FollowUp:
-    # Finished requests; infinite while it is under way.
-    due_at: float
+    # Finished requests.
+    due_at: int
     wait: int
     models: tuple[str, ...]
 
@@ -387,7 +383,5 @@ class _Drift:
     # Requests that came between its beginning and its notice, and when it began.
     began: Moment
     is_worse: bool
-    # Whether its own evaluation is under way, or has ended.
-    evaluated: bool = False
     # Whether workers have been sent to the safest plan known.
     retreated: bool = False

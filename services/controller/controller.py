@@ -484,9 +484,7 @@ class Controller:
         def wanted(worker_id: str) -> Plan | None:
             return None if worker_id in besides else self._wanted(worker_id)
 
-        worker = next_to_move(self.fleet.workers, wanted, self._settings.min_ready)
-        plan = wanted(worker.worker_id) if worker is not None else None
-        return None if worker is None or plan is None else (worker, plan)
+        return next_to_move(self.fleet.workers, wanted, self._settings.min_ready)
 
     async def _roll_out(self) -> None:
         """Brings workers to their plans, one after the other, for as long as none fails.

@@ -119,8 +119,8 @@ async def move_overlapping(
 
 def next_to_move(
     workers: Sequence[Worker], wanted: Callable[[str], Plan | None], min_ready: int
-) -> Worker | None:
-    """The serving worker that should be reloaded next, or None.
+) -> tuple[Worker, Plan] | None:
+    """The serving worker that should be reloaded next, and to which plan; or None.
 
     A worker serves while it reloads, but it may fail: `min_ready` others must serve, as far as there are any.
     """
@@ -130,7 +130,7 @@ def next_to_move(
     for worker in serving:
         plan = wanted(worker.worker_id)
         if plan is not None and worker.plan != plan:
-            return worker
+            return worker, plan
     return None
 
 

@@ -302,7 +302,9 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
         if before is not None and _is_poolable(before, profile):
             settings = self._settings
             target = settings.target_agreement if settings.threshold is None else None
-            keep = settings.fresh_pooled_requests if request.fresh else settings.pooled_requests
+            keep = settings.pooled_requests
+            if request.fresh:
+                keep = min(keep, settings.fresh_pooled_requests)
             profile = pooled(before, profile, keep, target)
         self._last[name] = profile
         return profile

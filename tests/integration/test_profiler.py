@@ -304,9 +304,20 @@ async def test_evaluations_stand_back_behind_serving_but_for_those_after_a_drift
     assert (len(niceness()), niceness().count(back)) == (before + 1, 1)
 
 
-async def test_a_fresh_evaluation_counts_alone_and_only_the_youngest_prompts(
+async def test_a_fresh_evaluation_counts_a_few_earlier_requests_that_are_alike(
     stub: Stub, redis: Redis
 ) -> None:
+    _, (bundled,), _ = await evaluate(stub, ["tiny"], requests=1)
+    dice = random.Random(0)
+    for counted in (8, 12, 12):
+        ids = [(2, *dice.choices(range(10, 300), k=40)) for _ in range(8)]
+        recent = [prompts.RecentPrompt(bundled.tokenizer_id, one) for one in ids]
+        await prompts.write(redis, recent, 250, 60)
+        _, (result,), _ = await evaluate(stub, ["tiny"], requests=8, fresh=True)
+        assert result.requests == counted
+
+
+async def test_a_fresh_evaluation_takes_only_the_youngest_prompts(stub: Stub, redis: Redis) -> None:
     _, (bundled,), _ = await evaluate(stub, ["tiny"], requests=1)
 
     async def write(first: int) -> None:
