@@ -85,12 +85,15 @@ class Worker:
     async def take(self, message: worker_pb2.Telemetry) -> None:
         """Takes in one telemetry message; asks for the status when the plan is another."""
         self._heard_at = time.monotonic()
-        if self.plan != _plan(message) or self.status is None:
+        is_new = self.plan != _plan(message) or self.status is None
+        if is_new:
             self.status = await self.stub.GetStatus(worker_pb2.GetStatusRequest(), timeout=self._timeout)
             message = self.status.telemetry
-            self.window.clear()
         self.telemetry = message
         self.window.add(message.generated_tokens, message.high_exit_tokens)
+        if is_new:
+            # Tokens that were generated before this message may be of the plan before.
+            self.window.clear()
 
     def view(self, *, pinned: bool) -> WorkerView:
         """The policy's view of a worker that has been heard."""
