@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml
 
 # Compiles the CPU's kernels, for which the first start would have to wait otherwise. What is compiled of the
 # same sources is taken as it is, so files too many cost a few seconds.
-$(COMPILED): $(STAMP) $(wildcard helios/*.py helios/engine/*.py)
+$(COMPILED): $(STAMP) $(wildcard helios/*.py helios/engine/*.py helios/engine/*/*.py)
 	$(BIN)/python -m helios.engine.precompile
 	touch $(COMPILED)
 

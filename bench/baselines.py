@@ -15,7 +15,7 @@ from bench.report import Target
 from bench.subject import Subject
 from helios.catalog import ModelEntry
 from helios.engine import Engine, ExitMode
-from helios.engine.exit_trace import trace_dynamic, trace_exits
+from helios.engine.evaluation.trace import trace_dynamic, trace_exits
 
 # The paper's threshold of every exit.
 _PAPER_TH = 0.8

@@ -10,7 +10,7 @@ from functools import partial
 
 from bench.load import Latency, latency
 from helios.engine import Engine, GeneratedToken, Output, SamplingParams
-from helios.engine.team import TEAM
+from helios.engine.kernels.team import TEAM
 from helios.errors import HeliosError
 from helios.power_meter import power_meter
 

@@ -28,9 +28,9 @@ from bench.timeline import Mark, Sample, Timeline, WorkerSample
 from helios import catalog
 from helios.client import AsyncClient, error_from
 from helios.controller_client import ControllerClient, connect
-from helios.engine.exit_trace import trace_dynamic
-from helios.engine.precision import Precision
+from helios.engine.evaluation.trace import trace_dynamic
 from helios.engine.threads import set_threads
+from helios.engine.weights.precision import Precision
 from helios.errors import SettingsError, UnavailableError
 from helios.hardware import available_memory
 from helios.rates import rates

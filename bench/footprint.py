@@ -8,7 +8,7 @@ from typing import Any
 from bench.report import Target
 from bench.subject import Subject
 from helios.engine.memory import MemoryPlan, share_memory
-from helios.engine.precision import Precision
+from helios.engine.weights.precision import Precision
 from helios.errors import OutOfMemoryError
 from helios.model_config import ModelConfig
 

@@ -13,7 +13,7 @@ from bench.report import Target
 from bench.subject import Subject
 from helios.calibration import TARGET_AGREEMENT, calibrated_threshold
 from helios.catalog import ModelEntry
-from helios.engine.exit_trace import ExitTrace
+from helios.engine.evaluation.trace import ExitTrace
 from helios.history import CONFIDENCE_BINS
 
 _PAPER_TH = 0.8

@@ -24,8 +24,8 @@ from helios.calibration import TARGET_AGREEMENT
 from helios.catalog import ModelEntry
 from helios.drift import pooled
 from helios.engine import Engine
-from helios.engine.evaluation import Candidate, EvaluationSettings, evaluate, load_candidate
-from helios.engine.exit_trace import trace_dynamic
+from helios.engine.evaluation.evaluate import Candidate, EvaluationSettings, evaluate, load_candidate
+from helios.engine.evaluation.trace import trace_dynamic
 from helios.history import ModelProfile
 from helios.slo import Slo
 from services.controller.agenda import AgendaSettings

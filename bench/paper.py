@@ -19,9 +19,9 @@ from bench.report import Report, Target
 from bench.subject import CACHE_DIR, QUICK, Sizes, Subject
 from helios import catalog
 from helios.catalog import ModelEntry
-from helios.engine.evaluation import EvaluationSettings
-from helios.engine.precision import Precision
+from helios.engine.evaluation.evaluate import EvaluationSettings
 from helios.engine.threads import set_threads
+from helios.engine.weights.precision import Precision
 from helios.errors import SettingsError
 
 

@@ -100,9 +100,9 @@ def main() -> None:
     """Writes the Limits as JSON to stdout."""
     import torch  # noqa: PLC0415
 
-    from helios.engine.checkpoint import LinearWeights  # noqa: PLC0415
-    from helios.engine.linear import pack, quantize  # noqa: PLC0415
-    from helios.engine.team import TEAM  # noqa: PLC0415
+    from helios.engine.kernels.team import TEAM  # noqa: PLC0415
+    from helios.engine.weights.checkpoint import LinearWeights  # noqa: PLC0415
+    from helios.engine.weights.linear import pack, quantize  # noqa: PLC0415
 
     torch.set_num_threads(int(sys.argv[1]))
     source = torch.ones(_READ_BYTES // 4)

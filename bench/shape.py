@@ -11,7 +11,7 @@ from bench.subject import Subject
 from helios import catalog
 from helios.catalog import ModelEntry
 from helios.engine import Engine, ExitMode
-from helios.engine.precision import Precision
+from helios.engine.weights.precision import Precision
 
 # Of an engine beyond its weights: activations, a context of KV, and the short sequences measured here.
 _ROOM_BYTES = 2 << 30

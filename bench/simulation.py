@@ -17,7 +17,7 @@ from bench import traffic
 from bench.traffic import Request
 from helios.calibration import TARGET_AGREEMENT
 from helios.drift import pooled
-from helios.engine.prompt_readings import read_positions
+from helios.engine.scheduling.prompt_readings import read_positions
 from helios.history import ModelProfile
 from helios.settings import SERVED_PROMPT_READINGS
 from helios.slo import Slo

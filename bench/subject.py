@@ -10,10 +10,10 @@ import numpy as np
 from bench import held_out
 from helios.catalog import ModelEntry
 from helios.engine import Engine, EngineSettings, ExitMode
-from helios.engine.exit_trace import ExitTrace, trace_exits
+from helios.engine.evaluation.trace import ExitTrace, trace_exits
 from helios.engine.plan import Plan, load_plan
-from helios.engine.precision import Precision
 from helios.engine.tokenizer import load_tokenizer
+from helios.engine.weights.precision import Precision
 from helios.errors import SettingsError
 from helios.settings import SERVED_BURST_SECONDS
 

@@ -83,7 +83,7 @@ def export(*, model: str, target: Path, depth: int, models_dir: Path | None, for
     entry.facts.check_depth(depth, entry.name)
     with _progress() as progress:
         task = progress.add_task(f"{entry.name}, {depth} layers", total=depth)
-        from helios.engine.export import export as write_layers
+        from helios.engine.weights.export import export as write_layers
 
         def on_layer(done: int, total: int) -> None:
             progress.update(task, completed=done, total=total)
@@ -122,7 +122,7 @@ def measure(
     entry = _checkpoint(model, models_dir)
     with _progress() as progress:
         progress.add_task(f"{entry.name} in {precision} and float32", total=None)
-        from helios.engine.fidelity import cut, measure_fidelity
+        from helios.engine.evaluation.fidelity import cut, measure_fidelity
 
         found = measure_fidelity(entry, precision, cut(entry, [one.read_text() for one in texts], windows))
     for layer, one in found.items():

@@ -14,24 +14,24 @@ from typing import Self
 
 import torch
 
-from helios.engine.batch import Batch, build_batch
-from helios.engine.block_pool import BlockPool
-from helios.engine.burst import ONE_STEP, Burst, Interrupt
-from helios.engine.chunk_budget import ChunkBudget
-from helios.engine.decode_graphs import DecodeGraphs
-from helios.engine.detokenizer import Detokenizer, token_texts
-from helios.engine.exits import ExitMode, run_dynamic, run_static
-from helios.engine.kv_cache import KVCache
-from helios.engine.loader import Progress
+from helios.engine.backends.burst import ONE_STEP, Burst, Interrupt
+from helios.engine.backends.cuda_graphs import DecodeGraphs
+from helios.engine.backends.exits import ExitMode, run_dynamic, run_static
+from helios.engine.backends.kv_cache import KVCache
+from helios.engine.backends.readout import Readout
+from helios.engine.backends.sampler import Row, Sampled, sample
 from helios.engine.memory import device_budget
+from helios.engine.move import Reloaded, Swap
 from helios.engine.plan import Plan, load_plan
-from helios.engine.prompt_readings import PromptReadings
-from helios.engine.readout import Readout
-from helios.engine.sampler import Row, Sampled, sample
-from helios.engine.scheduler import Scheduler
-from helios.engine.sequence import FinishReason, GeneratedToken, Output, Sequence, SequenceState
+from helios.engine.scheduling.batch import Batch, build_batch
+from helios.engine.scheduling.block_pool import BlockPool
+from helios.engine.scheduling.chunk_budget import ChunkBudget
+from helios.engine.scheduling.detokenizer import Detokenizer, token_texts
+from helios.engine.scheduling.prompt_readings import PromptReadings
+from helios.engine.scheduling.scheduler import Scheduler
+from helios.engine.scheduling.sequence import FinishReason, GeneratedToken, Output, Sequence, SequenceState
 from helios.engine.settings import EngineSettings
-from helios.engine.swap import Reloaded, Swap
+from helios.engine.weights.loader import Progress
 from helios.errors import (
     CancelledError,
     DeadlineExceededError,

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from helios.engine.kv_cache import kv_bytes
-from helios.engine.model import Model
+from helios.engine.backends.kv_cache import kv_bytes
+from helios.engine.backends.model import Model
 from helios.errors import OutOfMemoryError
 from helios.hardware import available_memory
 from helios.model_config import ModelConfig

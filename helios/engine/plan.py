@@ -9,18 +9,18 @@ import torch
 from tokenizers import Tokenizer
 
 from helios import catalog
-from helios.engine.batch import Batch
-from helios.engine.checkpoint import load_weights
-from helios.engine.exits import ExitMode
-from helios.engine.kv_cache import KVCache
-from helios.engine.loader import Progress, load_packed
+from helios.engine.backends.exits import ExitMode
+from helios.engine.backends.kv_cache import KVCache
+from helios.engine.backends.model import Model
+from helios.engine.backends.sampler import Row, Sampled, sample
 from helios.engine.memory import MemoryPlan, device_budget, plan_memory
-from helios.engine.model import Model
-from helios.engine.precision import Precision
-from helios.engine.sampler import Row, Sampled, sample
+from helios.engine.scheduling.batch import Batch
 from helios.engine.settings import EngineSettings
 from helios.engine.threads import lend
 from helios.engine.tokenizer import load_tokenizer
+from helios.engine.weights.checkpoint import load_weights
+from helios.engine.weights.loader import Progress, load_packed
+from helios.engine.weights.precision import Precision
 from helios.errors import CheckpointError, SettingsError
 from helios.sampling import SamplingParams
 

@@ -16,9 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from helios import catalog
-from helios.engine import jit, processor
 from helios.engine.engine import Engine
-from helios.engine.evaluation import EvaluationSettings, evaluate, load_candidate
+from helios.engine.evaluation.evaluate import EvaluationSettings, evaluate, load_candidate
+from helios.engine.kernels import jit, processor
 from helios.engine.settings import EngineSettings
 from helios.errors import HeliosError
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from helios.engine.team import TEAM
+from helios.engine.kernels.team import TEAM
 
 # Python's default of 5 ms would let the engine's thread keep the event loop waiting that long.
 _SWITCH_SECONDS = 0.0005

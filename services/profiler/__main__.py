@@ -5,7 +5,7 @@ import logging
 import sys
 
 from helios import catalog, redis_client, service_process
-from helios.engine import jit
+from helios.engine.kernels import jit
 from helios.server import Server
 from helios.v1 import profiler_pb2_grpc
 from services.profiler.service import ProfilerService

@@ -20,8 +20,8 @@ from tokenizers import Tokenizer
 
 from helios import catalog, history, telemetry
 from helios.drift import pooled
-from helios.engine.evaluation import EvaluationSettings, evaluate
-from helios.engine.pace import Pace
+from helios.engine.evaluation.evaluate import EvaluationSettings, evaluate
+from helios.engine.evaluation.pace import Pace
 from helios.engine.threads import set_threads
 from helios.errors import (
     CheckpointError,

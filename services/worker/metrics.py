@@ -9,7 +9,7 @@ from opentelemetry.util.types import AttributeValue
 from helios import telemetry
 from helios.engine import Engine
 from helios.engine.engine import Telemetry
-from helios.engine.sequence import PhaseTimes
+from helios.engine.scheduling.sequence import PhaseTimes
 
 _NANOSECONDS = 1e9
 # Bounds of the histograms' buckets, seconds.

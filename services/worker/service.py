@@ -18,8 +18,8 @@ from opentelemetry.trace import Span, SpanKind, StatusCode
 
 from helios import catalog, telemetry
 from helios.engine import Engine, Finish, FinishReason, Output, SamplingParams
-from helios.engine.sequence import PhaseTimes
-from helios.engine.swap import Reloaded
+from helios.engine.move import Reloaded
+from helios.engine.scheduling.sequence import PhaseTimes
 from helios.errors import HeliosError, InvalidRequestError, UnavailableError, UnknownModelError, status_of
 from helios.orders import Plan
 from helios.server import abort

@@ -15,7 +15,7 @@ from bench.subject import QUICK, Subject
 from bench.traffic import Record, Request
 from helios import catalog
 from helios.engine import Engine, EngineSettings, ExitMode, SamplingParams
-from helios.engine.exit_trace import trace_dynamic, trace_exits
+from helios.engine.evaluation.trace import trace_dynamic, trace_exits
 from helios.engine.plan import Plan, load_plan
 from helios.engine.tokenizer import load_tokenizer
 from services.controller import situation

@@ -2,7 +2,7 @@
 
 import pytest
 
-from helios.engine.block_pool import BlockPool
+from helios.engine.scheduling.block_pool import BlockPool
 from helios.errors import OutOfMemoryError
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from helios.engine import Engine, EngineSettings, ExitMode, FinishReason, Output, SamplingParams
-from helios.engine.team import TEAM
+from helios.engine.kernels.team import TEAM
 from helios.errors import SettingsError
 from tests.opt_variants import save_variant
 

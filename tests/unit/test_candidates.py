@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from helios.catalog import read_model
-from helios.engine.evaluation import EvaluationSettings, load_candidate, needed_bytes
+from helios.engine.evaluation.evaluate import EvaluationSettings, load_candidate, needed_bytes
 from helios.errors import OutOfMemoryError
 from services.profiler.candidates import Candidates
 

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import OPTForCausalLM
 
 from helios import catalog
-from helios.engine.checkpoint import Checkpoint, ModelWeights, load_weights
 from helios.engine.tokenizer import load_tokenizer
+from helios.engine.weights.checkpoint import Checkpoint, ModelWeights, load_weights
 from helios.errors import CheckpointError, UnknownDepthError
 from helios.model_config import ModelConfig
 from helios.weight_map import WeightMap
@@ -366,7 +366,7 @@ import os, sys
 from pathlib import Path
 import torch
 from helios import catalog
-from helios.engine.checkpoint import load_weights
+from helios.engine.weights.checkpoint import load_weights
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()

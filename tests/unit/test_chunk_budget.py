@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helios.engine.chunk_budget import ChunkBudget
+from helios.engine.scheduling.chunk_budget import ChunkBudget
 
 
 def observed(stretch: float) -> ChunkBudget:

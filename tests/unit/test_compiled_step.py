@@ -17,26 +17,29 @@ from numba import njit
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from helios.engine import attention, byte_attention, checkpoint, kernels
-from helios.engine import inner_product as inner_product_module
-from helios.engine.batch import Batch, build_batch
-from helios.engine.checkpoint import LinearWeights
-from helios.engine.detokenizer import Detokenizer
+from helios.engine.backends.exits import ExitMode
+from helios.engine.backends.kv_cache import KVCache
+from helios.engine.backends.paged_attention import attend
+from helios.engine.backends.readout import read
 from helios.engine.engine import Engine
-from helios.engine.exits import ExitMode
-from helios.engine.inner_product import BFLOAT16, INT8, TILE, inner_product
-from helios.engine.kernels import OWN_ROWS
-from helios.engine.kv_cache import KVCache
-from helios.engine.linear import PackedLinear, pack, quantize
-from helios.engine.paged_attention import attend
+from helios.engine.kernels import attention_float as attention
+from helios.engine.kernels import attention_int8 as byte_attention
+from helios.engine.kernels import inner_product as inner_product_module
+from helios.engine.kernels import step as kernels
+from helios.engine.kernels.inner_product import BFLOAT16, INT8, TILE, inner_product
+from helios.engine.kernels.simd import keep, store_long
+from helios.engine.kernels.step import OWN_ROWS
+from helios.engine.kernels.team import TEAM
 from helios.engine.plan import load_plan
-from helios.engine.precision import Precision
-from helios.engine.readout import read
-from helios.engine.sequence import GeneratedToken, Output, Sequence
+from helios.engine.scheduling.batch import Batch, build_batch
+from helios.engine.scheduling.detokenizer import Detokenizer
+from helios.engine.scheduling.sequence import GeneratedToken, Output, Sequence
 from helios.engine.settings import EngineSettings
-from helios.engine.simd import keep, store_long
-from helios.engine.team import TEAM
 from helios.engine.threads import get_threads, lend, set_threads
+from helios.engine.weights import checkpoint
+from helios.engine.weights.checkpoint import LinearWeights
+from helios.engine.weights.linear import PackedLinear, pack, quantize
+from helios.engine.weights.precision import Precision
 from helios.errors import SettingsError
 from helios.sampling import SamplingParams
 from tests.opt_variants import VARIANTS, Head, save_variant
@@ -493,9 +496,9 @@ def test_a_tied_head_and_the_embeddings_are_one_tensor(tmp_path: Path) -> None:
 
 def test_auto_is_int8_where_bytes_are_multiplied_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    monkeypatch.setattr("helios.engine.precision.has_byte_dot_product", lambda: True)
+    monkeypatch.setattr("helios.engine.weights.precision.has_byte_dot_product", lambda: True)
     assert Precision.AUTO.on(cpu) is Precision.INT8
-    monkeypatch.setattr("helios.engine.precision.has_byte_dot_product", lambda: False)
+    monkeypatch.setattr("helios.engine.weights.precision.has_byte_dot_product", lambda: False)
     assert Precision.AUTO.on(cpu) is Precision.FLOAT32
     assert Precision.AUTO.on(torch.device("cuda")) is Precision.BFLOAT16
     assert Precision.BFLOAT16.on(cpu) is Precision.BFLOAT16

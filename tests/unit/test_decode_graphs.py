@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from helios.engine.batch import Batch, build_batch
-from helios.engine.decode_graphs import PaddedDecode
-from helios.engine.detokenizer import Detokenizer
-from helios.engine.exits import run_static
-from helios.engine.kv_cache import KVCache
+from helios.engine.backends.cuda_graphs import PaddedDecode
+from helios.engine.backends.exits import run_static
+from helios.engine.backends.kv_cache import KVCache
 from helios.engine.plan import load_plan
-from helios.engine.sequence import Sequence
+from helios.engine.scheduling.batch import Batch, build_batch
+from helios.engine.scheduling.detokenizer import Detokenizer
+from helios.engine.scheduling.sequence import Sequence
 from helios.engine.settings import EngineSettings
 from helios.sampling import SamplingParams
 from tests.opt_variants import VARIANTS, byte_tokenizer, save_variant

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
 import helios
-from helios.engine.detokenizer import Detokenizer, token_texts
+from helios.engine.scheduling.detokenizer import Detokenizer, token_texts
 from tests.opt_variants import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()  # a token a byte, so every non-ASCII character is split

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models
 
 from helios.engine import Engine, EngineSettings, ExitMode, Finish, FinishReason, Output, SamplingParams
 from helios.engine.plan import Plan
-from helios.engine.sequence import GeneratedToken, Sequence
+from helios.engine.scheduling.sequence import GeneratedToken, Sequence
 from helios.errors import (
     CancelledError,
     CheckpointError,
@@ -626,7 +626,7 @@ def test_emitted_ids_without_a_text_are_refused(engine: Engine, monkeypatch: pyt
     def explode(self: object, ids: object) -> list[str]:
         raise RuntimeError("no text")
 
-    monkeypatch.setattr("helios.engine.detokenizer.Detokenizer.push_all", explode)
+    monkeypatch.setattr("helios.engine.scheduling.detokenizer.Detokenizer.push_all", explode)
     with pytest.raises(HeliosError, match="the sequence failed: RuntimeError: no text"):
         engine.submit("resumed", [2], GREEDY, Stream(), emitted_ids=[3])
     assert not engine.step()

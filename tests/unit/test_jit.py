@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import helios
-from helios.engine import jit, processor
+from helios.engine.kernels import jit, processor
 
 PACKAGE = Path(helios.__file__).parent
 # PR_CAPBSET_DROP and CAP_DAC_OVERRIDE: without it root, too, may only do what a file's mode says.
@@ -24,8 +24,8 @@ CALL = """
 import json, logging, sys
 import numpy as np
 logging.basicConfig(level=logging.INFO, stream=sys.stderr)
-from helios.engine import jit
-from helios.engine.attention import longest_context
+from helios.engine.kernels import jit
+from helios.engine.kernels.attention_float import longest_context
 positions = np.array([3, 41, 7])
 rows_of = np.array([0, positions.ctypes.data])
 print(json.dumps({
@@ -34,7 +34,7 @@ print(json.dumps({
     "where": jit.describe(),
 }))
 """
-DESCRIBE = "from helios.engine import jit; print(jit.describe())"
+DESCRIBE = "from helios.engine.kernels import jit; print(jit.describe())"
 
 
 class Copy:
@@ -102,7 +102,7 @@ def test_a_changed_operation_runs_without_a_change_of_the_kernel_that_takes_it(c
     assert (again["result"], again["compiled"]) == (42, 0)
 
     copy.change(
-        "engine/simd.py",
+        "engine/kernels/simd.py",
         "load_long = operation(types.int64, (types.intp, types.intp), _load(ir.IntType(64)))",
         "load_long = operation(types.int64, (types.intp, types.intp), "
         "lambda b, v: b.neg(_load(ir.IntType(64))(b, v)))",
@@ -115,8 +115,8 @@ def test_a_changed_operation_runs_without_a_change_of_the_kernel_that_takes_it(c
     ("file", "old", "new"),
     [
         ("model_config.py", "POSITION_OFFSET = 2", "POSITION_OFFSET = 3"),
-        ("engine/inner_product.py", "TILE = 2 * LANES", "TILE = 4 * LANES"),
-        ("engine/processor.py", '"x86-64-v3"', '"haswell"'),
+        ("engine/kernels/inner_product.py", "TILE = 2 * LANES", "TILE = 4 * LANES"),
+        ("engine/kernels/processor.py", '"x86-64-v3"', '"haswell"'),
         ("__init__.py", '__version__ = "', '__version__ = "9'),
     ],
 )
@@ -130,8 +130,9 @@ def test_machine_code_is_kept_for_sources_constants_and_versions(
 
 def test_what_kernels_do_not_use_leaves_machine_code_as_it_is() -> None:
     names = {path.relative_to(PACKAGE).as_posix() for path in jit.SOURCES}
-    assert names >= {"model_config.py", *(f"engine/{name}.py" for name in ("kernels", "simd", "drawing"))}
-    assert not names & {"engine/engine.py", "engine/compiled_model.py", "settings.py"}
+    kernels = (f"engine/kernels/{name}.py" for name in ("step", "simd", "sampling"))
+    assert names >= {"model_config.py", *kernels}
+    assert not names & {"engine/engine.py", "engine/backends/compiled.py", "settings.py"}
 
 
 def test_a_kernel_that_the_hash_does_not_know_is_refused() -> None:
@@ -195,7 +196,7 @@ def test_machine_code_of_versions_that_are_gone_goes_when_a_new_one_comes(copy: 
     versions = [copy.kept / f"{number:016x}.kernels" for number in range(12)]
     for number, version in enumerate(versions):
         version.mkdir(parents=True)
-        (version / "kernels.burst-0123456789abcdef").touch()
+        (version / "step.burst-0123456789abcdef").touch()
         # The last one still runs, beside a newer one.
         seconds = (30 - number) * 24 * 3600
         os.utime(version, (version.stat().st_mtime - seconds,) * 2)
@@ -217,9 +218,9 @@ def test_versions_in_use_stay_however_many_there_are(copy: Copy) -> None:
 COMPILE = """
 import sys
 from numba import types
-from helios.engine import attention, jit, processor
-kernel = attention.longest_context
-wanted = {"attention.longest_context": [(types.Array(types.int64, 1, "C"), types.int64)]}
+from helios.engine.kernels import attention_float, jit, processor
+kernel = attention_float.longest_context
+wanted = {"attention_float.longest_context": [(types.Array(types.int64, 1, "C"), types.int64)]}
 jit.compile_for(wanted)
 assert {name: jit.signatures()[name] for name in wanted} == wanted
 print(processor.TARGET.name, processor.has_byte_dot_product(), sum(kernel.stats.cache_misses.values()))

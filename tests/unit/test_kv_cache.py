@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from helios.engine.kv_cache import KVCache, kv_bytes
+from helios.engine.backends.kv_cache import KVCache, kv_bytes
 
 HEADS, HEAD_DIM, BLOCK_TOKENS = 2, 8, 16
 CPU = torch.device("cpu")

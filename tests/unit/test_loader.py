@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 
 from helios import catalog
 from helios.engine.engine import Engine
-from helios.engine.loader import load_packed
-from helios.engine.packed_weights import PackedWeights
-from helios.engine.precision import Precision
-from helios.engine.sequence import GeneratedToken
+from helios.engine.scheduling.sequence import GeneratedToken
 from helios.engine.settings import EngineSettings
 from helios.engine.threads import loading_threads
+from helios.engine.weights.loader import load_packed
+from helios.engine.weights.packed_weights import PackedWeights
+from helios.engine.weights.precision import Precision
 from helios.errors import CheckpointError, OutOfMemoryError
 from helios.sampling import SamplingParams
 from tests.opt_variants import FORMS, Form, Head, save_variant
@@ -69,7 +69,7 @@ def overwrite(path: Path, name: str, value: float) -> None:
 def test_a_number_that_is_not_finite_is_refused_naming_model_and_tensor(
     tmp_path: Path, name: str, precision: Precision, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("helios.engine.loader.MIN_CACHED_BYTES", 0)
+    monkeypatch.setattr("helios.engine.weights.loader.MIN_CACHED_BYTES", 0)
     model, cache = tmp_path / "model", tmp_path / "cache"
     save_variant(model, "untied", 1, exits=EXITS, head="linear", word_embed_proj_dim=16)
     for value in (float("nan"), float("inf"), float("-inf")):
@@ -136,7 +136,7 @@ def test_going_deeper_reads_the_missing_layers_alone(tmp_path: Path, form: Form)
 def test_going_shallower_opens_no_file_of_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_variant(tmp_path, "pre-norm", 1, exits=EXITS)
     part, whole = load(tmp_path, 2), load(tmp_path, 6)
-    monkeypatch.delattr("helios.engine.loader.Checkpoint")
+    monkeypatch.delattr("helios.engine.weights.loader.Checkpoint")
     shallower = load(tmp_path, 2, running=whole)
     assert shallower.bytes_read == 0
     assert list(shallower.layers) == list(whole.layers[:2])
@@ -175,7 +175,7 @@ def test_a_load_that_fails_half_way_leaves_the_running_model(
     def exhausted(layer: object) -> None:
         raise OutOfMemoryError("no memory for a layer")
 
-    monkeypatch.setattr("helios.engine.loader.pack_layer", exhausted)
+    monkeypatch.setattr("helios.engine.weights.loader.pack_layer", exhausted)
     with pytest.raises(OutOfMemoryError, match="for a layer"):
         engine.reload(tmp_path, 6)
     assert engine.plan is plan
@@ -227,8 +227,8 @@ import os, re, sys
 from pathlib import Path
 import torch
 from helios import catalog
-from helios.engine import loader
-from helios.engine.precision import Precision
+from helios.engine.weights import loader
+from helios.engine.weights.precision import Precision
 
 def memory(name):
     text = Path("/proc/self/status").read_text()

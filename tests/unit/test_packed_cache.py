@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from helios import catalog
-from helios.engine.checkpoint import LinearWeights
-from helios.engine.linear import LAYOUT_VERSION, linear, quantize
-from helios.engine.loader import load_packed
-from helios.engine.packed_cache import default_directory
-from helios.engine.packed_weights import PackedWeights, tensors_of
-from helios.engine.precision import Precision
+from helios.engine.weights.checkpoint import LinearWeights
+from helios.engine.weights.linear import LAYOUT_VERSION, linear, quantize
+from helios.engine.weights.loader import load_packed
+from helios.engine.weights.packed_cache import default_directory
+from helios.engine.weights.packed_weights import PackedWeights, tensors_of
+from helios.engine.weights.precision import Precision
 from tests.opt_variants import VARIANTS, save_variant
 
 EXITS = (2, 4, 6)
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def small_models_are_cached(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("helios.engine.loader.MIN_CACHED_BYTES", 0)
+    monkeypatch.setattr("helios.engine.weights.loader.MIN_CACHED_BYTES", 0)
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_what_is_mapped_is_what_was_packed_to_the_bit(
     packed = load(tmp_path / "model", None, precision=precision)
     stored = load(tmp_path / "model", cache, precision=precision)
     # Now nothing of the checkpoint is opened.
-    monkeypatch.delattr("helios.engine.loader.Checkpoint")
+    monkeypatch.delattr("helios.engine.weights.loader.Checkpoint")
     mapped = load(tmp_path / "model", cache, precision=precision)
     for one in (stored, mapped):
         assert_same(one, packed)
@@ -224,7 +224,7 @@ def test_a_model_beyond_the_limit_and_a_small_one_are_not_kept(
     parameters = catalog.read_model(model).parameters
     load(model, cache, limit=parameters - 1)
     assert not cache.exists()
-    monkeypatch.setattr("helios.engine.loader.MIN_CACHED_BYTES", parameters + 1)
+    monkeypatch.setattr("helios.engine.weights.loader.MIN_CACHED_BYTES", parameters + 1)
     load(model, cache)
     assert not cache.exists()
 
@@ -269,9 +269,9 @@ import sys, zlib
 from pathlib import Path
 import torch
 from helios import catalog
-from helios.engine import loader
-from helios.engine.packed_weights import tensors_of
-from helios.engine.precision import Precision
+from helios.engine.weights import loader
+from helios.engine.weights.packed_weights import tensors_of
+from helios.engine.weights.precision import Precision
 
 loader.MIN_CACHED_BYTES = 0
 entry = catalog.read_model(Path(sys.argv[1]))

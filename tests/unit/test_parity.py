@@ -12,9 +12,9 @@ import torch
 from transformers import OPTForCausalLM
 
 from helios.engine import Engine, EngineSettings, ExitMode, Output, SamplingParams
-from helios.engine.batch import build_batch
-from helios.engine.exits import run_static
-from helios.engine.sequence import GeneratedToken
+from helios.engine.backends.exits import run_static
+from helios.engine.scheduling.batch import build_batch
+from helios.engine.scheduling.sequence import GeneratedToken
 from helios.errors import HeliosError, OutOfMemoryError
 from tests.opt_variants import VARIANTS, save_variant, truncated
 
@@ -331,7 +331,7 @@ def test_a_reload_without_memory_for_its_pool_leaves_the_running_plan(
         return map_memory(file, size, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr("helios.engine.kv_cache.mmap.mmap", exhausted)
+        patched.setattr("helios.engine.backends.kv_cache.mmap.mmap", exhausted)
         with pytest.raises(OutOfMemoryError, match=r"no memory for \d+ blocks of KV: .*Cannot allocate"):
             engine.reload(tmp_path / "b", 6)
     while engine.step():

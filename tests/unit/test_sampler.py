@@ -19,11 +19,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from helios.engine.burst import Draws
-from helios.engine.drawing import draw, room_numbers, uniform
-from helios.engine.readout import read
-from helios.engine.sampler import Row, Sampled, sample
-from helios.engine.team import TEAM
+from helios.engine.backends.burst import Draws
+from helios.engine.backends.readout import read
+from helios.engine.backends.sampler import Row, Sampled, sample
+from helios.engine.kernels.sampling import draw, room_numbers, uniform
+from helios.engine.kernels.team import TEAM
 from helios.sampling import SamplingParams
 
 VOCABULARY = 50

@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from helios.engine.block_pool import BlockPool
-from helios.engine.chunk_budget import ChunkBudget
-from helios.engine.detokenizer import Detokenizer
-from helios.engine.scheduler import Scheduler
-from helios.engine.sequence import Sequence, SequenceState
+from helios.engine.scheduling.block_pool import BlockPool
+from helios.engine.scheduling.chunk_budget import ChunkBudget
+from helios.engine.scheduling.detokenizer import Detokenizer
+from helios.engine.scheduling.scheduler import Scheduler
+from helios.engine.scheduling.sequence import Sequence, SequenceState
 from helios.sampling import SamplingParams
 from tests.opt_variants import byte_tokenizer
 

@@ -1,0 +1,109 @@
+"""What a compiled call does beside a step: how often, how it chooses tokens, and when it is to stop early."""
+
+from collections.abc import Sequence as Seq
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from helios.engine.backends.sampler import Row
+from helios.engine.scheduling.sequence import Sequence
+from helios.sampling import SamplingParams
+
+
+class Draws(NamedTuple):
+    """How the tokens of read rows are chosen, as `drawing.draw` takes it; no rows: all are the likeliest."""
+
+    # Seed, position and top-k: uint64 [reads, 3].
+    numbers: NDArray[np.uint64]
+    # Temperature, top-p and repetition penalty: float64 [reads, 3].
+    chances: NDArray[np.float64]
+    # The ids before each row that has a penalty, and where they end: int64, [reads].
+    history: NDArray[np.int64]
+    ends: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, readers: Seq[Sequence], others: int = 0) -> "Draws":
+        """Of the sequences that get a token, and of rows behind theirs whose token nobody takes."""
+        if all(seq.takes_likeliest for seq in readers):
+            return NO_DRAWS
+        return cls.of_rows([*(Row.of(seq) for seq in readers), *[Row(SamplingParams(), 0, ())] * others])
+
+    @classmethod
+    def of_rows(cls, rows: Seq[Row]) -> "Draws":
+        """Of all the rows that are read."""
+        numbers, chances, history, ends = [], [], list[int](), []
+        for sampling, position, token_ids in rows:
+            numbers.append((sampling.seed, position, sampling.top_k))
+            chances.append((sampling.temperature, sampling.top_p, sampling.repetition_penalty))
+            if sampling.repetition_penalty != 1:
+                history += token_ids
+            ends.append(len(history))
+        return cls(
+            np.array(numbers, dtype=np.uint64),
+            np.array(chances),
+            np.array(history, dtype=np.int64),
+            np.array(ends, dtype=np.int64),
+        )
+
+
+NO_DRAWS = Draws(
+    np.empty((0, 3), dtype=np.uint64),
+    np.empty((0, 3)),
+    np.empty(0, dtype=np.int64),
+    np.empty(0, dtype=np.int64),
+)
+
+
+class Interrupt:
+    """Ends a burst at the edge between two of its steps. Any thread may ask for it."""
+
+    def __init__(self) -> None:
+        # Whether it was asked for, and how many steps a burst that was ended had taken.
+        self._words: NDArray[Any] = np.zeros(2, dtype=np.int64)
+        self.address: int = self._words.ctypes.data
+
+    def ask(self) -> None:
+        """Ends the burst that runs or, if none does, the next one after its first step."""
+        self._words[0] = 1
+
+    def clear(self) -> None:
+        """Forgets what was asked."""
+        self._words[:] = 0
+
+    def steps_of(self, count: int) -> int:
+        """How many steps a burst of `count` has taken."""
+        return int(self._words[1]) or count
+
+
+NO_LAST_TOKENS: NDArray[np.int64] = np.empty((0, 0), dtype=np.int64)
+
+
+class Burst(NamedTuple):
+    """`steps` steps: one, or several of decodes alone, each of the tokens of the one before."""
+
+    steps: int = 1
+    draws: Draws = NO_DRAWS
+    interrupt: Interrupt | None = None
+    # Tokens that end each row, and the burst with it, -1: none; int64 [reads, any], or no rows.
+    last_tokens: NDArray[np.int64] = NO_LAST_TOKENS
+
+    @classmethod
+    def of(
+        cls,
+        steps: int,
+        readers: Seq[Sequence],
+        eos_token_ids: tuple[int, ...],
+        interrupt: Interrupt,
+        others: int = 0,
+    ) -> Self:
+        """For the sequences that get a token. others: rows that are read behind theirs."""
+        last_tokens = NO_LAST_TOKENS
+        if steps > 1 and not all(seq.sampling.ignore_eos for seq in readers):
+            none = (-1,) * len(eos_token_ids)
+            rows = [none if seq.sampling.ignore_eos else eos_token_ids for seq in readers]
+            last_tokens = np.array(rows, dtype=np.int64)
+        return cls(steps, Draws.of(readers, others), interrupt, last_tokens)
+
+
+ONE_STEP = Burst()

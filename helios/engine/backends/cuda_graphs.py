@@ -1,0 +1,121 @@
+"""Decode steps of fixed shapes, which a CUDA device runs as captured graphs: one launch, not hundreds."""
+
+import logging
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+
+from helios.engine.backends.kv_cache import KVCache
+from helios.engine.backends.model import Model
+from helios.engine.backends.readout import Readout
+from helios.engine.scheduling.batch import Batch
+
+log = logging.getLogger(__name__)
+
+# Runs before a capture, so that what libraries set up at first use is not captured.
+_WARM_UPS = 2
+
+
+@dataclass(frozen=True)
+class PaddedDecode:
+    """A decode step of `rows` rows over contexts of up to `blocks` blocks, in tensors that stay in place.
+
+    Rows beyond those of the batch write to `spare_block`, which no sequence has, and see nothing else.
+    """
+
+    model: Model
+    cache: KVCache
+    rows: int
+    blocks: int
+    spare_block: int
+
+    @cached_property
+    def batch(self) -> Batch:
+        """Padding alone, until `fill`."""
+        device = self.model.device
+        zeros = torch.zeros(self.rows, dtype=torch.int64, device=device)
+        each = torch.arange(self.rows, device=device)
+        size = self.cache.block_tokens
+        return Batch.of(
+            token_ids=zeros,
+            positions=zeros,
+            slots=torch.full_like(zeros, self.spare_block * size),
+            tables=torch.full((self.rows, self.blocks), self.spare_block, device=device),
+            row_tables=each,
+            decode_rows=self.rows,
+            block_tokens=size,
+            chunks=(),
+            read_rows=each,
+        )
+
+    def fill(self, batch: Batch) -> None:
+        """Takes over the rows of a step of decodes alone."""
+        mine, rows, width = self.batch, batch.rows, batch.width
+        spare = self.spare_block
+        for own, new, padding in (
+            (mine.token_ids, batch.token_ids, 0),
+            (mine.positions, batch.positions, 0),
+            (mine.slots, batch.slots, spare * self.cache.block_tokens),
+        ):
+            own[:rows] = new
+            own[rows:] = padding
+        mine.tables[:rows, :width] = batch.tables
+        mine.tables[:rows, width:] = spare
+        mine.tables[rows:] = spare
+
+    def compute(self) -> Readout:
+        """What all rows read out. Writes their KV."""
+        # The batch's masks hang on its positions: they are computed anew, in the graph.
+        batch = replace(self.batch)
+        return self.model.step(batch, self.cache, self.model.depth)
+
+
+@dataclass
+class DecodeGraphs:
+    """Graphs of `PaddedDecode`, by the powers of two that rows and blocks fit into; captured at first use.
+
+    Valid for as long as model and cache keep their tensors.
+    """
+
+    model: Model
+    cache: KVCache
+    spare_block: int
+    most_rows: int
+    _graphs: dict[tuple[int, int], tuple[PaddedDecode, torch.cuda.CUDAGraph, Readout]] = field(
+        default_factory=dict
+    )
+
+    def run(self, batch: Batch) -> Readout | None:
+        """What a step of decodes alone reads out, valid until the next call; else None."""
+        rows = batch.rows
+        if batch.chunks or rows > self.most_rows:
+            return None
+        key = _at_least(rows), _at_least(batch.width)
+        if key not in self._graphs:
+            self._graphs[key] = self._captured(*key)
+        step, graph, found = self._graphs[key]
+        step.fill(batch)
+        graph.replay()
+        return found.rows(slice(rows))
+
+    def _captured(self, rows: int, blocks: int) -> tuple[PaddedDecode, torch.cuda.CUDAGraph, Readout]:
+        step = PaddedDecode(self.model, self.cache, rows, blocks, self.spare_block)
+        stream = torch.cuda.Stream(self.model.device)
+        stream.wait_stream(torch.cuda.current_stream(self.model.device))
+        with torch.cuda.stream(stream):
+            for _ in range(_WARM_UPS):
+                step.compute()
+        torch.cuda.current_stream(self.model.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        # All graphs share their memory, as one runs at a time; a reload in another thread may allocate.
+        pool = next((graph.pool() for _, graph, _ in self._graphs.values()), None)
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            found = step.compute()
+        log.info("captured a decode step of %d rows and %d blocks", rows, blocks)
+        return step, graph, found
+
+
+def _at_least(count: int) -> int:
+    """The smallest power of two from `count` on."""
+    return 1 << (count - 1).bit_length()

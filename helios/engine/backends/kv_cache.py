@@ -1,0 +1,254 @@
+"""Paged KV: the tensors that hold keys and values, block by block (`block_pool.py` says whose they are)."""
+
+import logging
+import math
+import mmap
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from helios.engine.kernels.attention_int8 import LEAST, key_bytes, value_bytes
+from helios.engine.kernels.simd import LANES
+from helios.engine.weights.precision import Precision
+
+log = logging.getLogger(__name__)
+
+# Compiled code reads whole registers of a head's values, the last ones beyond their end: readable memory.
+_SPARE_BYTES = 2 * LANES * 4
+# Memory is given back in parts, between which other threads go on.
+_RELEASED_BYTES = 4 << 20
+# Address space is not memory yet (mmap(2); Python's module lacks the name until 3.13).
+_MAP_NORESERVE = 0x4000
+_KEPT_BESIDE = {Precision.FLOAT32: torch.float32, Precision.INT8: torch.int8}
+
+
+def kv_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """Of keys and values beside products in `precision`.
+
+    On a CPU int8 beside int8, and float16 beside bfloat16, which is coarser: attention waits for memory, and
+    reads a quarter or half of the bytes then.
+    """
+    if device.type != "cpu":
+        return precision.dtype
+    return _KEPT_BESIDE.get(precision, torch.float16)
+
+
+def kv_bytes(num_heads: int, head_dim: int, block_tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of a block's keys and values in a layer."""
+    return dtype.itemsize * num_heads * sum(map(math.prod, _slabs(head_dim, block_tokens, dtype)))
+
+
+def _slabs(head_dim: int, block_tokens: int, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shapes of what a head has in a block: keys, values."""
+    if dtype == torch.int8:
+        keys, values = key_bytes(head_dim, block_tokens), value_bytes(head_dim, block_tokens)
+        return (keys,), (values,)
+    return (head_dim, block_tokens), (block_tokens, head_dim)
+
+
+class KVCache:
+    """Keys and values of every slot; slot = block * block_tokens + offset in the block.
+
+    Keys of a block lie side by side in each dimension of a head, [blocks, heads, head_dim, block_tokens], so
+    that a query meets as many of them at once as a register has lanes; values [blocks, heads, block_tokens,
+    head_dim], as their weighted sum takes them.
+
+    In int8 four numbers lie together that a product takes at once: of a key's dimensions, [blocks, heads,
+    head_dim / 4, block_tokens, 4], around 128; of tokens, [blocks, heads, block_tokens / 4, head_dim, 4], the
+    dimensions padded to whole registers. Behind a head's keys are the scales of its keys and of its values,
+    float32 [2, block_tokens].
+
+    Layers and blocks can become more and fewer while sequences hold blocks (`resize`). On a CPU each layer
+    has address space for the most blocks there may ever be and nothing moves: the system gives memory page by
+    page, at the first use, and gets it back when somebody has time for it (`give_back`).
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_tokens: int,
+        num_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        most_blocks: int = 0,
+        commit: bool = True,
+    ) -> None:
+        """most_blocks: what `resize` may ask for, if that is more than num_blocks.
+
+        commit: the system gives the memory of all blocks now, ahead of serving.
+        Raises RuntimeError, MemoryError or OSError when there is none.
+        """
+        self.block_tokens, self.dtype, self.device = block_tokens, dtype, device
+        self.num_heads, self.head_dim = num_heads, head_dim
+        keys, values = _slabs(head_dim, block_tokens, dtype)
+        self._shapes = (num_heads, *keys), (num_heads, *values)
+        self._most_blocks = max(num_blocks, most_blocks)
+        self._rooms: list[tuple[_Room, _Room]] = []
+        # Of each layer.
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+        self.addresses: tuple[NDArray[Any], NDArray[Any]]
+        self.resize(num_layers, num_blocks)
+        if commit and device.type == "cpu":
+            for tensor in (*self.keys, *self.values):
+                tensor.zero_()
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that all layers have."""
+        return min(map(len, (*self.keys, *self.values)), default=0)
+
+    def has_room_for(self, num_blocks: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> bool:
+        """Whether `resize` can make this cache one of such blocks."""
+        same = (self.num_heads, self.head_dim, self.dtype) == (num_heads, head_dim, dtype)
+        return same and num_blocks <= self._most_blocks
+
+    def resize(self, num_layers: int, num_blocks: int) -> None:
+        """Has the first `num_layers` layers and `num_blocks` blocks from now on.
+
+        What layers and blocks that stay hold is kept. On a GPU layers keep as many blocks as they have where
+        there is no memory for more; then `num_blocks` is less. Raises RuntimeError, MemoryError or OSError
+        when there is no room for another layer, which leaves the cache with fewer.
+        """
+        del self.keys[num_layers:], self.values[num_layers:]
+        try:
+            for layer in range(num_layers):
+                self._resize_layer(layer, num_blocks)
+        finally:
+            self.addresses = self._locate()
+
+    def give_back(self) -> None:
+        """Gives back to the system what fell away since the last time. Others may use the cache meanwhile."""
+        for layer, rooms in enumerate(self._rooms):
+            for room, tensors in zip(rooms, (self.keys, self.values), strict=True):
+                room.give_back(tensors[layer].nbytes if layer < len(tensors) else 0)
+
+    def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Stores keys and values [tokens, heads, head_dim] at slots [tokens]."""
+        blocks, offsets = slots // self.block_tokens, slots % self.block_tokens
+        if self.dtype == torch.int8:
+            self._write_bytes(layer, blocks, offsets, keys.float(), values.float())
+            return
+        self.keys[layer][blocks, :, :, offsets] = keys.to(self.dtype)
+        self.values[layer][blocks, :, offsets] = values.to(self.dtype)
+
+    def copy(self, source: int, target: int) -> None:
+        """Copies a block, in all layers."""
+        for tensor in (*self.keys, *self.values):
+            tensor[target] = tensor[source]
+
+    def gather(self, layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of blocks [rows, blocks], each [rows, heads, blocks * block_tokens, head_dim]."""
+        if self.dtype == torch.int8:
+            return self._gather_bytes(layer, blocks)
+        # [rows, heads, blocks, tokens, head_dim]
+        keys = self.keys[layer][blocks].permute(0, 2, 1, 4, 3)
+        values = self.values[layer][blocks].transpose(1, 2)
+        return keys.flatten(2, 3), values.flatten(2, 3)
+
+    def _write_bytes(
+        self,
+        layer: int,
+        blocks: torch.Tensor,
+        offsets: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> None:
+        key_numbers, value_numbers, scales = self._bytes_of(layer)
+        keys, scales[blocks, :, 0, offsets] = _rounded(keys)
+        values, scales[blocks, :, 1, offsets] = _rounded(values)
+        words = F.pad(keys + 128, (0, -self.head_dim % 4)).unflatten(2, (-1, 4))
+        key_numbers[blocks, :, :, offsets] = words.to(torch.uint8)
+        value_numbers[blocks, :, offsets // 4, : self.head_dim, offsets % 4] = values.to(torch.int8)
+
+    def _gather_bytes(self, layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        key_numbers, value_numbers, scales = self._bytes_of(layer)
+        # [rows, heads, blocks, tokens, head_dim]
+        keys = key_numbers[blocks].permute(0, 2, 1, 4, 3, 5).flatten(4).float() - 128
+        values = value_numbers[blocks].permute(0, 2, 1, 3, 5, 4).flatten(3, 4).float()
+        # [rows, heads, blocks, tokens, 1], two of them
+        factors = scales[blocks].transpose(1, 2)[..., None].unbind(3)
+        keys, values = (
+            (part[:, :, :, : self.block_tokens, : self.head_dim] * factor).flatten(2, 3)
+            for part, factor in zip((keys, values), factors, strict=True)
+        )
+        return keys, values
+
+    def _bytes_of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A layer's numbers, four together, and scales, as the class says they lie."""
+        keys, tokens = self.keys[layer], self.block_tokens
+        scales = keys[..., -8 * tokens :].view(torch.float32).unflatten(2, (2, tokens))
+        numbers = keys[..., : -8 * tokens].view(torch.uint8).unflatten(2, (-1, tokens, 4))
+        return numbers, self.values[layer].unflatten(2, (-(-tokens // 4), -1, 4)), scales
+
+    def _resize_layer(self, layer: int, num_blocks: int) -> None:
+        if self.device.type != "cpu":
+            self._resize_on_device(layer, num_blocks)
+            return
+        if layer == len(self._rooms):
+            keys, values = (_Room(self._most_blocks * math.prod(shape), self.dtype) for shape in self._shapes)
+            self._rooms.append((keys, values))
+        for tensors, room, shape in zip(
+            (self.keys, self.values), self._rooms[layer], self._shapes, strict=True
+        ):
+            tensors[layer : layer + 1] = [room.tensor((num_blocks, *shape))]
+
+    def _resize_on_device(self, layer: int, num_blocks: int) -> None:
+        for tensors, shape in zip((self.keys, self.values), self._shapes, strict=True):
+            if layer == len(tensors):
+                tensors.append(torch.zeros(num_blocks, *shape, dtype=self.dtype, device=self.device))
+            elif num_blocks > len(old := tensors[layer]):
+                try:
+                    grown = old.new_zeros(num_blocks, *shape)
+                except RuntimeError as error:
+                    log.warning("KV blocks stay as few as they were, there is no memory for more: %s", error)
+                    return
+                grown[: len(old)] = old
+                tensors[layer] = grown
+
+    def _locate(self) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Where each layer's keys and values lie, for compiled code: unsigned where they are float16."""
+        kind = np.uint64 if self.dtype == torch.float16 else np.int64
+        keys, values = (
+            np.array([tensor.data_ptr() for tensor in tensors], dtype=kind)
+            for tensors in (self.keys, self.values)
+        )
+        return keys, values
+
+
+def _rounded(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `byte_attention.remember` rounds: [tokens, heads, head_dim] whole ones, [tokens, heads] scales."""
+    peaks = numbers.abs().amax(dim=2)
+    inverses = torch.where(peaks > LEAST, 127 / peaks, 0)
+    return (numbers * inverses[..., None]).round(), peaks / 127
+
+
+class _Room:
+    """Address space for a layer's keys or values, zeros at first."""
+
+    def __init__(self, count: int, dtype: torch.dtype) -> None:
+        size = count * dtype.itemsize + _SPARE_BYTES
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        self._map = mmap.mmap(-1, size, flags=flags)
+        self._numbers = torch.frombuffer(self._map, dtype=dtype)
+        # Bytes from the start that may have memory.
+        self._used = 0
+
+    def tensor(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Its first numbers."""
+        found = self._numbers[: math.prod(shape)].view(shape)
+        self._used = max(self._used, found.nbytes)
+        return found
+
+    def give_back(self, kept: int) -> None:
+        """Gives back all memory but that of the first `kept` bytes."""
+        start = -(-kept // mmap.PAGESIZE) * mmap.PAGESIZE
+        for at in range(start, self._used, _RELEASED_BYTES):
+            self._map.madvise(mmap.MADV_DONTNEED, at, min(_RELEASED_BYTES, self._used - at))
+        self._used = min(self._used, kept)

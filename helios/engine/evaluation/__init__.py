@@ -1,0 +1,1 @@
+"""What a candidate would give: agreement, perplexity and time at every exit."""

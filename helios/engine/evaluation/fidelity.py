@@ -1,0 +1,58 @@
+"""How close a precision comes to float32 on the same text, at every exit."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from helios.catalog import Fidelity, ModelEntry
+from helios.engine.backends.exits import ExitMode
+from helios.engine.evaluation.trace import trace_exits
+from helios.engine.plan import load_plan
+from helios.engine.settings import EngineSettings
+from helios.engine.tokenizer import load_tokenizer
+from helios.engine.weights.precision import Precision
+from helios.errors import InvalidRequestError
+
+
+def cut(entry: ModelEntry, texts: Sequence[str], windows: int) -> list[list[int]]:
+    """At most `windows` stretches of a model's whole context, evenly spread over the texts; ids.
+
+    Each begins as a served sequence does, with what the tokenizer puts before a text.
+
+    Raises InvalidRequestError when the texts are too short for one.
+    """
+    tokenizer = load_tokenizer(entry.path, entry.facts).tokenizer
+    beginning = tokenizer.encode("").ids
+    size = entry.context_tokens - len(beginning)
+    found = []
+    for text in texts:
+        ids = tokenizer.encode(text, add_special_tokens=False).ids
+        found += [[*beginning, *ids[start : start + size]] for start in range(0, len(ids) - size + 1, size)]
+    if not found:
+        raise InvalidRequestError(f"the text must have at least the {size} tokens of {entry.name}'s context")
+    return (
+        [found[index * len(found) // windows] for index in range(windows)] if len(found) > windows else found
+    )
+
+
+def measure_fidelity(
+    entry: ModelEntry, precision: str, texts: Sequence[Sequence[int]], device: str = "cpu"
+) -> dict[int, Fidelity]:
+    """By exit layer. texts: token ids, at least two of each. Raises what `load_plan` raises."""
+    traces = {}
+    for one in (Precision.FLOAT32, precision):
+        settings = EngineSettings(exit_mode=ExitMode.DYNAMIC, precision=one, device=device)
+        traces[one] = trace_exits(load_plan(entry.path, None, settings), texts)
+    found = {}
+    for row, layer in enumerate(entry.exit_layers):
+        nats, tops = {}, {}
+        for one, of_texts in traces.items():
+            nats[one] = np.concatenate([trace.nats[row] for trace in of_texts]).mean(dtype=np.float64)
+            tops[one] = np.concatenate([trace.top_ids[row] for trace in of_texts])
+        found[layer] = Fidelity(
+            perplexity_increase=math.exp(nats[precision] - nats[Precision.FLOAT32]) - 1,
+            agreement=float((tops[precision] == tops[Precision.FLOAT32]).mean()),
+            tokens=len(tops[precision]),
+        )
+    return found

@@ -1,0 +1,154 @@
+"""What every exit of a model says at each position of given texts: the ground of all quality figures.
+
+The last layer's view is exact for `full`, and the view at depth d for `greedy`, since every token walks the
+same layers. `dynamic` has skipped layers' KV propagated, so it is run for itself.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from helios.engine.backends.exits import run_dynamic
+from helios.engine.backends.kv_cache import KVCache
+from helios.engine.plan import Plan
+from helios.engine.scheduling.batch import build_batch
+from helios.engine.scheduling.block_pool import BlockPool
+from helios.engine.scheduling.detokenizer import Detokenizer
+from helios.engine.scheduling.sequence import Sequence as EngineSequence
+from helios.sampling import SamplingParams
+
+_BLOCK_TOKENS = 16
+# Positions whose logits are held at a time.
+_ROWS = 64
+# Texts that walk dynamically in one batch.
+_GROUP = 32
+
+
+@dataclass(frozen=True, slots=True)
+class ExitTrace:
+    """Every exit on one text of n tokens, [exits, n - 1]: the position p is followed by the token p + 1."""
+
+    exit_layers: tuple[int, ...]
+    top_ids: NDArray[np.int32]
+    confidences: NDArray[np.float32]
+    # Of the text's own next token.
+    nats: NDArray[np.float32]
+
+    def index(self, depth: int) -> int:
+        """The row of an exit layer. Raises ValueError when it is none."""
+        return self.exit_layers.index(depth)
+
+    def agrees(self, depth: int) -> NDArray[np.bool_]:
+        """Where the exit's top token is the last layer's, [n - 1]."""
+        return np.asarray(self.top_ids[self.index(depth)] == self.top_ids[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class DynamicTrace:
+    """Dynamic exits on texts from their token `prefix` on; all [texts, n - prefix]."""
+
+    exit_layers: NDArray[np.int32]
+    top_ids: NDArray[np.int32]
+    nats: NDArray[np.float32]
+
+
+@torch.inference_mode()
+def trace_exits(plan: Plan, texts: Sequence[Sequence[int]]) -> list[ExitTrace]:
+    """Runs each text through all layers of `plan`, loaded with every exit (exit mode dynamic)."""
+    model, exit_layers = plan.model, plan.entry.exit_layers
+    cache, pool = _space(plan, max(map(len, texts)))
+    traces = []
+    for text in texts:
+        sequence = _sequence(plan, text, pool)
+        batch, _ = build_batch([(sequence, len(text))], _BLOCK_TOKENS, model.device)
+        hidden, targets = model.embed(batch.token_ids, batch.positions), batch.token_ids[1:]
+        columns = []
+        for first, last in itertools.pairwise((0, *exit_layers)):
+            hidden = model.layers(first, last, hidden, batch, cache)
+            parts = [
+                _read(model.read_out(hidden[start : start + _ROWS], last), targets[start:])
+                for start in range(0, len(targets), _ROWS)
+            ]
+            columns.append([torch.cat(column) for column in zip(*parts, strict=True)])
+        top_ids, confidences, nats = (torch.stack(column).numpy() for column in zip(*columns, strict=True))
+        traces.append(ExitTrace(exit_layers, top_ids.astype(np.int32), confidences, nats))
+        pool.free(sequence.blocks)
+    return traces
+
+
+@torch.inference_mode()
+def trace_dynamic(
+    plan: Plan, texts: Sequence[Sequence[int]], prefix: int, thresholds: Mapping[int, float]
+) -> DynamicTrace:
+    """Walks texts of one length token by token, each token leaving at its own exit, as the engine serves
+    them; the first `prefix` tokens are the prompt, which walks all layers."""
+    groups = [
+        _walk(plan, texts[first : first + _GROUP], prefix, thresholds)
+        for first in range(0, len(texts), _GROUP)
+    ]
+    exit_layers, top_ids, nats = (np.concatenate(column) for column in zip(*groups, strict=True))
+    return DynamicTrace(exit_layers, top_ids, nats)
+
+
+def _walk(
+    plan: Plan, texts: Sequence[Sequence[int]], prefix: int, thresholds: Mapping[int, float]
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
+    """One batch of `trace_dynamic`."""
+    length = len(texts[0])
+    cache, pool = _space(plan, (length + _BLOCK_TOKENS) * len(texts))
+    sequences = [_sequence(plan, text[:prefix], pool, room=length) for text in texts]
+    exits, top_ids, nats = [], [], []
+    for position in range(prefix, length):
+        scheduled = [(sequence, sequence.pending) for sequence in sequences]
+        batch, _ = build_batch(scheduled, _BLOCK_TOKENS, plan.model.device)
+        found, exit_layers = run_dynamic(plan.model, batch, cache, thresholds)
+        top, _, cost = _read(found.logits, torch.tensor([text[position] for text in texts]))
+        exits.append(exit_layers)
+        top_ids.append(top.numpy())
+        nats.append(cost.numpy())
+        for sequence, text in zip(sequences, texts, strict=True):
+            sequence.computed = len(sequence.token_ids)
+            sequence.token_ids.append(text[position])
+    # [steps, texts] -> [texts, steps]
+    return np.array(exits, np.int32).T, np.array(top_ids, np.int32).T, np.array(nats, np.float32).T
+
+
+def _read(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Top tokens, confidences and nats of `targets`, for as many rows as have a target."""
+    count = min(len(logits), len(targets))
+    logits = logits[:count].float()
+    normalizer = logits.logsumexp(dim=-1)
+    best, top_ids = logits.max(dim=-1)
+    known = logits.gather(1, targets[:count, None].to(logits.device))[:, 0]
+    return top_ids.cpu(), (best - normalizer).exp().cpu(), (normalizer - known).cpu()
+
+
+def _space(plan: Plan, tokens: int) -> tuple[KVCache, BlockPool]:
+    num_blocks = -(-tokens // _BLOCK_TOKENS)
+    model, config = plan.model, plan.model.config
+    cache = KVCache(
+        model.depth,
+        num_blocks,
+        _BLOCK_TOKENS,
+        config.num_heads,
+        config.head_dim,
+        model.kv_dtype,
+        model.device,
+    )
+    return cache, BlockPool(num_blocks, _BLOCK_TOKENS)
+
+
+def _sequence(plan: Plan, text: Sequence[int], pool: BlockPool, room: int = 0) -> EngineSequence:
+    return EngineSequence(
+        request_id="",
+        token_ids=list(text),
+        prompt_tokens=len(text),
+        sampling=SamplingParams(),
+        detokenizer=Detokenizer(plan.tokenizer, ()),
+        sink=lambda _: None,
+        blocks=pool.allocate(pool.blocks_for(max(len(text), room))),
+    )

@@ -1,0 +1,1 @@
+"""The compiled kernels of the CPU, and the threads that run them."""

@@ -1,0 +1,182 @@
+"""The inner loop of a product: a block of input rows with a tile of output channels, as LLVM code.
+
+A step takes a word of 32 bits of each row, which holds one float32, two bfloat16 or four bytes, and the same
+of each channel of the tile. All sums stay in registers. Each takes its steps one after the other, whatever
+rows are beside it: a row's sums are the same to the bit in every batch.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from helios.engine.kernels.processor import has_bfloat16_dot_product, has_byte_dot_product, has_long_registers
+from helios.engine.kernels.simd import (
+    LANES,
+    SINGLES,
+    SOON,
+    WORD,
+    WORDS,
+    Builder,
+    Value,
+    build_call,
+    build_spread,
+    operation,
+    words,
+)
+
+# What a product is computed in.
+FLOAT32, BFLOAT16, INT8 = 0, 1, 2
+
+# Output channels of a tile, in two registers; and bytes of weights that a step takes.
+TILE = 2 * LANES
+STEP_BYTES = 4 * TILE
+# Rows of the largest block; the others have half as many, and so on down to one. As many sums as the
+# processor's registers hold: 32 of 16 lanes, or 16 of 8.
+BLOCK_ROWS = 8 if has_long_registers() else 2
+
+_BYTE, _LONG = ir.IntType(8), ir.IntType(64)
+
+# Makes sums out of sums and the words of a row and of channels.
+_Accumulate = Callable[[Builder, Value, Value, Value], Value]
+
+
+class _BFloat16(ir.types.Type):
+    """LLVM's type, which llvmlite lacks."""
+
+    intrinsic_name = "bf16"
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat16)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat16)
+
+
+_BFLOATS = ir.VectorType(_BFloat16(), 2 * LANES)
+
+
+def _words(number: int) -> Value:
+    return ir.Constant(WORDS, [number] * LANES)
+
+
+def _single(builder: Builder, sums: Value, row: Value, channels: Value) -> Value:
+    """A float32 with a float32."""
+    row, channels = builder.bitcast(row, SINGLES), builder.bitcast(channels, SINGLES)
+    return build_call("llvm.fma.v16f32", SINGLES)(builder, [row, channels, sums])
+
+
+def _bfloat16(builder: Builder, sums: Value, row: Value, channels: Value) -> Value:
+    """Two bfloat16 with two: the upper, then the lower, as the instruction does."""
+    if has_bfloat16_dot_product():
+        parts = [builder.bitcast(part, _BFLOATS) for part in (row, channels)]
+        return build_call("llvm.x86.avx512bf16.dpbf16ps.512", SINGLES)(builder, [sums, *parts])
+    upper = _words(-1 << 16)
+    sums = _single(builder, sums, builder.and_(row, upper), builder.and_(channels, upper))
+    return _single(builder, sums, builder.shl(row, _words(16)), builder.shl(channels, _words(16)))
+
+
+def _int8(builder: Builder, sums: Value, row: Value, channels: Value) -> Value:
+    """Four bytes with four: unsigned of the row, signed of the channels."""
+    if has_byte_dot_product():
+        return build_call("llvm.x86.avx512.vpdpbusd.512", WORDS)(builder, [sums, row, channels])
+    for shift in (0, 8, 16, 24):
+        left = builder.and_(builder.lshr(row, _words(shift)), _words(255))
+        right = builder.ashr(builder.shl(channels, _words(24 - shift)), _words(24))
+        sums = builder.add(sums, builder.mul(left, right))
+    return sums
+
+
+def _build_loop(
+    builder: Builder, rows: int, kind: Any, accumulate: _Accumulate, arguments: Sequence[Value], end: Value
+) -> None:
+    """All steps of a block, at least one; then its sums are stored and `end` comes next."""
+    x, stride, weights, steps, sums, ahead, ahead_step = arguments
+    begin, loop = builder.block, builder.append_basic_block()
+    words = builder.inttoptr(x, WORD.as_pointer())
+    packed = builder.inttoptr(weights, WORDS.as_pointer())
+    starts = [builder.gep(words, [builder.mul(stride, ir.Constant(_LONG, row))]) for row in range(rows)]
+    builder.branch(loop)
+    builder.position_at_end(loop)
+    step = builder.phi(_LONG)
+    step.add_incoming(ir.Constant(_LONG, 0), begin)
+    before = [builder.phi(kind) for _ in range(2 * rows)]
+    for value in before:
+        value.add_incoming(ir.Constant(kind, [0] * LANES), begin)
+    next_tile = builder.inttoptr(builder.add(ahead, builder.mul(step, ahead_step)), _BYTE.as_pointer())
+    build_call("llvm.prefetch.p0", ir.VoidType())(builder, [next_tile, *SOON])
+    channels = []
+    for half in (0, 1):
+        place = builder.add(builder.mul(step, ir.Constant(_LONG, 2)), ir.Constant(_LONG, half))
+        channels.append(builder.load(builder.gep(packed, [place]), align=4))
+    after = []
+    for row, start in enumerate(starts):
+        word = builder.load(builder.gep(start, [step]), align=4)
+        spread = build_spread(builder, word, WORDS)
+        after += [accumulate(builder, before[2 * row + half], spread, channels[half]) for half in (0, 1)]
+    following = builder.add(step, ir.Constant(_LONG, 1))
+    step.add_incoming(following, loop)
+    for old, new in zip(before, after, strict=True):
+        old.add_incoming(new, loop)
+    done = builder.append_basic_block()
+    builder.cbranch(builder.icmp_signed("<", following, steps), loop, done)
+    builder.position_at_end(done)
+    out = builder.inttoptr(sums, kind.as_pointer())
+    for place, value in enumerate(after):
+        builder.store(value, builder.gep(out, [ir.Constant(_LONG, place)]), align=4)
+    builder.branch(end)
+
+
+def _inner_product(
+    _typing: Any,
+    _numbers: Any,
+    _rows: Any,
+    _x: Any,
+    _stride: Any,
+    _weights: Any,
+    _steps: Any,
+    _sums: Any,
+    _ahead: Any,
+    _ahead_step: Any,
+) -> Any:
+    """All sums of a block of rows with a tile, for compiled code.
+
+    rows: BLOCK_ROWS, or half as many, and so on; x: words [rows, stride]; weights: words [steps, 32]; sums:
+    int32 (of int8) or float32 [rows, 32]; ahead, ahead_step: address of what is read next, and how many of
+    its bytes to fetch in a step.
+    """
+
+    def generate(context: Any, builder: Builder, _signature: Any, values: Sequence[Value]) -> Value:
+        numbers, rows, *arguments = values
+        wrong, end = builder.append_basic_block(), builder.append_basic_block()
+        # Each pair of numbers and rows has a code of its own.
+        codes = ir.Constant(_LONG, BLOCK_ROWS + 1)
+        choice = builder.switch(builder.add(builder.mul(numbers, codes), rows), wrong)
+        for code, kind, accumulate in (
+            (FLOAT32, SINGLES, _single),
+            (BFLOAT16, SINGLES, _bfloat16),
+            (INT8, WORDS, _int8),
+        ):
+            count = BLOCK_ROWS
+            while count:
+                block = builder.append_basic_block()
+                choice.add_case(ir.Constant(_LONG, code * (BLOCK_ROWS + 1) + count), block)
+                builder.position_at_end(block)
+                _build_loop(builder, count, kind, accumulate, arguments, end)
+                count //= 2
+        builder.position_at_end(wrong)
+        builder.unreachable()
+        builder.position_at_end(end)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 9), generate
+
+
+inner_product: Any = intrinsic(_inner_product)
+# Sums and the products of four bytes with four in each lane: unsigned ones, signed ones.
+multiply_bytes = operation(words, (words, words, words), lambda b, v: _int8(b, *v))

@@ -1,0 +1,314 @@
+"""How kernels are compiled, and where their machine code is kept.
+
+Numba's own cache knows the file that a function stands in, not the operations and constants that the
+function took from others: after an upgrade it goes on with machine code that addresses memory as the version
+before did. Here one hash over the sources of all kernels, and of what these import, names the directory.
+"""
+
+import ast
+import contextlib
+import functools
+import hashlib
+import inspect
+import logging
+import os
+import pickle
+import re
+import shutil
+import stat
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import llvmlite
+import numba
+from numba import njit
+from numba.core import sigutils
+from numba.core.caching import _Cache
+from numba.core.compiler import CompileResult
+from numba.core.serialize import dumps
+
+import helios
+from helios.engine.kernels import processor
+from helios.user_cache import user_cache
+
+log = logging.getLogger(__name__)
+
+VARIABLE = "HELIOS_KERNEL_CACHE_DIR"
+
+# The kernel that all others are called by stands here.
+_ROOT = Path(__file__).with_name("step.py")
+_PACKAGE = Path(helios.__file__).parent
+# Of a directory of machine code: nothing else beside it is ever removed.
+_SUFFIX = ".kernels"
+# Directories that stay, those used last; and any that was used so short a time ago, which another version may
+# still need.
+_KEPT_DIRECTORIES = 8
+_KEPT_SECONDS = 24 * 3600.0
+_DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+def compiled(function: Callable[..., Any]) -> Any:
+    """Compiles a kernel when it is first called, or takes the machine code that is kept.
+
+    Kernels release the interpreter lock, and divide numbers as the processor does. Raises TypeError for a
+    function whose changes the kept code would not follow.
+    """
+    if Path(inspect.getfile(function)).resolve() not in SOURCES or function.__closure__ is not None:
+        raise TypeError(
+            f"{function.__qualname__} cannot be compiled: a kernel stands at the top of a module that "
+            f"{_ROOT.name} imports"
+        )
+    kernel = njit(nogil=True, error_model="numpy")(function)
+    # As `enable_caching` does it for Numba's own cache.
+    kept = _Kept(function)
+    kernel._cache = kept  # type: ignore[attr-defined]
+    _KERNELS[kept.name] = kernel
+    return kernel
+
+
+def signatures() -> dict[str, list[Any]]:
+    """The types of arguments for which this process has kernels, by kernel."""
+    return {name: list(kernel.overloads) for name, kernel in _KERNELS.items() if kernel.overloads}
+
+
+def compile_for(types_of: Mapping[str, Sequence[Any]]) -> None:
+    """Has the kernels for these `signatures`; runs none."""
+    for name, types in types_of.items():
+        for one in types:
+            _KERNELS[name].compile(one)
+
+
+def _sources() -> tuple[Path, ...]:
+    """The files of Helios on which machine code depends: those that the kernels import, directly or not."""
+    found, waiting = set[Path](), [_ROOT.resolve()]
+    while waiting:
+        file = waiting.pop()
+        if file not in found:
+            found.add(file)
+            waiting += _imports(file)
+    return tuple(sorted(found))
+
+
+def _imports(file: Path) -> Iterator[Path]:
+    """The files of Helios that one imports."""
+    for node in ast.walk(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for name in names:
+            package, *parts = name.split(".")
+            if package == _PACKAGE.name and parts:
+                module = _PACKAGE.joinpath(*parts).with_suffix(".py")
+                if module.is_file():
+                    yield module.resolve()
+
+
+def _version() -> str:
+    """A hash of everything that machine code depends on, but for the processor."""
+    versions = (helios.__version__, numba.__version__, llvmlite.__version__, sys.version)
+    hashed = hashlib.sha256("\n".join(versions).encode())
+    for file in SOURCES:
+        content = file.read_bytes()
+        hashed.update(f"\n{file.name} {len(content)}\n".encode())
+        hashed.update(content)
+    return hashed.hexdigest()[:16]
+
+
+_KERNELS: dict[str, Any] = {}
+# Before any kernel is read by Python: what is compiled afterwards is of these files.
+SOURCES = _sources()
+_DIRECTORY = _version() + _SUFFIX
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Directories of machine code of this version of the kernels."""
+
+    read: tuple[Path, ...]
+    # None: there is none.
+    written: Path | None
+
+
+def describe() -> str:
+    """For which processors kernels are compiled and where their machine code is kept, for people."""
+    target = processor.HOST if processor.TARGET is None else processor.TARGET.name
+    found = _places()
+    where = "nowhere" if found.written is None else f"in {found.written}"
+    read = "".join(f", read from {path}" for path in found.read if path != found.written)
+    return f"kernels are compiled for {target} and kept {where}{read}"
+
+
+@functools.cache
+def _places() -> _Places:
+    """The first of these in which this user can write: $HELIOS_KERNEL_CACHE_DIR, helios/kernels in the user's
+    cache directory, a directory for temporary files. What those before it hold is read."""
+    read, chosen = [], os.environ.get(VARIABLE)
+    if chosen:
+        # Who else may write there is the business of whoever chose it.
+        read.append(Path(chosen).absolute() / _DIRECTORY)
+        if _make(read[0]):
+            return _Places(tuple(read), read[0])
+    for base in (user_cache("kernels"), _temporary_directory()):
+        if base is not None:
+            path = base / _DIRECTORY
+            is_made = _make(path)
+            if _is_own(path):
+                read.append(path)
+                if is_made:
+                    return _Places(tuple(read), path)
+    log.warning(
+        "kernels that are compiled cannot be kept: each start that needs some takes a minute or more. "
+        "Name a directory that can be written with %s",
+        VARIABLE,
+    )
+    return _Places(tuple(read), None)
+
+
+def _temporary_directory() -> Path | None:
+    """Of this user, beside those of others; None where it is not this user's alone."""
+    try:
+        path = Path(tempfile.gettempdir()) / f"helios-{os.geteuid()}"
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+    except OSError:
+        return None
+    return path if _is_own(path) else None
+
+
+def _make(path: Path) -> bool:
+    """Whether this directory is there, now, for this user to write in."""
+    try:
+        is_new = not path.exists()
+        path.mkdir(mode=0o755, parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+        # It is in use: the least recently used go first.
+        os.utime(path)
+        if is_new:
+            _tidy(path.parent)
+    except OSError as error:
+        log.debug("compiled kernels cannot be kept in %s: %s", path, error)
+        return False
+    return True
+
+
+def _is_own(path: Path) -> bool:
+    """Whether it is a directory into which only this user, and root, can have put machine code."""
+    try:
+        facts = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(facts.st_mode) and facts.st_uid in (os.geteuid(), 0) and not facts.st_mode & 0o022
+
+
+def _tidy(directory: Path) -> None:
+    """Removes machine code that no version has used for a while. One that misses it compiles it anew."""
+    versions = []
+    for path in directory.iterdir():
+        if re.fullmatch(rf"[0-9a-f]{{16}}{re.escape(_SUFFIX)}", path.name):
+            with contextlib.suppress(FileNotFoundError):  # Another process was faster.
+                versions.append((path.stat().st_mtime, path))
+    for used, path in sorted(versions, reverse=True)[_KEPT_DIRECTORIES:]:
+        if used < time.time() - _KEPT_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)
+            log.info("%s went: machine code of kernels that are not used any more", path)
+
+
+@functools.cache
+def _say_once(level: int, message: str, *arguments: object) -> None:
+    log.log(level, message, *arguments)
+
+
+class _Kept(_Cache):
+    """The machine code of one kernel, a file for each of its signatures and processors.
+
+    Numba's own keeps an index beside such files, which two processes that compile at once can make point at
+    each other's; here a file's name says what is in it.
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        module = function.__module__.rpartition(".")[2]
+        self.name = f"{module}.{function.__qualname__}"
+        self._is_enabled = True
+
+    @property
+    def cache_path(self) -> str | None:
+        """Where it is written."""
+        written = _places().written
+        return None if written is None else str(written)
+
+    def load_overload(self, sig: Any, target_context: Any) -> Any:
+        """The compiled kernel for these types of arguments; None: it is to be compiled."""
+        target_context.refresh()
+        if not self._is_enabled:
+            return None
+        name = self._file(sig, target_context.codegen())
+        for directory in _places().read:
+            content = _read(directory / name)
+            if content is not None:
+                return CompileResult._rebuild(target_context, *pickle.loads(content))
+        _say_once(logging.INFO, "compiling kernels, once for this version: it takes a minute or more")
+        return None
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Keeps a compiled kernel. Where that fails it is logged: this process has it."""
+        directory = _places().written
+        if not self._is_enabled or directory is None:
+            return
+        if data.lifted or data.library.has_dynamic_globals:
+            raise TypeError(f"{self.name} holds addresses of this process: it cannot be kept")
+        try:
+            _write(directory / self._file(sig, data.codegen), dumps(data._reduce()))
+        except OSError as error:
+            _say_once(logging.WARNING, "compiled kernels cannot be kept in %s: %s", directory, error.strerror)
+
+    def enable(self) -> None:
+        """From here on machine code is read and kept."""
+        self._is_enabled = True
+
+    def disable(self) -> None:
+        """From here on it is not."""
+        self._is_enabled = False
+
+    def flush(self) -> None:
+        """Nothing: what is kept stays valid."""
+
+    def _file(self, sig: Any, codegen: Any) -> str:
+        types, _ = sigutils.normalize_signature(sig)
+        key = repr((types, codegen.magic_tuple()))
+        return f"{self.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
+
+def _read(file: Path) -> bytes | None:
+    """What `_write` wrote; None when it is not there, or damaged."""
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        _say_once(logging.WARNING, "compiled kernels cannot be read from %s: %s", file.parent, error.strerror)
+        return None
+    digest, content = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+    if hashlib.sha256(content).digest() != digest:
+        log.warning("the machine code in %s is damaged; it is compiled anew", file)
+        return None
+    return content
+
+
+def _write(file: Path, content: bytes) -> None:
+    """Whole or not at all; not flushed to the disk: what a crash leaves of it fails the check."""
+    unfinished = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}")
+    file.parent.mkdir(mode=0o755, exist_ok=True)
+    try:
+        unfinished.write_bytes(hashlib.sha256(content).digest() + content)
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)

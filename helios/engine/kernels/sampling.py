@@ -1,0 +1,266 @@
+"""Tokens chosen from rows of logits, for compiled steps: penalty, temperature, top-k, nucleus, and the draw.
+
+A row's token depends on its logits, its parameters, its seed and its position alone, and all sums are taken
+in an order that no other row changes. `sampler.py` does the same in torch, for other devices.
+"""
+
+import numpy as np
+
+from helios.engine.kernels.jit import compiled
+from helios.engine.kernels.simd import (
+    LANES,
+    add,
+    bits_of,
+    exponential,
+    lanes_between,
+    larger,
+    largest,
+    load_long,
+    load_single,
+    load_singles,
+    load_some,
+    multiply,
+    no_singles,
+    single_of,
+    spread_single,
+    store_long,
+    store_single,
+    store_singles,
+    subtract,
+    total,
+    where_above,
+)
+
+# Numbers of a row's summary (`kernels.summarize`), and which of them a draw needs.
+SUMMARY = 4
+_NORMALIZER, _LOGPROB = 1, 2
+# Where a row's numbers lie in the arrays of `draw`.
+_SEED, _POSITION, _TOP_K = 0, 1, 2
+_TEMPERATURE, _TOP_P, _PENALTY = 0, 1, 2
+# A score from which on a weight is zero: float32 has nothing smaller.
+_NOTHING = -87.0
+# The largest factor of scores.
+_STEEPEST = 1e38
+# Weights whose sum is taken at once on the way to the one that is drawn.
+_CHUNK = 16 * LANES
+# A weight below which the least that is kept hardly ever is.
+_UNLIKELY = 2.0**-20
+# As bits: between numbers that are no further apart few weights lie, which are looked at alone.
+_NEAR = 2 << 23
+
+
+@compiled
+def uniform(seed, position):
+    """A number in [0, 1) that depends on (seed, position) only (splitmix64, Steele et al. 2014)."""
+    x = np.uint64(seed) * np.uint64(0xD1342543DE82EF95)
+    x += (np.uint64(position) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.float64((x ^ (x >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
+
+
+@compiled
+def room_numbers(width):
+    """float32 that a thread works on: weights, and some of them, both in whole registers."""
+    return 2 * _whole(width)
+
+
+@compiled
+def _whole(width):
+    return (width + LANES - 1) // LANES * LANES
+
+
+@compiled
+def _peak(logits, width):
+    """The largest."""
+    peaks = spread_single(np.float32(-np.inf))
+    whole = width - width % LANES
+    for column in range(0, whole, LANES):
+        peaks = larger(peaks, load_singles(logits, column))
+    peak = largest(peaks)
+    for column in range(whole, width):
+        peak = max(peak, load_single(logits, column))
+    return peak
+
+
+@compiled
+def _first(logits, width, value):
+    """The first place of a value; -1: it is nowhere."""
+    for column in range(width):
+        if load_single(logits, column) == value:
+            return column
+    return -1
+
+
+@compiled
+def _penalize(logits, token, penalty, out):
+    """A token's logit behind the repetition penalty (Keskar et al. 2019), to its place in out."""
+    logit = load_single(logits, token)
+    store_single(out, token, logit / penalty if logit > 0 else logit * penalty)
+
+
+@compiled
+def _weigh(logits, width, temperature, weights):
+    """exp((logit - largest) / temperature) of each; zeros behind them. weights may be logits."""
+    # Finite: nothing between the largest and itself stays nothing, however small the temperature.
+    factor = spread_single(np.float32(min(1 / temperature, _STEEPEST)))
+    highest = spread_single(_peak(logits, width))
+    nothing = spread_single(np.float32(_NOTHING))
+    for column in range(0, width, LANES):
+        score = multiply(subtract(load_some(logits, column, width - column), highest), factor)
+        store_singles(weights, column, where_above(score, nothing, exponential(score)))
+    for column in range(width, _whole(width)):
+        store_single(weights, column, np.float32(0))
+
+
+@compiled
+def _above(weights, count, least, by_mass):
+    """The sum of the weights above `least`, or how many they are. count: of whole registers."""
+    limit, one = spread_single(least), spread_single(np.float32(1))
+    sums = no_singles()
+    for column in range(0, count, LANES):
+        value = load_singles(weights, column)
+        sums = add(sums, where_above(value, limit, value if by_mass else one))
+    return total(sums)
+
+
+@compiled
+def _gather(weights, count, low, high, room):
+    """Puts the weights above low and up to high into room, with zeros up to a whole register; how many."""
+    lowest, highest, found = spread_single(low), spread_single(high), 0
+    for column in range(0, count, LANES):
+        lanes, place = lanes_between(load_singles(weights, column), lowest, highest), column
+        while lanes:
+            if lanes & 1:
+                store_single(room, found, load_single(weights, place))
+                found += 1
+            lanes >>= 1
+            place += 1
+    for place in range(found, _whole(found)):
+        store_single(room, place, np.float32(0))
+    return _whole(found)
+
+
+@compiled
+def _least(weights, count, limit, by_mass, room):
+    """The smallest weight for which those above it sum up to less than `limit`, or are fewer.
+
+    By halving the bits of what it may be: positive numbers have the order of their bits.
+    """
+    if _above(weights, count, np.float32(0), by_mass) < limit:
+        return np.float32(0)
+    low, high, middle = 0, bits_of(np.float32(1)), bits_of(np.float32(_UNLIKELY))
+    beyond, gathered = np.float32(0), False
+    above_high = np.float32(0)
+    while high - low > 1:
+        found = beyond + _above(weights, count, single_of(middle), by_mass)
+        if found < limit:
+            high, above_high = middle, found
+        else:
+            low = middle
+        if high - low <= _NEAR and not gathered:
+            count = _gather(weights, count, single_of(low), single_of(high), room)
+            weights, beyond, gathered = room, above_high, True
+        middle = low + (high - low) // 2
+    return single_of(high)
+
+
+@compiled
+def _keep_from(weights, count, least):
+    """Weights below `least` become zero."""
+    limit = spread_single(least)
+    for column in range(0, count, LANES):
+        value = load_singles(weights, column)
+        store_singles(weights, column, subtract(value, where_above(limit, value, value)))
+
+
+@compiled
+def _find(weights, width, number, room):
+    """The first place at which the sum of the weights up to it exceeds `number` times that of all; -1 if all
+    are zero or any is not a number."""
+    count, mass = _whole(width), 0.0
+    for start in range(0, count, _CHUNK):
+        sums = no_singles()
+        for column in range(start, min(start + _CHUNK, count), LANES):
+            sums = add(sums, load_singles(weights, column))
+        part = total(sums)
+        store_single(room, start // _CHUNK, part)
+        mass += part
+    target, before, last = number * mass, 0.0, -1
+    for start in range(0, count, _CHUNK):
+        part = load_single(room, start // _CHUNK)
+        if part > 0:
+            # Sums are rounded: where none exceeds it, the last one's chunk is that of the target.
+            last = start
+            if before + part > target:
+                break
+            before += part
+    if last < 0:
+        return -1
+    found = -1
+    for column in range(last, min(last + _CHUNK, width)):
+        weight = load_single(weights, column)
+        if weight > 0:
+            found = column
+            before += weight
+            if before > target:
+                break
+    return found
+
+
+@compiled
+def _choose(logits, width, temperature, top_k, top_p, number, room):
+    """A token of logits, float32 [width], by a number in [0, 1); -1 if they are no numbers.
+
+    room: as `room_numbers` says; its beginning may be the logits.
+    """
+    weights, count = room, _whole(width)
+    rest = room + 4 * count
+    _weigh(logits, width, temperature, weights)
+    if 0 < top_k < width:
+        _keep_from(weights, count, _least(weights, count, np.float32(top_k), False, rest))
+    if top_p < 1:
+        mass = _above(weights, count, np.float32(0), True)
+        _keep_from(weights, count, _least(weights, count, np.float32(top_p * mass), True, rest))
+    return _find(weights, width, number, rest)
+
+
+@compiled
+def draw(
+    thread, threads, _team, logits, rows, width, numbers, chances, history, ends, later, best, summaries, room
+):
+    """Puts the tokens of logits, float32 [rows, width], in the place of the likeliest: a thread's rows.
+
+    numbers: uint64 [rows, 3], seed, position and top-k (0: all). chances: float64 [rows, 3], temperature (0:
+    the likeliest), top-p and repetition penalty. history: int64, what came before each row that has a
+    penalty, one after the other; ends: int64 [rows], where it ends. later: steps behind the first one, whose
+    tokens came before, too: they lie before `best`, [rows] each. best and summaries: of `kernels.summarize`;
+    of the latter the log-probability becomes that of the token, before penalty and temperature. room: float32
+    [threads, `room_numbers`].
+    """
+    own = room + 4 * thread * room_numbers(width)
+    for row in range(rows * thread // threads, rows * (thread + 1) // threads):
+        temperature, penalty = chances[row, _TEMPERATURE], np.float32(chances[row, _PENALTY])
+        if temperature == 0 and penalty == 1:
+            continue
+        of_row = logits + 4 * row * width
+        source = of_row
+        if penalty != 1:
+            source = own
+            for column in range(0, width, LANES):
+                store_singles(own, column, load_some(of_row, column, width - column))
+            for place in range(ends[row - 1] if row else 0, ends[row]):
+                _penalize(of_row, history[place], penalty, own)
+            for before in range(1, later + 1):
+                _penalize(of_row, load_long(best, row - before * rows), penalty, own)
+        if temperature == 0:
+            token = _first(source, width, _peak(source, width))
+        else:
+            number = uniform(numbers[row, _SEED], np.int64(numbers[row, _POSITION]) + later)
+            token = _choose(
+                source, width, temperature, np.int64(numbers[row, _TOP_K]), chances[row, _TOP_P], number, own
+            )
+        if token >= 0:
+            store_long(best, row, token)
+            logprob = load_single(of_row, token) - load_single(summaries, SUMMARY * row + _NORMALIZER)
+            store_single(summaries, SUMMARY * row + _LOGPROB, logprob)

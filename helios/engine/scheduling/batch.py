@@ -1,0 +1,225 @@
+"""The tensors of one step: decode rows first, then the chunks of prefills, flattened to one axis."""
+
+from array import array
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from helios.engine.scheduling.prompt_readings import PromptReadings
+from helios.engine.scheduling.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """Rows start..end of the batch are consecutive tokens of one sequence."""
+
+    start: int
+    end: int
+    # Blocks of all the sequence's tokens up to and with this chunk. [1, blocks]
+    context_blocks: torch.Tensor
+    # Which of their slots each row may see; None: the chunk is the whole context, plainly causal.
+    # [rows, blocks * block_tokens]
+    mask: torch.Tensor | None
+
+
+# Not frozen: one is made for each step, and that would take twice as long.
+@dataclass(eq=False)
+class Batch:
+    """One step. T rows of S sequences; the first `decode_rows` are single tokens of as many sequences."""
+
+    # All that has a number a row or a block: token ids, positions, slots and row_tables, [T] each; read_rows,
+    # [R]; tables, [S, W]. An array of 64 bits each is on its way to the device.
+    values: "torch.Tensor | array[int]"
+    device: torch.device
+    rows: int
+    reads: int
+    sequences: int
+    decode_rows: int
+    block_tokens: int
+    # Rows start..end of each prefill, and whether they are its whole context.
+    chunks: tuple[tuple[int, int, bool], ...]
+
+    @classmethod
+    def of(
+        cls,
+        token_ids: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        tables: torch.Tensor,
+        row_tables: torch.Tensor,
+        decode_rows: int,
+        block_tokens: int,
+        chunks: tuple[tuple[int, int, bool], ...],
+        read_rows: torch.Tensor,
+    ) -> "Batch":
+        """A batch of its parts, int64."""
+        numbers = torch.cat([token_ids, positions, slots, row_tables, read_rows, tables.flatten()])
+        sizes = len(token_ids), len(read_rows), len(tables)
+        return cls(numbers, numbers.device, *sizes, decode_rows, block_tokens, chunks)
+
+    @cached_property
+    def numbers(self) -> torch.Tensor:
+        """`values` on the device, in one transfer. Compiled code needs no tensor of them."""
+        if isinstance(self.values, torch.Tensor):
+            return self.values
+        return torch.frombuffer(self.values, dtype=torch.int64).to(self.device)
+
+    @property
+    def width(self) -> int:
+        """Blocks of the longest context."""
+        return (len(self.values) - 4 * self.rows - self.reads) // self.sequences
+
+    @property
+    def token_ids(self) -> torch.Tensor:
+        """[T]"""
+        return self._parts[0]
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """From 0: a row sees this many tokens before itself. [T]"""
+        return self._parts[1]
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """Where each row's keys and values go. [T]"""
+        return self._parts[2]
+
+    @property
+    def row_tables(self) -> torch.Tensor:
+        """The sequence of each row. [T]"""
+        return self._parts[3]
+
+    @property
+    def read_rows(self) -> torch.Tensor:
+        """Rows that a token is read from, in the order of the sequences that get one. [R]"""
+        return self._parts[4]
+
+    @property
+    def tables(self) -> torch.Tensor:
+        """The sequences' block numbers. [S, W]"""
+        return self._parts[5].view(self.sequences, -1)
+
+    @cached_property
+    def _parts(self) -> tuple[torch.Tensor, ...]:
+        rows, reads = self.rows, self.reads
+        sizes = [rows, rows, rows, rows, reads, len(self.values) - 4 * rows - reads]
+        return torch.split(self.numbers, sizes)
+
+    @cached_property
+    def lengths(self) -> torch.Tensor:
+        """Tokens that each row sees, itself the last: [T]."""
+        return self.positions + 1
+
+    @cached_property
+    def addresses(self) -> NDArray[np.int64]:
+        """Where compiled code finds token ids, positions, slots, row_tables, read_rows and tables; W."""
+        values, row = self.values, 8 * self.rows
+        start = values.data_ptr() if isinstance(values, torch.Tensor) else values.buffer_info()[0]
+        read_rows = start + 4 * row
+        parts = (start, start + row, start + 2 * row, start + 3 * row, read_rows, read_rows + 8 * self.reads)
+        return np.array([*parts, self.width], dtype=np.int64)
+
+    @cached_property
+    def decode_mask(self) -> torch.Tensor:
+        """True where a decode row may look: [decode_rows, 1, 1, blocks * block_tokens]."""
+        lengths = self.lengths[: self.decode_rows, None]
+        return self._slots_seen < lengths[:, None, None]
+
+    @cached_property
+    def decode_blocks(self) -> torch.Tensor:
+        """Blocks of each decode row's sequence: [decode_rows, blocks]."""
+        return self.tables[self.row_tables[: self.decode_rows]]
+
+    @cached_property
+    def prefills(self) -> tuple[PrefillChunk, ...]:
+        """The chunks with what their attention needs."""
+        found = []
+        for start, end, whole in self.chunks:
+            table = self.tables[self.row_tables[start : start + 1]]
+            blocks = -(-int(self.lengths[end - 1]) // self.block_tokens)
+            mask = None
+            if not whole:
+                seen = self._slots_seen[: blocks * self.block_tokens]
+                mask = seen < self.lengths[start:end, None]
+            found.append(PrefillChunk(start, end, table[:, :blocks], mask))
+        return tuple(found)
+
+    @cached_property
+    def _slots_seen(self) -> torch.Tensor:
+        return torch.arange(self.tables.shape[1] * self.block_tokens, device=self.tables.device)
+
+    def with_decode_rows(self, rows: torch.Tensor) -> "Batch":
+        """This batch with only some of its decode rows (prefills stay). rows: [kept], ascending."""
+        prefill_rows = torch.arange(self.decode_rows, len(self.token_ids), device=rows.device)
+        kept = torch.cat([rows, prefill_rows])
+        shift = self.decode_rows - len(rows)
+        return Batch.of(
+            self.token_ids[kept],
+            self.positions[kept],
+            self.slots[kept],
+            self.tables,
+            self.row_tables[kept],
+            len(rows),
+            self.block_tokens,
+            tuple((start - shift, end - shift, whole) for start, end, whole in self.chunks),
+            self.read_rows,
+        )
+
+
+def build_batch(
+    scheduled: Seq[tuple[Sequence, int]],
+    block_tokens: int,
+    device: torch.device,
+    readings: PromptReadings | None = None,
+) -> tuple[Batch, list[Sequence]]:
+    """The batch of scheduled (sequence, tokens), and the sequences that get a token from it.
+
+    A sequence gets a token when its last known token is among the rows. Behind their rows those of `readings`
+    are read, which notes what they are to predict.
+    """
+    decodes: list[Sequence] = []
+    prefills: list[tuple[Sequence, int]] = []
+    for seq, count in scheduled:
+        if seq.is_decoding:
+            decodes.append(seq)
+        else:
+            prefills.append((seq, count))
+    # Each decode row is the last token of its sequence, and read. What a sequence has lies scattered: it is
+    # gone through once.
+    token_ids, positions, slots, tables = [], [], [], []
+    for seq in decodes:
+        position, blocks = seq.computed, seq.blocks
+        token_ids.append(seq.token_ids[-1])
+        positions.append(position)
+        slots.append(blocks[position // block_tokens] * block_tokens + position % block_tokens)
+        tables.append(blocks)
+    row_tables = list(range(len(decodes)))
+    read_rows, readers = row_tables.copy(), decodes.copy()
+    chunks: list[tuple[int, int, bool]] = []
+    for seq, count in prefills:
+        start, end = seq.computed, seq.computed + count
+        chunks.append((len(token_ids), len(token_ids) + count, start == 0))
+        token_ids += seq.token_ids[start:end]
+        positions += range(start, end)
+        slots += (seq.blocks[p // block_tokens] * block_tokens + p % block_tokens for p in range(start, end))
+        row_tables += [len(tables)] * count
+        tables.append(seq.blocks[: -(-end // block_tokens)])
+        if count == seq.pending:
+            read_rows.append(len(token_ids) - 1)
+            readers.append(seq)
+        if readings is not None:
+            readings.take(seq, start, end, len(token_ids) - count)
+    if readings is not None:
+        read_rows += readings.rows
+    rows, width = len(token_ids), max(map(len, tables))
+    # One conversion for all.
+    numbers = token_ids + positions + slots + row_tables + read_rows
+    for table in tables:
+        numbers += table
+        numbers += [0] * (width - len(table))
+    sizes = rows, len(read_rows), len(tables)
+    return Batch(array("q", numbers), device, *sizes, len(decodes), block_tokens, tuple(chunks)), readers

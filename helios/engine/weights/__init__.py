@@ -1,0 +1,1 @@
+"""From the files of a checkpoint to weights that are ready to compute."""
