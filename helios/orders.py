@@ -7,10 +7,11 @@ reads them, so that it does not serve another plan until the controller gets to 
 from collections.abc import Mapping
 from typing import cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict
 from redis.asyncio import Redis
 
 from helios.redis_schema import CONTROLLER_LEADER, CONTROLLER_STATE
+from helios.served import ServedPlan
 
 EVERY_WORKER = ""
 # Fields of the hash CONTROLLER_STATE: the state as JSON, and the mode of the controller that wrote it.
@@ -19,33 +20,21 @@ MODE_FIELD = "mode"
 ACTIVE = "active"
 
 
-class Plan(BaseModel):
-    """A model and the layers of it to load."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    model: str
-    depth: int = Field(ge=1)
-
-    def __str__(self) -> str:
-        return f"{self.model} at depth {self.depth}"
-
-
 class Orders(BaseModel):
     """The pins of operators, and the plan that the policy has chosen."""
 
     # The controller's state has more fields.
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    pins: Mapping[str, Plan] = {}
+    pins: Mapping[str, ServedPlan] = {}
     """By worker id; EVERY_WORKER holds all that have no pin of their own, future ones included."""
-    plan: Plan | None = None
+    plan: ServedPlan | None = None
 
-    def pin_of(self, worker_id: str) -> Plan | None:
+    def pin_of(self, worker_id: str) -> ServedPlan | None:
         """The plan that an operator holds a worker at."""
         return self.pins.get(worker_id) or self.pins.get(EVERY_WORKER)
 
-    def wanted(self, worker_id: str) -> Plan | None:
+    def wanted(self, worker_id: str) -> ServedPlan | None:
         """What a worker is to serve; None: whatever it does."""
         return self.pin_of(worker_id) or self.plan
 

@@ -12,11 +12,12 @@ from typing import TypeAlias
 from pydantic import Field
 
 from helios.history import ModelProfile
+from helios.served import ServedPlan
 from services.controller.allowance import Allowance
 from services.controller.cusum import Moment, tunings
 from services.controller.decision import Decision
 from services.controller.policy import PolicySettings, is_breached
-from services.controller.situation import Bar, Plan, Reading, Trigger, WorkerView
+from services.controller.situation import Bar, Reading, Trigger, WorkerView
 from services.controller.traffic_watch import Served, Side, TrafficWatch
 
 # Sums that may alarm: of two figures, to either side.
@@ -153,14 +154,14 @@ class Agenda:
         # A drift that was noticed and not answered from an evaluation yet.
         self._drift: _Drift | None = None
         # The plan that was kept at the last drift, which was none then; None: another was chosen.
-        self._false_alarm: Plan | None = None
+        self._false_alarm: ServedPlan | None = None
         # Drifts in a row that were none, and finished requests until which no other is looked for.
         self._false_alarms = self._quiet_until = 0
         # The next evaluation of models that chance may have decided on; None: nothing hangs on it.
         self._follow_up: _FollowUp | None = None
         # In window mode: finished requests at which a breach asks for an evaluation, and plans that had one.
         self._breach_due_at: int | None = None
-        self._breaches_answered: set[Plan] = set()
+        self._breaches_answered: set[ServedPlan] = set()
         # Finished requests at which the dwell ends that kept a better plan out; None: none was.
         self._dwell_over_at: int | None = None
         # Since when a reassessment is put off.

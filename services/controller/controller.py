@@ -19,6 +19,7 @@ from helios.errors import (
 )
 from helios.ignored_entries import IgnoredEntries
 from helios.redis_outage import RedisOutage, reason
+from helios.served import ServedPlan
 from helios.shortlist import shortlist
 from helios.slo import Slo
 from services.controller import record, state
@@ -35,7 +36,7 @@ from services.controller.policy import contradiction, decide
 from services.controller.record import DecisionEntry
 from services.controller.rollout import Rollout, WorkerLostError, move_overlapping, next_to_move, reload
 from services.controller.settings import ControllerSettings
-from services.controller.situation import Bar, Plan, Situation, Trigger
+from services.controller.situation import Bar, Situation, Trigger
 from services.controller.state import EVERY_WORKER, ControllerState
 
 log = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ class Controller:
         if self._settings.mode != "off":
             await self._decide(Trigger.SLO)
 
-    async def pin(self, plan: Plan, worker_id: str) -> None:
+    async def pin(self, plan: ServedPlan, worker_id: str) -> None:
         """Brings one worker, or every one, to a plan and holds it there. Returns once it serves.
 
         Raises UnknownWorkerError, UnknownModelError, UnknownDepthError and what else a worker refuses with;
@@ -304,7 +305,7 @@ class Controller:
             await self._decide(due.trigger, due.bar)
 
     @property
-    def _in_force(self) -> Plan | None:
+    def _in_force(self) -> ServedPlan | None:
         """The plan that the policy has chosen; where it only advises, the one that most workers serve."""
         if self._settings.mode == "active" and self.state.plan is not None:
             return self.state.plan
@@ -470,18 +471,18 @@ class Controller:
 
     # Rolling out.
 
-    def _wanted(self, worker_id: str) -> Plan | None:
+    def _wanted(self, worker_id: str) -> ServedPlan | None:
         # Operators are obeyed in every mode.
         if self._settings.mode == "active":
             return self.state.wanted(worker_id)
         return self.state.pin_of(worker_id)
 
-    def _to_move(self, besides: Collection[str] = ()) -> tuple[Worker, Plan] | None:
+    def _to_move(self, besides: Collection[str] = ()) -> tuple[Worker, ServedPlan] | None:
         """The worker that moves next, and where to; none of those `besides`."""
         if not self.is_leading:
             return None
 
-        def wanted(worker_id: str) -> Plan | None:
+        def wanted(worker_id: str) -> ServedPlan | None:
             return None if worker_id in besides else self._wanted(worker_id)
 
         return next_to_move(self.fleet.workers, wanted, self._settings.min_ready)
@@ -503,7 +504,7 @@ class Controller:
             if not moved:
                 await _wait(self._chosen, self._settings.telemetry_seconds)
 
-    def _threshold(self, plan: Plan) -> float | None:
+    def _threshold(self, plan: ServedPlan) -> float | None:
         """The confidence that the plan's exit was calibrated to on recent requests; None: not profiled."""
         profile = self._history.profiles.get(plan.model)
         exits = profile.exits if profile is not None else ()
@@ -515,7 +516,7 @@ class Controller:
         found = self._to_move()
         return found is not None and await self._move(*found)
 
-    async def _move(self, worker: Worker, plan: Plan, loaded: asyncio.Event | None = None) -> bool:
+    async def _move(self, worker: Worker, plan: ServedPlan, loaded: asyncio.Event | None = None) -> bool:
         """Whether the worker came along. `loaded` is set when it has loaded the plan."""
         try:
             moved = await reload(
@@ -533,7 +534,7 @@ class Controller:
         self._rollout.add(moved)
         return True
 
-    async def _after_halt(self, worker: Worker, plan: Plan, error: HeliosError) -> None:
+    async def _after_halt(self, worker: Worker, plan: ServedPlan, error: HeliosError) -> None:
         """Tells the record; a plan that a worker refused is out, and another one is looked for."""
         try:
             if self._measuring is not None:

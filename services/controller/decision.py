@@ -1,6 +1,7 @@
 """What was decided: every option that was weighed, the choice, and why."""
 
-from services.controller.situation import Plan, Record, Trigger
+from helios.served import ServedPlan
+from services.controller.situation import Record, Trigger
 
 
 class Option(Record):
@@ -29,9 +30,9 @@ class Option(Record):
     refused: str = ""
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> ServedPlan:
         """The model and depth."""
-        return Plan(model=self.model, depth=self.depth)
+        return ServedPlan(model=self.model, depth=self.depth)
 
 
 class WorkerPlan(Record):
@@ -47,8 +48,8 @@ class Decision(Record):
     """The choice, what else was weighed, and why."""
 
     trigger: Trigger
-    before: Plan | None
-    plan: Plan | None
+    before: ServedPlan | None
+    plan: ServedPlan | None
     """For all workers that are not pinned. None: nothing is known to choose from."""
     chosen: tuple[WorkerPlan, ...]
     options: tuple[Option, ...]

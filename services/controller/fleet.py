@@ -11,10 +11,11 @@ from redis.asyncio import Redis
 from helios import channel, registry
 from helios.ignored_entries import IgnoredEntries
 from helios.redis_outage import reason
+from helios.served import ServedPlan
 from helios.v1 import worker_pb2, worker_pb2_grpc
 from services.controller.breach_window import BreachWindow
 from services.controller.settings import ControllerSettings
-from services.controller.situation import Plan, WorkerView
+from services.controller.situation import WorkerView
 from services.controller.traffic_watch import Served
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ class Worker:
         self._heard_at = time.monotonic()
 
     @property
-    def plan(self) -> Plan | None:
+    def plan(self) -> ServedPlan | None:
         """What it serves; None until it has been heard."""
         return None if self.telemetry is None else _plan(self.telemetry)
 
@@ -131,7 +132,7 @@ class Fleet:
         self._watches: dict[str, asyncio.Task[None]] = {}
         self.totals = Totals()
         # What was served since it was asked last, by plan.
-        self._served: dict[Plan, Served] = {}
+        self._served: dict[ServedPlan, Served] = {}
         # Set whenever a worker was heard.
         self.news = asyncio.Event()
         # Why workers cannot be found; empty when they can.
@@ -256,5 +257,5 @@ class Fleet:
         return list(served.values())
 
 
-def _plan(telemetry: worker_pb2.Telemetry) -> Plan:
-    return Plan(model=telemetry.model, depth=telemetry.depth)
+def _plan(telemetry: worker_pb2.Telemetry) -> ServedPlan:
+    return ServedPlan(model=telemetry.model, depth=telemetry.depth)

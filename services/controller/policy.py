@@ -13,9 +13,10 @@ from typing import TypeAlias
 from pydantic import Field
 
 from helios.history import ExitProfile, ModelProfile
+from helios.served import ServedPlan
 from helios.slo import Objective, Slo
 from services.controller.decision import Decision, Option, WorkerPlan
-from services.controller.situation import Plan, Reading, Record, Situation, Trigger, WorkerView
+from services.controller.situation import Reading, Record, Situation, Trigger, WorkerView
 
 # exp() of more overflows; such an option is refused by any bound.
 _MAX_EXPONENT = 700.0
@@ -224,13 +225,13 @@ class _Weighed:
         """Whether its perplexity is beyond the bound by more than chance."""
         return any(increase - sigmas * (error or 0.0) > bound for increase, error, _ in self.increases)
 
-    def explained(self, chosen: Plan | None) -> Option:
+    def explained(self, chosen: ServedPlan | None) -> Option:
         """The option as it goes into the record."""
         said = "" if self.option.plan == chosen else self.note
         return self.option.model_copy(update={"refused": "; ".join(self.refusals.values()) or said})
 
 
-def _in_force(situation: Situation) -> Plan | None:
+def _in_force(situation: Situation) -> ServedPlan | None:
     """The plan chosen last, unless it failed to load; else the one that most free workers serve."""
     chosen = situation.plan
     if chosen is not None and not _has_failed(chosen, situation):
@@ -239,7 +240,7 @@ def _in_force(situation: Situation) -> Plan | None:
     return served.most_common(1)[0][0] if served else chosen
 
 
-def _has_failed(plan: Plan, situation: Situation) -> bool:
+def _has_failed(plan: ServedPlan, situation: Situation) -> bool:
     profile = situation.history.get(plan.model)
     return profile is not None and any(
         bar.covers(profile, plan.depth) for bar in situation.bars if not bar.shallower
@@ -257,7 +258,7 @@ def exit_share(profile: ModelProfile, depth: int, threshold: float | None = None
     return one.share_above(one.threshold if threshold is None else threshold)
 
 
-def _weigh(situation: Situation, settings: PolicySettings, before: Plan | None) -> Iterator["_Weighed"]:
+def _weigh(situation: Situation, settings: PolicySettings, before: ServedPlan | None) -> Iterator["_Weighed"]:
     """Every profiled depth of every candidate, with the bounds that it breaks."""
     known = [situation.history[name] for name in situation.candidates if name in situation.history]
     if not known or not situation.workers:
@@ -277,7 +278,7 @@ def _expect(
     increases: Sequence[_Increase],
     situation: Situation,
     settings: PolicySettings,
-    before: Plan | None,
+    before: ServedPlan | None,
 ) -> Option:
     workers = situation.free or situation.workers
     batch = min(_batch(one, worker, situation) for worker in workers)
@@ -292,7 +293,7 @@ def _expect(
     token_seconds = one.step_seconds(full_batch) / full_batch + prefill
     # The best candidate is the one over which it rises most.
     increase, error, _ = max(increases, key=lambda one: one[0])
-    plan = Plan(model=profile.model, depth=one.depth)
+    plan = ServedPlan(model=profile.model, depth=one.depth)
     cost = _cost(plan, one, workers, before)
     horizon_tokens = settings.reassess_requests * situation.output_tokens / len(workers)
     response = tpot + ttft / situation.output_tokens
@@ -416,7 +417,9 @@ def _batch(one: ExitProfile, worker: WorkerView, situation: Situation) -> int:
     return max(0, min(worker.max_running, int(free / (one.kv_bytes_per_token * context))))
 
 
-def _cost(plan: Plan, one: ExitProfile, workers: Sequence[WorkerView], before: Plan | None) -> float:
+def _cost(
+    plan: ServedPlan, one: ExitProfile, workers: Sequence[WorkerView], before: ServedPlan | None
+) -> float:
     """Seconds that a move takes of one worker: the load, and the prefill anew of what is in flight."""
     kept = before.depth if before is not None and plan.model == before.model else 0
     if plan.depth <= kept:
@@ -434,7 +437,7 @@ def _refusals(
     one: ExitProfile,
     situation: Situation,
     settings: PolicySettings,
-    before: Plan | None,
+    before: ServedPlan | None,
 ) -> dict[str, str]:
     """The bounds that an option breaks, by name, in words."""
     slo = situation.slo
@@ -481,14 +484,14 @@ def _refusals(
     return found
 
 
-def _allowed(option: Option, before: Plan, moves: Moves) -> bool:
+def _allowed(option: Option, before: ServedPlan, moves: Moves) -> bool:
     same = option.model == before.model
     return moves is Moves.BOTH or same is (moves is Moves.DEEPEN)
 
 
 def _answer_breach(
-    weighed: Sequence[_Weighed], before: Plan, situation: Situation, settings: PolicySettings
-) -> tuple[Plan | None, str]:
+    weighed: Sequence[_Weighed], before: ServedPlan, situation: Situation, settings: PolicySettings
+) -> tuple[ServedPlan | None, str]:
     """The cheaper of deeper and switch: time of the next interval's tokens, and of the move itself."""
     deeper = [one for one in weighed if one.option.model == before.model and one.option.depth > before.depth]
     pool = [one for one in deeper if one.eligible][:1]
@@ -522,7 +525,9 @@ def _answer_breach(
     return best.option.plan, f"{seen}; {kind} to {best.option.plan} is the cheapest answer"
 
 
-def _excuse(weighed: Sequence[_Weighed], before: Plan | None, plan: Plan | None, situation: Situation) -> str:
+def _excuse(
+    weighed: Sequence[_Weighed], before: ServedPlan | None, plan: ServedPlan | None, situation: Situation
+) -> str:
     """Why a plan stays whose perplexity was measured beyond the bound; empty when it was not."""
     bound = situation.slo.max_perplexity_increase
     option = next((one.option for one in weighed if one.option.plan == plan), None)
@@ -536,7 +541,7 @@ def _excuse(weighed: Sequence[_Weighed], before: Plan | None, plan: Plan | None,
     return f"{measured} with a standard error of {option.perplexity_increase_error:.1%}, bound {bound:.1%}"
 
 
-def _retreat(weighed: Sequence[_Weighed], before: Plan) -> tuple[Plan, str]:
+def _retreat(weighed: Sequence[_Weighed], before: ServedPlan) -> tuple[ServedPlan, str]:
     """The plan that is best in quality by all that was ever measured: until the new traffic is evaluated."""
     said = "the traffic has changed and is not evaluated yet"
     known = [one for one in weighed if one.eligible]
@@ -550,7 +555,7 @@ def _retreat(weighed: Sequence[_Weighed], before: Plan) -> tuple[Plan, str]:
 
 
 def _undecided(
-    weighed: Sequence[_Weighed], plan: Plan | None, slo: Slo, settings: PolicySettings
+    weighed: Sequence[_Weighed], plan: ServedPlan | None, slo: Slo, settings: PolicySettings
 ) -> tuple[str, ...]:
     """Models of which more requests should be evaluated, since chance may have decided; none: it is settled.
 
@@ -582,8 +587,8 @@ def _undecided(
 
 
 def _best(
-    weighed: Sequence[_Weighed], before: Plan | None, situation: Situation, settings: PolicySettings
-) -> tuple[Plan | None, str]:
+    weighed: Sequence[_Weighed], before: ServedPlan | None, situation: Situation, settings: PolicySettings
+) -> tuple[ServedPlan | None, str]:
     """The best option by the SLO, with hysteresis for the plan in force."""
     stays = f"{before} stays" if before is not None else "nothing is changed"
     if not situation.workers:
@@ -637,7 +642,7 @@ def _best(
 
 
 def _entrants(
-    weighed: Sequence[_Weighed], before: Plan | None, slo: Slo, settings: PolicySettings
+    weighed: Sequence[_Weighed], before: ServedPlan | None, slo: Slo, settings: PolicySettings
 ) -> list[_Weighed]:
     """Options within the bounds. A new one keeps a distance from them where one can: what is at the very
     bound would be in with one measurement and out with the next."""
@@ -680,6 +685,6 @@ def _smallest_depths(weighed: Sequence[_Weighed]) -> list[_Weighed]:
     return list(smallest.values())
 
 
-def _rank(option: Option, before: Plan | None) -> tuple[float, float, bool, str, int]:
+def _rank(option: Option, before: ServedPlan | None) -> tuple[float, float, bool, str, int]:
     """Order of options: by the objective, then the faster, then the one in force, then by name."""
     return option.loss, -option.tokens_per_second, option.plan != before, option.model, option.depth

@@ -10,9 +10,9 @@ import grpc
 
 from helios.client import error_from
 from helios.errors import HeliosError, UnavailableError
+from helios.served import ServedPlan
 from helios.v1 import worker_pb2
 from services.controller.fleet import Worker
-from services.controller.situation import Plan
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ class Reloaded:
 
 async def reload(
     worker: Worker,
-    plan: Plan,
+    plan: ServedPlan,
     timeout_seconds: float,
     threshold: float | None = None,
     *,
@@ -76,7 +76,7 @@ async def reload(
 
 async def _read_stages(
     worker: Worker,
-    plan: Plan,
+    plan: ServedPlan,
     timeout_seconds: float,
     threshold: float | None,
     *,
@@ -94,8 +94,8 @@ async def _read_stages(
 
 
 async def move_overlapping(
-    following: Callable[[Collection[str]], tuple[Worker, Plan] | None],
-    move: Callable[[Worker, Plan, asyncio.Event], Coroutine[Any, Any, bool]],
+    following: Callable[[Collection[str]], tuple[Worker, ServedPlan] | None],
+    move: Callable[[Worker, ServedPlan, asyncio.Event], Coroutine[Any, Any, bool]],
 ) -> bool:
     """Moves all workers that are to move. The next begins once the one before has loaded its plan, which is
     what may fail, while sequences in flight still move to it.
@@ -118,8 +118,8 @@ async def move_overlapping(
 
 
 def next_to_move(
-    workers: Sequence[Worker], wanted: Callable[[str], Plan | None], min_ready: int
-) -> tuple[Worker, Plan] | None:
+    workers: Sequence[Worker], wanted: Callable[[str], ServedPlan | None], min_ready: int
+) -> tuple[Worker, ServedPlan] | None:
     """The serving worker that should be reloaded next, and to which plan; or None.
 
     A worker serves while it reloads, but it may fail: `min_ready` others must serve, as far as there are any.
@@ -153,7 +153,7 @@ class Rollout:
         self.stall_seconds = max(self.stall_seconds, moved.stall_seconds)
         self.sequences_moved += moved.sequences_moved
 
-    def halt(self, worker: Worker, plan: Plan, error: HeliosError) -> None:
+    def halt(self, worker: Worker, plan: ServedPlan, error: HeliosError) -> None:
         """Stops here, saying why."""
         self.halted = f"the rollout of {plan} halted at {worker.worker_id}: {error.message}"
         self.lost = worker.worker_id if isinstance(error, WorkerLostError) else ""

@@ -12,6 +12,7 @@ from helios.errors import HeliosError, InvalidRequestError, UnavailableError
 from helios.ignored_entries import IgnoredEntries
 from helios.redis_outage import reason
 from helios.redis_schema import DECISIONS
+from helios.served import ServedPlan
 from helios.server import abort
 from helios.slo import Slo
 from helios.v1 import controller_pb2, controller_pb2_grpc
@@ -19,7 +20,6 @@ from services.controller.controller import Controller
 from services.controller.decision import WorkerPlan
 from services.controller.record import NumberedDecision, follow, read_last
 from services.controller.settings import ControllerSettings
-from services.controller.situation import Plan
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class ControllerService(controller_pb2_grpc.ControllerServiceServicer):
         try:
             if not request.model or not request.depth:
                 raise InvalidRequestError("model and depth must be set: which plan is to be held?")
-            plan = Plan(model=request.model, depth=request.depth)
+            plan = ServedPlan(model=request.model, depth=request.depth)
             await self._controller.pin(plan, request.worker_id)
         except (HeliosError, RedisError, OSError) as error:
             await abort(context, _as_helios(error))

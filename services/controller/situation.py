@@ -5,12 +5,9 @@ from collections.abc import Mapping
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from helios import orders
 from helios.history import ModelProfile
+from helios.served import ServedPlan
 from helios.slo import Slo
-
-# A decision speaks of the same as an order to a worker.
-Plan = orders.Plan
 
 
 class Record(BaseModel):
@@ -71,9 +68,9 @@ class WorkerView(Record):
     """Bytes for weights and KV together; None: more than its present plan can use."""
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> ServedPlan:
         """What it serves."""
-        return Plan(model=self.model, depth=self.depth)
+        return ServedPlan(model=self.model, depth=self.depth)
 
 
 class Reading(Record):
@@ -94,7 +91,7 @@ class Situation(Record):
     history: Mapping[str, ModelProfile]
     candidates: tuple[str, ...]
     workers: tuple[WorkerView, ...]
-    plan: Plan | None = None
+    plan: ServedPlan | None = None
     """The plan in force of the workers that are not pinned; None: none was ever chosen."""
     reading: Reading | None = None
     bars: tuple[Bar, ...] = ()

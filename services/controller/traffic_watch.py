@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from helios.history import ModelProfile
+from helios.served import ServedPlan
 from services.controller.cusum import Cusum, Moment, Tuning
-from services.controller.situation import Plan, Reading
+from services.controller.situation import Reading
 
 # Requests that a profile's expectation counts as at most, until what is served refines it. Generated text is
 # not like the prompts that were profiled, so what is expected of its confidences is less certain.
@@ -28,7 +29,7 @@ _READING_PROMPTS = 100.0
 class Served:
     """What was served under one plan over some time. All are counts but the nats."""
 
-    plan: Plan
+    plan: ServedPlan
     requests: int = 0
     tokens: int = 0
     """Generated tokens whose confidences are known."""
@@ -66,7 +67,7 @@ class TrafficWatch:
     tokens say how sure it is.
     """
 
-    def __init__(self, plan: Plan, profile: ModelProfile, now: float, *, trusted: bool) -> None:
+    def __init__(self, plan: ServedPlan, profile: ModelProfile, now: float, *, trusted: bool) -> None:
         """profile: has the plan's depth. now: seconds. trusted: whether its expected confidences held."""
         self.plan = plan
         # When what was taken in last ended.

@@ -3,16 +3,7 @@
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a worker serves: a model, and how many of its layers."""
-
-    model: str
-    depth: int
-
-    def __str__(self) -> str:
-        return f"{self.model} with {self.depth} layers"
+from helios.served import ServedPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +16,7 @@ class Candidate:
     """
 
     address: str
-    plan: Plan
+    plan: ServedPlan
     tokenizer_id: str
     context_tokens: int
     sequences: int
@@ -54,7 +45,7 @@ def choose(
     workers: Iterable[Candidate],
     needs: Needs,
     *,
-    prefer: Plan | None = None,
+    prefer: ServedPlan | None = None,
     avoid: Set[str] = frozenset(),
     exclude: Set[str] = frozenset(),
     alone: bool = False,

@@ -17,9 +17,10 @@ from helios.errors import (
     UnavailableError,
 )
 from helios.sampling import SamplingParams
+from helios.served import ServedPlan
 from helios.v1 import generation_pb2, worker_pb2
 from services.gateway.outlet import Outlet
-from services.gateway.router import Needs, Plan
+from services.gateway.router import Needs
 from services.gateway.settings import GatewaySettings
 from services.gateway.worker_call import WorkerFailedError, WorkerLostError
 from services.gateway.worker_pool import Worker, WorkerPool
@@ -87,7 +88,7 @@ class Stream:
         # The model of the last token, and what the lost worker served: the same plan goes on with the
         # same tokens.
         self.model = ""
-        self._plan: Plan | None = None
+        self._plan: ServedPlan | None = None
 
     async def run(self, deadline: float) -> generation_pb2.Finish:
         """Relays until the finish is written, and returns it. `deadline` is the event loop's time.
@@ -174,7 +175,7 @@ class Stream:
             emitted_ids=self.emitted_ids,
             sampling=self._sampling.to_proto(),
             # Named even if the client named none: the ids are those of this model's tokenizer.
-            model=worker.plan.model,
+            model=worker.model.name,
         )
         timeout = max(0.0, deadline - asyncio.get_running_loop().time())
         with worker.attempt(request, timeout, self._take, suspect=self._failures > 0) as attempt:

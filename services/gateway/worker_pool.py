@@ -17,8 +17,9 @@ from helios import channel, redis_client, registry
 from helios.errors import UnavailableError, UnknownModelError
 from helios.ignored_entries import IgnoredEntries
 from helios.redis_outage import reason
+from helios.served import ServedPlan
 from helios.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
-from services.gateway.router import Candidate, Needs, Plan, choose
+from services.gateway.router import Candidate, Needs, choose
 from services.gateway.settings import GatewaySettings
 from services.gateway.worker_call import Attempt, Take, WorkerCall
 
@@ -67,9 +68,9 @@ class Worker:
         return self.telemetry.worker_id
 
     @property
-    def plan(self) -> Plan:
-        """What it served when last heard of."""
-        return Plan(self.model.name, self.model.depth)
+    def plan(self) -> ServedPlan | None:
+        """What it served when last heard of; None until it has been reached."""
+        return ServedPlan(model=self.model.name, depth=self.model.depth) if self.model.name else None
 
     @property
     def suspects(self) -> int:
@@ -118,11 +119,12 @@ class Worker:
 
     def candidate(self) -> Candidate | None:
         """The router's view of it; None while it is not ready."""
-        if self.problem:
+        plan = self.plan
+        if self.problem or plan is None:
             return None
         return Candidate(
             address=self.address,
-            plan=self.plan,
+            plan=plan,
             tokenizer_id=self.model.tokenizer_id,
             context_tokens=self.model.context_tokens,
             sequences=self.open_streams + self._foreign_sequences,
@@ -192,7 +194,7 @@ class WorkerPool:
         self,
         needs: Needs,
         *,
-        prefer: Plan | None = None,
+        prefer: ServedPlan | None = None,
         avoid: Set[str] = frozenset(),
         exclude: Set[str] = frozenset(),
         alone: bool = False,
@@ -209,7 +211,7 @@ class WorkerPool:
         self,
         needs: Needs,
         *,
-        prefer: Plan | None = None,
+        prefer: ServedPlan | None = None,
         avoid: Set[str] = frozenset(),
         alone: bool = False,
         under_way: bool = False,
@@ -328,7 +330,7 @@ class WorkerPool:
 
     async def _take(self, worker: Worker, message: worker_pb2.Telemetry) -> None:
         worker.silent_seconds = 0
-        if worker.plan != Plan(message.model, message.depth):
+        if worker.plan != ServedPlan(model=message.model, depth=message.depth):
             status = await worker.stub.GetStatus(
                 worker_pb2.GetStatusRequest(), timeout=self._settings.worker_timeout_seconds
             )
