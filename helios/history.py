@@ -142,12 +142,16 @@ class ModelProfile(_Record):
         """The last exit: the whole model."""
         return self.exits[-1]
 
+    def find_exit(self, depth: int) -> ExitProfile | None:
+        """The exit after `depth` layers; None when it was not profiled."""
+        return next((one for one in self.exits if one.depth == depth), None)
+
     def at(self, depth: int) -> ExitProfile:
-        """The exit after `depth` layers. Raises KeyError when there is none."""
-        for one in self.exits:
-            if one.depth == depth:
-                return one
-        raise KeyError(f"{self.model} was not profiled at depth {depth}")
+        """The exit after `depth` layers. Raises KeyError when it was not profiled."""
+        found = self.find_exit(depth)
+        if found is None:
+            raise KeyError(f"{self.model} was not profiled at depth {depth}")
+        return found
 
 
 async def write(redis: Redis, profile: ModelProfile) -> None:

@@ -175,7 +175,7 @@ class Agenda:
         """Takes in what was served under the plan in force until now, seconds."""
         plan = served.plan
         profile = history.get(plan.model)
-        if profile is None or all(one.depth != plan.depth for one in profile.exits):
+        if profile is None or profile.find_exit(plan.depth) is None:
             return
         if self._watch is None or self._watch.plan != plan:
             self._watch = TrafficWatch(plan, profile, now, trusted=self._false_alarm != plan)

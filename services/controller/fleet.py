@@ -1,6 +1,5 @@
 """The workers as the controller sees them: what each serves, and what all of them have done."""
 
-import asyncio
 import logging
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ from helios.served import ServedPlan
 from helios.v1 import worker_pb2
 from helios.worker_watch import WatchedWorker, WatchPace, WorkerWatch
 from services.controller.breach_window import BreachWindow
+from services.controller.news import News
 from services.controller.settings import ControllerSettings
 from services.controller.situation import WorkerView
 from services.controller.traffic_watch import Served
@@ -127,8 +127,8 @@ class Fleet:
         self.totals = Totals()
         # What was served since it was asked last, by plan.
         self._served: dict[ServedPlan, Served] = {}
-        # Set whenever a worker was heard.
-        self.news = asyncio.Event()
+        # Told whenever a worker was heard.
+        self.news = News()
 
     def problems(self) -> list[str]:
         """Why workers cannot be found, and which do not answer, in words."""
@@ -196,7 +196,7 @@ class Fleet:
         worker.is_cut_off = False
         if before is not None and worker.plan is not None:
             self._count(before, now, worker.plan)
-        self.news.set()
+        self.news.tell()
 
     def _count(self, before: worker_pb2.Telemetry, now: worker_pb2.Telemetry, plan: ServedPlan) -> None:
         if now.generated_tokens < before.generated_tokens:

@@ -13,6 +13,7 @@ from typing import TypeAlias
 from pydantic import Field
 
 from helios.history import ExitProfile, ModelProfile
+from helios.rates import WINDOW_TOKENS
 from helios.served import ServedPlan
 from helios.slo import Objective, Slo
 from services.controller.decision import Decision, Option, WorkerPlan
@@ -44,7 +45,9 @@ class Moves(enum.StrEnum):
 class PolicySettings(Record):
     """What an operator can set about decisions. Shares are in [0, 1]."""
 
-    window_tokens: int = Field(100, ge=1, description="tokens in the window of the breach counter (CBC)")
+    window_tokens: int = Field(
+        WINDOW_TOKENS, ge=1, description="tokens in the window of the breach counter (CBC)"
+    )
     breach_limit: int = Field(
         50, ge=1, description="unsure (high-exit) tokens in the window that are a breach (CBCmax)"
     )
@@ -110,7 +113,7 @@ def breach_limit(worker: WorkerView, profile: ModelProfile | None, settings: Pol
     says that traffic has left what was profiled, not that an exit is unsure by nature (spec, insight 2).
     """
     expected = 0.0
-    if profile is not None and any(one.depth == worker.depth for one in profile.exits):
+    if profile is not None and profile.find_exit(worker.depth) is not None:
         # None in a profile of so many tokens may still be three in as many others (the rule of three).
         expected = max(1 - exit_share(profile, worker.depth, worker.threshold), 3 / max(profile.tokens, 3))
     mean = expected * settings.window_tokens
@@ -357,7 +360,7 @@ class _Control:
         """None where nothing was read, or the plan was not profiled."""
         reading = situation.reading
         profile = None if reading is None else situation.history.get(reading.model)
-        if reading is None or profile is None or all(one.depth != reading.depth for one in profile.exits):
+        if reading is None or profile is None or profile.find_exit(reading.depth) is None:
             return None
         return cls(reading, profile)
 

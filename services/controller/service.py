@@ -49,10 +49,10 @@ class ControllerService(controller_pb2_grpc.ControllerServiceServicer):
         controller = self._controller
         return controller_pb2.GetPlanResponse(
             plans=self._plans(),
-            slo=controller.state.slo.to_proto(),
+            slo=controller.replica.state.slo.to_proto(),
             problems=[*controller.problems(), *self._ignored.problems()],
             mode=self._settings.mode,
-            leading=controller.is_leading,
+            leading=controller.replica.is_leading,
             next_assessment=controller.next_assessment(),
         )
 
@@ -61,10 +61,10 @@ class ControllerService(controller_pb2_grpc.ControllerServiceServicer):
     ) -> controller_pb2.SetSloResponse:
         """Changes the objective; the decision is in the record when this returns."""
         try:
-            await self._controller.set_slo(Slo.from_proto(request.slo))
+            await self._controller.operator.set_slo(Slo.from_proto(request.slo))
         except (HeliosError, RedisError, OSError) as error:
             await abort(context, _as_helios(error))
-        return controller_pb2.SetSloResponse(slo=self._controller.state.slo.to_proto())
+        return controller_pb2.SetSloResponse(slo=self._controller.replica.state.slo.to_proto())
 
     async def Pin(self, request: controller_pb2.PinRequest, context: _Context) -> controller_pb2.PinResponse:
         """Holds a plan; returns once it serves."""
@@ -72,7 +72,7 @@ class ControllerService(controller_pb2_grpc.ControllerServiceServicer):
             if not request.model or not request.depth:
                 raise InvalidRequestError("model and depth must be set: which plan is to be held?")
             plan = ServedPlan(model=request.model, depth=request.depth)
-            await self._controller.pin(plan, request.worker_id)
+            await self._controller.operator.pin(plan, request.worker_id)
         except (HeliosError, RedisError, OSError) as error:
             await abort(context, _as_helios(error))
         return controller_pb2.PinResponse(plans=self._plans())
@@ -82,7 +82,7 @@ class ControllerService(controller_pb2_grpc.ControllerServiceServicer):
     ) -> controller_pb2.UnpinResponse:
         """Gives workers back to the policy."""
         try:
-            await self._controller.unpin(request.worker_id)
+            await self._controller.operator.unpin(request.worker_id)
         except (HeliosError, RedisError, OSError) as error:
             await abort(context, _as_helios(error))
         return controller_pb2.UnpinResponse(plans=self._plans())

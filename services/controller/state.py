@@ -6,7 +6,6 @@ from typing import Any
 from pydantic import ConfigDict, ValidationError
 from redis.asyncio import Redis
 
-from helios import orders
 from helios.errors import InvalidRequestError, SettingsError
 from helios.ignored_entries import fault
 from helios.orders import MODE_FIELD, STATE_FIELD, Orders
@@ -15,7 +14,6 @@ from helios.slo import Slo
 from services.controller.leader import Leadership
 from services.controller.situation import Bar
 
-EVERY_WORKER = orders.EVERY_WORKER
 # KEYS 3: state. ARGV from 3 on: two fields and their values.
 _SAVE = "redis.call('HSET', KEYS[3], ARGV[3], ARGV[4], ARGV[5], ARGV[6]) return 1"
 

@@ -11,6 +11,7 @@ from redis.asyncio import Redis
 from helios import orders
 from helios.errors import SettingsError, UnavailableError
 from helios.ignored_entries import IgnoredEntries
+from helios.orders import EVERY_WORKER
 from helios.redis_schema import CONTROLLER_LEADER, CONTROLLER_STATE, DECISIONS
 from helios.served import ServedPlan
 from helios.slo import Objective, Slo
@@ -19,7 +20,7 @@ from services.controller.leader import Leadership, StaleLeaderError, find_leader
 from services.controller.policy import PolicySettings, decide
 from services.controller.record import DecisionEntry, NumberedDecision, OutcomeEntry
 from services.controller.situation import Bar, Situation, Trigger, WorkerView
-from services.controller.state import EVERY_WORKER, ControllerState
+from services.controller.state import ControllerState
 from tests.profiles import exit_profile, model_profile
 
 LEASE_SECONDS = 30.0
