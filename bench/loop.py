@@ -30,7 +30,8 @@ from helios.history import ModelProfile
 from helios.served import ServedPlan
 from helios.slo import Slo
 from services.controller.agenda import AgendaSettings
-from services.controller.policy import Moves, decide
+from services.controller.policy.decide import decide
+from services.controller.policy.settings import Moves
 from services.controller.situation import Situation, Trigger, WorkerView
 from services.profiler.settings import ProfilerSettings
 

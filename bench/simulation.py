@@ -24,7 +24,7 @@ from helios.settings import SERVED_PROMPT_READINGS
 from helios.slo import Slo
 from services.controller.agenda import Agenda, AgendaSettings, Decide, Evaluate, Outlook
 from services.controller.allowance import Allowance
-from services.controller.policy import decide
+from services.controller.policy.decide import decide
 from services.controller.situation import Bar, Situation, Trigger, WorkerView
 from services.controller.traffic_watch import Served
 from services.profiler.settings import ProfilerSettings

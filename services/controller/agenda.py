@@ -16,7 +16,8 @@ from helios.served import ServedPlan
 from services.controller.allowance import Allowance
 from services.controller.cusum import Moment, tunings
 from services.controller.decision import Decision
-from services.controller.policy import PolicySettings, is_breached
+from services.controller.policy.breach import is_breached
+from services.controller.policy.settings import PolicySettings
 from services.controller.situation import Bar, Reading, Trigger, WorkerView
 from services.controller.traffic_watch import Served, Side, TrafficWatch
 

@@ -5,7 +5,7 @@ import time
 
 from helios import telemetry
 from helios.slo import Slo
-from services.controller import policy, record
+from services.controller import record
 from services.controller.agenda import Agenda
 from services.controller.candidates import Candidates
 from services.controller.decision import Decision
@@ -14,6 +14,7 @@ from services.controller.history import History
 from services.controller.leader import Leadership
 from services.controller.measurement import Measurement
 from services.controller.metrics import decision_counter
+from services.controller.policy.decide import contradiction, decide
 from services.controller.record import DecisionEntry
 from services.controller.replica import Replica
 from services.controller.rollout import Rollout
@@ -63,7 +64,7 @@ class DecisionMaker:
         self._replica.note(bars=tuple(one for one in bars if self._history.upholds(one)))
         situation = self._situation(trigger, agenda, candidates)
         with telemetry.span("Decide", attributes={"helios.trigger": str(trigger)}) as span:
-            decision = policy.decide(situation, self._policy)
+            decision = decide(situation, self._policy)
             number = await self._record(situation, decision)
             # Without options nothing was chosen, and the operator's plan is not made the policy's.
             if self._settings.mode == "active" and decision.options:
@@ -86,7 +87,7 @@ class DecisionMaker:
     def contradiction(self, slo: Slo, agenda: Agenda) -> str | None:
         """Which bounds of an SLO no profiled option satisfies together; None: some option does."""
         situation = self._situation(Trigger.SLO, agenda, tuple(sorted(self._history.profiles)))
-        return policy.contradiction(situation.model_copy(update={"slo": slo}), self._policy)
+        return contradiction(situation.model_copy(update={"slo": slo}), self._policy)
 
     async def record_outcome_when_due(self) -> None:
         """Records the outcome of the last decision once enough requests have been served under it."""

@@ -16,7 +16,8 @@ from helios.ignored_entries import IgnoredEntries, fault
 from helios.redis_schema import CONTROLLER_STATE, DECISIONS
 from services.controller.decision import Decision
 from services.controller.leader import Leadership
-from services.controller.policy import PolicySettings, decide
+from services.controller.policy.decide import decide
+from services.controller.policy.settings import PolicySettings
 from services.controller.situation import Record, Situation
 
 # KEYS 3, 4: record, state. ARGV 3..6: kind, number (0: the next one), JSON, entries kept.

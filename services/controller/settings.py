@@ -10,7 +10,7 @@ from helios.redis_url import RedisUrl
 from helios.settings import Address, ListenAddress, ServiceSettings
 from helios.slo import Objective, Slo
 from services.controller.agenda import AgendaSettings
-from services.controller.policy import PolicySettings
+from services.controller.policy.settings import PolicySettings
 
 
 class ControllerSettings(ServiceSettings, AgendaSettings):

@@ -11,7 +11,7 @@ from helios.slo import Slo
 from services.controller.agenda import Agenda, AgendaSettings, Decide, Due, Evaluate, Outlook
 from services.controller.allowance import Allowance
 from services.controller.decision import Decision
-from services.controller.policy import decide
+from services.controller.policy.decide import decide
 from services.controller.situation import Situation, Trigger, WorkerView
 from services.controller.traffic_watch import Served
 from tests.profiles import exit_profile, model_profile

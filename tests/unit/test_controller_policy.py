@@ -11,14 +11,9 @@ from helios.history import DecodeSpeed, ModelProfile, RequestSample
 from helios.served import ServedPlan
 from helios.slo import Objective, Slo
 from services.controller.decision import Decision, Option
-from services.controller.policy import (
-    Moves,
-    PolicySettings,
-    breach_limit,
-    contradiction,
-    decide,
-    is_breached,
-)
+from services.controller.policy.breach import breach_limit, is_breached
+from services.controller.policy.decide import contradiction, decide
+from services.controller.policy.settings import Moves, PolicySettings
 from services.controller.situation import Bar, Reading, Situation, Trigger, WorkerView
 from tests.profiles import exit_profile, model_profile
 

@@ -17,7 +17,8 @@ from helios.served import ServedPlan
 from helios.slo import Objective, Slo
 from services.controller import record, state
 from services.controller.leader import Leadership, StaleLeaderError, find_leader
-from services.controller.policy import PolicySettings, decide
+from services.controller.policy.decide import decide
+from services.controller.policy.settings import PolicySettings
 from services.controller.record import DecisionEntry, NumberedDecision, OutcomeEntry
 from services.controller.situation import Bar, Situation, Trigger, WorkerView
 from services.controller.state import ControllerState
