@@ -1,4 +1,4 @@
-"""What is measured after a decision, for the record."""
+"""What becomes of a decision: measured from the moment it is made."""
 
 import time
 from dataclasses import replace
@@ -9,7 +9,7 @@ from services.controller.rollout import Progress
 
 
 class Measurement:
-    """Counters at the moment of a decision."""
+    """The counters at the moment of a decision, and what they have gained since."""
 
     def __init__(self, number: int, totals: Totals, workers: int) -> None:
         self.number = number
@@ -37,7 +37,7 @@ class Measurement:
         )
 
     def outcome(self, totals: Totals, progress: Progress) -> OutcomeEntry:
-        """What became of the decision until now."""
+        """What has become of the decision by now."""
         since, seconds = self.since(totals), self.seconds
         return OutcomeEntry(
             time=time.time(),

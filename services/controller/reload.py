@@ -25,7 +25,7 @@ class WorkerLostError(UnavailableError):
 
 @dataclass(frozen=True, slots=True)
 class Reloaded:
-    """What a reload did, as the worker reports it."""
+    """What a reload took, as the worker reports it."""
 
     seconds: float
     stall_seconds: float
@@ -43,10 +43,11 @@ async def reload(
 ) -> Reloaded:
     """Reloads one worker; returns once its telemetry shows the plan.
 
-    `threshold` is the confidence below which it counts a token as unsure; None: its own. `urgent`: loading
-    does not stand back behind serving. `loaded` is set when the plan takes in new sequences.
+    `threshold` is the confidence below which the worker counts a token as unsure; None: its own. `urgent`:
+    loading does not give way to serving. `loaded` is set when the plan takes in new sequences.
 
-    Raises WorkerLostError when it stops answering, else the worker's own refusal: its old plan serves then.
+    Raises WorkerLostError when the worker stops answering, else the worker's own refusal. Its old plan serves
+    on then.
     """
     loaded = loaded or asyncio.Event()
     reading = asyncio.create_task(

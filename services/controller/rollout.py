@@ -23,12 +23,13 @@ log = logging.getLogger(__name__)
 class Progress:
     """How far the rollout of the last plan has got."""
 
-    # Whether what is served meanwhile is probably out of its bounds.
+    # Whether what is served until it ends is probably out of its bounds.
     urgent: bool = False
     reload_seconds: float = 0.0
     stall_seconds: float = 0.0
     sequences_moved: int = 0
-    # Where and why it halted; empty while it goes on. `lost` is the worker whose return lets it go on.
+    # Where and why it halted; empty while it goes on. `lost` is the id of the worker whose return ends the
+    # halt.
     halted: str = ""
     lost: str = ""
 
@@ -155,11 +156,11 @@ async def move_overlapping(
     following: Callable[[Collection[str]], tuple[Worker, ServedPlan] | None],
     move: Callable[[Worker, ServedPlan, asyncio.Event], Coroutine[Any, Any, bool]],
 ) -> bool:
-    """Moves all workers that are to move. The next begins once the one before has loaded its plan, which is
-    what may fail, while sequences in flight still move to it.
+    """Moves all workers that are to move. Each begins once the one before has loaded its plan.
 
-    following: who is next, besides these. move: returns whether the worker came along, and sets the event
-    when it has loaded. Returns whether workers moved, and none failed.
+    Loading is what may fail. Sequences in flight still move to that plan meanwhile. following: the next
+    worker besides these, with its plan. move: returns whether the worker came along, and sets the event when
+    it has loaded the plan. Returns whether workers moved and none failed.
     """
     moves: dict[str, asyncio.Task[bool]] = {}
     async with asyncio.TaskGroup() as group:
@@ -178,9 +179,10 @@ async def move_overlapping(
 def next_to_move(
     workers: Sequence[Worker], wanted: Callable[[str], ServedPlan | None], min_ready: int
 ) -> tuple[Worker, ServedPlan] | None:
-    """The serving worker that should be reloaded next, and to which plan; or None.
+    """The serving worker that should be reloaded next, and its plan; None: no worker.
 
-    A worker serves while it reloads, but it may fail: `min_ready` others must serve, as far as there are any.
+    A worker serves while it reloads, but it may fail. So `min_ready` others must serve, as far as there are
+    any.
     """
     serving = [worker for worker in workers if worker.is_serving]
     if len(serving) - 1 < min(min_ready, len(workers) - 1):

@@ -29,7 +29,7 @@ _Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
 _DEFAULT_HISTORY = 10
 _MAX_HISTORY = 1000
-# Shorter than Redis' own timeout; how long one look for new decisions takes.
+# How long one look for new decisions takes, as a share of the Redis timeout.
 _BLOCK_SHARE = 0.3
 
 
@@ -112,7 +112,7 @@ class ControllerService(controller_pb2_grpc.ControllerServiceServicer):
             await abort(context, _as_helios(error))
 
     def _told(self, one: NumberedDecision) -> list[controller_pb2.WatchDecisionsResponse]:
-        """The answer that tells a decision; none if its figures fit into no message."""
+        """The decision as a message; none if its figures do not fit into one."""
         try:
             return [_response(one)]
         except (TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""The choice of a worker for a stream: a pure function of what is known of the workers."""
+"""The choice of a worker for a stream: a pure function of what is known about the workers."""
 
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a stream needs of a worker. Empty or 0: anything will do."""
+    """What a stream needs of a worker. Empty or 0: no such need."""
 
     models: frozenset[str] = frozenset()
     tokenizer_id: str = ""
@@ -52,11 +52,11 @@ def choose(
 ) -> Candidate | None:
     """The worker to take a stream, or None when none can.
 
-    `avoid` and `exclude` are addresses: an avoided worker is taken if there is no other, an excluded one
-    never. A stream that goes on after a loss names the plan it ran under in `prefer`, because only the
-    same model and depth continue it with the tokens it would have had; a new stream goes to the least
-    loaded. One that is to be the only suspect on its worker (`alone`) goes first of all where there is none;
-    if the chosen worker has some, it is for the caller to wait.
+    A new stream goes to the least loaded worker. `avoid` and `exclude` are addresses: an avoided worker is
+    taken if there is no other, an excluded one never. A stream that goes on after a loss names the plan it
+    ran under in `prefer`, because only the same model and depth continue it with the same tokens. A stream
+    that must be the only suspect on its worker (`alone`) goes to a worker without suspects if there is one.
+    If the chosen worker has suspects, the caller must wait.
     """
 
     def cost(worker: Candidate) -> tuple[bool, int, bool, int, float, str]:

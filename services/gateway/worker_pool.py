@@ -38,14 +38,14 @@ class Worker(WatchedWorker):
     ) -> None:
         """`on_acquitted`: as in WorkerCall."""
         super().__init__(lease, settings.worker_timeout_seconds, _WORKER_OPTIONS)
-        # Silent for this long, it may be dead.
+        # After this much silence it may be dead.
         self._overdue_seconds = (settings.telemetry_seconds + settings.worker_timeout_seconds) / 2
         self._on_acquitted = on_acquitted
         # Why it takes no streams; empty when it does.
         self.problem = "it has not been reached yet"
-        # Of this gateway.
+        # Streams of this gateway.
         self.open_streams = 0
-        # Sequences that the last telemetry counted beside this gateway's own.
+        # Sequences in the last telemetry that are not of this gateway.
         self._foreign_sequences = 0
         self._call: WorkerCall | None = None
 
@@ -80,12 +80,12 @@ class Worker(WatchedWorker):
     ) -> Iterator[Attempt]:
         """A stream that is counted as this worker's load, and ended there if it outlives the block.
 
-        `take` gets its tokens; `suspect`: a worker has failed under it.
+        `take` gets its tokens. `suspect`: another worker has failed under it.
         """
         if self._call is None or self._call.ended:
             self._call = WorkerCall(self.stub, self.address, self._on_acquitted)
         call = self._call
-        # A worker that has died a moment ago, unnoticed, does not fail because of what it is sent now.
+        # If it has just died and nobody has noticed, it does not fail because of what is sent now.
         reached = (
             self.channel.get_state() is grpc.ChannelConnectivity.READY
             and self.silent_seconds < self._overdue_seconds
@@ -99,7 +99,7 @@ class Worker(WatchedWorker):
             call.forget(attempt)
 
     def give_up_streams(self) -> None:
-        """Ends all its streams, because it is lost; they read WorkerFailedError."""
+        """Ends all its streams with WorkerFailedError, because the worker is lost."""
         if self._call is not None:
             self._call.close(self.problem)
             self._call = None
@@ -218,9 +218,9 @@ class WorkerPool:
     ) -> Worker:
         """Like `choose`, but waits `worker_wait_seconds` for a worker.
 
-        Raises UnavailableError, saying what was waited for, when none came, and UnknownModelError at
-        once when workers are ready and none of those known serves the model, unless the stream is under
-        way: then its model has been served and may come back.
+        Raises UnavailableError, saying what was waited for, when none came. Raises UnknownModelError at once
+        when workers are ready and none of those known serves the model. A stream that is `under_way` waits
+        even then: its model has been served and may come back.
         """
         seconds = self._settings.worker_wait_seconds
         try:
@@ -237,11 +237,11 @@ class WorkerPool:
         return worker
 
     async def changed(self) -> None:
-        """Waits for the next news of any worker or of the streams on it, at the latest its next telemetry."""
+        """Waits for news of any worker or of the streams on it: at the latest for the next telemetry."""
         await self._changed.wait()
 
     def suspect(self, worker: Worker, problem: str) -> None:
-        """Takes a worker out until its next telemetry, because a stream found that it does not serve."""
+        """Gives a worker no streams until its next telemetry: one has found that it does not serve."""
         self._set_problem(worker, problem)
 
     def _candidates(self) -> Iterator[Candidate]:
@@ -295,10 +295,10 @@ class WorkerPool:
             else:
                 log.info("worker %s at %s is ready: serves %s", worker.worker_id, worker.address, worker.plan)
         worker.problem = problem
-        # Waiters look again after every message: the load or the plan may have changed, too.
+        # Waiters look again after every message, because the load or the plan may have changed.
         self._wake()
 
     def _wake(self) -> None:
-        """Has all look again who wait for a worker."""
+        """Makes everyone who waits for a worker look again."""
         self._changed.set()
         self._changed = asyncio.Event()

@@ -34,8 +34,8 @@ def refusals_of(
             by = f" by more than noise, {noise:.2g}" if noise else ""
             found[bound] = f"{bound}: {value:.4g} is {side} {limit:.4g}{by}"
 
-    # The plan in force is refused only when it is beyond the bound by more than noise. Another depth of its model
-    # has that tolerance against other models, and none against its own last layer.
+    # The plan in force is refused only when it is beyond the bound by more than noise. Another depth of its
+    # model has that tolerance against other models, and none against its own last layer.
     stays, same_model = option.plan == before, before is not None and option.model == before.model
     tolerated = [
         (increase, (settings.leave_sigmas if is_own else settings.stay_sigmas) * (error or 0.0))
