@@ -27,7 +27,7 @@ class Rates:
 
 
 def rates(now: worker_pb2.Telemetry, before: worker_pb2.Telemetry | None) -> Rates:
-    """From two messages of one worker; those of different processes have nothing in common."""
+    """The rates between two messages of one worker. Messages of different processes give none."""
     if before is None or now.time <= before.time or now.generated_tokens <= before.generated_tokens:
         return Rates()
     tokens, seconds = now.generated_tokens - before.generated_tokens, now.time - before.time

@@ -48,10 +48,10 @@ class Stream:
 
     A request may be what makes workers fail, so its failures in a row are counted. Once it has settled on a
     worker (`worker_call.py`) the count begins anew: a stream that only shared workers with the one that
-    killed them never gets to two. A stream that had not settled when its worker failed goes on at a worker
-    without other suspects. If that worker fails too, the stream ends, because nothing else there can have
-    caused both failures. A stream that had settled goes on at once, beside others. docs/decisions/0018 has
-    the reasons.
+    killed them never gets to two. A stream that had not settled when its worker failed, or under which two
+    have failed, goes on at a worker without other suspects. If that worker fails too, the stream ends,
+    because nothing else there can have caused both failures. A stream that had settled goes on at once,
+    beside others. docs/decisions/0018 has the reasons.
     """
 
     def __init__(

@@ -241,7 +241,7 @@ class WorkerPool:
         await self._changed.wait()
 
     def suspect(self, worker: Worker, problem: str) -> None:
-        """Gives a worker no streams until its next telemetry: one has found that it does not serve."""
+        """Takes a worker out until its next telemetry, because a stream found that it does not serve."""
         self._set_problem(worker, problem)
 
     def _candidates(self) -> Iterator[Candidate]:
