@@ -56,7 +56,7 @@ def configure(service: str, instance: str = "") -> None:
 
     `service` is the kind of process ("helios-gateway"), `instance` tells two of a kind apart (default: host
     name and process id); `OTEL_*` overrides both in what is sent. Raises SettingsError when HELIOS_LOG_LEVEL
-    is no level.
+    is not a level.
     """
     global _meter, _tracer
     instance = instance or f"{socket.gethostname()}:{os.getpid()}"
