@@ -51,6 +51,7 @@ async def test_changes_that_are_made_at_once_all_stay(redis: Redis) -> None:
             replica.change(slo=SLO), replica.change(plan=PLAN), replica.change(pins={"w": PLAN})
         )
         kept = await state.load(redis)
+    assert kept is not None
     assert kept == replica.state
     assert (kept.slo, kept.plan, kept.pins) == (SLO, PLAN, {"w": PLAN})
 
