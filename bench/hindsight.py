@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.simulation import Run, Scene
+from helios.served import ServedPlan
 from helios.slo import Slo
-from services.controller.situation import Plan
 
 # A drift is noticed by what has been served.
 # So a phase may rise by so many times the bound, a whole trace may not.
@@ -100,8 +100,8 @@ class _Phase:
     end: int
     tokens: int
     # Of every plan, held over the phase.
-    seconds: Mapping[Plan, float]
-    nats: Mapping[Plan, float]
+    seconds: Mapping[ServedPlan, float]
+    nats: Mapping[ServedPlan, float]
     best_nats: float
     """Of the best candidate, whole."""
 
@@ -109,7 +109,7 @@ class _Phase:
         return math.expm1((nats - self.best_nats) / self.tokens)
 
     @property
-    def within(self) -> set[Plan]:
+    def within(self) -> set[ServedPlan]:
         """Plans within the bound on this phase. The best candidate, whole, always is."""
         return {plan for plan, nats in self.nats.items() if self.increase(nats) <= bound()}
 
@@ -120,14 +120,16 @@ class Hindsight:
     def __init__(self, scene: Scene) -> None:
         self.scene = scene
         profiles = scene.profiles.values()
-        plans = [Plan(model=profile.model, depth=one.depth) for profile in profiles for one in profile.exits]
+        plans = [
+            ServedPlan(model=profile.model, depth=one.depth) for profile in profiles for one in profile.exits
+        ]
         self._rows = {plan: row for row, plan in enumerate(plans)}
         # Nats of each plan on each request: [plans, requests].
         self._nats = np.stack([_nats_by_request(scene, plan) for plan in plans])
         self._phases = list(self._split(plans))
 
-    def _split(self, plans: Sequence[Plan]) -> Iterator[_Phase]:
-        whole = {Plan(model=one.model, depth=one.full.depth) for one in self.scene.profiles.values()}
+    def _split(self, plans: Sequence[ServedPlan]) -> Iterator[_Phase]:
+        whole = {ServedPlan(model=one.model, depth=one.full.depth) for one in self.scene.profiles.values()}
         token_seconds = {plan: self.scene.token_seconds(plan) for plan in plans}
         start = 0
         for name, group in itertools.groupby(self.scene.requests, key=lambda request: request.phase):
@@ -218,7 +220,7 @@ class Hindsight:
         }
 
 
-def _nats_by_request(scene: Scene, plan: Plan) -> NDArray[np.float64]:
+def _nats_by_request(scene: Scene, plan: ServedPlan) -> NDArray[np.float64]:
     records = [request.records[plan.model] for request in scene.requests]
     index = records[0].exit_layers.index(plan.depth)
     return np.array([record.nats[index].sum(dtype=np.float64) for record in records])

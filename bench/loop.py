@@ -27,10 +27,12 @@ from helios.engine import Engine
 from helios.engine.evaluation.evaluate import Candidate, EvaluationSettings, evaluate, load_candidate
 from helios.engine.evaluation.trace import trace_dynamic
 from helios.history import ModelProfile
+from helios.served import ServedPlan
 from helios.slo import Slo
 from services.controller.agenda import AgendaSettings
-from services.controller.policy import Moves, decide
-from services.controller.situation import Plan, Situation, Trigger, WorkerView
+from services.controller.policy.decide import decide
+from services.controller.policy.settings import Moves
+from services.controller.situation import Situation, Trigger, WorkerView
 from services.profiler.settings import ProfilerSettings
 
 _PAPER_TH = 0.8
@@ -325,7 +327,7 @@ def _dynamic_steps(subject: Subject, model: ModelEntry) -> list[float]:
     return found
 
 
-def _stretches(plans: Sequence[Plan]) -> list[tuple[int, Plan]]:
+def _stretches(plans: Sequence[ServedPlan]) -> list[tuple[int, ServedPlan]]:
     """Where each plan began."""
     return [(0, plans[0])] + [
         (number, after)
@@ -395,7 +397,7 @@ def _serve(
     evaluation = _evaluation(subject)
     history: dict[str, ModelProfile] = {}
     engine = subject.engine(candidates[0])
-    plan = Plan(model=candidates[0].name, depth=candidates[0].num_layers)
+    plan = ServedPlan(model=candidates[0].name, depth=candidates[0].num_layers)
     events: list[dict[str, Any]] = []
     assessed = 0
 
@@ -444,7 +446,11 @@ def _serve(
 
 
 def _situation(
-    engine: Engine, plan: Plan, history: Mapping[str, ModelProfile], prompt_tokens: int, output_tokens: int
+    engine: Engine,
+    plan: ServedPlan,
+    history: Mapping[str, ModelProfile],
+    prompt_tokens: int,
+    output_tokens: int,
 ) -> Situation:
     telemetry = engine.telemetry()
     worker = WorkerView(

@@ -19,12 +19,13 @@ from helios.calibration import TARGET_AGREEMENT
 from helios.drift import pooled
 from helios.engine.scheduling.prompt_readings import read_positions
 from helios.history import ModelProfile
+from helios.served import ServedPlan
 from helios.settings import SERVED_PROMPT_READINGS
 from helios.slo import Slo
 from services.controller.agenda import Agenda, AgendaSettings, Decide, Evaluate, Outlook
 from services.controller.allowance import Allowance
-from services.controller.policy import decide
-from services.controller.situation import Bar, Plan, Situation, Trigger, WorkerView
+from services.controller.policy.decide import decide
+from services.controller.situation import Bar, Situation, Trigger, WorkerView
 from services.controller.traffic_watch import Served
 from services.profiler.settings import ProfilerSettings
 
@@ -52,7 +53,7 @@ class Scene:
     evaluation_seconds: float = 0.0
     prompt_evaluation_seconds: float = 0.0
 
-    def token_seconds(self, plan: Plan) -> float:
+    def token_seconds(self, plan: ServedPlan) -> float:
         """Seconds per generated token of a saturated engine, the prompt's share included."""
         one = self.profiles[plan.model].at(plan.depth)
         output = self.requests[0].records[plan.model].tokens
@@ -64,7 +65,7 @@ class Scene:
 class Run:
     """What a simulation gathered."""
 
-    plans: list[Plan] = field(default_factory=list)
+    plans: list[ServedPlan] = field(default_factory=list)
     # Serving and moving; evaluations come on top.
     seconds: float = 0.0
     moving_seconds: float = 0.0
@@ -123,8 +124,8 @@ class _Simulation:
         self.history: dict[str, ModelProfile] = {}
         first = next(iter(scene.profiles.values()))
         # What serves while nothing is known: the first candidate whole.
-        self.plan = Plan(model=first.model, depth=first.full.depth)
-        self.chosen: Plan | None = None
+        self.plan = ServedPlan(model=first.model, depth=first.full.depth)
+        self.chosen: ServedPlan | None = None
         self.bars: tuple[Bar, ...] = ()
         self.moved_at: int | None = None
         self.threshold = 0.0
@@ -260,7 +261,7 @@ class _Simulation:
             max_running=scene.batch,
         )
 
-    def _threshold(self, plan: Plan) -> float:
+    def _threshold(self, plan: ServedPlan) -> float:
         """What the engine calls unsure under a plan: as calibrated on the requests that it was chosen by.
 
         At the last layer nothing.

@@ -1,7 +1,7 @@
-"""Every gRPC channel of Helios is made here: how it is kept alive, and whether it takes a proxy.
+"""Every gRPC channel of Helios is made here: how it is kept alive, and whether it uses a proxy.
 
 gRPC dials through the proxy that `grpc_proxy`, `https_proxy` or `http_proxy` names, loopback included.
-Services reach each other directly, whatever the environment says. A client takes the proxy, but not to a
+Services reach each other directly, whatever the environment says. A client uses the proxy, except to a
 server on its own machine.
 """
 
@@ -30,7 +30,7 @@ _SCHEMES = ("dns", "ipv4", "ipv6", "unix", "unix-abstract", "vsock", "xds")
 
 
 def to_service(address: str, options: _Options = ()) -> grpc.Channel:
-    """A channel from one service to another at host:port. It never takes a proxy."""
+    """A channel from one service to another at host:port. It never uses a proxy."""
     return grpc.insecure_channel(address, options=(*_KEEPALIVE, *_NO_PROXY, *options))
 
 
@@ -40,7 +40,7 @@ def to_service_async(address: str, options: _Options = ()) -> grpc.aio.Channel:
 
 
 def from_client(target: str) -> grpc.Channel:
-    """A client's channel to a server. It takes the environment's proxy to another machine."""
+    """A client's channel to a server. To another machine it uses the environment's proxy."""
     return grpc.insecure_channel(target, options=_client_options(target))
 
 
@@ -70,7 +70,7 @@ def _parts(target: str) -> tuple[str, str]:
     """Scheme and endpoint; the scheme is dns unless the target names one."""
     found = _TARGET.fullmatch(target)
     scheme = (found["scheme"] or "").lower() if found else ""
-    # In `localhost:50051` the part before the colon is no scheme.
+    # In `localhost:50051` the part before the colon is not a scheme.
     return (scheme, found["endpoint"]) if found and scheme in _SCHEMES else ("dns", target)
 
 
@@ -85,7 +85,7 @@ def _is_own_name(host: str) -> bool:
     own = socket.gethostname().lower()
     if host in ("localhost", own) or host.endswith(".localhost"):
         return True
-    # The full name may take a lookup, so it is asked for only where it can be the answer.
+    # The full name may need a lookup, so it is asked for only where it can match.
     return host.partition(".")[0] == own.partition(".")[0] and host == socket.getfqdn().lower()
 
 

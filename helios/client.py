@@ -160,10 +160,10 @@ def error_from(rpc_error: grpc.RpcError, target: str) -> HeliosError:
     code, message = rpc_error.code(), rpc_error.details() or rpc_error.code().name
     status = _rich_status(rpc_error)
     if code is grpc.StatusCode.UNAVAILABLE and not status.details:
-        # gRPC's own words: nothing listens there, or the connection broke.
+        # The status is gRPC's own: nothing listens there, or the connection broke.
         message = f"{target} does not answer ({message}); is it running?"
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and not status.details and "larger than max" in message:
-        # gRPC's own words, too: to come back later would not help.
+        # Also gRPC's own words. To try again later would not help.
         return InvalidRequestError(f"the request is larger than {target} takes: {message}")
     return error_of(status_pb2.Status(code=code.value[0], message=message, details=status.details))
 
@@ -171,11 +171,11 @@ def error_from(rpc_error: grpc.RpcError, target: str) -> HeliosError:
 def error_of(status: status_pb2.Status) -> HeliosError:
     """The error that a status stands for: the inverse of errors.status_of.
 
-    Statuses that Helios did not make itself become the error of the same code, else HeliosError.
+    A status that Helios did not make becomes the error of the same code, or else HeliosError.
     """
     info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
     for detail in status.details:
-        # Each is tried as both; Unpack takes only its own kind.
+        # Each detail is tried as both kinds; Unpack takes only its own.
         detail.Unpack(info)
         detail.Unpack(retry)
     if status.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0] and info.reason != "OutOfMemoryError":

@@ -1,4 +1,4 @@
-"""Calls to a controller, for the commands that ask or tell it something."""
+"""Calls to a controller, for the commands that query or direct it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

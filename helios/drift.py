@@ -1,8 +1,8 @@
-"""Whether the traffic has drifted between two evaluations, and what both say together while it has not.
+"""Whether the traffic has drifted between two evaluations; while it has not, both are pooled.
 
 Five requests say little: the perplexity of an exit over the last layer varies by a few per cent from one
-such handful to the next, which is as much as the bound on it. Histograms stay valid while the traffic stays
-(the third insight of arXiv 2504.10724), so evaluations are pooled until a test finds that it has changed.
+handful to the next, which is as much as the bound on it. Histograms stay valid as long as the traffic stays
+the same (the third insight of arXiv 2504.10724), so evaluations are pooled until a test finds a change.
 """
 
 import math
@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from helios.calibration import calibrated_threshold
 from helios.history import CONFIDENCE_BINS, ExitProfile, ModelProfile, RequestSample
 
-# Standard errors between the means of the old and the new requests that are a drift. With five new ones a
-# false alarm, which only costs the pool, comes once in some fifty evaluations.
+# The traffic has drifted when the means of old and new requests are this many standard errors apart. With
+# five new requests a false alarm comes about once in fifty evaluations. It only costs the pool.
 DRIFT_SIGMAS = 3.5
-# The same once the controller has noticed a drift: then it is the likelier case, and four requests that vary
-# as much as those of the start of a phase do would hide it behind those before.
+# The same once the controller has noticed a drift. A drift is then likely, and the first few requests after
+# it vary so much that the stricter test would pool them with those before.
 NOTICED_DRIFT_SIGMAS = 2.0
 _EDGES = [index / CONFIDENCE_BINS for index in range(CONFIDENCE_BINS)]
 
@@ -24,9 +24,11 @@ _EDGES = [index / CONFIDENCE_BINS for index in range(CONFIDENCE_BINS)]
 def has_drifted(
     before: Sequence[RequestSample], now: Sequence[RequestSample], sigmas: float = DRIFT_SIGMAS
 ) -> bool:
-    """Whether requests differ more than by chance: in what the last layer makes of them, or in what any exit
-    loses against it, by `sigmas` standard errors. With fewer than two on either side nothing can be told, and
-    they count as drifted."""
+    """Whether requests differ by more than chance: in the last layer's nats, or in what any exit loses to it.
+
+    More than chance: their means are more than `sigmas` standard errors apart.
+    With fewer than two requests on either side nothing can be told, and they count as drifted.
+    """
     if len(before) < 2 or len(now) < 2:
         return True
     return any(_sigmas(old, new) > sigmas for old, new in zip(_series(before), _series(now), strict=True))
@@ -40,11 +42,11 @@ def pooled(
     *,
     is_noticed: bool = False,
 ) -> ModelProfile:
-    """The profile `now`, together with what `before` holds of at most `keep` requests in all.
+    """The profile `now`, pooled with the newest requests of `before` up to `keep` requests in all.
 
-    Only `now` counts when the traffic has drifted, or when `before` is of other exits. Speeds, sizes and cost
-    are `now`'s. target_agreement: what thresholds are calibrated to; None: they are `now`'s. is_noticed: the
-    controller asks because it has noticed a drift.
+    Only `now` counts when the traffic has drifted or `before` has other exits. Speeds, sizes and cost are
+    taken from `now`. target_agreement: what thresholds are calibrated to; None: they are taken from `now`.
+    is_noticed: the controller has noticed a drift.
     """
     if before is None or [one.depth for one in before.exits] != [one.depth for one in now.exits]:
         return now
@@ -56,7 +58,7 @@ def pooled(
     if not kept or has_drifted(kept, now.samples, sigmas):
         return now
     samples = (*kept, *now.samples)
-    # Histograms are not kept by request: those that go are taken to be like those that stay.
+    # Histograms are not kept per request, so dropped requests are assumed to be like those that stay.
     share = len(kept) / len(before.samples)
 
     def together(index: int) -> ExitProfile:
@@ -77,7 +79,7 @@ def pooled(
             }
         )
 
-    # Means over the requests that each side holds.
+    # The mean over all requests, each side weighted by its text.
     weights = (sum(one.text_bytes for one in kept), sum(one.text_bytes for one in now.samples))
     tokens = weights[0] / before.bytes_per_token + weights[1] / now.bytes_per_token
     bytes_per_token = sum(weights) / tokens

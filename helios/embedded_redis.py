@@ -29,7 +29,7 @@ def server_command(port: int, directory: Path) -> list[str]:
         "--bind": "127.0.0.1",
         "--port": str(port),
         "--dir": str(directory),
-        # Everything in Redis here is a lease or a measurement of this run.
+        # Nothing is saved: all that is in Redis here is leases and measurements of this run.
         "--save": "",
         "--appendonly": "no",
         "--daemonize": "no",

@@ -76,27 +76,27 @@ class CheckpointError(HeliosError):
 
 
 class UnknownDepthError(HeliosError):
-    """The asked depth is no exit layer of the model; the message names the valid ones."""
+    """The requested depth is not an exit layer of the model; the message names the valid ones."""
 
     code = grpc.StatusCode.INVALID_ARGUMENT
 
 
 class OutOfMemoryError(HeliosError):
-    """The memory budget cannot hold what was asked."""
+    """The memory budget cannot hold what was asked for."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 class EngineFailedError(HeliosError):
-    """A worker's engine has failed under all its sequences; the worker ends and is to be started anew."""
+    """A worker's engine has failed, and all its sequences with it. The worker ends and must be restarted."""
 
 
 class SequenceFailedError(HeliosError):
-    """One sequence has failed by itself, and would on any worker; the engine and all others go on."""
+    """One sequence has failed and would fail on any worker. The engine and all others go on."""
 
 
 class QuarantinedError(HeliosError):
-    """Workers failed one after the other under this request, so no other worker gets it."""
+    """Several workers failed one after the other under this request, so no other worker gets it."""
 
 
 class SettingsError(HeliosError):

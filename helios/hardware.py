@@ -1,4 +1,4 @@
-"""What this machine has."""
+"""What this machine has: its CPU and its memory."""
 
 import os
 import platform

@@ -15,7 +15,7 @@ from helios.errors import UnavailableError
 
 
 def check(address: str, service: str = "", timeout_seconds: float = 5.0) -> None:
-    """Returns when the server at host:port serves `service` ("" is the server as a whole).
+    """Returns when the server at host:port serves `service` ("": the server as a whole).
 
     Raises UnavailableError, with what it answered instead.
     """

@@ -1,4 +1,4 @@
-"""The performance history table (PHT): what profiling measured of each candidate (arXiv 2504.10724).
+"""The performance history table (PHT): what profiling measured for each candidate (arXiv 2504.10724).
 
 One JSON document per model in Redis, under the schema of `helios.redis_schema`.
 """
@@ -74,13 +74,15 @@ class ExitProfile(_Record):
         return mean, math.sqrt(squares / tokens)
 
     def share_above(self, threshold: float) -> float:
-        """Share of tokens whose confidence bin begins at or above `threshold`: the low-exit tokens."""
+        """Share of tokens whose confidence bin begins at or above `threshold`: the sure (low-exit) tokens."""
         first = math.ceil(threshold * len(self.confidence_counts) - 1e-9)
         return sum(self.confidence_counts[first:]) / self.tokens if self.tokens else 1.0
 
     def step_seconds(self, batch: int) -> float:
-        """Seconds of a decode step at any batch size: between measured ones by interpolation, beyond the
-        largest by its slope."""
+        """Seconds of a decode step at any batch size.
+
+        Linear between measured sizes; beyond the largest one the last slope goes on.
+        """
         points = self.decode
         if len(points) == 1 or batch <= points[0].batch:
             return points[0].step_seconds
@@ -91,7 +93,7 @@ class ExitProfile(_Record):
 
 
 class RequestSample(_Record):
-    """What one request's prompt says of a candidate: bytes of text, and their nats at each exit."""
+    """What one request's prompt says about a candidate: its bytes of text, and their nats at each exit."""
 
     id: str
     text_bytes: int = Field(ge=0)
@@ -125,7 +127,7 @@ class ModelProfile(_Record):
 
     @classmethod
     def from_proto(cls, message: profiler_pb2.ModelProfile) -> "ModelProfile":
-        """Raises pydantic.ValidationError for a message that is no profile."""
+        """Raises pydantic.ValidationError for a message that is not a profile."""
         # The fields have the same names.
         fields = MessageToDict(
             message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
@@ -142,12 +144,16 @@ class ModelProfile(_Record):
         """The last exit: the whole model."""
         return self.exits[-1]
 
+    def find_exit(self, depth: int) -> ExitProfile | None:
+        """The exit after `depth` layers; None when it was not profiled."""
+        return next((one for one in self.exits if one.depth == depth), None)
+
     def at(self, depth: int) -> ExitProfile:
-        """The exit after `depth` layers. Raises KeyError when there is none."""
-        for one in self.exits:
-            if one.depth == depth:
-                return one
-        raise KeyError(f"{self.model} was not profiled at depth {depth}")
+        """The exit after `depth` layers. Raises KeyError when it was not profiled."""
+        found = self.find_exit(depth)
+        if found is None:
+            raise KeyError(f"{self.model} was not profiled at depth {depth}")
+        return found
 
 
 async def write(redis: Redis, profile: ModelProfile) -> None:
@@ -156,7 +162,7 @@ async def write(redis: Redis, profile: ModelProfile) -> None:
 
 
 async def find(redis: Redis, model: str) -> ModelProfile | None:
-    """A model's document; None when there is none, or none of this version.
+    """A model's profile; None when there is none, or none of this version.
 
     Raises redis.RedisError when Redis cannot be reached.
     """
@@ -168,7 +174,7 @@ async def find(redis: Redis, model: str) -> ModelProfile | None:
 
 
 async def read(redis: Redis) -> tuple[dict[str, ModelProfile], dict[str, str]]:
-    """The table, by model; and what was ignored, by key, with the reason.
+    """All profiles by model, and what was ignored: by key, with the reason.
 
     Raises redis.RedisError when Redis cannot be reached.
     """
@@ -182,7 +188,7 @@ async def read(redis: Redis) -> tuple[dict[str, ModelProfile], dict[str, str]]:
         try:
             document = await redis.get(raw_key)
         except ResponseError as error:
-            # Of another type than a string, or not this user's to read: the others may be.
+            # It is not a string, or this user may not read it. The others may still be readable.
             ignored[key] = f"it cannot be read: {error}"
             continue
         if document is None:

@@ -1,4 +1,4 @@
-"""Getting a checkpoint into the models directory, from the hub or from a folder. Runs none of its code."""
+"""Gets a checkpoint into the models directory, from the hub or from a folder. Never runs the model's code."""
 
 import os
 import re
@@ -17,7 +17,7 @@ from helios.model_config import CONFIG_FILE, GENERATION_FILE, ModelConfig
 from helios.staging import check_free, staged
 from helios.weight_map import INDEX_SUFFIX, SINGLE_FILES, WeightMap, read_safetensors_header
 
-# What is fetched beside the weights: small, and enough to refuse a model before its weights come.
+# Files that are fetched before the weights: small, and enough to refuse a model early.
 _FACTS = (
     CONFIG_FILE,
     GENERATION_FILE,
@@ -86,7 +86,7 @@ def pull(
 
 def _check(folder: Path) -> None:
     """Raises CheckpointError unless the engine can load the model, SettingsError when there is no engine."""
-    # A missing file is told at once, before torch is imported.
+    # A missing file is reported at once, before torch is imported.
     entry = read_model(folder)
     try:
         from helios.engine.plan import check_model  # noqa: PLC0415
@@ -99,7 +99,7 @@ def _check(folder: Path) -> None:
 
 def _place(source: Path, target: Path, *, may_link: bool) -> None:
     if may_link:
-        # The hub's cache never changes a file in place, so its bytes can be shared.
+        # The hub's cache never changes a file in place, so a hard link is safe.
         try:
             os.link(source.resolve(), target)
             return
@@ -109,7 +109,7 @@ def _place(source: Path, target: Path, *, may_link: bool) -> None:
 
 
 def _download(repository: str, revision: str | None) -> Path:
-    """The repository's files in the hub's cache: facts first, then the weights in the best form it has."""
+    """The repository's files in the hub's cache: facts first, then the weights in the best format it has."""
     try:
         import httpx2  # noqa: PLC0415
         from huggingface_hub import errors, snapshot_download  # noqa: PLC0415

@@ -10,12 +10,12 @@ _MICRO, _MILLI = 1e-6, 1e-3
 
 @dataclass(frozen=True, slots=True)
 class PowerMeter:
-    """Counters of consumed energy. They count whatever runs on the device, not one process."""
+    """Counters of consumed energy. They count everything that runs on the device, not one process."""
 
     name: str
     # Joules, one reading per counter.
     read: Callable[[], tuple[float, ...]]
-    # A counter starts again from zero after this much.
+    # Joules after which each counter starts again from zero.
     wraps_at: tuple[float, ...]
 
     def joules_since(self, start: tuple[float, ...]) -> float:

@@ -1,7 +1,7 @@
 """Recent prompts, as token ids: a capped stream in Redis, written by gateways, read by the profiler.
 
-A prompt is kept for a lifetime and as one of the last so many; the whole stream expires a lifetime after
-its last prompt. An entry has the fields `tokenizer_id` and `ids` (a JSON list).
+A prompt is kept until its lifetime is over or enough newer ones have come. The whole stream expires one
+lifetime after its last prompt. An entry has the fields `tokenizer_id` and `ids` (a JSON list).
 """
 
 import json
@@ -36,7 +36,7 @@ if #ARGV > 2 then redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
 
 @dataclass(frozen=True, slots=True)
 class RecentPrompt:
-    """Token ids, and the SHA-256 of the tokenizer that they are of."""
+    """Token ids, and the SHA-256 of their tokenizer."""
 
     tokenizer_id: str
     ids: tuple[int, ...]
@@ -56,8 +56,8 @@ async def recent(
 ) -> tuple[list[RecentPrompt], dict[str, str]]:
     """The newest prompts of these tokenizers, newest first; fewer than `count` when there are no more.
 
-    newest_seconds: age of the oldest that counts; None: any. Also what was ignored on the way, by key and
-    position, with the reason.
+    newest_seconds: age of the oldest prompt that counts; None: any age. Also returns what was ignored: by key
+    and position, with the reason.
 
     Raises redis.RedisError when Redis cannot be reached.
     """

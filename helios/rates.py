@@ -4,13 +4,16 @@ from dataclasses import dataclass
 
 from helios.v1 import worker_pb2
 
-# The window of the confidence breach counter, in tokens, unless it is configured.
+# Tokens in the window of the confidence breach counter (CBC), unless the controller's settings say otherwise.
 WINDOW_TOKENS = 100
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Tokens a second, seconds per token of a stream, share of unsure tokens; None: nothing was generated."""
+    """Tokens per second, seconds per token of a stream, and the share of unsure tokens.
+
+    None: nothing was generated.
+    """
 
     tokens: int = 0
     tokens_per_second: float = 0.0
@@ -19,12 +22,12 @@ class Rates:
 
     @property
     def cbc(self) -> float | None:
-        """Unsure tokens in a window as long as the controller's."""
+        """Unsure tokens, scaled to a window of the default length; None: nothing was generated."""
         return None if self.high_exit_share is None else self.high_exit_share * WINDOW_TOKENS
 
 
 def rates(now: worker_pb2.Telemetry, before: worker_pb2.Telemetry | None) -> Rates:
-    """From two messages of one worker; those of different processes have nothing in common."""
+    """The rates between two messages of one worker. Messages of different processes give none."""
     if before is None or now.time <= before.time or now.generated_tokens <= before.generated_tokens:
         return Rates()
     tokens, seconds = now.generated_tokens - before.generated_tokens, now.time - before.time

@@ -11,14 +11,14 @@ class _BoundedRedis(Redis):
     """Bounds commands itself, because redis-py loses cancellations when it does.
 
     With a `socket_timeout` redis-py sends in `asyncio.wait_for`. Before Python 3.12 that loses a cancellation
-    which comes just as the sending ends (python/cpython#86296): whoever was cancelled runs on, and a service
-    that waits for it never stops. The bound is for a command as a whole; redis-py's is for each of its ten
+    which comes just as the sending ends (python/cpython#86296): the cancelled task runs on, and a service
+    that waits for it never stops. This bound is for a command as a whole; redis-py's is for each of its ten
     retries.
     """
 
     def __init__(self, url: str, timeout_seconds: float) -> None:
         pool = ConnectionPool.from_url(url, socket_connect_timeout=timeout_seconds)
-        # Also when the URL names one.
+        # Also overrides a timeout in the URL.
         pool.connection_kwargs["socket_timeout"] = None
         super().__init__(connection_pool=pool)
         self.auto_close_connection_pool = True
@@ -36,6 +36,6 @@ def connect(url: str, timeout_seconds: float = 5.0) -> Redis:
     """A client of the Redis at `url`; it connects with its first command.
 
     A command raises redis.RedisError when Redis cannot be reached or has not answered in `timeout_seconds`.
-    Pipelines have no bound; a script does the same in one command.
+    Pipelines have no bound; use a script instead, which is one command.
     """
     return _BoundedRedis(url, timeout_seconds)

@@ -1,4 +1,4 @@
-"""What is done in Redis beside the data path: tried again, and said, while Redis is gone or refuses it."""
+"""Work in Redis off the data path: retried, and reported, while Redis is down or refuses it."""
 
 import logging
 import uuid
@@ -10,7 +10,8 @@ from redis.exceptions import AuthenticationError, RedisError, ResponseError
 
 from helios.redis_schema import PROBE_PREFIX, WORKER_PREFIX
 
-# By a part of the server's answer in lower case: what it means, and what to do. Scripts' errors hold it, too.
+# What an answer of the server means and what to do, by a part of it in lower case. Errors of scripts have the
+# same parts.
 _REFUSALS = {
     "read only replica": "it is a read-only replica; name the primary's URL",
     "used memory > 'maxmemory'": "its memory is full; raise its maxmemory",
@@ -40,7 +41,7 @@ def reason(error: Exception) -> str:
 
 
 async def probe(redis: Redis) -> None:
-    """Does what a stack cannot work without: writes, reads and deletes a key, and looks for leases.
+    """Does everything that a stack needs of Redis: writes, reads and deletes a key, and looks for leases.
 
     Raises redis.RedisError when Redis cannot be reached or refuses it.
     """
@@ -52,14 +53,14 @@ async def probe(redis: Redis) -> None:
 
 
 class RedisOutage:
-    """Whether one repeated piece of work fails in Redis. Logs each kind of failure once, and its end."""
+    """Whether one piece of repeated work fails in Redis. Logs each kind of failure once, and its end."""
 
     def __init__(self, log: logging.Logger, lost: str, back: str) -> None:
         self._log = log
         self._lost = lost
         self._back = back
         self._said: set[type[Exception]] = set()
-        # What Redis refuses and why; empty while it is well or cannot be reached at all.
+        # What Redis refuses and why; empty while all is well or Redis cannot be reached at all.
         self.refusal = ""
 
     @property
@@ -69,7 +70,7 @@ class RedisOutage:
 
     @contextmanager
     def bridged(self) -> Iterator[None]:
-        """Around one try of the work: its failure in Redis ends the block, not the caller."""
+        """Wraps one try of the work: a failure in Redis ends the block, not the caller."""
         try:
             yield
         except (RedisError, OSError) as error:

@@ -1,4 +1,4 @@
-"""Everything Helios keeps in Redis: the keys, what is under them, and the version. This module owns it.
+"""Everything that Helios keeps in Redis: the keys, what is under them, and the version. This module owns it.
 
 | key | type | what |
 | --- | --- | --- |
@@ -9,9 +9,10 @@
 | `helios:v1:controller:state` | hash | SLO, pins, plan and mode: orders, and what a controller resumes from |
 | `helios:v1:controller:leader` | string, expires | the leading controller and its fencing number |
 | `helios:v1:controller:fence` | integer | the last fencing number given out |
-| `helios:v1:probe:<id>` | string, expires | a write to see whether Redis takes any (`helios.redis_outage`) |
+| `helios:v1:probe:<id>` | string, expires | written to see whether Redis takes writes (`helios.redis_outage`)
+|
 
-Another layout gets another version in its keys, so that old and new never read each other's.
+A new layout gets a new version in its keys, so that old and new versions never read each other's entries.
 """
 
 VERSION = 1
@@ -20,7 +21,7 @@ _ROOT = f"helios:v{VERSION}:"
 
 WORKER_PREFIX = _ROOT + "worker:"
 PROFILE_PREFIX = _ROOT + "profile:"
-# Of this version and of others, to tell that there are any.
+# Matches profiles of every version, so that those of other versions can be reported.
 PROFILE_PATTERN = "helios:v*:profile:*"
 PROMPTS = _ROOT + "prompts"
 DECISIONS = _ROOT + "decisions"

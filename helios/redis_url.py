@@ -12,7 +12,7 @@ _FORM = "redis://USER:PASSWORD@HOST:PORT/DB"
 _HARMLESS = re.compile(r"(?:[a-z]+://)?[\w.-]*(?::\d+)?(?:/\d*)?", re.ASCII | re.IGNORECASE)
 _SECRETS = ("password", "ssl_password")
 _PASSWORD_ARGUMENT = re.compile(r"[?&]password=([^&]*)")
-# What ends or splits a URL's part, in front of the host and in the query. A `%` must begin a code.
+# Characters that end or split a part of a URL: before the host, and in the query. A `%` must begin a code.
 _SPECIAL_BEFORE_HOST = re.compile(r"[@/?#\[\]\s]|%(?![0-9A-Fa-f]{2})")
 _SPECIAL_IN_QUERY = re.compile(r"[#+\s]|%(?![0-9A-Fa-f]{2})")
 
@@ -24,7 +24,7 @@ def checked(url: str) -> str:
         is_whole = not _is_split_by_password(url)
     except ValueError as error:
         is_whole = False
-        # Other texts may quote the password.
+        # Other messages may quote the password.
         said = str(error) if "schemes" in str(error) else f"write it as {_FORM}"
     else:
         said = f"write it as {_FORM}"
@@ -37,7 +37,7 @@ RedisUrl = Annotated[str, AfterValidator(checked)]
 
 
 def shown(url: str) -> str:
-    """The URL for people to read: with *** in place of what is, or may be, a password."""
+    """The URL for people to read, with *** in place of what is or may be a password."""
     try:
         parse_url(url)
         parts = urlsplit(url)
@@ -49,13 +49,13 @@ def shown(url: str) -> str:
     user, at, host = parts.netloc.rpartition("@")
     name, colon, _ = user.partition(":")
     query = "&".join(_shown_argument(argument) for argument in parts.query.split("&"))
-    # What follows a `#` is not read, so it may be the rest of a password.
+    # Nothing reads what follows a `#`, so it may be the rest of a password.
     end = f"{query and '?' + query}{parts.fragment and '#***'}"
     return f"{parts.scheme}://{name}{colon and ':***'}{at}{host}{parts.path}{end}"
 
 
 def hint(url: str) -> str:
-    """Which character of the password must be percent-encoded, and how; empty when none."""
+    """Which character of the password must be percent-encoded, and how; empty: none."""
     given = _PASSWORD_ARGUMENT.search(url)
     if given is not None:
         found = _SPECIAL_IN_QUERY.search(given[1])
@@ -71,7 +71,7 @@ def _shown_argument(argument: str) -> str:
     name = argument.partition("=")[0]
     if name in _SECRETS:
         return f"{name}=***"
-    # An unknown one may be the rest of a password that holds `&`.
+    # An unknown argument may be the rest of a password with an `&` in it.
     return argument if name in URL_QUERY_ARGUMENT_PARSERS or not argument else "***"
 
 

@@ -1,7 +1,7 @@
 """Where workers announce themselves: a lease per worker in Redis, renewed by a heartbeat.
 
 The value is a JSON object with the fields of WorkerLease, expiring after the lease's seconds
-(`helios.redis_schema`). Fields that this version does not know are left out of account.
+(`helios.redis_schema`). Fields that this version does not know are ignored.
 """
 
 import json
@@ -36,7 +36,7 @@ async def withdraw(redis: Redis, worker_id: str) -> None:
 
 
 async def leases(redis: Redis) -> tuple[list[WorkerLease], dict[str, str]]:
-    """All living leases, in the order of their ids; and what was ignored, by key, with the reason.
+    """All living leases in the order of their ids, and what was ignored: by key, with the reason.
 
     Raises redis.RedisError when Redis cannot be reached.
     """
@@ -45,7 +45,7 @@ async def leases(redis: Redis) -> tuple[list[WorkerLease], dict[str, str]]:
     found, ignored = [], {}
     for key, value in zip(keys, values, strict=True):
         name = key.decode(errors="replace")
-        # What is no string is answered as if it were not there.
+        # MGET answers None for a key that is gone and for one that is not a string.
         if value is None and await redis.type(key) in (b"none", b"string"):
             continue
         try:

@@ -41,7 +41,7 @@ class Server:
     def bind(self, address: str) -> int:
         """Takes host:port (port 0: any free one) and returns the port.
 
-        Raises SettingsError when it is no address, or cannot be bound.
+        Raises SettingsError when it is not an address or cannot be bound.
         """
         try:
             parse(address, any_port=True)

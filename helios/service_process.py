@@ -51,8 +51,8 @@ def run(
 def say_ready(address: str) -> None:
     """The one line on stdout that tells whoever started the process that it serves, and where.
 
-    What is there now stays: the garbage collector leaves it alone from here on. To go through all of it takes
-    a tenth of a second in a process with torch, in which no stream gets a token.
+    From here on the garbage collector skips all objects that exist now. In a process with torch, a pass over
+    them takes a tenth of a second in which no stream gets a token.
     """
     gc.collect()
     gc.freeze()
@@ -60,22 +60,25 @@ def say_ready(address: str) -> None:
 
 
 class StopSignal:
-    """SIGTERM or SIGINT, noticed once this exists: make it before saying that the service is ready."""
+    """SIGTERM or SIGINT, noticed once this object exists: make it before saying that the service is ready."""
 
     def __init__(self, stop_seconds: float) -> None:
-        """`stop_seconds` are those that the process then has to end, its grace included (StopDeadline)."""
+        """`stop_seconds`.
+
+        How long the process may take to end after the signal, grace included (StopDeadline).
+        """
         self._seconds = stop_seconds
         self._loop = asyncio.get_running_loop()
         self._came = asyncio.Event()
         self._deadline = StopDeadline(self._loop)
         for number in _STOP_SIGNALS:
-            # The loop's own handlers would set no deadline while it is blocked.
+            # The loop's own handlers could not set the deadline while the loop is blocked.
             signal.signal(number, self._take)
 
     async def wait(self) -> None:
         """Returns when the signal comes. A second one ends the process at once.
 
-        The deadline holds, too, when the wait is cancelled: the service stops for another reason.
+        The deadline is also set when the wait is cancelled: then the service stops for another reason.
         """
         try:
             await self._came.wait()

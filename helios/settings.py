@@ -13,9 +13,9 @@ from helios.errors import SettingsError
 
 log = logging.getLogger(__name__)
 
-# A worker's default, which benches take too: nobody sees eight thousandths of a second.
+# Default of a worker's burst, also used by benches. Nobody notices eight milliseconds.
 SERVED_BURST_SECONDS = 0.008
-# The same of the rows of a prompt that are read out to notice a drift.
+# Default of the prompt positions that are read out to notice a drift, also used by benches.
 SERVED_PROMPT_READINGS = 16
 
 

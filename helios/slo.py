@@ -1,4 +1,4 @@
-"""The service level objective: what to optimise, and the bounds on the rest."""
+"""The service level objective (SLO): what to optimise, and the bounds on the rest."""
 
 import enum
 import math
@@ -27,7 +27,7 @@ _OBJECTIVES = {
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """An objective and its bounds; None does not bind.
+    """An objective and its bounds; None: no bound.
 
     `max_perplexity_increase` is a share over the best candidate at full depth on the same requests,
     `min_agreement` a share of tokens that equal the full model's, times are seconds.

@@ -37,13 +37,13 @@ _ANSWER_SECONDS = 5.0
 # How long a start waits for a controller to lead: twice the lease of one that was killed.
 _STANDBY_SECONDS = 10.0
 _REDIS_SECONDS = 5.0
-# Longer than the services' own, in which open streams may end, and the bound of their stops.
+# Longer than the services' own grace, in which open streams may end, and the bound on their stops.
 _GRACE_SECONDS = 25.0
-# Of the memory available at the start, for all workers together.
+# Share of the memory available at the start that all workers together may use.
 _WORKERS_MEMORY_SHARE = 0.8
 _MEMORY_VARIABLE = "HELIOS_WORKER_MEMORY_BYTES"
-# Below those that Linux gives to outgoing connections, one of which could take a port between the check and
-# the start of the process that listens there.
+# Below the ports that Linux gives to outgoing connections: such a connection could take a port between the
+# check and the start of the process that listens there.
 _FREE_PORTS = range(20_000, 32_000)
 _PORT_ATTEMPTS = 20
 
@@ -65,9 +65,9 @@ class StackSettings:
     controller: str = "active"
     """Its mode: active, advisory or off; or none, without a controller."""
     log_bytes: int = LOG_BYTES
-    """Size at which a process's log is begun anew."""
+    """Size at which a new log file of a process is begun."""
     log_files: int = LOG_FILES
-    """How many of a process are kept, the current one included; at least 2."""
+    """How many log files of a process are kept, the current one included; at least 2."""
 
 
 class Stack:
@@ -83,8 +83,8 @@ class Stack:
     ) -> None:
         """Starts nothing yet. Raises SettingsError when the gateway's address is taken.
 
-        `on_progress` is called with the names of those that do not answer yet, whenever these have changed;
-        `on_line` with each line that a process logs, after the process's name.
+        `on_progress` is called whenever a process answers for the first time, with the names of those that do
+        not answer yet. `on_line` is called with a process's name and each line that it logs.
         """
         gateway_address = claim_address(settings.gateway, "--gateway")
         self.state = StackState(
@@ -129,7 +129,7 @@ class Stack:
         else:
             await _check_redis(self.state.redis_url)
             self._on_progress(self.state.starting)
-        # All at once: one after the other, the last would answer half as much later again.
+        # All at once: one after the other would take half as long again.
         beside = [child for child in (self._profiler, self._controller) if child is not None]
         await self._await_start([*self._workers, self._gateway, *beside], self._until_all_answer())
         self.state = replace(self.state, ready=True)
@@ -148,7 +148,7 @@ class Stack:
         await asyncio.gather(*(child.stop(_GRACE_SECONDS) for child in (*self._workers, *beside)))
         if self._redis is not None:
             await self._redis.stop(_GRACE_SECONDS)
-        # What ended one of them has been raised; what ended others with it is in their logs.
+        # The first failure has been raised; those of others that ended with it are in their logs.
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def kill(self) -> None:
@@ -199,7 +199,7 @@ class Stack:
         async with channel.to_service_async(self.state.controller) as opened:
             stub = controller_pb2_grpc.ControllerServiceStub(opened)
             plan = controller_pb2.GetPlanResponse()
-            # With a Redis that was given, another stack's controller may lead for as long as it lives.
+            # In a Redis that the user named, another stack's controller may lead for as long as it lives.
             while not (plan.leading or time.monotonic() > patience_ends) or not (
                 expected <= {one.worker_id for one in plan.plans}
             ):
@@ -256,7 +256,7 @@ class Stack:
         command = [sys.executable, "-P", "-m", f"services.{service}"]
         for option, value in options.items():
             command += [f"--{option.replace('_', '-')}", str(value)]
-        # No flag: everybody can read those (ps), and the URL may hold a password.
+        # Not a flag: everybody can read those (ps), and the URL may hold a password.
         environment = {f"HELIOS_{service.upper()}_REDIS_URL": self.state.redis_url}
         return self._child(name, command, _READY_LINE, **environment)
 
@@ -292,7 +292,7 @@ class Stack:
     def _worker_child(self, name: str) -> Child:
         settings = self._settings
         plan_file = self._directory / f"{name}.plan.json"
-        # A new stack serves what it was told to; what an earlier one was moved to is over.
+        # A new stack serves what it was told to, not what an earlier one was moved to.
         plan_file.unlink(missing_ok=True)
         options: dict[str, object] = {}
         if self._memory_bytes is not None:
@@ -323,8 +323,8 @@ async def serve(
 ) -> None:
     """Runs a stack until SIGINT, SIGTERM or SIGHUP; a second signal ends it without grace.
 
-    `directory` holds its state and logs, and one stack at a time. `on_ready` is called once all of it
-    answers; what the other two are called with is in `Stack`.
+    `directory` holds the state and logs of one stack at a time. `on_ready` is called once all processes
+    answer; `Stack` describes the other two.
     Raises SettingsError when it cannot start as asked, UnavailableError when a process ends at start.
     """
     with stack_state.hold(directory):
@@ -358,10 +358,10 @@ async def _start_and_watch(stack: Stack, on_ready: Callable[[StackState], None])
 
 
 async def _check_redis(url: str) -> None:
-    """Tries what a stack needs of a Redis that is named: services wait for one that comes back, but a wrong
-    URL stays wrong.
+    """Tries what a stack needs of the Redis that the user named.
 
-    Raises SettingsError when it is no URL or refuses something, UnavailableError when no Redis answers.
+    Services wait for a Redis that comes back, but a wrong URL stays wrong. Raises SettingsError when it is
+    not a URL or Redis refuses something, UnavailableError when no Redis answers.
     """
     shown, hint = redis_url.shown(url), redis_url.hint(url)
     also = f"; {hint}" if hint else ""
@@ -384,7 +384,7 @@ async def _check_redis(url: str) -> None:
 
 
 def claim_address(address: str, option: str) -> str:
-    """The address, checked to be free, with a free port in place of port 0.
+    """The address, once it is known to be free; with a free port in place of port 0.
 
     Raises SettingsError naming the option that chooses it.
     """

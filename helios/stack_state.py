@@ -1,4 +1,4 @@
-"""What a running local stack leaves for other commands to find: a lock and a state file.
+"""How other commands find a running local stack: a lock and a state file.
 
 The lock file is held (flock) by `helios up` for as long as it lives, so a state file without a held lock
 is stale, whatever process ids have been reused since.
@@ -38,7 +38,7 @@ class StackState:
     profiler: str = ""
     """host:port; empty: the stack has none."""
     controller: str = ""
-    """The same."""
+    """host:port; empty: the stack has none."""
     processes: dict[str, int] = field(default_factory=dict)
     """Process ids by name: redis, gateway, worker-0 and so on."""
     starting: list[str] = field(default_factory=list)
@@ -81,11 +81,11 @@ def hold(directory: Path) -> Iterator[None]:
 
 
 def write(directory: Path, state: StackState) -> None:
-    """Replaces the state file at once; readers see the old one or the new one."""
+    """Replaces the state file atomically: readers see the old one or the new one."""
     draft = directory / f"{_STATE_FILE}.new"
     # A Redis URL may hold a password.
     with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as sink:
-        # A draft that a killed stack has left keeps the mode that it has.
+        # A draft that a killed stack has left behind would keep its own mode.
         os.fchmod(sink.fileno(), 0o600)
         sink.write(json.dumps(asdict(state), indent=2) + "\n")
     draft.replace(directory / _STATE_FILE)
@@ -120,7 +120,8 @@ def is_held(directory: Path) -> bool:
 def find_serving(part: str = "gateway") -> StackState:
     """The running stack.
 
-    Raises UnavailableError when there is none, or it does not serve yet; `part` is what to name instead.
+    Raises UnavailableError when there is none or it does not serve yet. `part`: what the error says to name
+    instead.
     """
     directory = state_dir()
     state = read(directory)
@@ -167,7 +168,7 @@ def find_controller(target: str | None) -> str:
 
 
 def _parsed(file: Path) -> StackState:
-    """What only a newer version knows is left out of account. Raises OSError, ValueError, TypeError."""
+    """Fields that only a newer version knows are ignored. Raises OSError, ValueError, TypeError."""
     content = json.loads(file.read_text())
     if not isinstance(content, dict):
         raise ValueError("it is not a JSON object")
@@ -176,7 +177,7 @@ def _parsed(file: Path) -> StackState:
 
 
 def _lock(lock: IO[str]) -> bool:
-    # A reader that looks whether the lock is held holds it for a moment.
+    # A reader that checks whether the lock is held takes it for a moment.
     for _ in range(_LOCK_ATTEMPTS):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

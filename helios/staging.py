@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all."""
+"""Directories that appear complete or not at all."""
 
 import contextlib
 import shutil
@@ -11,7 +11,7 @@ from helios.errors import CheckpointError
 
 @contextlib.contextmanager
 def staged(target: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A hidden directory beside `target` that becomes it when the block ends, and goes when it fails.
+    """A hidden directory that becomes `target` when the block ends, and is removed if it fails.
 
     Raises CheckpointError when `target` exists and is not to be replaced, or cannot be written.
     """

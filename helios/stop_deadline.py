@@ -1,4 +1,4 @@
-"""A stop has a bound: a process that has not ended by then says what it still waits for, and ends."""
+"""A bound on stopping: a process that has not ended in time says what it still waits for, and ends."""
 
 import asyncio
 import faulthandler
@@ -12,7 +12,7 @@ from types import FrameType
 
 log = logging.getLogger(__name__)
 
-# With this status a process ends that had to be ended: that of timeout(1).
+# Exit status of a process that had to be ended, the same as that of timeout(1).
 EXIT_STATUS = 124
 # How much later the process ends if it cannot even say what it waits for.
 _LAST_SECONDS = 2.0
@@ -24,21 +24,21 @@ _AWAITING = (("cr_frame", "cr_await"), ("gi_frame", "gi_yieldfrom"), ("ag_frame"
 class StopDeadline:
     """Ends its process, with EXIT_STATUS, when it has not ended by itself in time.
 
-    It watches from a thread: neither a task that refuses its cancellation, nor a blocked event loop, nor a
-    thread for which the interpreter waits at its end can hold it up. If code that never gives the
-    interpreter's lock back does, faulthandler ends the process with status 1.
+    It watches from a thread. So it works even if a task refuses its cancellation, the event loop is blocked,
+    or the interpreter waits at its end for another thread. If some code never releases the interpreter's
+    lock, faulthandler ends the process with status 1.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        """`loop` is the one whose tasks are told of."""
+        """`loop` is the one whose tasks are reported."""
         self._loop = loop
         self._is_set = False
-        # Unlike threading's own, it can be used in a signal handler, whatever that has interrupted.
+        # Unlike the primitives of threading, it can be used in a signal handler, whatever that interrupts.
         self._seconds: SimpleQueue[float] = SimpleQueue()
         threading.Thread(target=self._watch, name="stop-deadline", daemon=True).start()
 
     def set(self, seconds: float) -> None:
-        """The process has `seconds` from now. The first call counts. Can be called in a signal handler."""
+        """The process has `seconds` from now. Only the first call counts. Safe in a signal handler."""
         if self._is_set:
             return
         self._is_set = True
@@ -67,7 +67,7 @@ def _tasks(loop: asyncio.AbstractEventLoop) -> list[str]:
 
 
 def _step(awaited: object) -> tuple[FrameType | None, object]:
-    """The frame of something awaited, and what that awaits in turn."""
+    """The frame of an awaited object, and what that awaits in turn."""
     for frame, inner in _AWAITING:
         if hasattr(awaited, frame):
             return getattr(awaited, frame), getattr(awaited, inner)

@@ -21,17 +21,17 @@ log = logging.getLogger(__name__)
 
 FIRST_BACKOFF_SECONDS = 0.2
 MAX_BACKOFF_SECONDS = 30.0
-# A child that lived this long starts again with the first backoff.
+# After a child has lived this long, its next restart waits only for the first backoff.
 STABLE_SECONDS = 30.0
 LOG_BYTES = 10_000_000
 LOG_FILES = 5
-# What is remembered of a process's log, to tell why it ended.
+# How much of a process's log is remembered, to tell why it ended.
 _REMEMBERED_LINES = 500
 _REMEMBERED_CHARACTERS = 16_384
 _READ_BYTES = 1 << 16
 # A longer line is cut in two.
 _LINE_BYTES = 1 << 20
-# So much may be logged while the supervisor stands still (Ctrl-Z); what runs waits from there on.
+# A child can log this much while the supervisor is stopped (Ctrl-Z); then it waits.
 _PIPE_BYTES = 1 << 20
 _TRACEBACK = "Traceback (most recent call last)"
 _ERROR = "error: "
@@ -41,8 +41,8 @@ _FATAL = "Fatal Python error: "
 class Child:
     """One process: started, awaited until it says that it is ready, started again when it ends.
 
-    It runs in its own process group, so that Ctrl-C at the terminal reaches only the supervisor, which
-    stops its children in order; and tethered, so that not even SIGKILL of the supervisor leaves it behind.
+    It runs in its own process group, so that Ctrl-C at the terminal reaches only the supervisor, which stops
+    its children in order. It is tethered, so that not even SIGKILL of the supervisor leaves it behind.
     """
 
     def __init__(
@@ -58,11 +58,11 @@ class Child:
         log_files: int = LOG_FILES,
         on_line: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """`ready_line` is searched in each line that it writes; stdout and stderr go to `log_path`.
+        """`ready_line` is searched in each line that the child writes. Its output goes to `log_path`.
 
-        At `log_bytes` the log is renamed to `log_path` with `.1` and begun anew; `log_files`, at least 2, are
-        kept, this one included. `on_change` is called whenever `pid` or `ready` has changed, `on_line` with
-        each line of the log; `environment` adds to what this process has.
+        At `log_bytes` the log is renamed to `log_path` with `.1`, and a new one is begun. `log_files`, at
+        least 2, are kept, the current one included. `on_change` is called whenever `pid` or `ready` has
+        changed, `on_line` with each line of the log. `environment` is added to this process's own.
         """
         self.name = name
         self.ready = asyncio.Event()
@@ -90,8 +90,8 @@ class Child:
     def start(self) -> asyncio.Task[None]:
         """Starts it. The task ends after `stop`.
 
-        It fails with UnavailableError when the process ends before it was ever ready; the message carries
-        why, and where its log is. The log begins anew; that of an earlier run is kept as the one before.
+        It fails with UnavailableError when the process ends before it was ever ready. The message says why,
+        and where the log is. The log of an earlier run is kept as the one before.
         """
         if self.log_path.exists() and self.log_path.stat().st_size:
             self._log.doRollover()
@@ -99,7 +99,7 @@ class Child:
         return self._task
 
     async def stop(self, grace_seconds: float) -> None:
-        """SIGTERM, and SIGKILL to its whole group once the grace is over."""
+        """Sends SIGTERM; once the grace is over, SIGKILL to its whole group."""
         self._stopping.set()
         self._signal(signal.SIGTERM)
         if self._task is None:
@@ -158,7 +158,7 @@ class Child:
         assert process.stdout is not None
         reading = asyncio.create_task(self._read(process.stdout))
         code = await process.wait()
-        # What the process may have started, and what would hold its stdout open.
+        # Ends what the process may have started: that would keep its stdout open.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         await reading
@@ -196,8 +196,8 @@ class Child:
 def reason_of_end(lines: Iterable[str]) -> str:
     """Why a process ended, from what it logged: its last exception, else its last error, else its last line.
 
-    An exception is a JSON line's `error`, what follows a traceback, or a line that begins with `error: `.
-    Cancellations only count when there is nothing else: they follow from something.
+    An exception is a JSON line's `error`, the line after a traceback, or a line that begins with `error: `.
+    A cancellation counts only when there is nothing else, because something else has caused it.
     """
     exceptions, errors, rest = [], [], "it said nothing"
     in_traceback = False

@@ -1,9 +1,9 @@
-"""What a service tells about itself: log lines in JSON on stderr, OpenTelemetry spans and metrics when asked.
+"""What a service tells about itself: JSON log lines on stderr; OpenTelemetry spans and metrics on request.
 
 One trace follows one request through gateway and worker. Spans and metrics are off unless the standard
-`OTEL_*` variables ask for them, and then cost the engine's loop nothing: the loop notes times and counts,
-`record_span` makes spans of the times when the request ends, and metrics are read from the counters when they
-are sent. A collector that is down costs spans and metrics, never a stream.
+`OTEL_*` variables ask for them. Even then they cost the engine's loop nothing: the loop only notes times and
+counts, `record_span` turns the times into spans when the request ends, and metrics are read from the counters
+when they are sent. A collector that is down costs spans and metrics, never a stream.
 """
 
 import json
@@ -39,11 +39,11 @@ log = logging.getLogger(__name__)
 LOG_LEVEL_VARIABLE = "HELIOS_LOG_LEVEL"
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 _EXPORTERS = ("otlp", "console")
-# Of an exception's message in a line's `error`; all of it is in `exception`.
+# Most characters of an exception's message in a line's `error`; `exception` has all of it.
 _ERROR_CHARACTERS = 500
 _RECORD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
-# Without the SDK this tracer makes no spans, but hands on the trace that a caller has begun.
+# Without the SDK this tracer makes no spans, but passes on the trace that a caller has begun.
 _tracer: trace.Tracer = trace.NoOpTracer()
 _meter: metrics.Meter = metrics.NoOpMeter("helios")
 _providers: "list[TracerProvider | MeterProvider]" = []
@@ -56,7 +56,7 @@ def configure(service: str, instance: str = "") -> None:
 
     `service` is the kind of process ("helios-gateway"), `instance` tells two of a kind apart (default: host
     name and process id); `OTEL_*` overrides both in what is sent. Raises SettingsError when HELIOS_LOG_LEVEL
-    is no level.
+    is not a level.
     """
     global _meter, _tracer
     instance = instance or f"{socket.gethostname()}:{os.getpid()}"
@@ -69,7 +69,8 @@ def shutdown(timeout_seconds: float = 3.0) -> None:
     global _meter, _providers, _tracer
     providers, _providers = _providers, []
     _tracer, _meter = trace.NoOpTracer(), metrics.NoOpMeter("helios")
-    # The exporters retry for longer than a stopping process can wait, hence threads to leave behind.
+    # The exporters retry for longer than a stopping process can wait, so they run on threads that are left
+    # behind.
     flushes = [
         threading.Thread(target=provider.shutdown, name="telemetry-shutdown", daemon=True)
         for provider in providers
@@ -86,8 +87,8 @@ def shutdown(timeout_seconds: float = 3.0) -> None:
 def meter() -> metrics.Meter:
     """Where a service makes its instruments, once `configure` has run.
 
-    Unless metrics were asked for they do nothing: recording costs a call, and observers are never called.
-    Observers are called on a thread of their own.
+    Unless metrics were asked for, they do nothing: recording costs a call, and observers are never called.
+    Observers are called on their own thread.
     """
     return _meter
 
@@ -115,7 +116,7 @@ def span(
     """A span around a block, which becomes the current one: log lines carry its ids, `inject` its trace.
 
     `parent` None is the current context. An exception that leaves the block marks the span as failed.
-    For coroutines, not around a `yield` of an asynchronous generator, whose end may run in another context.
+    For coroutines. Not around a `yield` of an asynchronous generator: its end may run in another context.
     """
     with _tracer.start_as_current_span(name, context=parent, kind=kind, attributes=attributes) as current:
         yield current
@@ -166,7 +167,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def _in_words(error: BaseException) -> str:
-    """Type and message of the exception that is behind this one, in one line.
+    """Type and message of the exception behind this one, in one line.
 
     A group and a cancellation only pass on what happened elsewhere.
     """
@@ -181,7 +182,7 @@ def _in_words(error: BaseException) -> str:
         if inner is None:
             break
         error = inner
-    # Lines that only draw, such as a table's border, say nothing.
+    # Lines without a letter or digit, such as a table's border, say nothing.
     lines = (line.strip() for line in str(error).splitlines() if any(map(str.isalnum, line)))
     message = " ".join(" ".join(lines).split())
     if len(message) > _ERROR_CHARACTERS:
@@ -262,7 +263,7 @@ def _resource(service: str, instance: str) -> "Resource":
     from opentelemetry.sdk.resources import OTELResourceDetector, Resource  # noqa: PLC0415
 
     origin = {"service.name": service, "service.instance.id": instance}
-    # What the environment says of the resource goes before what the service says of itself.
+    # The environment's description of the resource overrides the service's own.
     return Resource.create({**origin, **OTELResourceDetector().detect().attributes})
 
 
@@ -285,7 +286,7 @@ def _meter_provider(service: str, instance: str, exporters: list[str]) -> "Meter
 
 
 def _span_exporter(name: str) -> "SpanExporter":
-    # stdout belongs to the line that says `ready`, hence stderr.
+    # stderr, because stdout belongs to the line that says `ready`.
     if name == "console":
         from opentelemetry.sdk.trace.export import ConsoleSpanExporter  # noqa: PLC0415
 

@@ -1,9 +1,9 @@
 """Runs a command that cannot outlive the process that started it.
 
 `python tether.py PARENT_PID COMMAND...` asks the kernel to kill this process when its parent ends, however it
-ends (prctl(2), PR_SET_PDEATHSIG: kept across execve), then becomes the command. A program of its own, because
-Python code between fork and exec is unsafe in a parent with gRPC's threads. Elsewhere than on Linux it only
-runs the command.
+ends (prctl(2), PR_SET_PDEATHSIG: kept across execve), then becomes the command. It is a separate program,
+because Python code between fork and exec is unsafe in a parent with gRPC's threads. On systems other than
+Linux it only runs the command.
 """
 
 import ctypes

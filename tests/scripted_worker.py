@@ -30,6 +30,8 @@ class ScriptedWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.script = script
         self.requests: list[Request] = []
         self.address = ""
+        # While it is, it tells nothing of itself, and keeps its connections.
+        self.is_quiet = False
         self.telemetry = worker_pb2.Telemetry(
             worker_id=worker_id, model=model, depth=4, blocks_total=100, blocks_free=100
         )
@@ -75,7 +77,8 @@ class ScriptedWorker(worker_pb2_grpc.WorkerServiceServicer):
     ) -> AsyncIterator[worker_pb2.WatchTelemetryResponse]:
         while True:
             self.telemetry.time = time.time()
-            yield worker_pb2.WatchTelemetryResponse(telemetry=self.telemetry)
+            if not self.is_quiet:
+                yield worker_pb2.WatchTelemetryResponse(telemetry=self.telemetry)
             await asyncio.sleep(request.interval_seconds)
 
     async def GetStatus(  # noqa: N802

@@ -1,4 +1,4 @@
-"""What the controller is to do now: evaluate, decide, or nothing. Pure: no IO, no clock of its own.
+"""What the controller is to do now: evaluate, decide, or nothing. Pure: no IO and no clock.
 
 The service and the simulator of `helios bench paper` ask the same agenda.
 """
@@ -12,23 +12,26 @@ from typing import TypeAlias
 from pydantic import Field
 
 from helios.history import ModelProfile
+from helios.served import ServedPlan
 from services.controller.allowance import Allowance
 from services.controller.cusum import Moment, tunings
 from services.controller.decision import Decision
-from services.controller.policy import PolicySettings, is_breached
-from services.controller.situation import Bar, Plan, Reading, Trigger, WorkerView
+from services.controller.policy.breach import is_breached
+from services.controller.policy.settings import PolicySettings
+from services.controller.situation import Bar, Reading, Trigger, WorkerView
 from services.controller.traffic_watch import Served, Side, TrafficWatch
 
-# Sums that may alarm: of two figures, to either side.
+# Sums that may raise an alarm: two figures, each to both sides.
 _TESTS = 4
 _SECONDS_PER_DAY = 86400.0
-# Requests between two false alarms, at least and at most, whatever the operator asks for.
+# Fewest and most requests between two false alarms, whatever the operator asks for.
 _FEWEST_BETWEEN_ALARMS, _MOST_BETWEEN_ALARMS = 1e3, 1e8
-# Tests are tuned anew when the rate of requests has changed by this factor: they depend on its logarithm.
+# The tests depend on the logarithm of the request rate. They are tuned anew when it has changed by this
+# factor.
 _RETUNE_FACTOR = 1.25
-# Decisions that rest on all that has been evaluated.
+# Triggers whose decisions rest on all that has been evaluated.
 _FROM_EVALUATIONS = (Trigger.START, Trigger.REASSESSMENT, Trigger.FOLLOW_UP, Trigger.DRIFT)
-# Between two attempts to get an evaluation that failed.
+# Between two attempts at an evaluation that failed.
 _RETRY_SECONDS = 10.0
 
 
@@ -48,29 +51,30 @@ class AgendaSettings(PolicySettings):
         "window (the paper's rule: breach_limit unsure tokens in window_tokens)",
     )
     false_alarms_per_day: float = Field(
-        24.0, gt=0, description="drifts that are noticed by mistake in a day, about; each costs an evaluation"
+        24.0, gt=0, description="about how many drifts a day are noticed by mistake; each costs an evaluation"
     )
     drift_delay_requests: float = Field(
         10.0,
         ge=2,
-        description="requests until a drift is noticed, on the mean, if it is large enough to be told from "
-        "chance by then; larger ones are noticed sooner, smaller ones within four times as many; a larger "
-        "value notices smaller drifts",
+        description="requests until a drift is noticed, on average, if it is just large enough to be told "
+        "from chance by then; larger drifts are noticed sooner, smaller ones within four times as many "
+        "requests; a larger value notices smaller drifts",
     )
-    drift_requests: int = Field(4, ge=2, description="requests since a drift began on which it is evaluated")
+    drift_requests: int = Field(4, ge=2, description="requests since a drift began that its evaluation needs")
     drift_patience_seconds: float = Field(
         5.0,
         ge=0,
-        description="time for the evaluation of a drift; after it, workers go to the safest plan known",
+        description="longest time that the evaluation of a drift may take; after that, workers go to the "
+        "safest plan known",
     )
     follow_up_requests: int = Field(
         6,
         ge=1,
-        description="while chance may have decided, more requests are evaluated: after so many, then after "
-        "twice as many, and so on",
+        description="while chance may have decided, more requests are evaluated: after this many have come, "
+        "then after twice as many, and so on",
     )
     most_follow_up_requests: int = Field(
-        12, ge=1, description="of the requests since the last evaluation, so many are evaluated then at most"
+        12, ge=1, description="most requests that such a further evaluation runs"
     )
     breach_reassess_requests: int = Field(
         5,
@@ -81,8 +85,8 @@ class AgendaSettings(PolicySettings):
         0.005,
         gt=0,
         le=1,
-        description="CPU that regular reassessments may take, a share of the workers' threads: they are put "
-        "off for it; those after a drift are not; 1: never",
+        description="CPU that regular reassessments may take, as a share of the workers' threads: they are "
+        "put off to keep within it, those after a drift are not; 1: none is put off",
     )
 
 
@@ -93,13 +97,13 @@ class Evaluate:
     models: tuple[str, ...] = ()
     """Empty: all candidates."""
     requests: int | None = None
-    """None: as many as the profiler takes."""
+    """None: as many as the profiler chooses."""
     fresh: bool = False
-    """Whether the traffic seems to have changed. This one is urgent; few of the earlier requests count."""
+    """Whether the traffic seems to have changed. Then it is urgent, and few of the earlier requests count."""
     newest_seconds: float | None = None
     """Age of the oldest request that is evaluated; None: any."""
     prompts_only: bool = False
-    """Whether perplexity is all that is asked for. Prompts are not continued then: that is half the work."""
+    """Whether perplexity is enough. Then prompts are not continued, which is half the work."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +119,12 @@ Due: TypeAlias = Evaluate | Decide | None
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """What the agenda looks at. `workers` are those that no operator holds."""
+    """What the agenda looks at. `workers` are those that no operator has pinned."""
 
     now: float
-    """Seconds, on any clock that goes forward."""
+    """Seconds on a monotonic clock."""
     finished: int
-    """Requests, since the controller began to watch."""
+    """Requests since the controller began to watch."""
     workers: Sequence[WorkerView]
     history: Mapping[str, ModelProfile]
     history_times: Mapping[str, float]
@@ -131,7 +135,7 @@ class Outlook:
 
 
 class Agenda:
-    """When to evaluate and when to decide. Its owner does both, and tells it."""
+    """When to evaluate and when to decide. Its owner does both and reports back."""
 
     def __init__(self, settings: AgendaSettings, allowance: Allowance) -> None:
         self._settings = settings
@@ -141,40 +145,41 @@ class Agenda:
         # Finished requests at the last evaluation; None: there was none.
         self._evaluated_at: int | None = None
         self._retry_at = -math.inf
-        # Whether an evaluation has ended that was not decided on yet, and what it was for.
+        # Whether an evaluation has ended that no decision rests on yet, and what it was for.
         self._evaluation_has_ended = False
         self._evaluated_for = Trigger.REASSESSMENT
-        # When each profile was measured that the last decision rests on.
+        # The times of the profiles that the last decision rests on.
         self._decided_on: Mapping[str, float] = {}
         self._between_alarms = _FEWEST_BETWEEN_ALARMS
         self._tuned = tunings(self._between_alarms, settings.drift_delay_requests)
-        # Of the plan that is served; None until there is a profile to expect anything of.
+        # The watch over the plan in force; None until its profile says what to expect.
         self._watch: TrafficWatch | None = None
-        # A drift that was noticed and not answered from an evaluation yet.
+        # A drift that was noticed and that no evaluation has answered yet.
         self._drift: _Drift | None = None
-        # The plan that was kept at the last drift, which was none then; None: another was chosen.
-        self._false_alarm: Plan | None = None
-        # Drifts in a row that were none, and finished requests until which no other is looked for.
+        # The plan that was kept after the last drift, which was a false alarm then; None: another was chosen.
+        self._false_alarm: ServedPlan | None = None
+        # False alarms in a row, and the count of finished requests up to which no drift is looked for.
         self._false_alarms = self._quiet_until = 0
-        # The next evaluation of models that chance may have decided on; None: nothing hangs on it.
+        # The next evaluation of models where chance may have decided; None: the decision is clear.
         self._follow_up: _FollowUp | None = None
-        # In window mode: finished requests at which a breach asks for an evaluation, and plans that had one.
+        # In window mode: the count of finished requests at which a breach asks for an evaluation, and the
+        # plans whose breach has been answered.
         self._breach_due_at: int | None = None
-        self._breaches_answered: set[Plan] = set()
-        # Finished requests at which the dwell ends that kept a better plan out; None: none was.
+        self._breaches_answered: set[ServedPlan] = set()
+        # The count of finished requests at which the dwell ends that kept a better plan out; None: none did.
         self._dwell_over_at: int | None = None
-        # Since when a reassessment is put off.
+        # Since when a reassessment has been put off; None: none is.
         self._delayed_since: float | None = None
-        # For how long the last one was.
+        # How long the last one was put off.
         self.delayed_seconds = 0.0
 
     # -- what has happened ------------------------------------------------------------------------
 
     def observe(self, served: Served, history: Mapping[str, ModelProfile], now: float) -> None:
-        """Takes in what was served under the plan in force until now, seconds."""
+        """Takes in what was served under the plan in force. `now` is in seconds."""
         plan = served.plan
         profile = history.get(plan.model)
-        if profile is None or all(one.depth != plan.depth for one in profile.exits):
+        if profile is None or profile.find_exit(plan.depth) is None:
             return
         if self._watch is None or self._watch.plan != plan:
             self._watch = TrafficWatch(plan, profile, now, trusted=self._false_alarm != plan)
@@ -184,7 +189,7 @@ class Agenda:
         """An evaluation is under way."""
         self._evaluated_at = seen.finished
         self._retry_at = seen.now + _RETRY_SECONDS
-        # Kept, since a drift may be noticed while it is under way, of which it says nothing.
+        # Remembered, because a drift may be noticed while it is under way, and it says nothing of that.
         self._evaluated_for = Trigger.REASSESSMENT
         if due.fresh:
             self._evaluated_for = Trigger.DRIFT
@@ -192,11 +197,14 @@ class Agenda:
             self._evaluated_for = Trigger.FOLLOW_UP
 
     def evaluation_ended(self, cpu_seconds: float, threads: int, *, failed: bool) -> None:
-        """What it cost, and the threads of all workers. One that failed is tried again after a while."""
+        """An evaluation has ended.
+
+        `threads`: of all workers. One that failed is tried again after a while.
+        """
         self._allowance.spend(cpu_seconds, threads)
         if not failed:
             self._retry_at = -math.inf
-        # Without an evaluation nothing is known of a drift.
+        # After a failed evaluation, a drift cannot be decided on.
         self._evaluation_has_ended = not failed or self._drift is None
 
     def decided(self, trigger: Trigger, decision: Decision, seen: Outlook) -> None:
@@ -206,14 +214,14 @@ class Agenda:
         if again is not None:
             self._dwell_over_at = seen.finished + again
         elif decision.moves or trigger is Trigger.DWELL or trigger in _FROM_EVALUATIONS:
-            # Others, such as the answer to a breach, know nothing of what was found before.
+            # Other decisions, such as the answer to a breach, do not know what evaluations found before.
             self._dwell_over_at = None
         if trigger is Trigger.RETREAT and self._drift is not None:
             self._drift = replace(self._drift, retreated=True)
         if trigger not in _FROM_EVALUATIONS:
             return
         self._started, self._evaluation_has_ended = True, False
-        # What somebody else has evaluated meanwhile counts as one.
+        # Profiles that somebody else writes meanwhile count as a reassessment.
         self._evaluated_for = Trigger.REASSESSMENT
         if not seen.can_evaluate:
             self._evaluated_at = seen.finished
@@ -233,11 +241,14 @@ class Agenda:
 
     @property
     def reading(self) -> Reading | None:
-        """What recent prompts gave under the plan in force; None: nothing was read since a drift."""
+        """What recent prompts gave under the plan in force.
+
+        None: none was read, or a drift is not answered.
+        """
         return None if self._watch is None or self._drift is not None else self._watch.reading
 
     def due(self, seen: Outlook) -> Due:
-        """What is to be done now, if anything."""
+        """What is to be done now; None: nothing."""
         self._tune(seen)
         if not seen.history:
             may = seen.can_evaluate and not seen.evaluating and seen.now >= self._retry_at
@@ -253,7 +264,7 @@ class Agenda:
         if seen.evaluating:
             return self._answer_breach(seen)
         follow_up = self._follow_up
-        # Not while workers are on their way: loading would have less of the CPU.
+        # Not while workers move: it would take CPU from their loading.
         may_follow_up = seen.can_evaluate and not seen.moving
         if follow_up is not None and seen.finished >= follow_up.due_at and may_follow_up:
             requests = min(follow_up.wait, self._settings.most_follow_up_requests)
@@ -281,7 +292,7 @@ class Agenda:
         return f"in {wait:.0f} s: it is due, and put off {cap}" if wait else "now"
 
     def _answer_drift(self, seen: Outlook) -> Due:
-        """Evaluates a drift once a handful of its requests is there, and does not wait for that too long."""
+        """Evaluates a drift once enough of its requests have come, and does not wait too long for that."""
         settings = self._settings
         if settings.detection is Detection.WINDOW:
             return None
@@ -299,16 +310,16 @@ class Agenda:
             return Decide(Trigger.RETREAT)
         if seen.evaluating or not seen.can_evaluate or seen.now < self._retry_at:
             return None
-        # Older requests are of the traffic before.
+        # Older requests are of the traffic before the drift.
         recent = drift.began.requests + seen.finished - drift.noticed.requests
         if recent < settings.drift_requests:
             return None
-        # No more than it takes to choose at once: more follow.
+        # As few requests as allow a choice at once; follow-ups evaluate more.
         age = seen.now - drift.began.seconds
         return Evaluate(requests=settings.drift_requests, fresh=True, newest_seconds=age, prompts_only=True)
 
     def _answer_breach(self, seen: Outlook) -> Due:
-        """The paper's rule, in window mode."""
+        """In window mode: the paper's rule."""
         if self._settings.detection is not Detection.WINDOW or seen.moving:
             return None
         for view in seen.workers:
@@ -317,7 +328,7 @@ class Agenda:
             ):
                 continue
             self._breaches_answered.add(view.plan)
-            # The breach is answered from what was measured before the traffic changed.
+            # The answer rests on what was measured before the traffic changed, so an evaluation is to follow.
             self._breach_due_at = seen.finished + self._settings.breach_reassess_requests
             bar = Bar(
                 model=view.model,
@@ -332,13 +343,13 @@ class Agenda:
 
     @property
     def _evaluation_due_at(self) -> int:
-        """Finished requests at which all candidates are evaluated again."""
-        # What an earlier controller went by may be old.
+        """The count of finished requests at which all candidates are evaluated again."""
+        # Without an evaluation of its own, what it decides on may be old.
         regular = 0 if self._evaluated_at is None else self._evaluated_at + self._settings.reassess_requests
         return regular if self._breach_due_at is None else min(regular, self._breach_due_at)
 
     def _is_affordable(self, seen: Outlook) -> bool:
-        """Whether the reassessment that is due may begin; after a breach it goes first."""
+        """Whether the reassessment that is due may begin. One after a breach is urgent."""
         if not seen.can_evaluate:
             return True
         urgent = self._breach_due_at is not None and seen.finished >= self._breach_due_at
@@ -350,7 +361,7 @@ class Agenda:
         return True
 
     def _tune(self, seen: Outlook) -> None:
-        """Sets the tests by the rate of requests: false alarms are counted by the day."""
+        """Tunes the tests to the request rate, because false alarms are counted per day."""
         if self._began is None:
             self._began = Moment(seen.finished, seen.now)
         seconds, requests = seen.now - self._began.seconds, seen.finished - self._began.requests
@@ -362,7 +373,7 @@ class Agenda:
             self._tuned = tunings(wanted, self._settings.drift_delay_requests)
 
     def _plan_follow_up(self, decision: Decision, seen: Outlook, *, anew: bool) -> None:
-        """While chance may have decided, more requests are evaluated, each time after twice as many."""
+        """Plans to evaluate more requests while chance may have decided, each time after twice as many."""
         before, self._follow_up = self._follow_up, None
         if decision.undecided:
             wait = 2 * before.wait if before is not None and not anew else self._settings.follow_up_requests
@@ -371,7 +382,7 @@ class Agenda:
 
 @dataclass(frozen=True, slots=True)
 class _FollowUp:
-    # Finished requests.
+    # The count of finished requests at which it is due, and the requests before it.
     due_at: int
     wait: int
     models: tuple[str, ...]
@@ -380,7 +391,7 @@ class _FollowUp:
 @dataclass(frozen=True, slots=True)
 class _Drift:
     noticed: Moment
-    # Requests that came between its beginning and its notice, and when it began.
+    # When it began. Its requests are those that came from then until the drift was noticed.
     began: Moment
     is_worse: bool
     # Whether workers have been sent to the safest plan known.

@@ -1,7 +1,7 @@
 """Asking the profiler to evaluate the candidates on recent requests (arXiv 2504.10724)."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 import grpc
@@ -9,6 +9,7 @@ import grpc
 from helios import channel
 from helios.v1 import profiler_pb2, profiler_pb2_grpc
 from services.controller.agenda import Evaluate
+from services.controller.settings import ControllerSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +19,76 @@ class Assessment:
     cpu_seconds: float = 0.0
     """Without what is done once for a model: loading it, timing its steps."""
     problem: str = ""
+
+
+class Assessor:
+    """Has the profiler evaluate candidates beside everything else, one evaluation at a time."""
+
+    def __init__(
+        self,
+        settings: ControllerSettings,
+        candidates: Callable[[], Awaitable[tuple[str, ...]]],
+        on_end: Callable[[], None],
+    ) -> None:
+        """candidates: the models of an evaluation that names none. on_end: called when one has ended."""
+        self._settings = settings
+        self._candidates = candidates
+        self._on_end = on_end
+        self._running: asyncio.Task[Assessment] | None = None
+        # What went wrong with the last evaluation, in words; empty when nothing did.
+        self.problem = ""
+
+    @property
+    def has_profiler(self) -> bool:
+        """Whether there is anyone to ask."""
+        return self._settings.profiler is not None
+
+    @property
+    def is_evaluating(self) -> bool:
+        """Whether an evaluation is under way, or has ended and was not taken."""
+        return self._running is not None
+
+    def begin(self, due: Evaluate, *, is_history_empty: bool) -> None:
+        """Begins an evaluation. With an empty history it waits longer for the profiler to be there."""
+        address = self._settings.profiler
+        if address is None:
+            raise ValueError("there is no profiler to ask")
+        # A profiler that has just started still imports its engine. With a history nothing depends on it.
+        connect_seconds = (
+            self._settings.evaluate_timeout_seconds
+            if is_history_empty
+            else self._settings.worker_timeout_seconds
+        )
+        self._running = asyncio.create_task(self._evaluate(address, due, connect_seconds))
+        self._running.add_done_callback(lambda _: self._on_end())
+
+    def take_ended(self) -> Assessment | None:
+        """The evaluation that has ended since the last call; None: none has.
+
+        Raises what `candidates` has raised.
+        """
+        if self._running is None or not self._running.done():
+            return None
+        ended, self._running = self._running, None
+        assessment = ended.result()
+        self.problem = assessment.problem
+        return assessment
+
+    async def close(self) -> None:
+        """Gives up the evaluation that is under way."""
+        if self._running is not None:
+            self._running.cancel()
+            await asyncio.gather(self._running, return_exceptions=True)
+
+    async def _evaluate(self, address: str, due: Evaluate, connect_seconds: float) -> Assessment:
+        candidates = await self._candidates()
+        return await evaluate(
+            address,
+            [name for name in candidates if not due.models or name in due.models],
+            due,
+            connect_seconds=connect_seconds,
+            timeout_seconds=self._settings.evaluate_timeout_seconds,
+        )
 
 
 async def evaluate(

@@ -1,4 +1,4 @@
-"""The window of the confidence breach counter (CBC): unsure tokens among the last ones generated."""
+"""The window of the confidence breach counter (CBC): unsure tokens among the last generated ones."""
 
 from collections import deque
 
@@ -6,7 +6,7 @@ from collections import deque
 class BreachWindow:
     """The shortest stretch of telemetry samples that holds at least `size` tokens.
 
-    A worker counts tokens and does not list them, so the window is as fine as its telemetry.
+    A worker counts tokens and does not list them, so the window is only as fine as its telemetry.
     """
 
     def __init__(self, size: int) -> None:
@@ -15,7 +15,7 @@ class BreachWindow:
         self._samples: deque[tuple[int, int]] = deque()
 
     def add(self, generated: int, high_exit: int) -> None:
-        """Takes in a worker's counters; ones that went back are those of a new process."""
+        """Takes in a worker's counters. Counters that went back are those of a new process."""
         if self._samples and generated < self._samples[-1][0]:
             self._samples.clear()
         self._samples.append((generated, high_exit))
@@ -23,7 +23,7 @@ class BreachWindow:
             self._samples.popleft()
 
     def clear(self) -> None:
-        """Begins anew after the last sample."""
+        """Begins a new window at the last sample."""
         while len(self._samples) > 1:
             self._samples.popleft()
 

@@ -1,7 +1,8 @@
-"""A sequential test for a change of a figure that comes with every request: CUSUM (Page 1954), on both sides.
+"""A sequential test for a change in a figure that comes with every request: CUSUM (Page 1954), two-sided.
 
-It adds up how far the figure is from what was expected, less a slack. A sum that reaches a limit is an alarm.
-A large change is noticed within a few requests, a small one later, and chance rarely causes an alarm.
+It adds up how far the figure is from what was expected, less a slack. The alarm is raised when the sum
+reaches a limit. A large change is noticed within a few requests, a small one later, and chance rarely raises
+an alarm.
 
 Two tests run side by side: one is tuned for large changes, which it notices soon, the other for smaller ones.
 """
@@ -11,41 +12,42 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# Delays of the tests, as multiples of what is asked for.
+# Delays of the tests, as multiples of the delay that is asked for.
 _SCALES = (1.0, 4.0)
-# Requests from which the expectation is no longer refined by what is served: a slow drift would be learnt.
+# After this many requests the expectation is no longer refined: it would learn a slow drift.
 _LEARNT = 50.0
-# Requests up to which it is refined in any case; from then on not by what may be a drift.
+# Up to this many requests it is refined in any case, after them only while nothing looks like a drift.
 _UNSURE = 10.0
-# Share of the limit that a sum reaches by chance often; from then on requests count as those of a change.
+# Chance often drives a sum up to this share of the limit. Above it, requests count as those of a change.
 _BEGUN = 0.25
-# A single request counts as at most so many standard deviations: one odd prompt is no drift.
+# A request counts as at most this many standard deviations: one odd prompt is not a drift.
 _CLIP = 3.0
-# Standard errors of what is expected that do not count as a change.
+# This many standard errors of the expectation itself do not count as a change.
 _DOUBT = 0.5
-# Of Siegmund's correction for the overshoot of a sum over its limit (Siegmund, Sequential Analysis, 1985).
+# Correction for the overshoot of a sum over its limit (Siegmund, Sequential Analysis, 1985).
 _OVERSHOOT = 1.166
 
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """How a test is set. Both are in standard deviations of one request."""
+    """How a test is set. Both values are in standard deviations of one request."""
 
     slack: float
     """Half of the smallest change that is noticed in time."""
     limit: float
-    """Sum at which the test alarms."""
+    """Sum at which the test raises the alarm."""
 
     @classmethod
     def of(cls, false_alarm_requests: float, delay_requests: float) -> "Tuning":
-        """For one false alarm in so many requests, and a change that is noticed after so many, on the mean.
+        """The tuning that gives one false alarm in `false_alarm_requests`.
 
-        The smallest change for which both hold follows from them.
+        It notices a change after `delay_requests` on average. The smallest change for which both hold
+        follows.
         """
         low, high = 0.05, 3.0
         for _ in range(40):
             slack = (low + high) / 2
-            # A change of twice the slack drives the sum up as fast as its absence drives it down.
+            # A change of twice the slack drives the sum up as fast as no change drives it down.
             if _mean_run(-slack, _limit(slack, false_alarm_requests)) > delay_requests:
                 low = slack
             else:
@@ -54,7 +56,10 @@ class Tuning:
 
 
 def tunings(false_alarm_requests: float, delay_requests: float) -> tuple[Tuning, ...]:
-    """Of all tests, for one false alarm of any of them in so many requests. The first has this delay."""
+    """The tunings of all tests, for one false alarm of any of them in `false_alarm_requests`.
+
+    The first has the delay `delay_requests`, the second a multiple of it.
+    """
     apart = false_alarm_requests * len(_SCALES)
     return tuple(Tuning.of(apart, delay_requests * scale) for scale in _SCALES)
 
@@ -75,25 +80,28 @@ def _limit(slack: float, false_alarm_requests: float) -> float:
 
 
 class Moment(NamedTuple):
-    """When something was: requests that had come by then, and seconds on the caller's clock."""
+    """A point in time: requests that had come by then, and seconds on the caller's clock."""
 
     requests: int
     seconds: float
 
 
 class _Sum:
-    """How far a figure went to one side, added up."""
+    """The sum of how far a figure went to one side."""
 
     def __init__(self) -> None:
         self.value = 0.0
         # As a share of the limit: 1 is an alarm.
         self.share = 0.0
-        # When it rose beyond what chance often makes of it.
+        # When it rose beyond what chance often makes of it, which is when the change began.
         self.began = Moment(0, 0.0)
 
     def add(self, distance: float, requests: float, tuning: Tuning, until: Moment) -> None:
-        """distance: in standard deviations, to this side; its mean over some requests."""
-        # These requests may have begun before the change: what comes after them has not.
+        """Takes in the mean `distance` of some requests, in standard deviations to this side.
+
+        until: when these requests had come.
+        """
+        # These requests may be from before the change. Those that come after them are not.
         if self.value < tuning.limit * _BEGUN:
             self.began = until
         self.value = max(0.0, self.value + requests * (distance - tuning.slack))
@@ -101,42 +109,45 @@ class _Sum:
 
 
 class Cusum:
-    """The tests of one figure. What they expect is refined by the first requests that are served."""
+    """The tests of one figure. The first requests that are served refine what they expect."""
 
     def __init__(self, mean: float, deviation: float, weight: float) -> None:
-        """mean, deviation: of one request, as expected; weight: requests that the expectation rests on."""
+        """mean, deviation: expected of one request. weight: requests that the expectation rests on."""
         self._mean = mean
         self._weight = weight
         self._spread = weight * deviation**2
         self._freedom = weight
-        # Of each test, for a figure above what was expected, and below.
+        # One sum per test for a figure above the expectation, and one for a figure below it.
         self._rises = [_Sum() for _ in _SCALES]
         self._falls = [_Sum() for _ in _SCALES]
 
     @property
     def rise(self) -> float:
-        """How far the figure was above what was expected, as a share of what is an alarm."""
+        """How far the figure was above the expectation; 1 is an alarm."""
         return max(one.share for one in self._rises)
 
     @property
     def fall(self) -> float:
-        """The same, below."""
+        """How far the figure was below the expectation; 1 is an alarm."""
         return max(one.share for one in self._falls)
 
     @property
     def began(self) -> Moment:
-        """From when on the figure surely differed, as far as can be told."""
+        """When the figure began to differ, as far as can be told."""
         return max(self._rises + self._falls, key=lambda one: one.share).began
 
     def add(self, mean: float, requests: float, tuned: Sequence[Tuning], until: Moment) -> None:
-        """Takes in the mean figure of some requests that were served together until then."""
+        """Takes in the mean figure of some requests that were served together.
+
+        `until`: when they had come.
+        """
         deviation = math.sqrt(self._spread / self._freedom)
         if not requests or not deviation:
             return
-        # What is expected is uncertain itself.
+        # The expectation is itself uncertain.
         error = deviation * math.sqrt(1 + requests / self._weight)
         distance = max(-_CLIP, min(_CLIP, (mean - self._mean) / error))
-        # Its mean may be off, and that would add up.
+        # If the expected mean is a little off, that must not add up.
         doubt = _DOUBT / math.sqrt(self._weight)
         for tuning, rise, fall in zip(tuned, self._rises, self._falls, strict=True):
             rise.add(distance - doubt, requests, tuning, until)
@@ -146,7 +157,7 @@ class Cusum:
             self._learn(mean, requests)
 
     def _learn(self, mean: float, requests: float) -> None:
-        """Welford's update, a group of requests at a time."""
+        """Welford's update for a group of requests."""
         self._weight += requests
         before = mean - self._mean
         self._mean += before * requests / self._weight

@@ -1,6 +1,7 @@
 """What was decided: every option that was weighed, the choice, and why."""
 
-from services.controller.situation import Plan, Record, Trigger
+from helios.served import ServedPlan
+from services.controller.situation import Record, Trigger
 
 
 class Option(Record):
@@ -9,14 +10,14 @@ class Option(Record):
     model: str
     depth: int
     tokens_per_second: float
-    """With the largest batch that memory allows, prefill of new requests included."""
+    """With the largest batch that memory allows. Includes the prefill of new requests."""
     batch: int
     tpot_seconds: float
-    """At the present load, as is the time to the first token."""
+    """At the present load, like the time to the first token."""
     ttft_seconds: float
     perplexity_increase: float
-    """Over the best candidate at full depth on the same requests, per byte of text, as a share per token
-    of that candidate."""
+    """Over the best candidate at full depth on the same requests. Measured per byte of text, given as a share
+    per token of that candidate."""
     perplexity_increase_error: float | None = None
     """Its standard error; None: measured on too few requests to tell."""
     agreement: float
@@ -25,13 +26,13 @@ class Option(Record):
     cost_seconds: float
     """Once: the load, and the prefill of what is in flight."""
     loss: float
-    """What the objective minimises, the cost spread over the requests of one interval."""
+    """What the objective minimises. The cost is spread over the requests of one interval."""
     refused: str = ""
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> ServedPlan:
         """The model and depth."""
-        return Plan(model=self.model, depth=self.depth)
+        return ServedPlan(model=self.model, depth=self.depth)
 
 
 class WorkerPlan(Record):
@@ -47,20 +48,20 @@ class Decision(Record):
     """The choice, what else was weighed, and why."""
 
     trigger: Trigger
-    before: Plan | None
-    plan: Plan | None
-    """For all workers that are not pinned. None: nothing is known to choose from."""
+    before: ServedPlan | None
+    plan: ServedPlan | None
+    """For all workers that are not pinned; None: nothing is known to choose from."""
     chosen: tuple[WorkerPlan, ...]
     options: tuple[Option, ...]
     reason: str
     again_after_requests: int | None = None
-    """Finished requests until a better plan may be chosen that only the dwell of this one kept out."""
+    """Finished requests until a better plan may be chosen; None: the dwell kept no better plan out."""
     undecided: tuple[str, ...] = ()
-    """Models of which more requests should be evaluated: chance may have decided."""
+    """Models of which more requests should be evaluated because chance may have decided."""
     urgent: bool = False
     """Whether workers load the plan at full speed: the one before breaks a bound, or traffic has left it."""
 
     @property
     def moves(self) -> bool:
-        """Whether it is another plan than before."""
+        """Whether the plan is another one than before."""
         return self.plan != self.before

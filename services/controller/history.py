@@ -1,36 +1,72 @@
-"""The performance history as far as decisions can rest on it."""
+"""The performance history, as far as decisions can rest on it."""
 
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Mapping
 
 from redis.asyncio import Redis
 
 from helios import history
 from helios.history import ModelProfile
 from helios.ignored_entries import IgnoredEntries
+from helios.served import ServedPlan
+from services.controller.fleet import Fleet
+from services.controller.situation import Bar
+
+log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
 class History:
-    """Profiles by model, and what was found but cannot be used, in words."""
+    """The profiles of all models that workers can load, as read last."""
 
-    profiles: dict[str, ModelProfile] = field(default_factory=dict)
-    problems: tuple[str, ...] = ()
+    def __init__(self, redis: Redis, fleet: Fleet) -> None:
+        self._redis = redis
+        self._fleet = fleet
+        self._ignored = IgnoredEntries(log)
+        self.profiles: Mapping[str, ModelProfile] = {}
+        # What was found but cannot be used, and what is wrong with what is used, in words.
+        self.problems: list[str] = []
 
     @property
     def times(self) -> dict[str, float]:
-        """When each model was profiled, seconds since the Unix epoch."""
+        """When each model was profiled, in seconds since the Unix epoch."""
         return {model: profile.time for model, profile in self.profiles.items()}
 
+    async def read(self) -> None:
+        """Reads all profiles anew. Raises redis.RedisError when Redis cannot be reached."""
+        profiles, left_out = await history.read(self._redis)
+        self._ignored.update(left_out)
+        loadable = self._fleet.loadable
+        self.profiles = {model: profile for model, profile in profiles.items() if model in loadable}
+        self.problems = [
+            *self._ignored.problems(),
+            *(
+                f"the profile of {model} is ignored: no worker can load it"
+                for model in profiles
+                if loadable and model not in loadable
+            ),
+            *self._mistimed(),
+        ]
 
-async def read_history(redis: Redis, loadable: frozenset[str], ignored: IgnoredEntries) -> History:
-    """The profiles of models that workers can load. Raises redis.RedisError."""
-    profiles, left_out = await history.read(redis)
-    ignored.update(left_out)
-    problems = ignored.problems()
-    problems += [
-        f"the profile of {model} is ignored: no worker can load it"
-        for model in profiles
-        if loadable and model not in loadable
-    ]
-    usable = {model: profile for model, profile in profiles.items() if model in loadable}
-    return History(usable, tuple(problems))
+    def threshold(self, plan: ServedPlan) -> float | None:
+        """The confidence that the plan's exit was calibrated to on recent requests; None: not profiled."""
+        profile = self.profiles.get(plan.model)
+        found = None if profile is None else profile.find_exit(plan.depth)
+        return None if found is None else found.threshold
+
+    def upholds(self, bar: Bar) -> bool:
+        """Whether the barred model has not been profiled since."""
+        profile = self.profiles.get(bar.model)
+        return profile is None or profile.time <= bar.time
+
+    def _mistimed(self) -> list[str]:
+        """Says so when speeds were measured with another number of threads than a worker has."""
+        facts = [profile.provenance for profile in self.profiles.values()]
+        timed = {one["threads"] for one in facts if "threads" in one}
+        for worker in self._fleet.serving:
+            others = sorted(threads for threads in timed if threads != str(worker.threads))
+            if others:
+                return [
+                    f"speeds were measured with {', '.join(others)} CPU thread(s), {worker.worker_id} has "
+                    f"{worker.threads}; start the profiler with --timing-threads {worker.threads}"
+                ]
+        return []

@@ -1,7 +1,8 @@
 """One leader among the replicas of the controller: a lock in Redis that expires, with a fencing number.
 
-The number grows with each leader. Every write of a leader carries it and is refused once a newer leader
-exists, so one that stood still and wakes up late harms nothing (Kleppmann, "How to do distributed locking").
+The number grows with each leader. Every write of a leader carries it, and is refused once a newer leader
+exists. So a leader that stood still and wakes up late does no harm (Kleppmann, "How to do distributed
+locking").
 """
 
 import time
@@ -23,7 +24,7 @@ redis.call('SET', KEYS[1], holder, 'PX', ARGV[3])
 return fence
 """
 
-# A lock that cannot be read is not ours; it is not taken either, as it may be a newer version's.
+# A lock that cannot be read is not ours. It is not taken either: a newer version may hold it.
 _HOLDER = """
 local function holder_of(held)
   local read, holder = pcall(cjson.decode, held)
@@ -43,7 +44,7 @@ return redis.call('PEXPIRE', KEYS[1], ARGV[3])
 """
 )
 
-# In front of a leader's writes. KEYS: leader, fence, ...; ARGV: id, fence, ...
+# Stands before a leader's writes. KEYS: leader, fence, ...; ARGV: id, fence, ...
 _GUARD = (
     _HOLDER
     + """
@@ -55,7 +56,7 @@ if held and holder_of(held).controller_id ~= ARGV[1] then return false end
 
 
 class StaleLeaderError(UnavailableError):
-    """This replica leads no longer; another one does, or Redis has lost who does."""
+    """This replica no longer leads: another one does, or Redis has lost the lock."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ class Leadership:
     """This replica's claim to lead."""
 
     def __init__(self, redis: Redis, controller_id: str, address: str, lease_seconds: float) -> None:
-        """`controller_id` is unlike that of every other process, restarted ones included."""
+        """`controller_id` is unique to this process: a restarted one has another."""
         self.controller_id = controller_id
         # How often this replica has taken the lock.
         self.terms = 0
@@ -128,7 +129,7 @@ class Leadership:
         return self.is_held
 
     async def resign(self) -> None:
-        """Gives the lock up, so that another replica need not wait for its end."""
+        """Gives the lock up, so that another replica need not wait until it expires."""
         if self._fence is not None:
             fence, self._fence = self._fence, None
             await self.redis.eval(_RENEW, 1, CONTROLLER_LEADER, self.controller_id, fence, 0)

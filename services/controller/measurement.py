@@ -1,15 +1,15 @@
-"""What is measured after a decision, for the record."""
+"""What becomes of a decision: measured from the moment it is made."""
 
 import time
 from dataclasses import replace
 
 from services.controller.fleet import Totals
 from services.controller.record import OutcomeEntry
-from services.controller.rollout import Rollout
+from services.controller.rollout import Progress
 
 
 class Measurement:
-    """Counters at the moment of a decision."""
+    """The counters at the moment of a decision, and what they have gained since."""
 
     def __init__(self, number: int, totals: Totals, workers: int) -> None:
         self.number = number
@@ -36,8 +36,8 @@ class Measurement:
             totals.high_exit - before.high_exit,
         )
 
-    def outcome(self, totals: Totals, rollout: Rollout) -> OutcomeEntry:
-        """What became of the decision until now."""
+    def outcome(self, totals: Totals, progress: Progress) -> OutcomeEntry:
+        """What has become of the decision by now."""
         since, seconds = self.since(totals), self.seconds
         return OutcomeEntry(
             time=time.time(),
@@ -45,8 +45,8 @@ class Measurement:
             requests=since.finished,
             tokens_per_second=since.generated / seconds / max(1, self._workers),
             high_exit_share=since.high_exit / since.generated if since.generated else 0.0,
-            reload_seconds=rollout.reload_seconds,
-            stall_seconds=rollout.stall_seconds,
-            sequences_moved=rollout.sequences_moved,
-            halted=rollout.halted,
+            reload_seconds=progress.reload_seconds,
+            stall_seconds=progress.stall_seconds,
+            sequences_moved=progress.sequences_moved,
+            halted=progress.halted,
         )

@@ -1,4 +1,4 @@
-"""What a controller measures of itself: the breach counters, whether it leads, and how often it decides."""
+"""The controller's own metrics: breach counters, whether it leads, and how often it decides."""
 
 from opentelemetry.metrics import CallbackOptions, Counter, Observation
 
@@ -8,7 +8,7 @@ from services.controller.leader import Leadership
 
 
 def observe_fleet(fleet: Fleet, leadership: Leadership) -> None:
-    """Has breach counters and leadership read whenever metrics are sent; never, when none are."""
+    """Has breach counters and leadership read whenever metrics are sent."""
 
     def cbc(_: CallbackOptions) -> list[Observation]:
         return [

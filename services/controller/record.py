@@ -1,8 +1,8 @@
 """The decision record: an append-only, capped stream in Redis (helios.redis_schema).
 
 An entry has the fields `kind` ("decision" or "outcome"), `number` and `json`. A decision's JSON holds the
-situation and the settings it was made with, so `decide` can be run on it again; an outcome follows later as
-an entry of its own, under the number of its decision.
+situation and the settings it was made with, so `decide` can be run on it again. An outcome follows later as
+a separate entry under the number of its decision.
 """
 
 from collections.abc import AsyncIterator
@@ -16,7 +16,8 @@ from helios.ignored_entries import IgnoredEntries, fault
 from helios.redis_schema import CONTROLLER_STATE, DECISIONS
 from services.controller.decision import Decision
 from services.controller.leader import Leadership
-from services.controller.policy import PolicySettings, decide
+from services.controller.policy.decide import decide
+from services.controller.policy.settings import PolicySettings
 from services.controller.situation import Record, Situation
 
 # KEYS 3, 4: record, state. ARGV 3..6: kind, number (0: the next one), JSON, entries kept.
@@ -80,9 +81,9 @@ class NumberedDecision(Record):
 async def append(
     leadership: Leadership, entry: DecisionEntry | OutcomeEntry, *, number: int = 0, keep: int
 ) -> int:
-    """Appends an entry and returns its number; an outcome takes the number of its decision.
+    """Appends an entry and returns its number. `number`: of an outcome's decision; 0: the next one.
 
-    About the last `keep` entries stay. Raises StaleLeaderError, redis.RedisError.
+    About the last `keep` entries are kept. Raises StaleLeaderError, redis.RedisError.
     """
     values = (entry.kind, number, entry.model_dump_json(), keep)
     written = await leadership.write(_APPEND, (DECISIONS, CONTROLLER_STATE), values)
@@ -90,9 +91,9 @@ async def append(
 
 
 async def read_last(redis: Redis, count: int) -> tuple[list[NumberedDecision], str, dict[str, str]]:
-    """The last decisions, oldest first, and the position from which `follow` goes on.
+    """The last decisions, oldest first; the position from which `follow` goes on; and what was ignored.
 
-    Also the entries that were ignored on the way, with the reason.
+    What was ignored is given by entry, with the reason.
     """
     position, before = "0-0", "+"
     outcomes: dict[int, OutcomeEntry] = {}
@@ -119,7 +120,7 @@ async def read_last(redis: Redis, count: int) -> tuple[list[NumberedDecision], s
 async def follow(
     redis: Redis, position: str, block_seconds: float, ignored: IgnoredEntries
 ) -> AsyncIterator[NumberedDecision]:
-    """Decisions as they are made, and again when their outcome comes, until the caller ends it.
+    """Yields each decision when it is made and again when its outcome comes, until the caller ends it.
 
     Entries that cannot be read go to `ignored`.
     """
@@ -135,7 +136,7 @@ async def follow(
                     ignored.note(_name(entry_id), _why(error))
                     continue
                 if isinstance(entry, DecisionEntry):
-                    # The one before may still get its outcome; older ones have it.
+                    # The decision before may still get its outcome; older ones have theirs.
                     decisions = {key: value for key, value in decisions.items() if key >= number - 1}
                     decisions[number] = entry
                     yield NumberedDecision(number=number, entry=entry)

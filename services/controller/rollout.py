@@ -2,106 +2,165 @@
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import grpc
-
-from helios.client import error_from
-from helios.errors import HeliosError, UnavailableError
-from helios.v1 import worker_pb2
-from services.controller.fleet import Worker
-from services.controller.situation import Plan
+from helios.errors import HeliosError
+from helios.served import ServedPlan
+from services.controller.fleet import Fleet, Worker
+from services.controller.history import History
+from services.controller.news import News
+from services.controller.reload import Reloaded, WorkerLostError, reload
+from services.controller.replica import Replica
+from services.controller.settings import ControllerSettings
 
 log = logging.getLogger(__name__)
 
-_CHECK_SECONDS = 0.1
-# Statuses that tell of the worker or the way to it, not of what was asked.
-_LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
+
+@dataclass(slots=True)
+class Progress:
+    """How far the rollout of the last plan has got."""
+
+    # Whether what is served until it ends is probably out of its bounds.
+    urgent: bool = False
+    reload_seconds: float = 0.0
+    stall_seconds: float = 0.0
+    sequences_moved: int = 0
+    # Where and why it halted; empty while it goes on. `lost` is the id of the worker whose return ends the
+    # halt.
+    halted: str = ""
+    lost: str = ""
+
+    def add(self, moved: Reloaded) -> None:
+        """Counts one worker's reload."""
+        self.reload_seconds += moved.seconds
+        self.stall_seconds = max(self.stall_seconds, moved.stall_seconds)
+        self.sequences_moved += moved.sequences_moved
+
+    def halt(self, worker: Worker, plan: ServedPlan, error: HeliosError) -> None:
+        """Stops here, saying why."""
+        self.halted = f"the rollout of {plan} halted at {worker.worker_id}: {error.message}"
+        self.lost = worker.worker_id if isinstance(error, WorkerLostError) else ""
+        log.warning("%s", self.halted)
+
+    def go_on(self) -> None:
+        """Ends a halt."""
+        self.halted = self.lost = ""
 
 
-class WorkerLostError(UnavailableError):
-    """The worker stopped answering during its reload."""
+class Rollout:
+    """Brings each worker to the plan that is wanted of it, while this replica leads."""
 
+    def __init__(
+        self,
+        settings: ControllerSettings,
+        fleet: Fleet,
+        replica: Replica,
+        history: History,
+        on_halt: Callable[[Worker, ServedPlan, HeliosError], Awaitable[None]],
+    ) -> None:
+        """`on_halt` is called when a worker has not come along to its plan, with the reason."""
+        self._settings = settings
+        self._fleet = fleet
+        self._replica = replica
+        self._history = history
+        self._on_halt = on_halt
+        self.progress = Progress()
+        self._moving = asyncio.Lock()
+        self._news = News()
 
-@dataclass(frozen=True, slots=True)
-class Reloaded:
-    """What a reload did, as the worker reports it."""
+    async def run(self) -> None:
+        """Moves workers, one after the other, for as long as none fails; until cancelled."""
+        while True:
+            self._go_on_after_loss()
+            moved = False
+            if not self.progress.halted:
+                async with self._moving:
+                    moved = await self._move_next()
+            if not moved:
+                await self._news.wait(self._settings.telemetry_seconds)
 
-    seconds: float
-    stall_seconds: float
-    sequences_moved: int
+    def begin(self, *, urgent: bool = False) -> None:
+        """Begins the rollout of what is wanted now. `urgent`: what is served is probably out of bounds."""
+        self.progress = Progress(urgent=urgent)
+        self._news.tell()
 
+    @property
+    def is_moving(self) -> bool:
+        """Whether workers are on their way to a plan, or cannot get there."""
+        return bool(self.progress.halted) or self._following() is not None
 
-async def reload(
-    worker: Worker,
-    plan: Plan,
-    timeout_seconds: float,
-    threshold: float | None = None,
-    *,
-    urgent: bool = False,
-    loaded: asyncio.Event | None = None,
-) -> Reloaded:
-    """Reloads one worker; returns once its telemetry shows the plan.
+    @asynccontextmanager
+    async def paused(self) -> AsyncIterator[None]:
+        """No worker is moved within the block, except by `bring`."""
+        async with self._moving:
+            yield
 
-    `threshold` is the confidence below which it counts a token as unsure; None: its own. `urgent`: loading
-    does not stand back behind serving. `loaded` is set when the plan takes in new sequences.
+    async def bring(self, worker: Worker, plan: ServedPlan) -> None:
+        """Brings a worker to a plan at once. Raises what `reload` raises."""
+        if worker.plan != plan:
+            await reload(worker, plan, self._settings.reload_timeout_seconds, self._history.threshold(plan))
 
-    Raises WorkerLostError when it stops answering, else the worker's own refusal: its old plan serves then.
-    """
-    loaded = loaded or asyncio.Event()
-    reading = asyncio.create_task(
-        _read_stages(worker, plan, timeout_seconds, threshold, urgent=urgent, loaded=loaded)
-    )
-    try:
-        while not reading.done():
-            await asyncio.wait({reading}, timeout=_CHECK_SECONDS)
-            if worker.is_silent:
-                raise WorkerLostError(f"{worker.worker_id} stopped answering while it loaded {plan}")
-        done = reading.result()
-    except grpc.aio.AioRpcError as error:
-        if error.code() in _LOST:
-            raise WorkerLostError(f"{worker.worker_id} was lost: {error.details()}") from error
-        raise error_from(error, worker.address) from error
-    finally:
-        reading.cancel()
-    while worker.plan != plan:
-        if worker.is_silent:
-            raise WorkerLostError(f"{worker.worker_id} stopped answering after it had loaded {plan}")
-        await asyncio.sleep(_CHECK_SECONDS)
-    log.info("%s serves %s after %.2f s", worker.worker_id, plan, done.seconds)
-    return Reloaded(done.seconds, done.stall_seconds, done.sequences_moved)
+    def _go_on_after_loss(self) -> None:
+        """Ends a halt at a worker that was lost, once that answers again."""
+        lost = self._fleet.find(self.progress.lost)
+        if self.progress.halted and lost is not None and lost.is_serving:
+            log.info("%s answers again, the rollout goes on", lost.worker_id)
+            self.progress.go_on()
 
+    async def _move_next(self) -> bool:
+        """Moves the next worker; all that are left where it is urgent. Returns whether any came along."""
+        if self.progress.urgent:
+            return await move_overlapping(self._following, self._move)
+        found = self._following()
+        return found is not None and await self._move(*found)
 
-async def _read_stages(
-    worker: Worker,
-    plan: Plan,
-    timeout_seconds: float,
-    threshold: float | None,
-    *,
-    urgent: bool,
-    loaded: asyncio.Event,
-) -> worker_pb2.ReloadResponse:
-    request = worker_pb2.ReloadRequest(model=plan.model, depth=plan.depth, threshold=threshold, urgent=urgent)
-    last = worker_pb2.ReloadResponse()
-    async for last in worker.stub.Reload(request, timeout=timeout_seconds):
-        if last.stage == worker_pb2.RELOAD_STAGE_SWAPPING:
-            loaded.set()
-    if last.stage != worker_pb2.RELOAD_STAGE_DONE:
-        raise WorkerLostError(f"{worker.worker_id} ended its reload without a result")
-    return last
+    async def _move(self, worker: Worker, plan: ServedPlan, loaded: asyncio.Event | None = None) -> bool:
+        """Returns whether the worker came along. `loaded` is set when it has loaded the plan."""
+        try:
+            moved = await reload(
+                worker,
+                plan,
+                self._settings.reload_timeout_seconds,
+                self._history.threshold(plan),
+                urgent=self.progress.urgent,
+                loaded=loaded,
+            )
+        except HeliosError as error:
+            self.progress.halt(worker, plan, error)
+            await self._on_halt(worker, plan, error)
+            return False
+        self.progress.add(moved)
+        return True
+
+    def _following(self, besides: Collection[str] = ()) -> tuple[Worker, ServedPlan] | None:
+        """The worker that moves next, and where to; none of those `besides`."""
+        if not self._replica.is_leading:
+            return None
+
+        def wanted(worker_id: str) -> ServedPlan | None:
+            return None if worker_id in besides else self._wanted(worker_id)
+
+        return next_to_move(self._fleet.workers, wanted, self._settings.min_ready)
+
+    def _wanted(self, worker_id: str) -> ServedPlan | None:
+        # Operators are obeyed in every mode.
+        if self._settings.mode == "active":
+            return self._replica.state.wanted(worker_id)
+        return self._replica.state.pin_of(worker_id)
 
 
 async def move_overlapping(
-    following: Callable[[Collection[str]], tuple[Worker, Plan] | None],
-    move: Callable[[Worker, Plan, asyncio.Event], Coroutine[Any, Any, bool]],
+    following: Callable[[Collection[str]], tuple[Worker, ServedPlan] | None],
+    move: Callable[[Worker, ServedPlan, asyncio.Event], Coroutine[Any, Any, bool]],
 ) -> bool:
-    """Moves all workers that are to move. The next begins once the one before has loaded its plan, which is
-    what may fail, while sequences in flight still move to it.
+    """Moves all workers that are to move. Each begins once the one before has loaded its plan.
 
-    following: who is next, besides these. move: returns whether the worker came along, and sets the event
-    when it has loaded. Returns whether workers moved, and none failed.
+    Loading is what may fail. Sequences in flight still move to that plan meanwhile. following: the next
+    worker besides these, with its plan. move: returns whether the worker came along, and sets the event when
+    it has loaded the plan. Returns whether workers moved and none failed.
     """
     moves: dict[str, asyncio.Task[bool]] = {}
     async with asyncio.TaskGroup() as group:
@@ -118,11 +177,12 @@ async def move_overlapping(
 
 
 def next_to_move(
-    workers: Sequence[Worker], wanted: Callable[[str], Plan | None], min_ready: int
-) -> tuple[Worker, Plan] | None:
-    """The serving worker that should be reloaded next, and to which plan; or None.
+    workers: Sequence[Worker], wanted: Callable[[str], ServedPlan | None], min_ready: int
+) -> tuple[Worker, ServedPlan] | None:
+    """The serving worker that should be reloaded next, and its plan; None: no worker.
 
-    A worker serves while it reloads, but it may fail: `min_ready` others must serve, as far as there are any.
+    A worker serves while it reloads, but it may fail. So `min_ready` others must serve, as far as there are
+    any.
     """
     serving = [worker for worker in workers if worker.is_serving]
     if len(serving) - 1 < min(min_ready, len(workers) - 1):
@@ -132,29 +192,3 @@ def next_to_move(
         if plan is not None and worker.plan != plan:
             return worker, plan
     return None
-
-
-@dataclass(slots=True)
-class Rollout:
-    """How far the last plan has got."""
-
-    # Whether what is served meanwhile is probably out of its bounds.
-    urgent: bool = False
-    reload_seconds: float = 0.0
-    stall_seconds: float = 0.0
-    sequences_moved: int = 0
-    # Where and why it halted; empty while it goes on. `lost` is the worker whose return lets it go on.
-    halted: str = ""
-    lost: str = ""
-
-    def add(self, moved: Reloaded) -> None:
-        """Counts one worker's reload."""
-        self.reload_seconds += moved.seconds
-        self.stall_seconds = max(self.stall_seconds, moved.stall_seconds)
-        self.sequences_moved += moved.sequences_moved
-
-    def halt(self, worker: Worker, plan: Plan, error: HeliosError) -> None:
-        """Stops here, saying why."""
-        self.halted = f"the rollout of {plan} halted at {worker.worker_id}: {error.message}"
-        self.lost = worker.worker_id if isinstance(error, WorkerLostError) else ""
-        log.warning("%s", self.halted)

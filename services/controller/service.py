@@ -12,6 +12,7 @@ from helios.errors import HeliosError, InvalidRequestError, UnavailableError
 from helios.ignored_entries import IgnoredEntries
 from helios.redis_outage import reason
 from helios.redis_schema import DECISIONS
+from helios.served import ServedPlan
 from helios.server import abort
 from helios.slo import Slo
 from helios.v1 import controller_pb2, controller_pb2_grpc
@@ -19,7 +20,6 @@ from services.controller.controller import Controller
 from services.controller.decision import WorkerPlan
 from services.controller.record import NumberedDecision, follow, read_last
 from services.controller.settings import ControllerSettings
-from services.controller.situation import Plan
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ _Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
 _DEFAULT_HISTORY = 10
 _MAX_HISTORY = 1000
-# Shorter than Redis' own timeout; how long one look for new decisions takes.
+# How long one look for new decisions takes, as a share of the Redis timeout.
 _BLOCK_SHARE = 0.3
 
 
@@ -49,10 +49,10 @@ class ControllerService(controller_pb2_grpc.ControllerServiceServicer):
         controller = self._controller
         return controller_pb2.GetPlanResponse(
             plans=self._plans(),
-            slo=controller.state.slo.to_proto(),
+            slo=controller.replica.state.slo.to_proto(),
             problems=[*controller.problems(), *self._ignored.problems()],
             mode=self._settings.mode,
-            leading=controller.is_leading,
+            leading=controller.replica.is_leading,
             next_assessment=controller.next_assessment(),
         )
 
@@ -61,18 +61,18 @@ class ControllerService(controller_pb2_grpc.ControllerServiceServicer):
     ) -> controller_pb2.SetSloResponse:
         """Changes the objective; the decision is in the record when this returns."""
         try:
-            await self._controller.set_slo(Slo.from_proto(request.slo))
+            await self._controller.operator.set_slo(Slo.from_proto(request.slo))
         except (HeliosError, RedisError, OSError) as error:
             await abort(context, _as_helios(error))
-        return controller_pb2.SetSloResponse(slo=self._controller.state.slo.to_proto())
+        return controller_pb2.SetSloResponse(slo=self._controller.replica.state.slo.to_proto())
 
     async def Pin(self, request: controller_pb2.PinRequest, context: _Context) -> controller_pb2.PinResponse:
         """Holds a plan; returns once it serves."""
         try:
             if not request.model or not request.depth:
                 raise InvalidRequestError("model and depth must be set: which plan is to be held?")
-            plan = Plan(model=request.model, depth=request.depth)
-            await self._controller.pin(plan, request.worker_id)
+            plan = ServedPlan(model=request.model, depth=request.depth)
+            await self._controller.operator.pin(plan, request.worker_id)
         except (HeliosError, RedisError, OSError) as error:
             await abort(context, _as_helios(error))
         return controller_pb2.PinResponse(plans=self._plans())
@@ -82,7 +82,7 @@ class ControllerService(controller_pb2_grpc.ControllerServiceServicer):
     ) -> controller_pb2.UnpinResponse:
         """Gives workers back to the policy."""
         try:
-            await self._controller.unpin(request.worker_id)
+            await self._controller.operator.unpin(request.worker_id)
         except (HeliosError, RedisError, OSError) as error:
             await abort(context, _as_helios(error))
         return controller_pb2.UnpinResponse(plans=self._plans())
@@ -112,7 +112,7 @@ class ControllerService(controller_pb2_grpc.ControllerServiceServicer):
             await abort(context, _as_helios(error))
 
     def _told(self, one: NumberedDecision) -> list[controller_pb2.WatchDecisionsResponse]:
-        """The answer that tells a decision; none if its figures fit into no message."""
+        """The decision as a message; none if its figures do not fit into one."""
         try:
             return [_response(one)]
         except (TypeError, ValueError) as error:

@@ -10,7 +10,7 @@ from helios.redis_url import RedisUrl
 from helios.settings import Address, ListenAddress, ServiceSettings
 from helios.slo import Objective, Slo
 from services.controller.agenda import AgendaSettings
-from services.controller.policy import PolicySettings
+from services.controller.policy.settings import PolicySettings
 
 
 class ControllerSettings(ServiceSettings, AgendaSettings):
@@ -30,26 +30,31 @@ class ControllerSettings(ServiceSettings, AgendaSettings):
         "redis://127.0.0.1:6379/0", description="Redis with leases, performance history, record and state"
     )
     profiler: Address | None = Field(
-        None, description="host:port of the profiler; none: decide on what others write to the history"
+        None,
+        description="host:port of the profiler; none: decisions rest on what others write to the history",
     )
     models_dir: Path | None = Field(
-        None, description="folder of models, for the shortlist; none: every model that workers can load"
+        None,
+        description="folder of models for the shortlist; none: every model that workers can load",
     )
     top_k: int = Field(3, ge=1, description="candidates on the shortlist (TopK)")
 
     mode: Literal["active", "advisory", "off"] = Field(
-        "active", description="advisory decides and records but changes nothing; off only obeys operators"
+        "active",
+        description="advisory decides and records but changes nothing; off only obeys operators",
     )
     objective: Objective = Field(
         Objective.THROUGHPUT,
         description="SLO until an operator sets one: throughput, latency, energy or accuracy",
     )
     max_perplexity_increase: float | None = Field(
-        0.05, ge=0, description="its bound on perplexity over the best candidate at full depth, a share"
+        0.05,
+        ge=0,
+        description="its bound on the rise of perplexity over the best candidate at full depth, a share",
     )
 
     min_ready: int = Field(
-        1, ge=0, description="workers that keep serving untouched while one reloads, as far as there are any"
+        1, ge=0, description="workers that keep serving while another one reloads, as far as there are any"
     )
     reload_timeout_seconds: float = Field(600, gt=0, description="longest time a reload may take")
     evaluate_timeout_seconds: float = Field(
@@ -62,8 +67,8 @@ class ControllerSettings(ServiceSettings, AgendaSettings):
     discovery_seconds: float = Field(1, gt=0, description="time between two looks at leases and history")
     lease_seconds: float = Field(5, gt=0, description="life of the leader's lock without renewal")
     record_entries: int = Field(2000, ge=1, description="entries that the decision record keeps")
-    prompt_tokens: float = Field(128, gt=0, description="tokens of a prompt before any were counted")
-    output_tokens: float = Field(128, gt=0, description="tokens of an output before any were counted")
+    prompt_tokens: float = Field(128, gt=0, description="tokens of a mean prompt, until enough were counted")
+    output_tokens: float = Field(128, gt=0, description="tokens of a mean output, until enough were counted")
     grace_seconds: float = Field(2, ge=0, description="time that open calls get to end on SIGTERM")
 
     @model_validator(mode="after")
@@ -76,7 +81,7 @@ class ControllerSettings(ServiceSettings, AgendaSettings):
 
     @property
     def policy(self) -> PolicySettings:
-        """The part that decisions depend on."""
+        """The settings that decisions depend on."""
         return PolicySettings(**{name: getattr(self, name) for name in PolicySettings.model_fields})
 
     @property

@@ -1,26 +1,23 @@
-"""What a decision rests on. JSON both ways, so that it can be replayed from the decision record."""
+"""What a decision rests on. It is kept as JSON, so that the decision can be replayed from the record."""
 
 import enum
 from collections.abc import Mapping
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from helios import orders
 from helios.history import ModelProfile
+from helios.served import ServedPlan
 from helios.slo import Slo
-
-# A decision speaks of the same as an order to a worker.
-Plan = orders.Plan
 
 
 class Record(BaseModel):
-    """Base of what is kept: immutable. Fields that only a newer version knows are left out of account."""
+    """Base of what is kept: immutable. Fields that only a newer version knows are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class Trigger(enum.StrEnum):
-    """What made the controller look."""
+    """What a decision answers."""
 
     START = "start"
     REASSESSMENT = "reassessment"
@@ -35,7 +32,7 @@ class Trigger(enum.StrEnum):
 
 
 class Bar(Record):
-    """A plan that failed in service and is out until its model is profiled anew."""
+    """A plan that failed in service. It is out until its model is profiled anew."""
 
     model: str
     depth: int
@@ -62,7 +59,7 @@ class WorkerView(Record):
     waiting: int = 0
     tokens_in_flight: int = 0
     window_tokens: int = 0
-    """Generated tokens in the breach counter's window, and those of them that were unsure."""
+    """Generated tokens in the breach counter's window. The next field has the unsure ones among them."""
     window_high_exit_tokens: int = 0
     threshold: float | None = None
     """Confidence below which the worker counts a token as unsure; None: the profile's."""
@@ -71,9 +68,9 @@ class WorkerView(Record):
     """Bytes for weights and KV together; None: more than its present plan can use."""
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> ServedPlan:
         """What it serves."""
-        return Plan(model=self.model, depth=self.depth)
+        return ServedPlan(model=self.model, depth=self.depth)
 
 
 class Reading(Record):
@@ -87,26 +84,26 @@ class Reading(Record):
 
 
 class Situation(Record):
-    """Everything a decision rests on."""
+    """Everything that a decision rests on."""
 
     trigger: Trigger
     slo: Slo
     history: Mapping[str, ModelProfile]
     candidates: tuple[str, ...]
     workers: tuple[WorkerView, ...]
-    plan: Plan | None = None
-    """The plan in force of the workers that are not pinned; None: none was ever chosen."""
+    plan: ServedPlan | None = None
+    """The plan in force for workers that are not pinned; None: none was ever chosen."""
     reading: Reading | None = None
     bars: tuple[Bar, ...] = ()
     delayed_seconds: float = 0.0
-    """For which this reassessment was put off, so that profiling stays within its share of the CPU."""
+    """How long this reassessment was put off to keep profiling within its share of the CPU."""
     requests_since_move: int | None = None
     """None: the plan has never been moved."""
     prompt_tokens: float = Field(gt=0)
-    """Tokens of a mean request: prompt, and generated."""
+    """Tokens in the prompt of a mean request. The next field has the generated ones."""
     output_tokens: float = Field(gt=0)
 
     @property
     def free(self) -> tuple[WorkerView, ...]:
-        """Workers that no operator holds."""
+        """Workers that no operator has pinned."""
         return tuple(worker for worker in self.workers if not worker.pinned)

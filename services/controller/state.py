@@ -1,4 +1,4 @@
-"""What a controller resumes from after a restart or a change of leaders: SLO, pins, plan, bars."""
+"""What a controller resumes after a restart or a change of leaders: SLO, pins, plan, bars."""
 
 import json
 from typing import Any
@@ -6,7 +6,6 @@ from typing import Any
 from pydantic import ConfigDict, ValidationError
 from redis.asyncio import Redis
 
-from helios import orders
 from helios.errors import InvalidRequestError, SettingsError
 from helios.ignored_entries import fault
 from helios.orders import MODE_FIELD, STATE_FIELD, Orders
@@ -15,13 +14,12 @@ from helios.slo import Slo
 from services.controller.leader import Leadership
 from services.controller.situation import Bar
 
-EVERY_WORKER = orders.EVERY_WORKER
 # KEYS 3: state. ARGV from 3 on: two fields and their values.
 _SAVE = "redis.call('HSET', KEYS[3], ARGV[3], ARGV[4], ARGV[5], ARGV[6]) return 1"
 
 
 class ControllerState(Orders):
-    """The orders, which workers read as well, and what only controllers go by."""
+    """The orders, which workers also read, and what only controllers need."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -39,13 +37,13 @@ async def load(redis: Redis) -> ControllerState | None:
 
 
 async def save(leadership: Leadership, state: ControllerState, mode: str) -> None:
-    """Replaces the state; what a newer version added to what has not changed stays.
+    """Replaces the state. Fields that a newer version added stay where the part around them has not changed.
 
-    `mode` tells workers whether the plan in it is in force. Raises SettingsError when the state that is there
-    cannot be read, StaleLeaderError, redis.RedisError.
+    `mode` tells workers whether the plan is in force. Raises SettingsError when the saved state cannot be
+    read, StaleLeaderError, redis.RedisError.
     """
     document = state.model_dump(mode="json")
-    # Nobody else writes between the two: the write is refused unless this replica leads.
+    # Nobody else writes between this read and the write, which is refused unless this replica leads.
     saved = await leadership.redis.hget(CONTROLLER_STATE, STATE_FIELD)
     if saved is not None:
         understood, raw = _parsed(saved).model_dump(mode="json"), json.loads(saved)
@@ -66,7 +64,7 @@ def _parsed(saved: bytes | str) -> ControllerState:
 
 
 def _with_unknown(raw: Any, understood: Any, now: Any) -> Any:
-    """`now` as JSON; each part that equals what was `understood` of `raw` as it is there."""
+    """`now` as JSON. Parts that equal what was `understood` of `raw` are taken from `raw` as they are."""
     if now == understood:
         return raw
     if isinstance(now, dict) and isinstance(understood, dict):
@@ -76,5 +74,5 @@ def _with_unknown(raw: Any, understood: Any, now: Any) -> Any:
         }
     if isinstance(now, list):
         return [raw[understood.index(one)] if one in understood else one for one in now]
-    # A dictionary in the place of none, a number, a text.
+    # A number, a text, or a dictionary in the place of None.
     return now

@@ -1,4 +1,7 @@
-"""Whether the traffic under a plan is still what the plan was chosen for: tests over what is free."""
+"""Whether the traffic under a plan is still what the plan was chosen for.
+
+The tests use figures that serving gives anyway, so they cost nothing.
+"""
 
 import enum
 import math
@@ -6,36 +9,37 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from helios.history import ModelProfile
+from helios.served import ServedPlan
 from services.controller.cusum import Cusum, Moment, Tuning
-from services.controller.situation import Plan, Reading
+from services.controller.situation import Reading
 
-# Requests that a profile's expectation counts as at most, until what is served refines it. Generated text is
-# not like the prompts that were profiled, so what is expected of its confidences is less certain.
+# A profile's expectation counts as at most this many requests until served requests refine it. Generated text
+# is not like the profiled prompts, so what is expected of its confidences is less certain.
 _PROMPT_WEIGHT, _CONFIDENCE_WEIGHT = 25.0, 5.0
-# The latter after a drift was noticed that was none: generated text is surer than the profile expects, then.
+# The weight of confidences after a false alarm: generated text is then surer than the profile expects.
 _DOUBTED_WEIGHT = 1.0
-# Generated tokens whose mean confidence is one observation.
+# Generated tokens whose mean confidence counts as one observation.
 _BLOCK_TOKENS = 32
-# Standard deviation of a token's confidence in nats, at least: a histogram's bins hide what is smaller.
+# Smallest standard deviation of a token's confidence in nats: a histogram's bins hide smaller ones.
 _LEAST_DEVIATION = 0.1
-# How much more such a mean varies than if tokens were independent (Kish's design effect).
+# How much more the mean of a block varies than if its tokens were independent (Kish's design effect).
 _CLUSTERING = 2.0
-# Prompts after which one counts a third of what the newest does.
+# After this many more prompts, a prompt counts a third (1/e) of what the newest counts.
 _READING_PROMPTS = 100.0
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """What was served under one plan over some time. All are counts but the nats."""
+    """What was served under one plan over some time. All fields are counts, except nats."""
 
-    plan: Plan
+    plan: ServedPlan
     requests: int = 0
     tokens: int = 0
     """Generated tokens whose confidences are known."""
     confidence_nats: float = 0.0
     """Sum of the negative natural logarithms of their confidences."""
     prompts_read: int = 0
-    """Prompts of which a sample of tokens was read out, these tokens, and their nats."""
+    """Prompts of which some tokens were read out. The next fields have these tokens and their nats."""
     prompt_tokens_read: int = 0
     prompt_nats: float = 0.0
 
@@ -53,7 +57,7 @@ class Served:
 
 
 class Side(enum.Enum):
-    """Which way the traffic has changed for a plan: it is less sure, and reads it worse; or the reverse."""
+    """Which way the traffic has changed for a plan. WORSE: the plan reads it worse and is less sure."""
 
     WORSE = "worse"
     BETTER = "better"
@@ -66,10 +70,10 @@ class TrafficWatch:
     tokens say how sure it is.
     """
 
-    def __init__(self, plan: Plan, profile: ModelProfile, now: float, *, trusted: bool) -> None:
-        """profile: has the plan's depth. now: seconds. trusted: whether its expected confidences held."""
+    def __init__(self, plan: ServedPlan, profile: ModelProfile, now: float, *, trusted: bool) -> None:
+        """profile: has the plan's depth. now: seconds. trusted: whether its expected confidences hold."""
         self.plan = plan
-        # When what was taken in last ended.
+        # Up to when served requests were taken in.
         self._last = Moment(0, now)
         one = profile.at(plan.depth)
         index = profile.exits.index(one)
@@ -79,13 +83,13 @@ class TrafficWatch:
             for sample in profile.samples
             if sample.text_bytes
         ]
-        # Variance between requests; a guess where there are too few to tell.
+        # Variance between requests; a guess when there are too few to tell.
         known = len(per_token) > 1
         self._between = (
             sum((value - mean) ** 2 for value in per_token) / len(per_token) if known else mean**2 / 4
         )
         self._prompt_weight = min(max(len(per_token), 2), _PROMPT_WEIGHT)
-        # Made with the first reading, which tells how many tokens of a prompt are read.
+        # Made when the first prompt is read, which tells how many tokens of a prompt are read.
         self._prompts: Cusum | None = None
         self._prompts_deviation = 0.0
         mean, deviation = one.confidence_nats
@@ -97,14 +101,14 @@ class TrafficWatch:
         self._reading_mean = self._reading_weight = self._reading_squares = 0.0
 
     def add(self, served: Served, tuned: Sequence[Tuning], now: float) -> None:
-        """Takes in what was served until now, seconds."""
-        # A prompt that was read is there to be evaluated, though its request is not finished.
+        """Takes in what was served. `now` is in seconds."""
+        # A prompt that was read can be evaluated, although its request is not finished.
         self._last = Moment(self._last.requests + max(served.requests, served.prompts_read), now)
         if served.prompts_read and served.prompt_tokens_read:
             tokens = served.prompt_tokens_read / served.prompts_read
             mean = served.prompt_nats / served.prompt_tokens_read
             if self._prompts is None:
-                # The nats of single tokens vary about as much as their mean is large.
+                # The standard deviation of single tokens' nats is about their mean.
                 self._prompts_deviation = math.sqrt(self._between + self._prompts_mean**2 / tokens)
                 self._prompts = Cusum(self._prompts_mean, self._prompts_deviation, self._prompt_weight)
             self._read(mean, served.prompts_read)
@@ -114,7 +118,7 @@ class TrafficWatch:
             self._confidences.add(mean, blocks, tuned, self._last)
 
     def alarm(self) -> tuple[Side, Moment] | None:
-        """Which way the traffic has changed; the requests that came since then, and when that was."""
+        """Which way the traffic has changed, the requests since then, and when that was; None: it has not."""
         tests = [test for test in (self._confidences, self._prompts) if test is not None]
         for side in Side:
             found = [test for test in tests if (test.rise if side is Side.WORSE else test.fall) >= 1]
@@ -134,7 +138,7 @@ class TrafficWatch:
         )
 
     def _read(self, mean: float, prompts: int) -> None:
-        """Takes the mean of some prompts into the reading."""
+        """Takes the mean of some prompts into the reading, in which older prompts fade."""
         fade = math.exp(-prompts / _READING_PROMPTS)
         self._reading_weight = self._reading_weight * fade + prompts
         self._reading_squares = self._reading_squares * fade**2 + prompts

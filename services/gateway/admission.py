@@ -1,4 +1,4 @@
-"""Which streams are let in: a bound on those open and on those that wait for their first token."""
+"""Which streams are admitted: bounds on open streams and on those that wait for their first token."""
 
 import math
 import time

@@ -1,4 +1,4 @@
-"""What a gateway measures of itself: the streams it holds, and how they ended."""
+"""The gateway's own metrics: the streams that it holds, and how they ended."""
 
 from opentelemetry.metrics import CallbackOptions, Observation
 
@@ -7,7 +7,7 @@ from services.gateway.admission import Admission
 
 
 class StreamMetrics:
-    """Counts of streams; without metrics asked for, recording does nothing."""
+    """Counts of streams. Recording does nothing unless metrics are asked for."""
 
     def __init__(self, admission: Admission) -> None:
         meter = telemetry.meter()
@@ -34,5 +34,5 @@ class StreamMetrics:
         self._streams.add(1, {"helios.status": status})
 
     def resumed(self, times: int) -> None:
-        """A stream that has ended was resumed so many times."""
+        """A stream has ended that was resumed this many times."""
         self._resumes.add(times)

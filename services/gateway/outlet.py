@@ -9,20 +9,20 @@ from helios.v1 import worker_pb2
 
 
 class Outlet:
-    """Writes tokens to the client as they come, in a task of its own.
+    """Writes tokens to the client as they come, in its own task.
 
-    What comes while a write is under way gathers and leaves in one message, so a slow client slows only
-    itself. Bounded by the request's max_tokens.
+    Tokens that come while a write is under way are gathered and leave in one message, so a slow client slows
+    only itself. The request's max_tokens bounds what can gather.
 
-    The task is shallow on purpose: resuming the handler, a dozen coroutines deep in gRPC and in the
-    gateway, twice for each token costs more than the rest of the gateway's own code for it.
+    The task is shallow on purpose. The handler is a dozen coroutines deep in gRPC and in the gateway: to
+    resume it twice per token would cost more than all other code of the gateway for that token.
     """
 
     def __init__(self, write: Callable[[bytes], Awaitable[None]]) -> None:
         self._write = write
         self._gathered: worker_pb2.WorkerServiceGenerateResponse | None = None
         self._ending = False
-        # The task waits for it when there is nothing to write.
+        # What the task waits for while there is nothing to write.
         self._wanted: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -31,7 +31,7 @@ class Outlet:
         self._task = asyncio.create_task(self._run())
 
     def put(self, response: worker_pb2.WorkerServiceGenerateResponse) -> None:
-        """Takes in a chunk, which is the outlet's from now on."""
+        """Takes in a chunk. The outlet owns it from now on."""
         if self._gathered is None:
             self._gathered = response
         else:
@@ -39,14 +39,14 @@ class Outlet:
         self._wake()
 
     async def finish(self) -> None:
-        """Returns when all that was put has been written. Raises what a write has raised."""
+        """Returns when everything has been written. Raises what a write has raised."""
         assert self._task is not None
         self._ending = True
         self._wake()
         await self._task
 
     def cancel(self) -> None:
-        """Writes no more, whatever has gathered."""
+        """Stops writing, even if tokens have gathered."""
         if self._task is not None:
             self._task.cancel()
 

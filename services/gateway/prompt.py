@@ -40,7 +40,7 @@ async def read_prompt(
     tokenizers: TokenizerCache,
     settings: GatewaySettings,
 ) -> Prompt:
-    """The request's prompt as ids that fit a model being served.
+    """The request's prompt as ids that fit a model that is served.
 
     Waits for a worker if there is none. Raises InvalidRequestError when the prompt is too long or not of
     the model's vocabulary, and what WorkerPool.wait_for raises.
@@ -66,7 +66,7 @@ async def _worker_and_tokenizer(
     tokenizers: TokenizerCache,
     settings: GatewaySettings,
 ) -> tuple[Worker, PromptTokenizer | None]:
-    """A worker for the prompt and, for a text, its tokenizer; from another worker if one cannot give it."""
+    """A worker for the prompt, and for a text its tokenizer. A worker that cannot give it is passed over."""
     reason = ""
     for _ in range(settings.max_resumes + 1):
         worker = await pool.wait_for(needs)

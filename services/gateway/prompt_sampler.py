@@ -1,4 +1,4 @@
-"""Samples prompts for the profiler, beside the data path: a stream never waits for it or for Redis."""
+"""Samples prompts for the profiler, off the data path: a stream never waits for it or for Redis."""
 
 import asyncio
 import contextlib
@@ -16,7 +16,7 @@ from services.gateway.settings import GatewaySettings
 
 log = logging.getLogger(__name__)
 
-# Between two writes, seconds; what comes in between beyond `prompts_per_second` pushes older ones out.
+# Seconds between two writes. Prompts beyond `prompts_per_second` push older ones out of the queue.
 _WRITE_SECONDS = 0.1
 # The same while no prompt comes.
 _IDLE_SECONDS = 1.0
@@ -48,11 +48,11 @@ class PromptSampler:
                 await self._task
 
     def problems(self) -> list[str]:
-        """What Redis refuses, in words; that it is gone is the worker pool's to say."""
+        """What Redis refuses, in words. That it cannot be reached is said by the worker pool."""
         return [self._outage.refusal] if self._outage.refusal else []
 
     def offer(self, tokenizer_id: str, ids: Sequence[int]) -> None:
-        """Takes the prompt if its lot falls so. Returns at once."""
+        """Samples the prompt with the probability `prompt_share`. Returns at once."""
         if self._task is not None and random.random() < self._settings.prompt_share:
             self._queue.append(RecentPrompt(tokenizer_id, tuple(ids)))
 
@@ -64,12 +64,12 @@ class PromptSampler:
                 await asyncio.sleep(_WRITE_SECONDS)
                 taken = list(self._queue)
                 self._queue.clear()
-                # Also without new ones, now and then: old ones go when their time is over.
+                # Now and then also without new prompts, to delete those whose lifetime is over.
                 if not taken and time.monotonic() < idle_until:
                     continue
                 idle_until = time.monotonic() + _IDLE_SECONDS
                 with self._outage.bridged():
                     if self._outage.ongoing:
-                        # A full Redis takes deletions, so that a write without new ones would tell nothing.
+                        # A full Redis still deletes, so only a probe tells whether it takes writes again.
                         await probe(redis)
                     await prompts.write(redis, taken, settings.prompts_kept, settings.prompt_lifetime_seconds)

@@ -10,8 +10,8 @@ class ResponseWriter:
     """Writes one stream's responses.
 
     gRPC sends the initial metadata with the first message. When a deadline interrupts that, grpc.aio sends
-    them again with the status, which fails, and the client waits for a status for ever. So here they go
-    first, and are not interrupted.
+    them again with the status. That fails, and the client waits for a status for ever. So they are sent first
+    here, and that is not interrupted.
     """
 
     def __init__(self, context: "grpc.aio.ServicerContext[Any, Any]") -> None:
@@ -22,7 +22,7 @@ class ResponseWriter:
         """Sends a message; waits while the client is behind."""
         if not self._begun:
             self._begun = True
-            # They do not wait for the client to read, as a message may.
+            # Unlike a message, they do not wait for the client to read.
             sending = asyncio.ensure_future(self._context.send_initial_metadata(()))
             try:
                 await asyncio.shield(sending)

@@ -1,18 +1,9 @@
-"""The choice of a worker for a stream: a pure function of what is known of the workers."""
+"""The choice of a worker for a stream: a pure function of what is known about the workers."""
 
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a worker serves: a model, and how many of its layers."""
-
-    model: str
-    depth: int
-
-    def __str__(self) -> str:
-        return f"{self.model} with {self.depth} layers"
+from helios.served import ServedPlan
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +16,7 @@ class Candidate:
     """
 
     address: str
-    plan: Plan
+    plan: ServedPlan
     tokenizer_id: str
     context_tokens: int
     sequences: int
@@ -35,7 +26,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a stream needs of a worker. Empty or 0: anything will do."""
+    """What a stream needs of a worker. Empty or 0: no such need."""
 
     models: frozenset[str] = frozenset()
     tokenizer_id: str = ""
@@ -54,18 +45,18 @@ def choose(
     workers: Iterable[Candidate],
     needs: Needs,
     *,
-    prefer: Plan | None = None,
+    prefer: ServedPlan | None = None,
     avoid: Set[str] = frozenset(),
     exclude: Set[str] = frozenset(),
     alone: bool = False,
 ) -> Candidate | None:
     """The worker to take a stream, or None when none can.
 
-    `avoid` and `exclude` are addresses: an avoided worker is taken if there is no other, an excluded one
-    never. A stream that goes on after a loss names the plan it ran under in `prefer`, because only the
-    same model and depth continue it with the tokens it would have had; a new stream goes to the least
-    loaded. One that is to be the only suspect on its worker (`alone`) goes first of all where there is none;
-    if the chosen worker has some, it is for the caller to wait.
+    A new stream goes to the least loaded worker. `avoid` and `exclude` are addresses: an avoided worker is
+    taken if there is no other, an excluded one never. A stream that goes on after a loss names the plan it
+    ran under in `prefer`, because only the same model and depth continue it with the same tokens. A stream
+    that must be the only suspect on its worker (`alone`) goes to a worker without suspects if there is one.
+    If the chosen worker has suspects, the caller must wait.
     """
 
     def cost(worker: Candidate) -> tuple[bool, int, bool, int, float, str]:

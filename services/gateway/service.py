@@ -38,7 +38,7 @@ Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
 class InferenceService:
     """Serves clients. Requests arrive and responses leave as bytes.
 
-    So a request that does not parse gets a status of ours, and a worker's chunk is passed on as it is.
+    So a request that cannot be parsed gets one of our statuses, and a worker's chunk is passed on as it is.
     """
 
     def __init__(self, settings: GatewaySettings, pool: WorkerPool, sampler: PromptSampler) -> None:
@@ -48,7 +48,7 @@ class InferenceService:
         self._admission = Admission(settings)
         self._metrics = StreamMetrics(self._admission)
         self._tokenizers = TokenizerCache(settings.worker_timeout_seconds)
-        # Of the open streams.
+        # The deadlines of the open streams.
         self._deadlines: set[asyncio.Timeout] = set()
         self._stream_ended = asyncio.Event()
         self._stopping = False
@@ -62,7 +62,7 @@ class InferenceService:
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
 
     async def stop(self, grace_seconds: float) -> None:
-        """Refuses new streams and returns when the open ones have ended, which they must within the grace."""
+        """Refuses new streams and returns when the open ones have ended. After the grace they are ended."""
         self._stopping = True
         latest = asyncio.get_running_loop().time() + grace_seconds
         for timeout in self._deadlines:
@@ -73,7 +73,7 @@ class InferenceService:
             await self._stream_ended.wait()
 
     async def generate(self, raw: bytes, context: Context) -> None:
-        """One stream. Every failure leaves as a status with a reason, and as the span's."""
+        """One stream. Every failure becomes a status with a reason, also of the span."""
         parent = telemetry.extract(context.invocation_metadata())
         status = grpc.StatusCode.CANCELLED
         try:
@@ -92,7 +92,7 @@ class InferenceService:
         try:
             inference_pb2.GetServingStatusRequest.FromString(raw)
         except DecodeError:
-            error = InvalidRequestError("the message is no helios.v1.GetServingStatusRequest")
+            error = InvalidRequestError("the message is not a valid helios.v1.GetServingStatusRequest")
             await abort(context, error)
         settings = self._settings
         return inference_pb2.GetServingStatusResponse(
@@ -196,7 +196,7 @@ class InferenceService:
 
 @contextmanager
 def _described(span: Span, stream: Stream) -> Iterator[None]:
-    """Puts into the span how far the stream came, however it ends."""
+    """Puts into the span how far the stream got, however it ends."""
     try:
         yield
     finally:

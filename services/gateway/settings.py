@@ -24,7 +24,9 @@ class GatewaySettings(ServiceSettings):
     redis_url: RedisUrl | None = Field(
         None, description="Redis in which workers hold their leases; none: only `workers`"
     )
-    workers: str = Field("", description="workers that are known without Redis: host:port, comma-separated")
+    workers: str = Field(
+        "", description="workers that are known without Redis: a comma-separated list of host:port"
+    )
 
     max_prompt_tokens: int = Field(2048, ge=1, description="longest prompt, in tokens")
     max_tokens: int = Field(2048, ge=1, description="most tokens that a request may ask for")
@@ -41,10 +43,10 @@ class GatewaySettings(ServiceSettings):
     )
 
     worker_timeout_seconds: float = Field(
-        3, gt=0, description="A worker without telemetry for this long is lost; its streams go elsewhere"
+        3, gt=0, description="a worker without telemetry for this long is lost; its streams go elsewhere"
     )
     engine_timeout_seconds: float = Field(
-        15, gt=0, description="A worker with work whose engine ends no step for this long is lost"
+        15, gt=0, description="a worker with work whose engine completes no step for this long is lost"
     )
     worker_wait_seconds: float = Field(30, ge=0, description="how long a stream waits for a ready worker")
     max_resumes: int = Field(
@@ -53,23 +55,23 @@ class GatewaySettings(ServiceSettings):
     quarantine_after: int = Field(
         2,
         ge=2,
-        description="A request under which this many workers have failed one after the other ends with "
+        description="a request under which this many workers have failed one after the other ends with "
         "INTERNAL and is sent to no other",
     )
     isolation_seconds: float = Field(
         5,
         ge=0,
-        description="how long a request whose worker failed soon after it began waits for a worker that has "
-        "no other suspect; then it goes on beside others",
+        description="how long a request whose worker failed soon after the request began waits for a worker "
+        "without other suspects; then it goes on beside others",
     )
     resume_backoff_seconds: float = Field(
-        0.1, gt=0, description="pause before the second such resume; doubles with each further one"
+        0.1, gt=0, description="pause before the second such resume; doubled for each further one"
     )
     telemetry_seconds: float = Field(0.5, ge=0.05, description="time between two telemetry messages")
     discovery_seconds: float = Field(1, gt=0, description="time between two looks at the leases in Redis")
     redial_seconds: float = Field(0.5, gt=0, description="pause before a lost worker is dialled again")
     overload_retry_seconds: float = Field(
-        1, gt=0, description="retry hint of a refusal while no rate has been observed"
+        1, gt=0, description="retry hint of a refusal until a rate has been observed"
     )
     rate_window_seconds: float = Field(
         10, gt=0, description="time over which the rates behind retry hints are observed"

@@ -1,4 +1,4 @@
-"""One stream's way through the gateway: relayed from a worker, and from the next one when that is lost."""
+"""One stream's way through the gateway: relayed from a worker, and from the next one if that is lost."""
 
 import asyncio
 import dataclasses
@@ -17,25 +17,26 @@ from helios.errors import (
     UnavailableError,
 )
 from helios.sampling import SamplingParams
+from helios.served import ServedPlan
 from helios.v1 import generation_pb2, worker_pb2
 from services.gateway.outlet import Outlet
-from services.gateway.router import Needs, Plan
+from services.gateway.router import Needs
 from services.gateway.settings import GatewaySettings
 from services.gateway.worker_call import WorkerFailedError, WorkerLostError
 from services.gateway.worker_pool import Worker, WorkerPool
 
 log = logging.getLogger(__name__)
 
-# What the request itself has caused: another worker would say the same.
+# Errors that the request itself causes: another worker would give the same answer.
 _REQUEST_FAULTS = frozenset({grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION})
 
 
 class _PlanChangedError(WorkerLostError):
-    """A worker has changed its model since it was chosen, and has not begun the stream."""
+    """The worker has changed its model since it was chosen, and has not begun the stream."""
 
 
 class _WorkerFullError(Exception):
-    """A worker has no place for the stream."""
+    """The worker has no place for the stream."""
 
     def __init__(self, refusal: HeliosError) -> None:
         super().__init__(refusal.message)
@@ -43,13 +44,14 @@ class _WorkerFullError(Exception):
 
 
 class Stream:
-    """A request that the gateway owns until it ends: what was asked, and what was emitted so far.
+    """A request that the gateway owns until it ends: what was asked, and what has been emitted so far.
 
-    A request may be what makes workers fail. Each failure in a row counts: once a stream has settled on a
-    worker (`worker_call.py`), those before are forgotten, so a stream that only shared workers with what
-    killed them never comes to two. One that had not settled when its worker failed, or when two have, goes on
-    where no other suspect is, and ends when that worker fails, too: nobody else there can have caused both.
-    One that had settled goes on at once, beside others. docs/decisions/0018 has the reasons.
+    A request may be what makes workers fail, so its failures in a row are counted. Once it has settled on a
+    worker (`worker_call.py`) the count begins anew: a stream that only shared workers with the one that
+    killed them never gets to two. A stream that had not settled when its worker failed, or under which two
+    have failed, goes on at a worker without other suspects. If that worker fails too, the stream ends,
+    because nothing else there can have caused both failures. A stream that had settled goes on at once,
+    beside others. docs/decisions/0018 has the reasons.
     """
 
     def __init__(
@@ -75,7 +77,7 @@ class Stream:
         self._on_first_token = on_first_token
         self.emitted_ids: list[int] = []
         self.resumed = 0
-        # Since the last token: workers lost, their addresses, and those that had no place.
+        # Since the last token: the number of workers lost, their addresses, and those that had no place.
         self._losses = 0
         self._failed: set[str] = set()
         self._full: set[str] = set()
@@ -84,10 +86,10 @@ class Stream:
         # Workers that failed under it since it last settled on one, and whether it goes on alone.
         self._failures = 0
         self._alone = False
-        # The model of the last token, and what the lost worker served: the same plan goes on with the
-        # same tokens.
+        # The model of the last token, and the plan of the worker that was lost: only the same plan continues
+        # with the same tokens.
         self.model = ""
-        self._plan: Plan | None = None
+        self._plan: ServedPlan | None = None
 
     async def run(self, deadline: float) -> generation_pb2.Finish:
         """Relays until the finish is written, and returns it. `deadline` is the event loop's time.
@@ -103,7 +105,7 @@ class Stream:
             await self._write(response.SerializeToString())
             return response.finish
         except (HeliosError, TimeoutError):
-            # The client gets its tokens before the error.
+            # The client gets the tokens that came before the error.
             await self._outlet.finish()
             raise
         finally:
@@ -122,12 +124,13 @@ class Stream:
 
     @property
     def _under_way(self) -> bool:
-        """Whether ending the stream would lose something."""
+        """Whether the client would lose something if the stream ended now."""
         return self.resumed > 0 or bool(self.emitted_ids)
 
     async def _next_worker(self) -> Worker:
         loop = asyncio.get_running_loop()
-        # In company it cannot be told apart: once it might end, it does not go on before it is alone.
+        # Beside other suspects nobody can tell which one is the cause. So a stream that may have to end waits
+        # until it is alone.
         patience = self._settings.isolation_seconds
         if self._failures >= self._settings.quarantine_after:
             patience = math.inf
@@ -156,7 +159,7 @@ class Stream:
                 await self._pool.changed()
 
     async def _wait_for_place(self, refusal: HeliosError) -> None:
-        """After every worker has refused: a new stream is refused, one under way waits rather than ends."""
+        """After every worker has refused: refuses a new stream; one that is under way waits."""
         now = asyncio.get_running_loop().time()
         since = now if self._refused_since is None else self._refused_since
         if not self._under_way or now - since >= self._settings.worker_wait_seconds:
@@ -173,8 +176,8 @@ class Stream:
             prompt_ids=self._prompt_ids,
             emitted_ids=self.emitted_ids,
             sampling=self._sampling.to_proto(),
-            # Named even if the client named none: the ids are those of this model's tokenizer.
-            model=worker.plan.model,
+            # Named even if the client named no model: the ids are of this model's tokenizer.
+            model=worker.model.name,
         )
         timeout = max(0.0, deadline - asyncio.get_running_loop().time())
         with worker.attempt(request, timeout, self._take, suspect=self._failures > 0) as attempt:
@@ -183,7 +186,8 @@ class Stream:
             except HeliosError as error:
                 raise self._judged(worker, error) from error
             except WorkerFailedError as failure:
-                # Its next telemetry tells whether it is back; one that was given up has its problem.
+                # Its next telemetry tells whether it is back. A worker that was given up has a problem
+                # already.
                 if worker.ready:
                     self._pool.suspect(worker, f"it failed under its streams: {failure}")
                 raise
@@ -194,7 +198,7 @@ class Stream:
         return response
 
     def _take(self, response: worker_pb2.WorkerServiceGenerateResponse) -> None:
-        """Passes a worker's tokens on as they came, without those that came before."""
+        """Passes a worker's tokens on, without those that the client already has."""
         first, ids = len(self.emitted_ids), list[int]()
         tokens = response.chunk.tokens
         for token in tokens:
@@ -233,8 +237,8 @@ class Stream:
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
             return _WorkerFullError(error)
         reason = f"{code.name}, {error.message}"
-        # Gone, draining or on another model by now: the next telemetry tells. Other errors concern
-        # this stream only, and its neighbours' worker stays.
+        # The worker is gone, drains or has another model: its next telemetry tells which. Other errors
+        # concern only this stream, and the worker goes on for others.
         if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND):
             self._pool.suspect(worker, f"it ended a stream with {reason}")
         return _PlanChangedError(reason) if code is grpc.StatusCode.NOT_FOUND else WorkerLostError(reason)
@@ -259,7 +263,7 @@ class Stream:
             self.resumed += 1
             self._plan = worker.plan
         if self._needs.models and self.model:
-            # A reload may have moved the stream to another model than it named; it may go on there.
+            # A reload may have moved the stream to another model than the client named; it may go on there.
             self._needs = dataclasses.replace(self._needs, models=self._needs.models | {self.model})
         if isinstance(loss, WorkerFailedError) and loss.ran:
             self._note_failure(worker, loss)
@@ -272,7 +276,7 @@ class Stream:
             await asyncio.sleep(self._settings.resume_backoff_seconds * 2 ** (self._losses - 2))
 
     def _note_failure(self, worker: Worker, failure: WorkerFailedError) -> None:
-        """Counts a worker that failed. Raises QuarantinedError if this stream seems to be the cause."""
+        """Counts a failed worker. Raises QuarantinedError if this stream seems to be the cause."""
         self._failures += 1
         self._alone = not failure.settled
         if self._failures >= self._settings.quarantine_after and failure.suspects <= 1:

@@ -1,4 +1,4 @@
-"""Tokenizers of the models being served, fetched from their workers once each."""
+"""Tokenizers of the models that are served, each fetched once from a worker."""
 
 import asyncio
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class TokenizerCache:
             request = worker_pb2.GetTokenizerRequest()
             response = await worker.stub.GetTokenizer(request, timeout=self._fetch_seconds)
             tokenizer = await asyncio.to_thread(Tokenizer.from_str, response.tokenizer_json.decode())
-            # A prompt must never be cut or filled up unseen, whatever the checkpoint's file says.
+            # A prompt must never be silently cut or padded, whatever the checkpoint's file says.
             tokenizer.no_truncation()
             tokenizer.no_padding()
             longest = max(len(token.encode()) for token in tokenizer.get_vocab())

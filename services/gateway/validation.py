@@ -21,15 +21,15 @@ _PROMPT_FIELDS = {
 def parse(raw: bytes) -> inference_pb2.GenerateRequest:
     """The request in the bytes received.
 
-    Raises InvalidRequestError if they are none, or set both prompts: of a oneof's members the parser
-    keeps the last without a word, so only the bytes tell.
+    Raises InvalidRequestError if they are not a request, or set both prompts. Only the bytes tell the latter:
+    of a oneof's members the parser silently keeps the last.
     """
     try:
         request = inference_pb2.GenerateRequest.FromString(raw)
         fields = UnknownFieldSet(empty_pb2.Empty.FromString(raw))
     except DecodeError as error:
         raise InvalidRequestError(
-            "the message is no helios.v1.GenerateRequest: its strings must be valid UTF-8 "
+            "the message is not a valid helios.v1.GenerateRequest: its strings must be valid UTF-8 "
             "and its fields as in the proto"
         ) from error
     if {fields[position].field_number for position in range(len(fields))} >= _PROMPT_FIELDS:
@@ -38,7 +38,7 @@ def parse(raw: bytes) -> inference_pb2.GenerateRequest:
 
 
 def check_request(request: inference_pb2.GenerateRequest) -> None:
-    """Raises InvalidRequestError when a name is too long or there is no prompt, or an empty one."""
+    """Raises InvalidRequestError when a name is too long or the prompt is missing or empty."""
     if len(request.request_id) > MAX_REQUEST_ID_CHARACTERS:
         raise InvalidRequestError(f"request_id must have at most {MAX_REQUEST_ID_CHARACTERS} characters")
     if len(request.model) > MAX_MODEL_CHARACTERS:
@@ -55,7 +55,7 @@ def check_request(request: inference_pb2.GenerateRequest) -> None:
 def sampling_params(
     request: inference_pb2.GenerateRequest, settings: GatewaySettings, default_seed: int
 ) -> SamplingParams:
-    """The request's parameters with defaults filled in.
+    """The request's sampling parameters with defaults filled in.
 
     Raises InvalidRequestError naming the field that is out of range or above the gateway's limit.
     """
@@ -70,7 +70,10 @@ def sampling_params(
 
 
 def check_prompt_bytes(size: int, longest_token_bytes: int, limit: int) -> None:
-    """Refuses a text that must have more than `limit` tokens, without the cost of tokenizing it."""
+    """Refuses a text that certainly has more than `limit` tokens, without tokenizing it.
+
+    size: of the text in bytes of UTF-8. Raises InvalidRequestError.
+    """
     at_least = -(-size // longest_token_bytes)
     if at_least > limit:
         raise InvalidRequestError(
@@ -79,7 +82,7 @@ def check_prompt_bytes(size: int, longest_token_bytes: int, limit: int) -> None:
 
 
 def prompt_limit(context_tokens: int, settings: GatewaySettings) -> int:
-    """Tokens that a prompt may have: it must leave room for one more in the model's context."""
+    """Most tokens that a prompt may have: the model's context must have room for one more."""
     return min(settings.max_prompt_tokens, context_tokens - 1)
 
 

@@ -14,10 +14,10 @@ from helios.client import error_from, error_of
 from helios.errors import EngineFailedError
 from helios.v1 import worker_pb2, worker_pb2_grpc
 
-# Called with what a step gave to a sequence, as soon as it has come. What it raises ends the sequence.
+# Called with what one step gave a sequence, as soon as it arrives. What it raises ends the sequence.
 Take: TypeAlias = Callable[[worker_pb2.WorkerServiceGenerateResponse], None]
-# A stream has settled on a worker with its second message: the first may bring no more than tokens that the
-# worker before had computed, too, and that were lost on their way when it failed.
+# A stream has settled on a worker with the second message from there. The first may only bring tokens that
+# the worker before had also computed, and that were lost on their way when it failed.
 _SETTLED_MESSAGES = 2
 
 
@@ -40,18 +40,18 @@ class Attempt:
     """One stream on one worker."""
 
     def __init__(self, number: int, take: Take, *, reached: bool) -> None:
-        """`reached`: the worker was known to live when the stream was sent."""
+        """`reached`: the worker was known to be alive when the stream was sent."""
         self.number = number
         self._take = take
         self._reached = reached
         self._messages = 0
-        # An error is a result, too: whoever would have raised it may be gone.
+        # An error is set as a result: an exception that nobody awaits would be logged.
         self._end: asyncio.Future[worker_pb2.WorkerServiceGenerateResponse | Exception] = (
             asyncio.get_running_loop().create_future()
         )
 
     async def finish(self) -> worker_pb2.WorkerServiceGenerateResponse:
-        """The finish, when the sequence has ended; by then all its tokens have been taken.
+        """The finish, once the sequence has ended and all its tokens have been taken.
 
         Raises the HeliosError with which the worker ended the sequence, WorkerLostError when the pool has
         given the worker up, and what the taker of its tokens has raised.
@@ -68,7 +68,7 @@ class Attempt:
 
     @property
     def settled(self) -> bool:
-        """Whether the worker has computed so much of it that it no longer is what would make it fail."""
+        """Whether the worker has computed enough of it to show that it does not make the worker fail."""
         return self._messages >= _SETTLED_MESSAGES
 
     def take(self, response: worker_pb2.WorkerServiceGenerateResponse) -> None:
@@ -83,13 +83,13 @@ class Attempt:
             self.end(error)
 
     def end(self, end: worker_pb2.WorkerServiceGenerateResponse | Exception) -> None:
-        """Takes in how it ended, unless it has ended already: no more will come."""
+        """Ends it, unless it has ended already: nothing more will come."""
         if not self._end.done():
             self._end.set_result(end)
 
 
 class WorkerCall:
-    """One GenerateMany call, open until it breaks or is closed; its streams end with it."""
+    """One GenerateMany call, open until it breaks or is closed. Its streams end with it."""
 
     def __init__(
         self,
@@ -129,7 +129,7 @@ class WorkerCall:
     ) -> Attempt:
         """Begins a sequence, in the current trace; `take` gets its tokens.
 
-        `suspect`: a worker has failed under it. `reached`: this one is known to live.
+        `suspect`: another worker has failed under it. `reached`: this worker is known to be alive.
         """
         attempt = Attempt(next(self._numbers), take, reached=reached)
         self._attempts[attempt.number] = attempt
@@ -145,7 +145,7 @@ class WorkerCall:
         return attempt
 
     def forget(self, attempt: Attempt) -> None:
-        """Ends a sequence, wherever it stands."""
+        """Ends a sequence, in whatever state it is."""
         if self._attempts.pop(attempt.number, None) is not None:
             self._unsent.put_nowait(worker_pb2.GenerateManyRequest(cancel=attempt.number))
         self._acquit(attempt)
@@ -168,20 +168,20 @@ class WorkerCall:
         except grpc.aio.AioRpcError as broken:
             reason = f"{broken.code().name}, {error_from(broken, self._address).message}"
         except DecodeError as unreadable:
-            reason = f"it sent what is no response: {unreadable}"
+            reason = f"it sent what is not a response: {unreadable}"
             self._call.cancel()
         finally:
             self._end(reason)
 
     def _take(self, output: worker_pb2.SequenceOutput) -> None:
         attempt = self._attempts.get(output.sequence)
-        # Of a sequence that was cancelled, something may still have been on its way.
+        # Output of a sequence that has been cancelled may still have been on its way.
         if attempt is None:
             return
         if output.HasField("status"):
             error = error_of(status_pb2.Status.FromString(output.status))
             if isinstance(error, EngineFailedError):
-                # The others' are on their way; all are lost at once.
+                # The same status is on its way to all the others: end them at once.
                 self.close(error.message)
                 return
             del self._attempts[output.sequence]

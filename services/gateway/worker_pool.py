@@ -1,24 +1,20 @@
-"""The workers this gateway knows: found by their leases in Redis or named in its settings.
-
-One telemetry stream per worker tells whether it lives and how loaded it is. Redis only adds workers: a
-known one stays for as long as its telemetry comes, so streams go on while Redis is down.
-"""
+"""The workers this gateway knows: which of them take streams, and which is the best for one."""
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 
 import grpc
 from redis.asyncio import Redis
 
-from helios import channel, redis_client, registry
+from helios import redis_client
 from helios.errors import UnavailableError, UnknownModelError
-from helios.ignored_entries import IgnoredEntries
-from helios.redis_outage import reason
-from helios.v1 import inference_pb2, worker_pb2, worker_pb2_grpc
-from services.gateway.router import Candidate, Needs, Plan, choose
+from helios.registry import WorkerLease
+from helios.served import ServedPlan
+from helios.v1 import inference_pb2, worker_pb2
+from helios.worker_watch import WatchedWorker, WatchPace, WorkerWatch
+from services.gateway.router import Candidate, Needs, choose
 from services.gateway.settings import GatewaySettings
 from services.gateway.worker_call import Attempt, Take, WorkerCall
 
@@ -28,31 +24,28 @@ _WORKER_OPTIONS = (
     # Tokenizers of large vocabularies exceed gRPC's default of 4 MiB.
     ("grpc.max_receive_message_length", 64 << 20),
 )
-_CHECKS_PER_TIMEOUT = 10
 # A status travels in HTTP/2 trailers, which hold about 8 KiB.
 _WORKERS_TOLD = 5
+# What is known of the model of a worker that has not been reached.
+_UNKNOWN_MODEL = worker_pb2.ModelInfo()
 
 
-class Worker:
+class Worker(WatchedWorker):
     """One worker as this gateway knows it."""
 
-    def __init__(self, address: str, overdue_seconds: float, on_acquitted: Callable[[], None]) -> None:
-        """Silent for `overdue_seconds`, it may be dead. `on_acquitted`: as in WorkerCall."""
-        self.address = address
-        self._overdue_seconds = overdue_seconds
+    def __init__(
+        self, lease: WorkerLease, settings: GatewaySettings, on_acquitted: Callable[[], None]
+    ) -> None:
+        """`on_acquitted`: as in WorkerCall."""
+        super().__init__(lease, settings.worker_timeout_seconds, _WORKER_OPTIONS)
+        # After this much silence it may be dead.
+        self._overdue_seconds = (settings.telemetry_seconds + settings.worker_timeout_seconds) / 2
         self._on_acquitted = on_acquitted
-        self.channel = channel.to_service_async(address, _WORKER_OPTIONS)
-        self.stub: worker_pb2_grpc.WorkerServiceAsyncStub = worker_pb2_grpc.WorkerServiceStub(self.channel)
-        # Both are empty until it has been reached.
-        self.telemetry = worker_pb2.Telemetry()
-        self.model = worker_pb2.ModelInfo()
-        # Seconds without telemetry, as counted by the pool's checks.
-        self.silent_seconds = 0.0
         # Why it takes no streams; empty when it does.
         self.problem = "it has not been reached yet"
-        # Of this gateway.
+        # Streams of this gateway.
         self.open_streams = 0
-        # Sequences that the last telemetry counted beside this gateway's own.
+        # Sequences in the last telemetry that are not of this gateway.
         self._foreign_sequences = 0
         self._call: WorkerCall | None = None
 
@@ -64,12 +57,12 @@ class Worker:
     @property
     def worker_id(self) -> str:
         """Its own name for itself; empty until it has been reached."""
-        return self.telemetry.worker_id
+        return "" if self.telemetry is None else self.telemetry.worker_id
 
     @property
-    def plan(self) -> Plan:
-        """What it served when last heard of."""
-        return Plan(self.model.name, self.model.depth)
+    def model(self) -> worker_pb2.ModelInfo:
+        """The model that it serves; without a name until it has been reached."""
+        return _UNKNOWN_MODEL if self.status is None else self.status.model
 
     @property
     def suspects(self) -> int:
@@ -87,12 +80,12 @@ class Worker:
     ) -> Iterator[Attempt]:
         """A stream that is counted as this worker's load, and ended there if it outlives the block.
 
-        `take` gets its tokens; `suspect`: a worker has failed under it.
+        `take` gets its tokens. `suspect`: another worker has failed under it.
         """
         if self._call is None or self._call.ended:
             self._call = WorkerCall(self.stub, self.address, self._on_acquitted)
         call = self._call
-        # A worker that has died a moment ago, unnoticed, does not fail because of what it is sent now.
+        # If it has just died and nobody has noticed, it does not fail because of what is sent now.
         reached = (
             self.channel.get_state() is grpc.ChannelConnectivity.READY
             and self.silent_seconds < self._overdue_seconds
@@ -106,19 +99,18 @@ class Worker:
             call.forget(attempt)
 
     def give_up_streams(self) -> None:
-        """Ends all its streams, because it is lost; they read WorkerFailedError."""
+        """Ends all its streams with WorkerFailedError, because the worker is lost."""
         if self._call is not None:
             self._call.close(self.problem)
             self._call = None
 
-    def heard(self, message: worker_pb2.Telemetry) -> None:
-        """Takes in one telemetry message."""
-        self.telemetry = message
-        self._foreign_sequences = max(0, message.running + message.waiting - self.open_streams)
+    def heard(self, telemetry: worker_pb2.Telemetry) -> None:
+        """Counts the load that others put on it."""
+        self._foreign_sequences = max(0, telemetry.running + telemetry.waiting - self.open_streams)
 
     def candidate(self) -> Candidate | None:
         """The router's view of it; None while it is not ready."""
-        if self.problem:
+        if self.problem or self.telemetry is None or self.plan is None:
             return None
         return Candidate(
             address=self.address,
@@ -137,54 +129,64 @@ class Worker:
             address=self.address,
             ready=self.ready,
             reason=self.problem,
-            telemetry=self.telemetry if self.worker_id else None,
+            telemetry=self.telemetry,
             open_streams=self.open_streams,
         )
 
 
 class WorkerPool:
-    """Finds workers, watches them, and hands out the best one for a stream."""
+    """Knows which workers take streams, and hands out the best one for a stream."""
 
     def __init__(self, settings: GatewaySettings) -> None:
         self._settings = settings
-        self._workers: dict[str, Worker] = {}
-        self._watches: dict[str, asyncio.Task[None]] = {}
-        self._tasks: list[asyncio.Task[None]] = []
-        self._changed = asyncio.Event()
+        self._watch = WorkerWatch[Worker](
+            WatchPace(
+                telemetry=settings.telemetry_seconds,
+                discovery=settings.discovery_seconds,
+                redial=settings.redial_seconds,
+                timeout=settings.worker_timeout_seconds,
+            ),
+            make=lambda lease: Worker(lease, settings, self._wake),
+            # Workers that the settings name have no id before they are reached.
+            key=lambda lease: lease.address,
+            log=log,
+            on_heard=self._heard,
+            on_lost=self._set_problem,
+            on_silent=self._give_up,
+            why_forget=lambda worker: "" if worker.open_streams else worker.problem,
+        )
+        self._watching: asyncio.Task[None] | None = None
         self._redis: Redis | None = None
-        self._redis_problem = ""
-        self._ignored = IgnoredEntries(log)
+        self._changed = asyncio.Event()
 
     def start(self) -> None:
         """Begins to look for workers and to watch them."""
         for address in self._settings.worker_addresses:
-            self._add(address)
-        self._tasks.append(asyncio.create_task(self._check_liveness()))
+            self._watch.add_fixed(address)
         if self._settings.redis_url:
-            timeout = self._settings.worker_timeout_seconds
-            self._redis = redis_client.connect(self._settings.redis_url, timeout)
-            self._tasks.append(asyncio.create_task(self._discover(self._redis)))
+            self._redis = redis_client.connect(
+                self._settings.redis_url, self._settings.worker_timeout_seconds
+            )
+        self._watching = asyncio.create_task(self._watch.run(self._redis))
 
     async def close(self) -> None:
         """Stops watching and closes all connections."""
-        tasks = [*self._tasks, *self._watches.values()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(*(worker.channel.close() for worker in self._workers.values()))
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.gather(self._watching, return_exceptions=True)
+        await self._watch.close()
         if self._redis is not None:
             await self._redis.aclose()
 
     @property
     def workers(self) -> Sequence[Worker]:
         """All known workers, ready or not."""
-        return tuple(self._workers.values())
+        return self._watch.workers
 
     def problems(self) -> list[str]:
         """What cannot be reached at the moment, in words."""
-        found = [self._redis_problem] if self._redis_problem else []
-        found += self._ignored.problems()
-        if not any(worker.ready for worker in self._workers.values()):
+        found = self._watch.problems()
+        if not any(worker.ready for worker in self.workers):
             found.append(f"no worker is ready: {self._waited_for()}")
         return found
 
@@ -192,14 +194,14 @@ class WorkerPool:
         self,
         needs: Needs,
         *,
-        prefer: Plan | None = None,
+        prefer: ServedPlan | None = None,
         avoid: Set[str] = frozenset(),
         exclude: Set[str] = frozenset(),
         alone: bool = False,
     ) -> Worker | None:
         """The ready worker that should take a stream (router.choose), or None."""
         chosen = choose(self._candidates(), needs, prefer=prefer, avoid=avoid, exclude=exclude, alone=alone)
-        return self._workers[chosen.address] if chosen is not None else None
+        return None if chosen is None else self._watch.find(chosen.address)
 
     def context_tokens(self, needs: Needs) -> int:
         """The longest context among the ready workers that meet the needs; 0 without any."""
@@ -209,16 +211,16 @@ class WorkerPool:
         self,
         needs: Needs,
         *,
-        prefer: Plan | None = None,
+        prefer: ServedPlan | None = None,
         avoid: Set[str] = frozenset(),
         alone: bool = False,
         under_way: bool = False,
     ) -> Worker:
         """Like `choose`, but waits `worker_wait_seconds` for a worker.
 
-        Raises UnavailableError, saying what was waited for, when none came, and UnknownModelError at
-        once when workers are ready and none of those known serves the model, unless the stream is under
-        way: then its model has been served and may come back.
+        Raises UnavailableError, saying what was waited for, when none came. Raises UnknownModelError at once
+        when workers are ready and none of those known serves the model. A stream that is `under_way` waits
+        even then: its model has been served and may come back.
         """
         seconds = self._settings.worker_wait_seconds
         try:
@@ -235,7 +237,7 @@ class WorkerPool:
         return worker
 
     async def changed(self) -> None:
-        """Waits for the next news of any worker or of the streams on it, at the latest its next telemetry."""
+        """Waits for news of any worker or of the streams on it: at the latest for the next telemetry."""
         await self._changed.wait()
 
     def suspect(self, worker: Worker, problem: str) -> None:
@@ -243,122 +245,48 @@ class WorkerPool:
         self._set_problem(worker, problem)
 
     def _candidates(self) -> Iterator[Candidate]:
-        for worker in self._workers.values():
+        for worker in self.workers:
             candidate = worker.candidate()
             if candidate is not None:
                 yield candidate
 
     def _check_model_is_served(self, needs: Needs) -> None:
-        served = {worker.model.name for worker in self._workers.values()}
-        ready = any(worker.ready for worker in self._workers.values())
+        served = {worker.model.name for worker in self.workers}
+        ready = any(worker.ready for worker in self.workers)
         # A worker that has not been reached yet may serve it.
         if needs.models and ready and "" not in served and not needs.models & served:
             asked = " or ".join(sorted(needs.models))
             raise UnknownModelError(f"model {asked} is not served; served are {', '.join(sorted(served))}")
 
     def _waited_for(self) -> str:
-        if not self._workers:
-            if self._redis_problem:
-                return self._redis_problem
-            if ignored := self._ignored.problems():
-                return "; ".join(ignored)
+        if not self.workers:
+            if problems := self._watch.problems():
+                return "; ".join(problems)
             if self._settings.redis_url:
                 return "no worker has announced itself in Redis; start one"
             return "this gateway has neither a Redis URL nor a list of workers; set one"
         found = [
             f"{worker.worker_id or 'worker'} at {worker.address}: {worker.problem or f'serves {worker.plan}'}"
-            for worker in self._workers.values()
+            for worker in self.workers
         ]
         more = len(found) - _WORKERS_TOLD
         return "; ".join(found[:_WORKERS_TOLD] + ([f"and {more} more"] if more > 0 else []))
 
-    def _add(self, address: str) -> None:
-        settings = self._settings
-        overdue_seconds = (settings.telemetry_seconds + settings.worker_timeout_seconds) / 2
-        worker = Worker(address, overdue_seconds, self._wake)
-        self._workers[address] = worker
-        self._watches[address] = asyncio.create_task(self._watch(worker))
-
-    async def _remove(self, worker: Worker) -> None:
-        log.info("worker %s at %s is gone: %s", worker.worker_id, worker.address, worker.problem)
-        del self._workers[worker.address]
-        watch = self._watches.pop(worker.address)
-        watch.cancel()
-        await asyncio.gather(watch, return_exceptions=True)
-        await worker.channel.close()
-
-    async def _discover(self, redis: Redis) -> None:
-        """Adds workers with a lease; removes those that have neither a lease nor telemetry."""
-        while True:
-            try:
-                leases, ignored = await registry.leases(redis)
-            # Whatever is wrong with Redis or in it, the data plane goes on with the workers it knows.
-            except Exception as error:
-                if not self._redis_problem:
-                    log.warning("discovery stands still: %s", reason(error))
-                self._redis_problem = (
-                    f"cannot read worker leases from Redis, no new workers are found: {reason(error)}"
-                )
-            else:
-                if self._redis_problem:
-                    log.info("Redis is back")
-                self._redis_problem = ""
-                self._ignored.update(ignored)
-                announced = {lease.address for lease in leases}
-                for address in announced - self._workers.keys():
-                    self._add(address)
-                for address in self._workers.keys() - announced - set(self._settings.worker_addresses):
-                    worker = self._workers[address]
-                    if not worker.ready and not worker.open_streams:
-                        await self._remove(worker)
-            await asyncio.sleep(self._settings.discovery_seconds)
-
-    async def _watch(self, worker: Worker) -> None:
-        """Reads a worker's telemetry, and dials again whenever it ends."""
-        request = worker_pb2.WatchTelemetryRequest(interval_seconds=self._settings.telemetry_seconds)
-        while True:
-            try:
-                async for response in worker.stub.WatchTelemetry(request):
-                    await self._take(worker, response.telemetry)
-                problem = "it ended its telemetry"
-            except grpc.aio.AioRpcError as error:
-                problem = f"it cannot be reached: {error.code().name}, {error.details()}"
-            self._set_problem(worker, problem)
-            await asyncio.sleep(self._settings.redial_seconds)
-
-    async def _take(self, worker: Worker, message: worker_pb2.Telemetry) -> None:
-        worker.silent_seconds = 0
-        if worker.plan != Plan(message.model, message.depth):
-            status = await worker.stub.GetStatus(
-                worker_pb2.GetStatusRequest(), timeout=self._settings.worker_timeout_seconds
-            )
-            worker.model = status.model
-            message = status.telemetry
-        worker.heard(message)
-        sequences = message.running + message.waiting
-        if sequences and message.step_age_seconds > self._settings.engine_timeout_seconds:
-            stuck = f"no step for {message.step_age_seconds:.1f} s with {sequences} sequences"
+    def _heard(self, worker: Worker, _: worker_pb2.Telemetry | None, telemetry: worker_pb2.Telemetry) -> None:
+        sequences = telemetry.running + telemetry.waiting
+        if sequences and telemetry.step_age_seconds > self._settings.engine_timeout_seconds:
+            stuck = f"no step for {telemetry.step_age_seconds:.1f} s with {sequences} sequences"
             self._set_problem(worker, f"its engine hangs: {stuck}")
             worker.give_up_streams()
         else:
-            self._set_problem(worker, "it is draining" if message.draining else "")
+            self._set_problem(worker, "it is draining" if telemetry.draining else "")
 
-    async def _check_liveness(self) -> None:
-        """Gives up workers that have fallen silent, and frees their streams."""
-        timeout = self._settings.worker_timeout_seconds
-        period = timeout / _CHECKS_PER_TIMEOUT
-        checked_at = time.monotonic()
-        while True:
-            await asyncio.sleep(period)
-            now = time.monotonic()
-            # If this process itself stood still, that is not the workers' silence.
-            elapsed, checked_at = min(now - checked_at, 2 * period), now
-            for worker in self._workers.values():
-                worker.silent_seconds += elapsed
-                if worker.silent_seconds > timeout:
-                    if worker.ready:
-                        self._set_problem(worker, f"it has sent no telemetry for {timeout:g} s")
-                    worker.give_up_streams()
+    def _give_up(self, worker: Worker) -> None:
+        """Gives up a worker that has fallen silent, and frees its streams."""
+        if worker.ready:
+            timeout = self._settings.worker_timeout_seconds
+            self._set_problem(worker, f"it has sent no telemetry for {timeout:g} s")
+        worker.give_up_streams()
 
     def _set_problem(self, worker: Worker, problem: str) -> None:
         if problem != worker.problem:
@@ -367,10 +295,10 @@ class WorkerPool:
             else:
                 log.info("worker %s at %s is ready: serves %s", worker.worker_id, worker.address, worker.plan)
         worker.problem = problem
-        # Waiters look again after every message: the load or the plan may have changed, too.
+        # Waiters look again after every message, because the load or the plan may have changed.
         self._wake()
 
     def _wake(self) -> None:
-        """Has all look again who wait for a worker."""
+        """Makes everyone who waits for a worker look again."""
         self._changed.set()
         self._changed = asyncio.Event()

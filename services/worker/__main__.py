@@ -10,7 +10,8 @@ from helios import catalog, redis_client, registry, service_process
 from helios.engine import Engine, EngineSettings, ExitMode, jit
 from helios.engine.threads import set_threads
 from helios.errors import SettingsError
-from helios.orders import EVERY_WORKER, Plan
+from helios.orders import EVERY_WORKER
+from helios.served import ServedPlan
 from helios.server import Server
 from helios.v1 import worker_pb2_grpc
 from services.worker import first_plan
@@ -41,7 +42,7 @@ async def _serve(settings: WorkerSettings) -> int:
     depth = settings.depth
     if depth is None:
         depth = entry.default_depth if settings.exit_mode == "greedy" else entry.num_layers
-    plan_file = PlanFile(settings.plan_file, Plan(model=entry.name, depth=depth))
+    plan_file = PlanFile(settings.plan_file, ServedPlan(model=entry.name, depth=depth))
     set_threads(settings.threads)
     log.info("%s", jit.describe())
     engine = await _load(settings, models_dir, entry, depth, plan_file)

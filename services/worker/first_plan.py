@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from redis.exceptions import RedisError
 
 from helios import history, orders, redis_client
-from helios.orders import Plan
+from helios.served import ServedPlan
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ _REDIS_SECONDS = 2.0
 class FirstPlan:
     """A plan other than the flags', the confidence threshold to load it with, and why it is to be served."""
 
-    plan: Plan
+    plan: ServedPlan
     threshold: float | None
     why: str
 
@@ -32,15 +32,15 @@ class _Kept(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    plan: Plan
+    plan: ServedPlan
     threshold: float | None
-    flags: Plan
+    flags: ServedPlan
 
 
 class PlanFile:
     """Where a worker keeps what it serves, for the process that replaces it; without a path, nowhere."""
 
-    def __init__(self, path: Path | None, flags: Plan) -> None:
+    def __init__(self, path: Path | None, flags: ServedPlan) -> None:
         """`flags` is the plan of this process's flags: one with others does not go on with what is kept."""
         self._path = path
         self._flags = flags
@@ -60,7 +60,7 @@ class PlanFile:
             return None
         return FirstPlan(kept.plan, kept.threshold, "was served before the restart")
 
-    def write(self, plan: Plan, threshold: float | None) -> None:
+    def write(self, plan: ServedPlan, threshold: float | None) -> None:
         """Keeps a plan. A file that cannot be written is logged: serving goes on."""
         if self._path is None:
             return

@@ -21,7 +21,7 @@ from helios.engine import Engine, Finish, FinishReason, Output, SamplingParams
 from helios.engine.move import Reloaded
 from helios.engine.scheduling.sequence import PhaseTimes
 from helios.errors import HeliosError, InvalidRequestError, UnavailableError, UnknownModelError, status_of
-from helios.orders import Plan
+from helios.served import ServedPlan
 from helios.server import abort
 from helios.v1 import generation_pb2, worker_pb2, worker_pb2_grpc
 from services.worker.first_plan import PlanFile
@@ -237,7 +237,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
                 raise InvalidRequestError(f"threshold must be in [0, 1], not {threshold}")
             depth = request.depth or entry.num_layers
             reloaded = self._engine.reload(entry.path, depth, progress, threshold, urgent=request.urgent)
-            self._plan_file.write(Plan(model=entry.name, depth=depth), threshold)
+            self._plan_file.write(ServedPlan(model=entry.name, depth=depth), threshold)
             return reloaded
 
         task = asyncio.ensure_future(asyncio.to_thread(reload))

@@ -342,6 +342,20 @@ async def test_a_rollout_halts_at_a_worker_that_stops_answering(parts: Stack) ->
         await until(well, "no problem left", SECONDS)
 
 
+async def test_a_controller_that_stood_still_goes_on_as_if_nothing_had_been(parts: Stack) -> None:
+    await write_profiles(parts, await profile(parts))
+    controller = parts.start_controller(**QUICK | {"worker_timeout_seconds": 2, "lease_seconds": 60})
+    async with connect(controller) as stub:
+        await await_depths(stub, a=2, b=2)
+        with controller.frozen():
+            await asyncio.sleep(5)
+        for _ in range(40):
+            assert not (await get_plan(stub)).problems
+            await asyncio.sleep(0.05)
+    for said in ("telemetry ended", "is gone", "halted"):
+        assert said not in controller.log
+
+
 async def test_a_confidence_breach_loads_deeper(parts: Stack) -> None:
     """Random models are never 0.97 sure; the profile expects it of four tokens in five."""
     gateway = parts.start_gateway(telemetry_seconds=0.1, discovery_seconds=0.2)

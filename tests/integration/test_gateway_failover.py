@@ -392,6 +392,31 @@ async def test_streams_leave_a_worker_whose_engine_hangs(stack: Stack) -> None:
         assert reasons == {"a": "its engine hangs: no step for 9.0 s with 1 sequences", "b": ""}
 
 
+async def test_a_gateway_that_stood_still_keeps_its_streams_where_they_are(stack: Stack) -> None:
+    async def slow(request: Request, seconds: float) -> AsyncIterator[Response]:
+        yield chunk(0, 1, 2)
+        await asyncio.sleep(4)
+        yield chunk(3, 4, 5)
+        yield finish(6)
+
+    async with scripted_workers(slow, well_behaved) as (first, second):
+        addresses = [first.address, second.address]
+        gateway = stack.start_gateway(addresses, telemetry_seconds=0.1, worker_timeout_seconds=1)
+        async with AsyncClient(gateway.address) as client:
+            await until(lambda: all_ready(client), "the workers to be ready")
+            running = asyncio.create_task(stream(client, SIX))
+
+            async def begun() -> bool:
+                return bool(first.requests)
+
+            await until(begun, "the stream to begin")
+            with gateway.frozen():
+                await asyncio.sleep(3)
+            whole = await running
+    assert (whole.ids, whole.finish.resumed, second.requests) == (IDS, 0, [])
+    assert "it has sent no telemetry" not in gateway.log
+
+
 async def test_cancellation_and_deadline_reach_the_worker(stack: Stack) -> None:
     remaining: list[float] = []
     ended = asyncio.Event()

@@ -18,7 +18,7 @@ from helios.engine import Engine, EngineSettings, ExitMode, SamplingParams
 from helios.engine.evaluation.trace import trace_dynamic, trace_exits
 from helios.engine.plan import Plan, load_plan
 from helios.engine.tokenizer import load_tokenizer
-from services.controller import situation
+from helios.served import ServedPlan
 from services.controller.agenda import AgendaSettings
 from tests.opt_variants import save_variant
 from tests.profiles import exit_profile, model_profile
@@ -198,11 +198,11 @@ def scene(shape: str, phase_requests: int = 120, seed: int = 0, price: float = 0
     return Scene(requests, PROFILES, thresholds, {}, 16, 5, 16, price, price / 2)
 
 
-def at(model: str, depth: int) -> situation.Plan:
-    return situation.Plan(model=model, depth=depth)
+def at(model: str, depth: int) -> ServedPlan:
+    return ServedPlan(model=model, depth=depth)
 
 
-def held(world: Scene, plans: Iterable[tuple[int, situation.Plan]]) -> Run:
+def held(world: Scene, plans: Iterable[tuple[int, ServedPlan]]) -> Run:
     """A run of these plans, each for so many requests, without any moves' cost."""
     run = Run(plans=[plan for count, plan in plans for _ in range(count)])
     for request, plan in zip(world.requests, run.plans, strict=True):
@@ -305,7 +305,7 @@ def test_a_move_is_needless_when_what_it_leaves_was_good_and_what_it_goes_to_is_
     world = scene(traffic.STANDARD)
     prose, technical = "prose-model", "technical-model"
 
-    def needless(*plans: situation.Plan) -> int:
+    def needless(*plans: ServedPlan) -> int:
         """Of moves within the first phase, prose, that lead through these plans."""
         run = held(world, [(10, one) for one in plans] + [(360 - 10 * len(plans), plans[-1])])
         return Hindsight(world).figures(run).needless_moves

@@ -6,16 +6,17 @@ from dataclasses import replace
 import pytest
 
 from helios.history import ModelProfile, RequestSample
+from helios.served import ServedPlan
 from helios.slo import Slo
 from services.controller.agenda import Agenda, AgendaSettings, Decide, Due, Evaluate, Outlook
 from services.controller.allowance import Allowance
 from services.controller.decision import Decision
-from services.controller.policy import decide
-from services.controller.situation import Plan, Situation, Trigger, WorkerView
+from services.controller.policy.decide import decide
+from services.controller.situation import Situation, Trigger, WorkerView
 from services.controller.traffic_watch import Served
 from tests.profiles import exit_profile, model_profile
 
-PLAN = Plan(model="small", depth=4)
+PLAN = ServedPlan(model="small", depth=4)
 
 
 def profile(name: str = "small", time: float = 1.0, rise: float = 0.01) -> ModelProfile:
@@ -203,7 +204,7 @@ def test_workers_go_to_the_safest_plan_when_the_evaluation_takes_too_long() -> N
     assert owner.look() is None
     owner.now += 2
     assert owner.look() == Decide(Trigger.RETREAT)
-    assert owner.plan == Plan(model="small", depth=6)
+    assert owner.plan == ServedPlan(model="small", depth=6)
     assert owner.look() is None
     owner.end(profile(time=3.0))
     owner.settle()

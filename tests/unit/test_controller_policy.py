@@ -8,17 +8,13 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from helios.history import DecodeSpeed, ModelProfile, RequestSample
+from helios.served import ServedPlan
 from helios.slo import Objective, Slo
 from services.controller.decision import Decision, Option
-from services.controller.policy import (
-    Moves,
-    PolicySettings,
-    breach_limit,
-    contradiction,
-    decide,
-    is_breached,
-)
-from services.controller.situation import Bar, Plan, Reading, Situation, Trigger, WorkerView
+from services.controller.policy.breach import breach_limit, is_breached
+from services.controller.policy.decide import contradiction, decide
+from services.controller.policy.settings import Moves, PolicySettings
+from services.controller.situation import Bar, Reading, Situation, Trigger, WorkerView
 from tests.profiles import exit_profile, model_profile
 
 SETTINGS = PolicySettings()
@@ -53,8 +49,8 @@ def option(decision: Decision, model: str, depth: int) -> Option:
     return next(one for one in decision.options if (one.model, one.depth) == (model, depth))
 
 
-def plan(model: str, depth: int) -> Plan:
-    return Plan(model=model, depth=depth)
+def plan(model: str, depth: int) -> ServedPlan:
+    return ServedPlan(model=model, depth=depth)
 
 
 def test_smallest_depth_within_the_bound_of_the_best_candidate_is_chosen() -> None:
@@ -81,7 +77,9 @@ def test_quality_is_compared_per_byte_and_told_per_token_of_the_best() -> None:
         (Objective.ACCURACY, plan("large", 16)),
     ],
 )
-def test_the_objective_decides_among_what_is_within_the_bounds(objective: Objective, expected: Plan) -> None:
+def test_the_objective_decides_among_what_is_within_the_bounds(
+    objective: Objective, expected: ServedPlan
+) -> None:
     slo = Slo(objective=objective)
     assert decide(situation(slo=slo, trigger=Trigger.SLO), SETTINGS).plan == expected
 
@@ -451,7 +449,7 @@ def profiles(draw: st.DrawFn) -> list[ModelProfile]:
     return found
 
 
-def any_plan(found: Sequence[ModelProfile]) -> st.SearchStrategy[Plan]:
+def any_plan(found: Sequence[ModelProfile]) -> st.SearchStrategy[ServedPlan]:
     return st.sampled_from([plan(profile.model, one.depth) for profile in found for one in profile.exits])
 
 

@@ -11,14 +11,17 @@ from redis.asyncio import Redis
 from helios import orders
 from helios.errors import SettingsError, UnavailableError
 from helios.ignored_entries import IgnoredEntries
+from helios.orders import EVERY_WORKER
 from helios.redis_schema import CONTROLLER_LEADER, CONTROLLER_STATE, DECISIONS
+from helios.served import ServedPlan
 from helios.slo import Objective, Slo
 from services.controller import record, state
 from services.controller.leader import Leadership, StaleLeaderError, find_leader
-from services.controller.policy import PolicySettings, decide
+from services.controller.policy.decide import decide
+from services.controller.policy.settings import PolicySettings
 from services.controller.record import DecisionEntry, NumberedDecision, OutcomeEntry
-from services.controller.situation import Bar, Plan, Situation, Trigger, WorkerView
-from services.controller.state import EVERY_WORKER, ControllerState
+from services.controller.situation import Bar, Situation, Trigger, WorkerView
+from services.controller.state import ControllerState
 from tests.profiles import exit_profile, model_profile
 
 LEASE_SECONDS = 30.0
@@ -112,24 +115,27 @@ async def test_state_is_read_back_as_it_was_saved(redis: Redis, leadership: Lead
     assert await state.load(redis) is None
     kept = ControllerState(
         slo=Slo(objective=Objective.ACCURACY, max_perplexity_increase=None),
-        pins={"w": Plan(model="a", depth=2), EVERY_WORKER: Plan(model="b", depth=4)},
-        plan=Plan(model="c", depth=6),
+        pins={"w": ServedPlan(model="a", depth=2), EVERY_WORKER: ServedPlan(model="b", depth=4)},
+        plan=ServedPlan(model="c", depth=6),
         bars=(Bar(model="a", depth=1, time=1.5, reason="breach", shallower=True),),
     )
     await state.save(leadership, kept, "active")
     read = await state.load(redis)
     assert read == kept
-    assert (read.wanted("w"), read.wanted("new")) == (Plan(model="a", depth=2), Plan(model="b", depth=4))
+    assert (read.wanted("w"), read.wanted("new")) == (
+        ServedPlan(model="a", depth=2),
+        ServedPlan(model="b", depth=4),
+    )
 
 
 async def test_workers_read_pins_always_and_the_plan_while_an_active_controller_leads(
     redis: Redis, leadership: Leadership
 ) -> None:
     assert (await orders.read(redis)).wanted("w") is None
-    pinned, chosen = Plan(model="a", depth=2), Plan(model="c", depth=6)
+    pinned, chosen = ServedPlan(model="a", depth=2), ServedPlan(model="c", depth=6)
     kept = ControllerState(pins={"w": pinned}, plan=chosen, slo=Slo(objective=Objective.LATENCY))
 
-    async def wanted() -> tuple[Plan | None, Plan | None]:
+    async def wanted() -> tuple[ServedPlan | None, ServedPlan | None]:
         read = await orders.read(redis)
         return read.wanted("w"), read.wanted("new")
 
@@ -158,11 +164,11 @@ async def test_what_a_newer_version_saved_is_read_and_kept(redis: Redis, leaders
     await redis.hset(CONTROLLER_STATE, "state", json.dumps(newer))
     read = await state.load(redis)
     assert read is not None
-    assert (read.slo.objective, read.pins["v"]) == (Objective.ACCURACY, Plan(model="a", depth=4))
+    assert (read.slo.objective, read.pins["v"]) == (Objective.ACCURACY, ServedPlan(model="a", depth=4))
 
-    pins = {"w": Plan(model="a", depth=2), "v": Plan(model="a", depth=6)}
+    pins = {"w": ServedPlan(model="a", depth=2), "v": ServedPlan(model="a", depth=6)}
     bars = (*read.bars, Bar(model="b", depth=1, time=2.5, reason="breach"))
-    plan = Plan(model="c", depth=1)
+    plan = ServedPlan(model="c", depth=1)
     await state.save(leadership, read.model_copy(update={"pins": pins, "bars": bars, "plan": plan}), "active")
     kept = json.loads(await redis.hget(CONTROLLER_STATE, "state") or "")
     for unchanged in ("slo", "routes"):
@@ -254,17 +260,17 @@ async def test_one_replica_leads_at_a_time(redis: Redis, leadership: Leadership)
 
 async def test_a_leader_that_slept_cannot_write(redis: Redis, leadership: Leadership) -> None:
     await redis.delete(CONTROLLER_LEADER)  # As when its lease ends.
-    await state.save(leadership, ControllerState(plan=Plan(model="old", depth=1)), "active")
+    await state.save(leadership, ControllerState(plan=ServedPlan(model="old", depth=1)), "active")
     second = Leadership(redis, "b", "127.0.0.1:2", LEASE_SECONDS)
     assert await second.campaign()
-    await state.save(second, ControllerState(plan=Plan(model="new", depth=2)), "active")
+    await state.save(second, ControllerState(plan=ServedPlan(model="new", depth=2)), "active")
     with pytest.raises(StaleLeaderError):
-        await state.save(leadership, ControllerState(plan=Plan(model="old", depth=1)), "active")
+        await state.save(leadership, ControllerState(plan=ServedPlan(model="old", depth=1)), "active")
     with pytest.raises(StaleLeaderError):
         await record.append(leadership, OUTCOME, number=1, keep=KEEP)
     read = await state.load(redis)
     assert read is not None
-    assert read.plan == Plan(model="new", depth=2)
+    assert read.plan == ServedPlan(model="new", depth=2)
     assert await redis.xlen(DECISIONS) == 0
     assert not await leadership.campaign()
 

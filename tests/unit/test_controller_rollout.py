@@ -5,11 +5,11 @@ from collections.abc import Collection
 from types import SimpleNamespace
 from typing import cast
 
+from helios.served import ServedPlan
 from services.controller.fleet import Worker
 from services.controller.rollout import move_overlapping
-from services.controller.situation import Plan
 
-PLAN = Plan(model="small", depth=4)
+PLAN = ServedPlan(model="small", depth=4)
 
 
 class Workers:
@@ -22,12 +22,12 @@ class Workers:
         self.loads = {name: asyncio.Event() for name in self.names}
         self.ends = {name: asyncio.Event() for name in self.names}
 
-    def following(self, besides: Collection[str]) -> tuple[Worker, Plan] | None:
+    def following(self, besides: Collection[str]) -> tuple[Worker, ServedPlan] | None:
         left = [name for name in self.names if name not in besides]
         # As much of a worker as is looked at.
         return (cast("Worker", SimpleNamespace(worker_id=left[0])), PLAN) if left else None
 
-    async def move(self, worker: Worker, plan: Plan, loaded: asyncio.Event) -> bool:
+    async def move(self, worker: Worker, plan: ServedPlan, loaded: asyncio.Event) -> bool:
         self.begun.append(worker.worker_id)
         await self.loads[worker.worker_id].wait()
         if worker.worker_id == self.refusing:

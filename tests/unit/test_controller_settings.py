@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from helios.slo import Objective, Slo
-from services.controller.policy import Moves, PolicySettings
+from services.controller.policy.settings import Moves, PolicySettings
 from services.controller.settings import ControllerSettings
 
 

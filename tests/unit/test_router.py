@@ -5,9 +5,10 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway.router import Candidate, Needs, Plan, choose
+from helios.served import ServedPlan
+from services.gateway.router import Candidate, Needs, choose
 
-PLANS = st.builds(Plan, st.sampled_from(["prose", "tech"]), st.sampled_from([3, 6, 12]))
+PLANS = st.builds(ServedPlan, model=st.sampled_from(["prose", "tech"]), depth=st.sampled_from([3, 6, 12]))
 ADDRESSES = st.sampled_from([f"host-{number}:1" for number in range(6)])
 CANDIDATES = st.lists(
     st.builds(
@@ -30,12 +31,12 @@ NEEDS = st.builds(
 
 
 def worker(address: str, sequences: int = 0, free: float = 1.0) -> Candidate:
-    return Candidate(address, Plan("prose", 6), "t1", 512, sequences, free)
+    return Candidate(address, ServedPlan(model="prose", depth=6), "t1", 512, sequences, free)
 
 
 @given(CANDIDATES, NEEDS, st.none() | PLANS, st.sets(ADDRESSES), st.sets(ADDRESSES))
 def test_a_chosen_worker_can_serve_and_is_not_excluded(
-    candidates: list[Candidate], needs: Needs, prefer: Plan | None, avoid: set[str], exclude: set[str]
+    candidates: list[Candidate], needs: Needs, prefer: ServedPlan | None, avoid: set[str], exclude: set[str]
 ) -> None:
     chosen = choose(candidates, needs, prefer=prefer, avoid=avoid, exclude=exclude)
     able = [one for one in candidates if one.address not in exclude and needs.met_by(one)]
@@ -56,7 +57,7 @@ def test_a_new_stream_goes_to_a_least_loaded_worker(candidates: list[Candidate],
 
 @given(CANDIDATES, NEEDS, PLANS)
 def test_a_stream_that_goes_on_stays_with_its_plan_when_that_is_served(
-    candidates: list[Candidate], needs: Needs, plan: Plan
+    candidates: list[Candidate], needs: Needs, plan: ServedPlan
 ) -> None:
     chosen = choose(candidates, needs, prefer=plan)
     able = [one.plan for one in candidates if needs.met_by(one)]

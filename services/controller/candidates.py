@@ -1,0 +1,47 @@
+"""Which models are weighed: the shortlist (TopK in arXiv 2504.10724) of those that workers can load."""
+
+import asyncio
+from pathlib import Path
+
+from helios import catalog
+from helios.catalog import ModelEntry
+from helios.shortlist import shortlist
+from helios.slo import Objective
+from services.controller.fleet import Fleet
+
+
+class Candidates:
+    """Makes the shortlist from offline facts; without a folder of models, from what workers say."""
+
+    def __init__(self, models_dir: Path | None, top_k: int, fleet: Fleet) -> None:
+        self._models_dir = models_dir
+        self._top_k = top_k
+        self._fleet = fleet
+        # Read once, when it is first needed.
+        self._catalog: list[ModelEntry] | None = None
+
+    async def names(self, objective: Objective) -> tuple[str, ...]:
+        """The shortlist for an objective; every model that workers can load where nothing more is known.
+
+        Raises SettingsError when the folder of models cannot be read.
+        """
+        serving, loadable = self._fleet.serving, self._fleet.loadable
+        if self._models_dir is None or not serving:
+            return tuple(sorted(loadable))
+        if self._catalog is None:
+            self._catalog = await asyncio.to_thread(catalog.list_models, self._models_dir)
+        served = serving[0].model
+        # Sequences in flight can only move to a model with the same tokens.
+        tokenizers = (None, served.tokenizer_id)
+        movable = [
+            entry for entry in self._catalog if entry.name in loadable and entry.tokenizer_id in tokenizers
+        ]
+        numbers = [2 * one.config.hidden_size * served.depth for one in movable if one.name == served.name]
+        chosen = shortlist(
+            movable,
+            objective,
+            min(worker.memory_bytes for worker in serving),
+            served.kv_bytes_per_token // numbers[0] if numbers else 1,
+            self._top_k,
+        )
+        return tuple(entry.name for entry in chosen.candidates)

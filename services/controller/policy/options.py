@@ -1,0 +1,153 @@
+"""The options: each profiled depth of each candidate, with what to expect of it and the bounds it breaks."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+from helios.history import ExitProfile, ModelProfile
+from helios.served import ServedPlan
+from helios.slo import Objective
+from services.controller.decision import Option
+from services.controller.policy.bounds import refusals_of
+from services.controller.policy.perplexity import Control, Increase, increases_of
+from services.controller.policy.settings import PolicySettings
+from services.controller.situation import Situation, WorkerView
+
+
+class Weighed:
+    """An option, and the bounds that it breaks."""
+
+    def __init__(
+        self,
+        option: Option,
+        refusals: Mapping[str, str],
+        increases: Sequence[Increase],
+    ) -> None:
+        """`refusals` has a text for each broken bound, by the bound's name. `increases` are of perplexity."""
+        self.option = option
+        self.refusals = dict(refusals)
+        self.increases = increases
+        # Why an option within the bounds was passed over. It goes into the record.
+        self.note = ""
+        # Requests for which it is passed over because another plan has just been chosen; None: it is not.
+        self.dwell_left: int | None = None
+
+    @property
+    def eligible(self) -> bool:
+        """Whether it breaks no bound."""
+        return not self.refusals
+
+    def is_surely_within(self, bound: float, sigmas: float, switch_sigmas: float | None) -> bool:
+        """Whether its perplexity is within the bound by more than chance, whichever candidate is the best.
+
+        sigmas: standard errors against the option's own model; switch_sigmas: against other models, None:
+        these do not count.
+        """
+        return all(
+            increase + (sigmas if is_own else switch_sigmas or 0.0) * (error or 0.0) <= bound
+            for increase, error, is_own in self.increases
+            if is_own or switch_sigmas is not None
+        )
+
+    def is_surely_beyond(self, bound: float, sigmas: float) -> bool:
+        """Whether its perplexity is beyond the bound by more than chance."""
+        return any(increase - sigmas * (error or 0.0) > bound for increase, error, _ in self.increases)
+
+    def explained(self, chosen: ServedPlan | None) -> Option:
+        """The option as it goes into the record, with the reason why it was not `chosen`."""
+        said = "" if self.option.plan == chosen else self.note
+        return self.option.model_copy(update={"refused": "; ".join(self.refusals.values()) or said})
+
+
+def exit_share(profile: ModelProfile, depth: int, threshold: float | None = None) -> float:
+    """Share of tokens that are sure at a depth, by this threshold; None: the profile's own.
+
+    At the last layer every token counts as sure.
+    """
+    one = profile.at(depth)
+    if one is profile.full:
+        return 1.0
+    return one.share_above(one.threshold if threshold is None else threshold)
+
+
+def weigh(situation: Situation, settings: PolicySettings, before: ServedPlan | None) -> Iterator[Weighed]:
+    """Weighs every profiled depth of every candidate; depths of a model ascend."""
+    known = [situation.history[name] for name in situation.candidates if name in situation.history]
+    if not known or not situation.workers:
+        return
+    control = Control.of(situation)
+    for profile in known:
+        for one in profile.exits:
+            increases = increases_of(profile, one, known, control)
+            option = _expect(profile, one, increases, situation, settings, before)
+            refusals = refusals_of(option, increases, profile, one, situation, settings, before)
+            yield Weighed(option, refusals, increases)
+
+
+def _expect(
+    profile: ModelProfile,
+    one: ExitProfile,
+    increases: Sequence[Increase],
+    situation: Situation,
+    settings: PolicySettings,
+    before: ServedPlan | None,
+) -> Option:
+    workers = situation.free or situation.workers
+    batch = min(_batch(one, worker, situation) for worker in workers)
+    in_flight = sum(worker.running + worker.waiting for worker in workers)
+    load = max(1, min(-(-in_flight // len(workers)), batch))
+    tpot = one.step_seconds(load)
+    # It was measured for a single request. At a loaded worker, the step under way comes first.
+    ttft = one.ttft_seconds + (tpot if load > 1 else 0.0)
+    prefill = situation.prompt_tokens / situation.output_tokens / one.prefill_tokens_per_second
+    # Where memory holds no sequence the option is refused; its figures are those of one sequence.
+    full_batch = max(1, batch)
+    token_seconds = one.step_seconds(full_batch) / full_batch + prefill
+    # The rise over the best candidate is the largest.
+    increase, error, _ = max(increases, key=lambda one: one[0])
+    plan = ServedPlan(model=profile.model, depth=one.depth)
+    cost = _cost(plan, one, workers, before)
+    horizon_tokens = settings.reassess_requests * situation.output_tokens / len(workers)
+    response = tpot + ttft / situation.output_tokens
+    losses = {
+        Objective.THROUGHPUT: token_seconds + cost / horizon_tokens,
+        Objective.LATENCY: response + cost / horizon_tokens,
+        # A reload draws about as much power as serving.
+        Objective.ENERGY: (one.joules_per_token or 0.0) * (1 + cost / (horizon_tokens * token_seconds)),
+        Objective.ACCURACY: 1 + increase,
+    }
+    return Option(
+        model=profile.model,
+        depth=one.depth,
+        tokens_per_second=1 / token_seconds,
+        batch=batch,
+        tpot_seconds=tpot,
+        ttft_seconds=ttft,
+        perplexity_increase=increase,
+        perplexity_increase_error=error,
+        agreement=one.agreement,
+        exit_share=exit_share(profile, one.depth),
+        joules_per_token=one.joules_per_token,
+        cost_seconds=cost,
+        loss=losses[situation.slo.objective],
+    )
+
+
+def _batch(one: ExitProfile, worker: WorkerView, situation: Situation) -> int:
+    """Sequences that fit into the memory that the weights leave, each at the middle of its life."""
+    if worker.memory_bytes is None:
+        return worker.max_running
+    context = situation.prompt_tokens + situation.output_tokens / 2
+    free = worker.memory_bytes - one.weight_bytes
+    return max(0, min(worker.max_running, int(free / (one.kv_bytes_per_token * context))))
+
+
+def _cost(
+    plan: ServedPlan, one: ExitProfile, workers: Sequence[WorkerView], before: ServedPlan | None
+) -> float:
+    """Seconds that a move costs one worker: the load, and a new prefill of what is in flight."""
+    kept = before.depth if before is not None and plan.model == before.model else 0
+    if plan.depth <= kept:
+        # Nothing is loaded, and the KV of the lower layers stays valid.
+        return 0.0
+    in_flight = sum(worker.tokens_in_flight for worker in workers) / len(workers)
+    # Layers that the worker already has are not loaded again.
+    return one.load_seconds * (1 - kept / plan.depth) + in_flight / one.prefill_tokens_per_second
