@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, settings
 
 from tests.stack import Process, Stack, start_redis, write_tiny_models
 
-# Tiny products gain nothing from a second thread, and lose much when the cores are busy. torch reads this when
-# it is first imported, so it is set here, before the test modules are imported.
+# Tiny products gain nothing from a second thread, and lose much when the cores are busy. torch reads this at
+# its first import, so it is set here, before the test modules are imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # On a shared machine the time to make and check an example says nothing.

@@ -88,7 +88,7 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
             return list(self._points)
 
     def wait_for(self, complete: Callable[[list[Span]], bool]) -> list[Span]:
-        """Returns all spans once they are complete. If they never are, AssertionError names those that came."""
+        """All spans, once they are complete. If they never are, AssertionError names those that came."""
         return self._wait_for(complete, self._spans)
 
     def wait_for_points(self, complete: Callable[[list[Point]], bool]) -> list[Point]:

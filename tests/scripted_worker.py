@@ -98,7 +98,7 @@ class ScriptedWorker(worker_pb2_grpc.WorkerServiceServicer):
 
 @asynccontextmanager
 async def scripted_workers(*scripts: Script) -> AsyncIterator[list[ScriptedWorker]]:
-    """Serving workers `a`, `b`, ... Each has more load than the one before: streams try them in this order."""
+    """Serving workers `a`, `b`, ... Each has more load than the one before, so streams try `a` first."""
     async with AsyncExitStack() as stack:
         workers = []
         for load, script in enumerate(scripts):

@@ -33,7 +33,7 @@ class Streamed:
         return self.ids, [token.text for token in self.tokens], self.finish.reason
 
     def check(self) -> None:
-        """Checks what holds for every stream: no index is repeated or skipped, and the deltas are the text."""
+        """Checks that no index is repeated or skipped, and that the deltas are the text."""
         assert [token.index for token in self.tokens] == list(range(len(self.tokens)))
         assert self.finish.completion_tokens == len(self.tokens)
         assert self.finish.text == self.text
