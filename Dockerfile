@@ -1,9 +1,9 @@
-# The image of every service, a target each; gateway and controller have no torch. No BuildKit is needed.
+# One target for the image of each service. Gateway and controller have no torch. BuildKit is not needed.
 #   docker build --target gateway --tag helios-gateway .
-# Any base with Python 3.11, venv and pip: the Python images, or a Debian bookworm with python3-venv.
+# The base can be any image with Python 3.11, venv and pip: a Python image, or Debian bookworm with python3-venv.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
-# What is to be installed, by itself: other changes of pyproject.toml do not install it again.
+# Lists the packages to install, so that other changes of pyproject.toml do not install them again.
 FROM ${BASE_IMAGE} AS requirements
 COPY pyproject.toml /
 RUN python3 -c 'import tomllib; \
@@ -15,19 +15,19 @@ print(*torch, sep="\n", file=open("/torch.txt", "w")); \
 print(*engine, sep="\n", file=open("/engine.txt", "w"))'
 
 FROM ${BASE_IMAGE} AS core-dependencies
-# For networks without the public package index; pip reads them. Unset otherwise.
+# For networks without the public package index. pip reads these variables. Otherwise they are not set.
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 ARG PIP_CERT
 RUN python3 -m venv /opt/helios
 ENV PATH=/opt/helios/bin:$PATH
 WORKDIR /build
-# What a folder `wheels` holds lands here, where pip looks too; it may be missing, hence the pattern.
+# The files of a folder `wheels` come here, and pip finds them. The folder may be missing, hence the pattern.
 COPY LICENSE wheel[s] ./
 COPY --from=requirements /core.txt ./
 RUN pip install --no-cache-dir --find-links . --requirement core.txt
 
-# Our own code, apart: it changes often and is small, while the dependencies' layer is large and stays.
+# Our own code has its own layer: it is small and changes often. The layer of dependencies is large and stays.
 FROM core-dependencies AS code
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
@@ -68,15 +68,15 @@ FROM core-dependencies AS engine-dependencies
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 ARG PIP_CERT
-# Where torch comes from when not from the package index, whose build for Linux carries CUDA (several GB):
-# PyTorch's index of CPU builds makes a small image, that of another CUDA or of ROCm one for such devices.
+# Where torch comes from. The package index's build for Linux contains CUDA (several GB). PyTorch's index of CPU
+# builds makes a small image; its indexes of other CUDA versions or of ROCm make images for such devices.
 ARG TORCH_INDEX_URL
 COPY --from=requirements /torch.txt /engine.txt ./
 RUN pip install --no-cache-dir --find-links . ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"} \
     --requirement torch.txt
 RUN pip install --no-cache-dir --find-links . --requirement engine.txt
 
-# Machine code for every class of processors that the image may meet, so that no start waits for a compiler.
+# Compiles the kernels for every class of processors, so that no start of the image waits for a compiler.
 FROM engine-dependencies AS kernels
 COPY models /models
 COPY --from=code /code /opt/helios
@@ -88,7 +88,7 @@ COPY --from=engine-dependencies /opt/helios /opt/helios
 COPY models /models
 COPY --from=code /code /opt/helios
 COPY --from=kernels /kernels /opt/helios/kernels
-# Nobody writes into that: what else is compiled is kept with the rest of the cache.
+# Nobody can write there. Whatever else is compiled is kept with the rest of the cache.
 ENV HELIOS_MODELS_DIR=/models \
     HELIOS_KERNEL_CACHE_DIR=/opt/helios/kernels \
     XDG_CACHE_HOME=/tmp/cache
@@ -96,7 +96,7 @@ ENV HELIOS_MODELS_DIR=/models \
 FROM engine AS worker
 ENV HELIOS_WORKER_ADDRESS=0.0.0.0:50061
 EXPOSE 50061
-# Loading a large model takes its time: a longer start period is a matter of `docker run --health-start-period`.
+# A large model takes longer to load. `docker run --health-start-period` sets a longer start period.
 HEALTHCHECK --interval=10s --timeout=8s --start-period=120s --retries=3 \
   CMD ["python", "-m", "helios.health", "127.0.0.1:50061"]
 ENTRYPOINT ["python", "-m", "services.worker"]

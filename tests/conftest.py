@@ -10,15 +10,15 @@ from hypothesis import HealthCheck, settings
 
 from tests.stack import Process, Stack, start_redis, write_tiny_models
 
-# Tiny products gain nothing from a second thread, and lose much when the cores are busy. Read when torch
-# is first imported, so it is set before the test modules are.
+# Tiny products gain nothing from a second thread, and lose much when the cores are busy. torch reads this at
+# its first import, so it is set here, before the test modules are imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# How long examples take to make and to check says nothing on a machine that others use.
+# On a shared machine the time to make and check an example says nothing.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
-# A shell ignores SIGINT in what it runs in the background, and children would inherit that.
+# A shell starts background processes with SIGINT ignored, and children would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -38,7 +38,7 @@ def redis_url(tmp_path: Path) -> Iterator[str]:
 
 @pytest.fixture
 def stack(tmp_path: Path, tiny_models: Path) -> Iterator[Stack]:
-    """A stack without parts; every process that the test starts is ended with it."""
+    """A stack without parts. At its end it ends every process that the test started."""
     parts = Stack(tmp_path, tiny_models)
     yield parts
     parts.close()

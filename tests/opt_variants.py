@@ -31,7 +31,7 @@ _BASE: dict[str, Any] = {
     "pad_token_id": 1,
 }
 
-# What each differs in from opt-125m's architecture.
+# How each variant differs from opt-125m's architecture.
 VARIANTS: dict[str, dict[str, Any]] = {
     "pre-norm": _BASE,
     "post-norm": _BASE | {"do_layer_norm_before": False, "word_embed_proj_dim": 16},  # as opt-350m
@@ -61,8 +61,8 @@ def save_variant(
     """Writes a checkpoint directory and returns the model in it, in float32 and eval mode.
 
     `exits` (the last must be the number of layers) adds a helios.json, and exits.safetensors for the
-    heads `norm` and `linear`; without it the checkpoint is as from the hub. `tied_as` is the name under
-    which tied weights are stored. `changes` go to OPTConfig.
+    heads `norm` and `linear`. Without `exits` the checkpoint is like one from the hub. `tied_as` is the name
+    under which tied weights are stored. `changes` go to OPTConfig.
     The tokenizer is byte-level: ids 4 to 259 are the bytes, and prompts start with `</s>`.
     """
     model = random_model(seed, **(VARIANTS[name] | changes)).to(dtype)
@@ -85,7 +85,7 @@ def save_variant(
 
 
 def random_model(seed: int, **config: Any) -> OPTForCausalLM:
-    """A model whose every parameter, biases and norms too, differs from its neutral value."""
+    """A model in which every parameter, also of biases and norms, differs from its neutral value."""
     model = OPTForCausalLM(OPTConfig(**config))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -126,7 +126,7 @@ def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], form: Form) ->
 
 
 def byte_tokenizer() -> Tokenizer:
-    """Byte-level without merges; encodes like OPT's, with `</s>` in front."""
+    """A byte-level tokenizer without merges. Like OPT's it puts `</s>` in front."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))

@@ -1,7 +1,7 @@
 """An OTLP collector for tests: takes spans and metrics over gRPC and keeps them.
 
-`python tests/otlp_collector.py ADDRESS` prints each span and each point of a metric as a line of JSON: a
-stand-in where the real collector cannot be had.
+`python tests/otlp_collector.py ADDRESS` prints each span and each point of a metric as a line of JSON. It is
+a stand-in where the real collector is not available.
 """
 
 import json
@@ -43,7 +43,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Point:
-    """One value of a metric; of a histogram how many it counted. `kind`: gauge, sum or histogram."""
+    """One value of a metric; for a histogram, its count. `kind`: gauge, sum or histogram."""
 
     service: str
     instance: str
@@ -55,7 +55,7 @@ class Point:
 
 
 class Collector(trace_service_pb2_grpc.TraceServiceServicer):
-    """The collector as a server of its own threads."""
+    """The collector, as a server with its own threads."""
 
     def __init__(
         self, address: str = "127.0.0.1:0", on_arrival: Callable[[Span | Point], None] | None = None
@@ -72,27 +72,27 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
 
     @property
     def endpoint(self) -> str:
-        """For OTEL_EXPORTER_OTLP_ENDPOINT."""
+        """The value for OTEL_EXPORTER_OTLP_ENDPOINT."""
         return f"http://127.0.0.1:{self.port}"
 
     @property
     def spans(self) -> list[Span]:
-        """All that have arrived."""
+        """All spans that have arrived."""
         with self._arrived:
             return list(self._spans)
 
     @property
     def points(self) -> list[Point]:
-        """Of the metrics, all that have arrived."""
+        """All points of metrics that have arrived."""
         with self._arrived:
             return list(self._points)
 
     def wait_for(self, complete: Callable[[list[Span]], bool]) -> list[Span]:
-        """All spans, once they are complete. AssertionError, with those that came, if they never are."""
+        """All spans, once they are complete. If they never are, AssertionError names those that came."""
         return self._wait_for(complete, self._spans)
 
     def wait_for_points(self, complete: Callable[[list[Point]], bool]) -> list[Point]:
-        """The same of the metrics' points."""
+        """The same for the points of metrics."""
         return self._wait_for(complete, self._points)
 
     def _wait_for(self, complete: Callable[[list[_Arrival]], bool], came: list[_Arrival]) -> list[_Arrival]:

@@ -1,4 +1,4 @@
-"""Performance history by hand, for tests of what reads it."""
+"""Performance history written by hand, for tests of the code that reads it."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ def exit_profile(
     load_seconds: float = 0.1,
     joules_per_token: float | None = None,
 ) -> ExitProfile:
-    """An exit of which the share `sure` of 1,000 tokens is above the threshold. A step takes 1 ms a layer."""
+    """An exit where the share `sure` of 1,000 tokens is above the threshold. A step takes 1 ms per layer."""
     counts = [0] * CONFIDENCE_BINS
     counts[0], counts[-1] = 1000 - round(1000 * sure), round(1000 * sure)
     agreeing = [0] * CONFIDENCE_BINS
@@ -46,7 +46,7 @@ def exit_profile(
 def model_profile(
     model: str, exits: Sequence[ExitProfile], *, time: float = 1000.0, tokenizer_id: str = "t"
 ) -> ModelProfile:
-    """A profile of these exits, 4 bytes of text a token."""
+    """A profile of these exits, with 4 bytes of text per token."""
     return ModelProfile(
         model=model,
         time=time,

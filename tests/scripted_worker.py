@@ -1,4 +1,4 @@
-"""A worker whose every answer a test decides, on a real socket: for faults that no real worker commits."""
+"""A worker on a real socket whose answers the test decides, for faults that no real worker commits."""
 
 import asyncio
 import time
@@ -15,7 +15,7 @@ from tests.stack import VOCAB_SIZE, write_tokenizer
 Request: TypeAlias = worker_pb2.WorkerServiceGenerateRequest
 Response: TypeAlias = worker_pb2.WorkerServiceGenerateResponse
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-# Of a request and the seconds until its deadline. A HeliosError it raises ends the sequence.
+# Takes a request and the seconds until its deadline. A HeliosError that it raises ends the sequence.
 Script: TypeAlias = Callable[[Request, float], AsyncIterator[Response]]
 
 
@@ -24,7 +24,7 @@ class _EndOfCallError(Exception):
 
 
 class ScriptedWorker(worker_pb2_grpc.WorkerServiceServicer):
-    """Answers each sequence by its script and keeps the requests; `telemetry` is what it tells of itself."""
+    """Answers each sequence by its script and keeps the requests. It reports `telemetry` as its own."""
 
     def __init__(self, worker_id: str, script: Script, model: str = "tiny") -> None:
         self.script = script
@@ -54,7 +54,7 @@ class ScriptedWorker(worker_pb2_grpc.WorkerServiceServicer):
             pass
 
     async def _run(self, start: worker_pb2.SequenceStart, context: Context, sending: asyncio.Lock) -> None:
-        """Sends what the script says of one sequence; the call ends with a script that does not say how."""
+        """Sends what the script yields. A script that ends without a finish or an error ends the call."""
         self.requests.append(start.request)
 
         async def send(**event: Any) -> None:
@@ -101,7 +101,7 @@ class ScriptedWorker(worker_pb2_grpc.WorkerServiceServicer):
 
 @asynccontextmanager
 async def scripted_workers(*scripts: Script) -> AsyncIterator[list[ScriptedWorker]]:
-    """Workers `a`, `b`, ... serving, each more loaded than the one before: streams try them in this order."""
+    """Serving workers `a`, `b`, ... Each has more load than the one before, so streams try `a` first."""
     async with AsyncExitStack() as stack:
         workers = []
         for load, script in enumerate(scripts):

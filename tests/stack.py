@@ -28,7 +28,7 @@ EXIT_LAYERS = (1, 2, 4)
 
 
 class Process:
-    """A process under test. It has started once it prints its `ready` line; its log is a file."""
+    """A process under test. It has started once it prints its `ready` line. Its log is a file."""
 
     def __init__(
         self,
@@ -38,7 +38,7 @@ class Process:
         ready_text: str,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """`environment` adds to the test's own, of which no HELIOS_* and OTEL_* is passed on."""
+        """`environment` is added to the test's own, from which HELIOS_* and OTEL_* are removed."""
         self.name = name
         self.log_path = directory / f"{name}.log"
         clean = {key: value for key, value in os.environ.items() if not key.startswith(("HELIOS_", "OTEL_"))}
@@ -63,7 +63,7 @@ class Process:
 
     @property
     def log(self) -> str:
-        """All it has written to stderr."""
+        """Everything that it has written to stderr."""
         return self.log_path.read_text(errors="replace")
 
     def suspend(self) -> None:
@@ -76,7 +76,7 @@ class Process:
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Frozen until the block ends: a worker's streams stay under way, however slow the test is."""
+        """Freezes it until the block ends. So a worker's streams stay under way, however slow the test is."""
         self.suspend()
         try:
             yield
@@ -123,12 +123,12 @@ class Stack:
         self.directory = directory
         self.models_dir = models_dir
         self.processes: list[Process] = []
-        self.environment: dict[str, str] = {}  # of the workers and gateways started from now on
+        self.environment: dict[str, str] = {}  # of all processes that are started from now on
         self.redis: Process | None = None
         self.redis_url = ""
 
     def start_redis(self) -> Process:
-        """A Redis server on a free port; later parts announce themselves there."""
+        """Starts a Redis server on a free port. Parts that are started later use it."""
         self.redis, self.redis_url = start_redis(self.directory, len(self.processes))
         self.processes.append(self.redis)
         return self.redis
@@ -136,7 +136,7 @@ class Stack:
     def start_worker(
         self, model: str = "tiny", depth: int = 4, address: str = "127.0.0.1:0", **settings: object
     ) -> Process:
-        """A worker serving the first `depth` layers of a model; settings become flags."""
+        """Starts a worker that serves the first `depth` layers of a model. Settings become flags."""
         worker_id = str(settings.pop("worker_id", f"worker-{len(self.processes)}"))
         return self._start(
             worker_id,
@@ -148,7 +148,7 @@ class Stack:
                 "address": address,
                 "redis_url": self.redis_url or None,
                 "worker_id": worker_id,
-                # As transformers computes, with whose tokens tests compare.
+                # Tests compare tokens with those of transformers, which computes in float32.
                 "precision": "float32",
                 **settings,
             },
@@ -157,7 +157,7 @@ class Stack:
     def start_gateway(
         self, workers: Sequence[str] = (), address: str = "127.0.0.1:0", **settings: object
     ) -> Process:
-        """A gateway; `workers` are addresses known without Redis; settings become flags."""
+        """Starts a gateway. `workers` are addresses that it knows without Redis. Settings become flags."""
         return self._start(
             f"gateway-{len(self.processes)}",
             "services.gateway",
@@ -170,7 +170,7 @@ class Stack:
         )
 
     def start_profiler(self, **settings: object) -> Process:
-        """A profiler whose evaluations are short; settings become flags."""
+        """Starts a profiler whose evaluations are short. Settings become flags."""
         return self._start(
             f"profiler-{len(self.processes)}",
             "services.profiler",
@@ -189,7 +189,7 @@ class Stack:
         )
 
     def start_controller(self, address: str = "127.0.0.1:0", **settings: object) -> Process:
-        """A controller over the stack's Redis; settings become flags."""
+        """Starts a controller over the stack's Redis. Settings become flags."""
         return self._start(
             f"controller-{len(self.processes)}",
             "services.controller",
@@ -215,7 +215,7 @@ class Stack:
 
 
 def start_redis(directory: Path, number: int = 0, port: int | None = None) -> tuple[Process, str]:
-    """A Redis server without persistence; returns it and its URL."""
+    """Starts a Redis server without persistence. Returns it and its URL."""
     if port is None:
         port = free_port()
     command = [
@@ -274,7 +274,7 @@ def write_model(
     def matrix(rows: int, columns: int, scale: float) -> np.ndarray:
         return (random.standard_normal((rows, columns)) * scale).astype(np.float32)
 
-    # Rows of one length: otherwise the few longest win every argmax.
+    # All rows have the same length. Otherwise the few longest would win every argmax.
     embedding = matrix(VOCAB_SIZE, hidden, 1.0)
     embedding *= 3 / np.linalg.norm(embedding, axis=1, keepdims=True)
     ffn = 4 * hidden

@@ -1,4 +1,4 @@
-"""What a client sees of a stream, gathered; and waiting for a condition with a deadline."""
+"""Collects what a client sees of a stream, and waits for a condition with a deadline."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -10,7 +10,7 @@ from helios.v1 import generation_pb2, inference_pb2
 
 @dataclass(frozen=True)
 class Streamed:
-    """A whole stream."""
+    """All tokens of a stream, and its finish."""
 
     tokens: list[generation_pb2.Token]
     finish: generation_pb2.Finish
@@ -28,12 +28,12 @@ class Streamed:
     def said(self) -> tuple[list[int], list[str], "generation_pb2.FinishReason.ValueType"]:
         """What must not change from run to run: ids, deltas and why it ended.
 
-        Logprobs may, in the last digits: products depend on the batch's shape.
+        The last digits of logprobs may change, because products depend on the batch's shape.
         """
         return self.ids, [token.text for token in self.tokens], self.finish.reason
 
     def check(self) -> None:
-        """What holds for every stream: no index repeated or skipped, and the deltas are the text."""
+        """Checks that no index is repeated or skipped, and that the deltas are the text."""
         assert [token.index for token in self.tokens] == list(range(len(self.tokens)))
         assert self.finish.completion_tokens == len(self.tokens)
         assert self.finish.text == self.text
@@ -70,7 +70,7 @@ async def all_free(client: AsyncClient) -> bool:
 async def until(
     condition: Callable[[], Awaitable[bool]], what: str, seconds: float = 60, interval: float = 0.05
 ) -> None:
-    """Waits until the condition holds; fails, saying what was waited for, after the time."""
+    """Waits until the condition holds. After the time it fails and says what it waited for."""
     deadline = asyncio.get_running_loop().time() + seconds
     while not await condition():
         if asyncio.get_running_loop().time() > deadline:

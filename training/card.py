@@ -20,7 +20,7 @@ def write_card(directory: Path, exits: EarlyExitFacts, licences: Mapping[str, Ma
     sections = [
         f"# {directory.name}",
         f"An early-exit OPT, bundled with Helios so that it runs without a download. It is for "
-        f"{_titles(own, licences)}; on other text it is weak, by intention: the other bundled model is there "
+        f"{_titles(own, licences)}. On other text it is weak on purpose, because the other bundled model is "
         "for that.",
         f"- {config['num_hidden_layers']} layers x {config['hidden_size']}, "
         f"{config['num_attention_heads']} heads, {facts['parameters'] / 1e6:.1f} M parameters, "
@@ -29,19 +29,22 @@ def write_card(directory: Path, exits: EarlyExitFacts, licences: Mapping[str, Ma
         f"- Exits after layers {', '.join(map(str, exits.exit_layers))}, read through the shared final norm "
         f"and the tied LM head. Default depth: {exits.default_depth} (the smallest within 5 % of the last "
         "layer's perplexity on its own text).\n"
-        "- An ordinary `transformers` checkpoint: `OPTForCausalLM.from_pretrained` loads it, all layers.\n"
-        "- A language model of the texts below and nothing more: it follows no instructions, and what it "
-        "says is not true for being said.",
+        "- It is an ordinary `transformers` checkpoint: `OPTForCausalLM.from_pretrained` loads all layers of "
+        "it.\n"
+        "- It is a language model of the texts below and nothing more. It follows no instructions, and what "
+        "it says need not be true.",
         "## Training",
         f"{facts['steps']:,} steps of {facts['tokens_per_step']:,} tokens ({facts['tokens'] / 1e6:.1f} M in "
-        f"all) in {facts['hours']:.1f} hours on one or two CPU cores that did other work too, from scratch, "
-        "by `python -m training.train` (training/README.md has the recipe). A step reads the last layer and "
-        "some of the exits: cross-entropy, and distillation of the last layer into the exits.",
+        f"all) in {facts['hours']:.1f} hours, from scratch, on one or two CPU cores that also did other "
+        "work, by `python -m training.train` (training/README.md has the recipe). A step reads out the last "
+        "layer and some of the exits. The loss is cross-entropy, and distillation of the last layer into the "
+        "exits.",
         _mix_table(facts["domains"], licences),
         "## Figures",
-        "By `python -m training.evaluate` on held-out documents, windows of the whole context without "
-        f"overlap. Thresholds: per exit the lowest confidence from which {100 * TARGET_AGREEMENT:.0f} % of "
-        "tokens agree with the last layer, calibrated on windows that the tables leave out.",
+        "Measured by `python -m training.evaluate` on held-out documents, in windows of the whole context "
+        "without overlap. The threshold of an exit is the lowest confidence from which "
+        f"{100 * TARGET_AGREEMENT:.0f} % of tokens agree with the last layer. It is calibrated on windows "
+        "that the tables leave out.",
         _threshold_table(exits),
         *(_precision_table(precision, found) for precision, found in exits.precisions.items()),
         *([_figure_table("Its own texts together", facts["own_evaluation"])] if len(own) > 1 else []),
@@ -84,7 +87,8 @@ def _threshold_table(exits: EarlyExitFacts) -> str:
 def _precision_table(precision: str, found: Mapping[int, Fidelity]) -> str:
     return "\n".join(
         [
-            f"{precision} against float32, on its kind of text in `bench/texts` (`helios models measure`):",
+            f"{precision} compared with float32, on its kind of text in `bench/texts` "
+            "(`helios models measure`):",
             "",
             f"| exit | {' | '.join(map(str, found))} |",
             f"| --- {'| --- ' * len(found)}|",

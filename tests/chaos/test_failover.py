@@ -17,11 +17,11 @@ pytestmark = pytest.mark.chaos
 
 STREAMS = 40
 TOKENS = 150
-# Into the run far enough that both workers have streams under way, and far from its end.
+# So far into the run that both workers have streams under way, and far from its end.
 MIDWAY = STREAMS * TOKENS // 10
-# Places in a worker's batch, and a model so large that a step takes much longer than the gateway and the
-# client need for its tokens: at midway the workers have most of the run before them, however far behind the
-# client reads. A tiny model's streams end faster than they come, and a lost worker may have none.
+# Places in a worker's batch, and a model so large that a step takes much longer than gateway and client need
+# for its tokens. So at midway the workers have most of the run before them, however slowly the client reads.
+# Streams of a tiny model would end before the client sees them, and a lost worker might have none.
 PLACES = 4
 MODEL, LAYERS, HIDDEN = "heavy", 8, 256
 PROMPTS = (
@@ -55,7 +55,7 @@ def start_worker(stack: Stack, **settings: object) -> Process:
 
 
 def requests() -> list[inference_pb2.GenerateRequest]:
-    """Half greedy, half sampled with their own seeds."""
+    """Requests: one half greedy, the other half sampled with their own seeds."""
     return [
         generate_request(
             f"{PROMPTS[number % len(PROMPTS)]} {number}",
@@ -72,7 +72,7 @@ def requests() -> list[inference_pb2.GenerateRequest]:
 
 
 async def run_all(client: AsyncClient, at_midway: Callable[[], object] = lambda: None) -> Sequence[Streamed]:
-    """All streams at once; calls `at_midway` when a tenth of the tokens have come."""
+    """Runs all streams at once. Calls `at_midway` when a tenth of the tokens have come."""
     seen = 0
 
     def count(token: generation_pb2.Token) -> None:
@@ -105,7 +105,7 @@ async def test_forty_streams_equal_their_undisturbed_run_when_a_worker_is_killed
 
 
 async def test_in_int8_a_killed_workers_streams_go_on_to_the_bit(stack: Stack) -> None:
-    """Elsewhere the last digits of a logprob depend on the batch; in int8 no digit does."""
+    """In other precisions the last digits of a logprob depend on the batch. In int8 no digit does."""
     workers = [start_worker(stack, precision="int8") for _ in range(2)]
     gateway = stack.start_gateway([worker.address for worker in workers])
     async with AsyncClient(gateway.address) as client:

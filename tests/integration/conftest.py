@@ -11,7 +11,7 @@ from tests.stack import Process, Stack
 
 @pytest.fixture(scope="session")
 def served_stack(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path) -> Iterator[Stack]:
-    """Redis, a worker with `tiny` at full depth, and a gateway (the last process). Not to be harmed."""
+    """Redis, a worker with `tiny` at full depth, and a gateway (the last process). Tests must not harm it."""
     parts = Stack(tmp_path_factory.mktemp("served"), tiny_models)
     try:
         parts.start_redis()
@@ -24,7 +24,7 @@ def served_stack(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path) ->
 
 @pytest.fixture(scope="session")
 def long_worker(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path) -> Iterator[Process]:
-    """A worker with `long`, whose streams last about a second, for tests that bring their own gateway."""
+    """A worker with the model `long`, whose streams last about a second, for tests with their own gateway."""
     parts = Stack(tmp_path_factory.mktemp("long"), tiny_models)
     try:
         yield parts.start_worker(model="long", worker_id="long-worker")

@@ -13,7 +13,7 @@ from helios.cli import cli
 def test_bench_serve_measures_both_ways_and_finds_parity(
     tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Lest all tokens of so small a model come in one message.
+    # Otherwise all tokens of such a small model would come in one message.
     monkeypatch.setenv("HELIOS_WORKER_BURST_SECONDS", "0")
     out = tmp_path / "serve.json"
     options = {
@@ -60,5 +60,5 @@ def test_bench_prefill_measures_with_and_without_a_bound(
         assert [0 < one["p50"] <= one["p99"] for one in found] == [True]
     assert all(one > 0 for of_way in results["long_prompt_ttft_seconds"].values() for one in of_way)
     assert set(results["p99_against_chats_alone"]) == set(results["long_prompt_ttft_seconds"])
-    # A thousand tokens more are computed the first time.
+    # The first time, a thousand more tokens are computed.
     assert results["shared_beginning"]["ratio"] > 1

@@ -1,4 +1,4 @@
-"""`helios bench engine` over a tiny model: form, resumption and what it says, never speed."""
+"""`helios bench engine` over a tiny model: the form of its results, resuming and messages, never speed."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def run(models: Path, out: Path, *options: str) -> Result:
 
 @pytest.fixture(scope="module")
 def measured(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The JSON file of one round, a report beside it; limits are really measured."""
+    """The JSON file of one round, with a report beside it. The machine's limits are really measured."""
     out = tmp_path_factory.mktemp("engine") / "engine.json"
     answer = run(models, out, "--repetitions", "1", "--report", str(out.with_suffix(".md")))
     assert answer.exit_code == 0, answer.output
@@ -76,7 +76,7 @@ def test_the_same_command_goes_on_where_it_was_stopped(
 ) -> None:
     content = json.loads(measured.read_text())
     limits = Limits(**content["results"]["limits"])
-    # A busier moment: what the machine has shown before stands.
+    # As in a busier moment. The higher figures that the machine has shown before stay.
     monkeypatch.setattr(roofline, "measure", lambda _: replace(limits, bytes_per_second=1.0))
     out = tmp_path / "engine.json"
     # As if it had been stopped before the last run.

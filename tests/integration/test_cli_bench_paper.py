@@ -1,4 +1,4 @@
-"""`helios bench paper --quick` over tiny models: form and arithmetic, never speed."""
+"""`helios bench paper --quick` over tiny models: the form of its results and arithmetic, never speed."""
 
 import json
 import shutil
@@ -31,7 +31,7 @@ def bench(models: Path, out: Path, *options: str) -> Result:
 
 @pytest.fixture(scope="module")
 def measured(two_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The JSON file of all sections, a report beside it."""
+    """The JSON file of all sections, with a report beside it."""
     out = tmp_path_factory.mktemp("paper") / "paper.json"
     answer = bench(two_models, out, "--report", str(out.with_suffix(".md")))
     assert answer.exit_code == 0, answer.output
@@ -61,7 +61,7 @@ def test_the_curve_has_every_exit_and_its_ratios_to_full(measured: Path) -> None
     ]
     for row in found["exits"]:
         for one in row["speed"]:
-            # One round: the median ratio is the ratio.
+            # There is one round, so the median ratio is the ratio.
             ratio = one["decode_tokens_per_second"] / one["full_decode_tokens_per_second"]
             assert one["ratio_to_full"] == pytest.approx(ratio)
         if row["depth"] == row["num_layers"]:
@@ -131,7 +131,7 @@ def test_the_policy_section_compares_with_hindsight_over_all_kinds_of_traffic(me
     default, fixed = found["default"], found["fixed_plans"]
     assert len(fixed) == len(MODELS) * 3
     for plan in fixed:
-        # All times are over the same best.
+        # All times are relative to the same best time.
         ratio = plan["tokens_per_second"] / default["tokens_per_second"]
         assert default["time_to_best"] / plan["time_to_best"] == pytest.approx(ratio)
     assert min(plan["worst_phase_increase"] - plan["perplexity_increase"] for plan in fixed) >= -1e-9
@@ -152,7 +152,7 @@ def test_the_policy_section_compares_with_hindsight_over_all_kinds_of_traffic(me
 def test_the_policy_section_has_the_papers_ablation_sweeps_and_setting(measured: Path) -> None:
     found = results(measured)["policy"]
     assert {"both", "switch", "deepen", "both, the paper's rule"} <= set(found["ablation"])
-    # One trace at these sizes, the first of the standard ones.
+    # At these sizes there is one trace, the first of the standard traces.
     assert found["ablation"]["both"]["time_to_best"] == found["default"]["time_to_best"]
     assert {"reassess_requests", "drift_delay_requests", "false_alarms_per_day"} <= set(found["sweeps"])
     assert {"follow_up_requests", "profiled_requests"} <= set(found["sweeps"])

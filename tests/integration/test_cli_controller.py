@@ -96,7 +96,7 @@ def test_decisions_are_followed_as_they_are_made(running: Helios) -> None:
         assert following.stdout is not None
         assert json.loads(following.stdout.readline())["number"] == last
         assert running.run("slo", "set", "latency").returncode == 0
-        # The last one may come once more, with its outcome.
+        # The last decision may come once more, with its outcome.
         lines = map(json.loads, following.stdout)
         made = next(one for one in lines if one["number"] != last)
         assert (made["number"], made["trigger"]) == (last + 1, "SLO")
@@ -114,7 +114,7 @@ def test_a_stack_serves_and_decides_though_the_environment_names_a_proxy(
     try:
         assert started.returncode == 0, started.stderr
         assert proxied.run("generate", "a", "--max-tokens", "4").returncode == 0
-        # It takes controller, profiler and worker to get there.
+        # This needs controller, profiler and worker to reach each other.
         eventually(
             lambda: bool(json.loads(proxied.run("decisions", "--json").stdout or "[]")),
             "a decision from what the profiler measured",

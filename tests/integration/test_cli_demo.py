@@ -22,7 +22,7 @@ DEMO_SECONDS = 500.0
 
 @pytest.fixture
 def helios(tmp_path: Path, tiny_models: Path) -> Iterator[Helios]:
-    """A stack that is not running yet; whatever the test has started is stopped."""
+    """A stack that is not running yet. What the test starts is stopped at the end."""
     command = Helios(tmp_path / "state", tiny_models)
     yield command
     command.run("down")
@@ -34,7 +34,7 @@ def demo(helios: Helios, *options: str) -> "subprocess.CompletedProcess[str]":
     own = {
         "HELIOS_STATE_DIR": str(helios.state_dir),
         "HELIOS_MODELS_DIR": str(helios.models_dir),
-        # Lest all tokens of so small a model come in one message.
+        # Otherwise all tokens of such a small model would come in one message.
         "HELIOS_WORKER_BURST_SECONDS": "0",
     }
     return subprocess.run(
@@ -78,7 +78,7 @@ def test_demo_without_a_stack_shows_drift_decisions_and_every_system(helios: Hel
     assert [name for name, _, _ in timeline["phases"]] == list(phases[:3])
     assert {sample["phase"] for sample in timeline["samples"]} == set(phases[:3])
     assert {worker["worker_id"] for sample in timeline["samples"] for worker in sample["workers"]}
-    # Its own stack is gone with it.
+    # The demo has stopped its own stack.
     assert helios.run("status").stderr.startswith("error: no running stack found")
 
 
@@ -122,7 +122,7 @@ def test_status_and_top_say_what_is_gone_and_that_the_last_plan_stays(helios: He
     assert "agree" in helios.run("status").stdout
     plan = [(one["model"], one["depth"]) for one in status(helios)["workers"]]
 
-    # Frozen, not killed: the supervisor would start them again at once.
+    # They are frozen and not killed, because the supervisor would start them again at once.
     processes = helios.state()["processes"]
     for name in ("controller", "profiler"):
         os.kill(processes[name], signal.SIGSTOP)

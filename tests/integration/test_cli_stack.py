@@ -1,4 +1,4 @@
-"""`helios up` and what talks to it, as a person runs them: commands in processes of their own."""
+"""`helios up` and the commands that talk to it, run as a person runs them: as separate processes."""
 
 import json
 import os
@@ -22,7 +22,7 @@ LONG_STREAM = ("--max-tokens", "2000", "--ignore-eos", "--json")
 
 @dataclass(frozen=True)
 class Helios:
-    """The command, with a state directory and models of its own."""
+    """The command, with its own state directory and models."""
 
     state_dir: Path
     models_dir: Path
@@ -69,7 +69,7 @@ class Helios:
         return content
 
     def pids(self) -> list[int]:
-        """Ids of all processes of the running stack."""
+        """The ids of all processes of the running stack."""
         state = self.state()
         return [state["pid"], *state["processes"].values()]
 
@@ -101,7 +101,7 @@ def wait_until_dead(pids: list[int]) -> None:
 
 @pytest.fixture
 def helios(tmp_path: Path, tiny_models: Path) -> Iterator[Helios]:
-    """A stack that is not running yet; whatever the test has started is stopped."""
+    """A stack that is not running yet. What the test starts is stopped at the end."""
     command = Helios(tmp_path / "state", tiny_models)
     yield command
     command.run("down")
@@ -111,7 +111,7 @@ def helios(tmp_path: Path, tiny_models: Path) -> Iterator[Helios]:
 def running(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path) -> Iterator[Helios]:
     """A running stack with two workers."""
     command = Helios(tmp_path_factory.mktemp("state"), tiny_models)
-    # Its context leaves room for streams that last while a test looks at them.
+    # This model's context is long enough for streams that last while a test looks at them.
     started = command.up("--workers", "2", "--model", "long")
     assert started.returncode == 0, started.stderr
     assert started.stdout.startswith(
@@ -470,7 +470,7 @@ def test_all_that_was_asked_for_answers_once_the_stack_is_ready(helios: Helios) 
     status = json.loads(helios.run("status", "--json").stdout)
     assert status["controller"]["leading"]
     assert helios.state()["starting"] == []
-    # What it waited for was told meanwhile.
+    # Meanwhile it has said what it waited for.
     assert "waiting for" in started.stderr
 
 

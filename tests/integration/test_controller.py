@@ -1,4 +1,4 @@
-"""The controller over real workers, gateway and Redis; the profiles are written by hand."""
+"""The controller over real workers, gateway and Redis. The profiles are written by hand."""
 
 import asyncio
 import json
@@ -24,9 +24,9 @@ from tests.streams import Streamed, stream, until
 Stub: TypeAlias = "controller_pb2_grpc.ControllerServiceAsyncStub"
 SECONDS = 60.0
 MODEL = "long"
-# Depth 2 is within 5 % of perplexity of depth 4, and twice as fast; depth 1 is not.
+# Depth 2 is within 5 % of depth 4's perplexity, and twice as fast. Depth 1 is not within 5 %.
 EXITS = (exit_profile(1, 0.95), exit_profile(2, 0.905), exit_profile(4, 0.9))
-# Leases and timeouts that a slow machine does not exceed by chance: whoever loses its lease starts anew.
+# Leases and timeouts that a slow machine does not exceed by chance. Whoever loses its lease starts again.
 QUICK = {
     "telemetry_seconds": 0.1,
     "discovery_seconds": 0.2,
@@ -40,7 +40,7 @@ def parts(stack: Stack) -> Iterator[Stack]:
     """Redis and two workers at full depth, `a` and `b`."""
     stack.start_redis()
     for worker_id in ("a", "b"):
-        # A lease that outlives a suspension, so that a frozen worker stays in the fleet.
+        # The lease outlives a suspension, so that a frozen worker stays in the fleet.
         stack.start_worker(MODEL, 4, worker_id=worker_id, lease_seconds=30, threshold=0.97)
     yield stack
 
@@ -86,7 +86,7 @@ async def await_depths(stub: Stub, **depths: int) -> None:
 
 
 async def decision(stub: Stub, trigger: str, *, with_outcome: bool = False) -> controller_pb2.Decision:
-    """The first decision with this trigger, once it is made; and once its outcome is known."""
+    """Waits for the first decision with this trigger; with `outcome`, until its outcome is known."""
     watch = stub.WatchDecisions(controller_pb2.WatchDecisionsRequest(history=100), timeout=SECONDS)
     async for response in watch:
         found = response.decision
@@ -120,7 +120,7 @@ def start_streams(client: AsyncClient, count: int, tokens: int) -> list["asyncio
 
 @asynccontextmanager
 async def traffic(client: AsyncClient, tokens: int = 100) -> AsyncIterator[None]:
-    """Four streams open all the time, each followed by the next, until the block ends."""
+    """Keeps four streams open until the block ends: when one ends, the next begins."""
 
     async def keep_open() -> None:
         while True:
@@ -153,7 +153,7 @@ async def test_workers_follow_the_slo_while_no_stream_loses_a_token(parts: Stack
 
             first = await decision(stub, "start", with_outcome=True)
             assert first.number == 1
-            # Not always the second: random models are never sure, so a breach may come in between.
+            # Not always the second decision: random models are never sure, so a breach may come in between.
             assert {plan.depth for plan in (await decision(stub, "SLO")).chosen} == {4}
             assert [(one.depth, bool(one.refused)) for one in first.options] == [
                 (1, True),
@@ -225,7 +225,7 @@ async def test_a_pin_holds_until_it_is_taken_back(parts: Stack) -> None:
 
 
 async def test_a_worker_killed_under_a_pin_comes_back_with_its_plan(parts: Stack) -> None:
-    """With no controller that could move it: nobody has another plan's tokens even for a moment."""
+    """No controller could move it, so nobody gets tokens of another plan, not even for a moment."""
     await write_profiles(parts, await profile(parts))
     gateway = parts.start_gateway(telemetry_seconds=0.1, discovery_seconds=0.2)
     controller = parts.start_controller(**QUICK)
@@ -237,7 +237,7 @@ async def test_a_worker_killed_under_a_pin_comes_back_with_its_plan(parts: Stack
     async with AsyncClient(gateway.address) as client:
 
         async def run(victim: Process | None) -> list[list[int]]:
-            """Eight streams, through the loss of a worker when some of their tokens have come."""
+            """Eight streams. A worker is lost when some of their tokens have come."""
             seen = 0
 
             def count(token: generation_pb2.Token) -> None:
@@ -271,7 +271,7 @@ async def test_a_new_worker_starts_with_the_plan_in_force(parts: Stack) -> None:
     controller = parts.start_controller(**QUICK | {"lease_seconds": 60})
     async with connect(controller) as stub:
         await await_depths(stub, a=2, b=2)
-    # It leads, and moves nobody.
+    # It still leads, but moves nobody.
     with controller.frozen():
         new = await asyncio.to_thread(parts.start_worker, MODEL, 4, worker_id="c")
         async with grpc.aio.insecure_channel(new.address) as channel:
@@ -308,7 +308,7 @@ async def test_a_standby_takes_over_and_resumes_the_orders_of_the_one_that_died(
 
         await until(leads, "the standby leading", SECONDS)
         assert (await get_plan(stub)).slo.objective == controller_pb2.OBJECTIVE_LATENCY
-        # A worker that comes back with its own default is brought to what was ordered.
+        # A worker that comes back with its own default is moved to the plan that was ordered.
         parts.processes[2].kill()
         parts.start_worker(MODEL, 4, worker_id="b", lease_seconds=30)
         await await_depths(stub, a=2, b=1)
@@ -357,7 +357,7 @@ async def test_a_controller_that_stood_still_goes_on_as_if_nothing_had_been(part
 
 
 async def test_a_confidence_breach_loads_deeper(parts: Stack) -> None:
-    """Random models are never 0.97 sure; the profile expects it of four tokens in five."""
+    """Random models never reach a confidence of 0.97. The profile expects it for four tokens in five."""
     gateway = parts.start_gateway(telemetry_seconds=0.1, discovery_seconds=0.2)
     await write_profiles(parts, await profile(parts, time.time()))
     controller = parts.start_controller(detection="window", min_dwell_requests=0, **QUICK)
@@ -367,13 +367,13 @@ async def test_a_confidence_breach_loads_deeper(parts: Stack) -> None:
         await await_depths(stub, a=4, b=4)
         await asyncio.gather(*running)
         assert "deeper to long at depth 4" in (await decision(stub, "confidence breach")).reason
-        # What was breached is out until traffic has been profiled again.
+        # The plan that was breached is barred until traffic has been profiled again.
         await write_profiles(parts, await profile(parts, time.time() + 1))
         await await_depths(stub, a=2, b=2)
 
 
 async def test_a_drift_that_is_not_evaluated_sends_workers_to_the_safest_plan(parts: Stack) -> None:
-    """Random models are never sure, which the profile expects of every token; there is no profiler."""
+    """Random models are never sure, but the profile expects it for every token. There is no profiler."""
     gateway = parts.start_gateway(telemetry_seconds=0.1, discovery_seconds=0.2)
     sure = (exit_profile(2, 0.905, sure=1.0), exit_profile(4, 0.9))
     await write_profiles(parts, model_profile(MODEL, sure, tokenizer_id=await tokenizer_id(parts)))
@@ -422,14 +422,14 @@ async def test_what_only_the_dwell_kept_out_is_chosen_when_it_is_over(parts: Sta
         await write_profiles(parts, await profile(parts, time.time() + 1))
         assert "dwell 8" in (await decision(stub, "reassessment")).reason
         assert await served(stub) == {"a": 4, "b": 4}
-        # Some of the first four may have ended before the breach was answered.
+        # Some of the first four streams may have ended before the breach was answered.
         await asyncio.gather(*start_streams(client, 8, 5))
         await decision(stub, "dwell over")
         await await_depths(stub, a=2, b=2)
 
 
 async def test_a_plan_that_no_worker_can_load_is_given_up_for_the_next(parts: Stack) -> None:
-    """The profile knows an exit that the checkpoint has not."""
+    """The profile knows an exit that the checkpoint does not have."""
     exits = (exit_profile(2, 0.905), exit_profile(3, 0.9005, step_seconds=0.001), exit_profile(4, 0.9))
     names: Sequence[ModelProfile] = [
         model_profile(MODEL, exits[1:], tokenizer_id=await tokenizer_id(parts)),
@@ -471,7 +471,7 @@ async def test_advice_changes_nothing_and_a_lost_redis_leaves_the_plan(parts: St
             await stub.Unpin(controller_pb2.UnpinRequest(), timeout=SECONDS)
         assert refused.value.code() == grpc.StatusCode.UNAVAILABLE
 
-        # What comes back is empty; the orders are still known.
+        # The Redis that comes back is empty. The orders are still known.
         port = int(parts.redis_url.rpartition(":")[2].partition("/")[0])
         parts.processes.append(start_redis(parts.directory, 9, port)[0])
 

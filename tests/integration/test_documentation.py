@@ -1,4 +1,4 @@
-"""What the README and the pages under docs/ say can be done."""
+"""What the README and the pages under docs/ say works."""
 
 import re
 import subprocess
@@ -17,7 +17,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def programs() -> dict[str, str]:
-    """The Python programs of the README, by what they begin with."""
+    """The Python programs of the README, by the first module that they import."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     return {block.split()[1]: block for block in blocks}
 
@@ -49,7 +49,7 @@ def test_engine_of_the_readme_generates_text() -> None:
 
 
 def commands(group: click.Group, name: str) -> Iterator[str]:
-    """Full names of a group's commands."""
+    """The full names of a group's commands."""
     context = click.Context(group)
     for part in group.list_commands(context):
         command = group.get_command(context, part)

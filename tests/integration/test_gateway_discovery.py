@@ -18,7 +18,7 @@ SIX = generate_request([2, 7], sampling=SamplingParams(max_tokens=6))
 
 
 async def addresses(client: AsyncClient, *, ready: bool = True) -> set[str]:
-    """Of the workers that the gateway knows, those that are ready or not."""
+    """The workers that the gateway knows and that are ready, or not ready."""
     return {worker.address for worker in (await client.status()).workers if worker.ready == ready}
 
 
@@ -35,7 +35,7 @@ async def test_a_worker_is_found_by_its_lease_and_forgotten_after_it(stack: Stac
             await until(found, "the announced worker to be ready")
             await stream(client, SIX)
 
-            # Its telemetry keeps it, whatever becomes of the lease.
+            # Its telemetry keeps it in the pool, whatever happens to its lease.
             await registry.withdraw(redis, "a")
             await stream(client, SIX)
             assert await addresses(client) == {worker.address}

@@ -39,7 +39,7 @@ BYSTANDERS = 3
 
 
 async def run(stack: Stack, *scripts: Script, **settings: object) -> tuple[Streamed, list[list[Request]]]:
-    """Streams six tokens over workers with these scripts; also returns the requests each worker got."""
+    """Streams six tokens over workers with these scripts. Also returns the requests that each worker got."""
     async with scripted_workers(*scripts) as workers:
         gateway = stack.start_gateway([worker.address for worker in workers], **settings)
         async with AsyncClient(gateway.address) as client:
@@ -292,7 +292,7 @@ def named(name: str) -> "inference_pb2.GenerateRequest":
 async def test_only_the_request_that_kills_workers_ends_and_not_those_beside_it(
     stack: Stack, midway: bool
 ) -> None:
-    """`midway`: those beside it have no token from the second worker when it dies."""
+    """`midway`: the streams beside it have no token from the second worker when that worker dies."""
     all_on_the_second, ended = asyncio.Event(), asyncio.Event()
 
     async def poison(request: Request, on_the_second: bool) -> AsyncIterator[Response]:
@@ -434,7 +434,7 @@ async def test_cancellation_and_deadline_reach_the_worker(stack: Stack) -> None:
         async with AsyncClient(gateway.address) as client:
             events = client.generate(SIX, timeout_seconds=50)
             await anext(events)
-            # gRPC sends a timeout to three digits, rounded up.
+            # gRPC sends a timeout with three digits, rounded up.
             assert 40 < remaining[0] <= 50.1
             await events.aclose()
             await asyncio.wait_for(ended.wait(), 5)
@@ -471,7 +471,7 @@ async def test_a_client_that_stops_reading_slows_only_itself(stack: Stack) -> No
 
     async with scripted_workers(torrent) as workers:
         gateway = stack.start_gateway([workers[0].address])
-        # Of 20 MB, HTTP/2's windows hold a small part.
+        # HTTP/2's windows hold a small part of these 20 MB.
         options = [("grpc.http2.bdp_probe", 0), ("grpc.max_receive_message_length", 64 << 20)]
         async with (
             AsyncClient(gateway.address) as client,
@@ -525,7 +525,7 @@ async def test_an_error_comes_after_the_tokens_before_it(stack: Stack) -> None:
 
 
 def torrent(messages: int, end: HeliosError) -> Script:
-    """More than HTTP/2's windows hold, 10 kB a token, and then an error."""
+    """Sends more than HTTP/2's windows hold, 10 kB per token, and then an error."""
 
     async def script(request: Request, seconds: float) -> AsyncIterator[Response]:
         for index in range(messages):

@@ -18,7 +18,7 @@ from tests.streams import all_free, stream, until
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 SHORT = SamplingParams(max_tokens=5, ignore_eos=True)
 LONG = SamplingParams(max_tokens=1900, ignore_eos=True)
-# A worker that a test has frozen is not lost.
+# With these, a worker that a test has frozen does not count as lost.
 PATIENT = {"worker_timeout_seconds": 600, "engine_timeout_seconds": 600}
 
 
@@ -108,7 +108,7 @@ async def test_a_stream_that_takes_too_long_ends_and_frees_its_kv_blocks(
         try:
             with pytest.raises(DeadlineExceededError, match=message):
                 async for _ in client.generate(generate_request("a", sampling=LONG), deadline):
-                    # Its sequence holds blocks, and does not come to its end before the time is over.
+                    # Its sequence holds blocks, and does not end before the time is over.
                     long_worker.suspend()
         finally:
             long_worker.resume()
@@ -179,7 +179,7 @@ async def test_streams_beyond_the_grace_end_with_unavailable(stack: Stack, long_
 async def test_a_client_that_stops_reading_slows_no_other(stack: Stack, long_worker: Process) -> None:
     gateway = stack.start_gateway([long_worker.address])
     request = generate_request("a", sampling=SamplingParams(max_tokens=500, ignore_eos=True))
-    # A receive window of a few messages, so that this client's stillness reaches the gateway.
+    # The receive window holds a few messages, so that the gateway notices that this client does not read.
     window = [("grpc.http2.lookahead_bytes", 256), ("grpc.http2.bdp_probe", 0)]
     async with (
         AsyncClient(gateway.address) as client,

@@ -29,7 +29,7 @@ with grpc.insecure_channel(sys.argv[1]) as channel:
     for response in stub.Generate(inference_pb2.GenerateRequest(text="class Parser", sampling=sampling)):
         print(*(token.token_id for token in response.chunk.tokens), end=" ")
 
-# Nothing of the project was there to help.
+# No code of the project was imported.
 for name, module in sys.modules.items():
     if name.startswith("helios.") and getattr(module, "__file__", None):
         assert module.__file__.startswith(os.getcwd()), module
@@ -65,7 +65,7 @@ async def test_a_client_that_knows_only_reflection_streams(gateway: Process, cli
 
 
 async def reflected(channel: grpc.aio.Channel, symbol: str) -> descriptor_pool.DescriptorPool:
-    """Descriptors of a symbol's file and what it imports, asked of the server."""
+    """Asks the server for the descriptors of a symbol's file and of the files that it imports."""
     stub = reflection_pb2_grpc.ServerReflectionStub(channel)
     call = stub.ServerReflectionInfo()
     files: dict[str, descriptor_pb2.FileDescriptorProto] = {}

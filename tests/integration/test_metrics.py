@@ -22,7 +22,7 @@ from tests.stack import Process, Stack
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 QUICK = {"telemetry_seconds": 0.05, "discovery_seconds": 0.1}
-# What queries call the metrics' attributes.
+# The names that queries use for the metrics' attributes.
 LABELS = {"helios_worker", "helios_model", "helios_depth", "helios_status", "helios_trigger"}
 
 
@@ -35,7 +35,7 @@ def collector() -> Iterator[Collector]:
 
 @pytest.fixture
 def measured(stack: Stack, collector: Collector) -> Stack:
-    """A stack whose parts send their metrics to the collector, often."""
+    """A stack whose parts often send their metrics to the collector."""
     stack.environment = {
         "OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint,
         "OTEL_TRACES_EXPORTER": "none",
@@ -81,7 +81,7 @@ def prometheus_names(point: Point) -> set[str]:
 
 
 def asked_names() -> Counter[str]:
-    """Metrics that the dashboard and the autoscaler ask Prometheus for."""
+    """The metrics that the dashboard and the autoscaler ask Prometheus for."""
     dashboard = json.loads((DEPLOY / "grafana/dashboards/helios.json").read_text())
     queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
     scaled = yaml.safe_load((DEPLOY / "kubernetes/autoscaling/worker.yaml").read_text())
@@ -100,7 +100,7 @@ def test_worker_tells_its_plan_its_load_and_its_latency(measured: Stack, collect
     collector.wait_for_points(reached("helios.worker.depth", {("tiny", "w1"): 2}))
     collector.wait_for_points(reached("helios.worker.generated_tokens", {("w1",): 9}))
     collector.wait_for_points(reached("helios.worker.ttft", {(2, "tiny"): 2}))
-    # One token alone has no time per further token.
+    # A stream of one token has no time per further token.
     points = collector.wait_for_points(reached("helios.worker.tpot", {(2, "tiny"): 1}))
     assert {point.instance for point in points if point.service == "helios-worker"} == {"w1"}
 
@@ -125,7 +125,7 @@ def test_dashboard_and_autoscaler_ask_only_for_what_services_send(
     gateway = measured.start_gateway(**QUICK)
     controller = measured.start_controller(**QUICK)
     generate(gateway, tokens=8)
-    # A decision, so that it is counted.
+    # Leads to a decision, so that there is one to count.
     order = controller_pb2.SetSloRequest(slo=controller_pb2.Slo(objective=controller_pb2.OBJECTIVE_LATENCY))
     with grpc.insecure_channel(controller.address) as channel:
         collector.wait_for_points(reached("helios.controller.leading", {(): 1}))

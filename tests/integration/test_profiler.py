@@ -45,7 +45,7 @@ def models(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def profiled_stack(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """Redis and a profiler (the last process). Not to be harmed."""
+    """Redis and a profiler (the last process). Tests must not harm it."""
     parts = Stack(tmp_path_factory.mktemp("profiled"), models)
     try:
         parts.start_redis()
@@ -190,7 +190,7 @@ async def test_speeds_outlive_the_profiler_and_are_measured_anew_when_asked(
     _, (first,), _ = await evaluate(stub, ["tiny"], requests=1)
     _, (again,), _ = await evaluate(stub, ["tiny"], requests=1)
     assert again.provenance["timed_at"] == first.provenance["timed_at"]
-    # Loaded and timed already.
+    # The model is already loaded and timed.
     assert again.once_cpu_seconds < first.once_cpu_seconds
     another = profiled_stack.start_profiler()
     async with grpc.aio.insecure_channel(another.address) as channel:
@@ -256,7 +256,7 @@ async def test_one_evaluation_at_a_time_and_a_cancelled_one_makes_room(stub: Stu
         return len(results) == 1
 
     await until(served, "the next evaluation to be served", seconds=60)
-    # The cancelled one left nothing.
+    # The cancelled evaluation left nothing.
     assert (await history.read(redis))[0]["tiny"].requests == 1
 
 
@@ -300,7 +300,7 @@ async def test_evaluations_stand_back_behind_serving_but_for_those_after_a_drift
     assert niceness().count(back) == 1
     before = len(niceness())
     await evaluate(stub, ["tiny"], requests=1, fresh=True)
-    # The one that does not stand back.
+    # Only the thread of the evaluation after a drift has normal priority.
     assert (len(niceness()), niceness().count(back)) == (before + 1, 1)
 
 
@@ -326,7 +326,7 @@ async def test_a_fresh_evaluation_takes_only_the_youngest_prompts(stub: Stub, re
         await prompts.write(redis, recent, 250, 60)
 
     await write(10)
-    # By Redis's clock, which tells how old they are.
+    # Prompts' ages are measured by Redis's clock.
     seconds, microseconds = await redis.time()
     before = seconds + microseconds / 1e6
     while True:

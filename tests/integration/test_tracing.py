@@ -13,7 +13,7 @@ from tests.otlp_collector import Collector, Span
 from tests.stack import Process, Stack, free_port
 
 GATEWAY, WORKER = "helios-gateway", "helios-worker"
-# Spans of a request that ran on one worker: service and name.
+# The spans of a request that ran on one worker: service and name.
 ONE_REQUEST = Counter(
     [(GATEWAY, "Generate"), (WORKER, "Generate"), (WORKER, "queue"), (WORKER, "prefill"), (WORKER, "decode")]
 )
@@ -28,7 +28,7 @@ def collector() -> Iterator[Collector]:
 
 @pytest.fixture
 def traced(stack: Stack, collector: Collector) -> Stack:
-    """A stack whose parts send their spans to the collector, soon."""
+    """A stack whose parts send their spans to the collector without delay."""
     stack.environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.endpoint, "OTEL_BSP_SCHEDULE_DELAY": "50"}
     return stack
 
@@ -74,7 +74,7 @@ def test_one_request_is_one_trace_across_gateway_and_worker(traced: Stack, colle
     assert entry.start <= served.start <= queue.start
     assert (queue.end, prefill.end) == (prefill.start, decode.start)
     assert queue.start <= queue.end <= prefill.end <= decode.end
-    # Both spans end after the last token; the gateway's does not wait for the worker's.
+    # Both spans end after the last token. The gateway's span does not wait for the worker's.
     assert decode.end <= served.end
     assert decode.end <= entry.end
     assert entry.attributes["helios.request_id"] == served.attributes["helios.request_id"] == "request-1"
@@ -151,7 +151,7 @@ def test_resumed_stream_stays_one_trace(traced: Stack, collector: Collector) -> 
 
     assert last.finish.resumed == 1
     assert last.finish.completion_tokens == 1000
-    # The killed worker took its spans with it.
+    # The spans of the killed worker are lost.
     spans = collector.wait_for(lambda spans: names(spans) == ONE_REQUEST)
     assert len({span.trace_id for span in spans}) == 1
     (entry,) = (span for span in spans if span.service == GATEWAY)

@@ -46,7 +46,7 @@ def worker(stack: Stack, models: Path) -> Process:
 
 @pytest.fixture
 def busy_stub(stack: Stack, models: Path) -> Iterator[worker_pb2_grpc.WorkerServiceStub]:
-    """Of a worker with two places in its batch and no bursts: many streams keep it busy for seconds."""
+    """A worker with two places in its batch and no bursts, so that many streams keep it busy for seconds."""
     worker = stack.start_worker(model="tiny", depth=4, models_dir=models, max_running=2, burst_seconds=0)
     with grpc.insecure_channel(worker.address) as channel:
         yield worker_pb2_grpc.WorkerServiceStub(channel)
@@ -184,7 +184,7 @@ def test_a_failing_sequence_disturbs_no_neighbour_in_its_call(
 
 @pytest.mark.parametrize("one_by_one", [True, False])
 def test_sequences_cancelled_or_lost_with_their_call_free_their_kv(stack: Stack, one_by_one: bool) -> None:
-    # One place in the batch: they would take very long to end by themselves.
+    # With one place in the batch, the streams would take very long to end by themselves.
     worker = stack.start_worker(model="tiny", max_running=1)
     with grpc.insecure_channel(worker.address) as channel:
         stub = worker_pb2_grpc.WorkerServiceStub(channel)
@@ -226,7 +226,7 @@ def test_a_reload_moves_running_streams_without_loss(
     assert moved > 0
     for stream in streams:
         tokens, finish = tokens_of(stream)
-        # The first message of one was taken above.
+        # The first message of one stream was taken above.
         assert tokens[0].index == 0 or stream is streams[0]
         assert [token.index for token in tokens] == list(range(tokens[0].index, 150))
         assert finish.completion_tokens == 150
@@ -260,7 +260,7 @@ def test_a_failed_reload_leaves_the_old_plan_serving(
     said: str,
 ) -> None:
     stream = stub.Generate(request([2, 30], max_tokens=150), timeout=TIMEOUT)
-    # All of it, if the worker was quick.
+    # The whole stream may be there already, if the worker was quick.
     first = next(stream)
     with pytest.raises(grpc.RpcError) as refused:
         list(stub.Reload(worker_pb2.ReloadRequest(model=model, depth=depth), timeout=TIMEOUT))
@@ -354,7 +354,7 @@ def test_telemetry_keeps_coming_while_the_engine_works(
 ) -> None:
     stub = busy_stub
     watch = stub.WatchTelemetry(worker_pb2.WatchTelemetryRequest(interval_seconds=0.05), timeout=TIMEOUT)
-    # Sampled ones take longer.
+    # Streams that sample take longer.
     long = request([2] * 60, max_tokens=190, temperature=0.9)
     streams = [stub.Generate(long, timeout=TIMEOUT) for _ in range(16)]
     seen = []
