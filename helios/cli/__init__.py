@@ -23,8 +23,8 @@ _COMMANDS = {
     "decisions": "helios.cli.decisions:decisions",
     "profile": "helios.cli.profile:profile",
     "models": "helios.cli.models:models",
-    "bench": "helios.cli.bench:bench",
-    "demo": "helios.cli.demo:demo",
+    "bench": "bench.commands:bench",
+    "demo": "bench.commands.demo:demo",
 }
 _OWN_PACKAGES = ("helios", "services", "training", "bench")
 

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import baselines, curve, footprint, held_out, loop, traffic
-from bench.hindsight import Hindsight, summary
-from bench.simulation import Run, Scene, simulate
-from bench.subject import QUICK, Subject
-from bench.traffic import Record, Request
+from bench.paper import baselines, curve, footprint
+from bench.paper.policy import section, traffic
+from bench.paper.policy.hindsight import Hindsight, summary
+from bench.paper.policy.simulation import Run, Scene, simulate
+from bench.paper.policy.traffic import Record, Request
+from bench.systems.subject import QUICK, Subject
+from bench.texts import held_out
 from helios import catalog
 from helios.engine import Engine, EngineSettings, ExitMode, SamplingParams
 from helios.engine.evaluation.trace import trace_dynamic, trace_exits
@@ -398,7 +400,7 @@ def policy_result(**changes: Any) -> dict[str, Any]:
 def test_each_target_of_the_policy_is_missed_by_its_own_figure(
     changes: dict[str, Any], missed: str | None
 ) -> None:
-    names = [one.name for one in loop.targets(policy_result(**changes)) if not one.met]
+    names = [one.name for one in section.targets(policy_result(**changes)) if not one.met]
     assert len(names) == (missed is not None)
     assert all(missed in name for name in names if missed is not None)
-    assert all("trace" in one.name for one in loop.targets(policy_result()))
+    assert all("trace" in one.name for one in section.targets(policy_result()))

@@ -1,0 +1,139 @@
+"""What the machine allows: its read bandwidth and matrix rates, and the time that a load takes at least.
+
+Williams, Waterman, Patterson, "Roofline: An Insightful Visual Performance Model", CACM 2009. The limits are
+measured in a process of its own, with the faster of torch's kernels and Helios's: `python -m
+bench.engine.roofline THREADS`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+from helios.errors import HeliosError
+from helios.model_config import ModelConfig
+from helios.tether import tethered
+
+# Far more than caches hold.
+_READ_BYTES = 512 << 20
+_MATRIX = 2048
+# Of each kernel: what else the machine does is gone for a moment in them.
+_SECONDS = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Bytes read a second; operations a second by precision, a multiplication and an addition being two."""
+
+    bytes_per_second: float
+    operations_per_second: Mapping[str, float]
+
+
+def measure(threads: int) -> Limits:
+    """The machine's limits with so many threads. Raises HeliosError when they cannot be measured."""
+    done = subprocess.run(
+        tethered([sys.executable, "-P", "-m", "bench.engine.roofline", str(threads)]),
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise HeliosError(f"the machine's limits were not measured: {done.stderr.strip()}")
+    return Limits(**json.loads(done.stdout))
+
+
+def highest(first: Limits, second: Limits) -> Limits:
+    """What either measurement reached: what a machine has shown once, it can do."""
+    rates = {
+        name: max(rate, second.operations_per_second[name])
+        for name, rate in first.operations_per_second.items()
+    }
+    return Limits(max(first.bytes_per_second, second.bytes_per_second), rates)
+
+
+def bytes_per_step(config: ModelConfig, depth: int, weight_bytes: int, batch: int, context: int) -> int:
+    """Bytes that a decode step must read: weights once, and keys and values of all tokens in bfloat16.
+
+    context: tokens of each sequence. Embeddings of single tokens are left out.
+    """
+    kv = 2 * depth * config.hidden_size * 2 * batch * context
+    return config.step_parameters(depth) * weight_bytes + kv
+
+
+def least_seconds(
+    config: ModelConfig,
+    depth: int,
+    precision: str,
+    weight_bytes: int,
+    batch: int,
+    prompt_tokens: int,
+    output_tokens: int,
+    limits: Limits,
+) -> float:
+    """The time that prefill and decoding of a batch take at least: each step by what limits it."""
+    rate = limits.operations_per_second[precision]
+
+    def seconds(operations: float, read: float) -> float:
+        return max(operations / rate, read / limits.bytes_per_second)
+
+    head = config.vocab_size * config.embed_size
+    layers = config.step_parameters(depth) - head
+    # A token attends to all before it: products with keys and with values.
+    attended = 2 * 2 * depth * config.hidden_size
+    prefill = batch * (
+        2 * layers * prompt_tokens + attended * prompt_tokens * (prompt_tokens + 1) / 2 + 2 * head
+    )
+    least = seconds(prefill, config.step_parameters(depth) * weight_bytes)
+    for context in range(prompt_tokens + 1, prompt_tokens + output_tokens):
+        operations = batch * (2 * (layers + head) + attended * context)
+        least += seconds(operations, bytes_per_step(config, depth, weight_bytes, batch, context))
+    return least
+
+
+def main() -> None:
+    """Writes the Limits as JSON to stdout."""
+    import torch  # noqa: PLC0415
+
+    from helios.engine.kernels.team import TEAM  # noqa: PLC0415
+    from helios.engine.weights.checkpoint import LinearWeights  # noqa: PLC0415
+    from helios.engine.weights.linear import pack, quantize  # noqa: PLC0415
+
+    torch.set_num_threads(int(sys.argv[1]))
+    source = torch.ones(_READ_BYTES // 4)
+    bandwidth = _READ_BYTES / _best(source.sum)
+    operations = 2 * _MATRIX**3
+    rows = torch.randn(_MATRIX, _MATRIX)
+    whole, scales = quantize(rows)
+    seconds, packed = {}, {"int8": pack(LinearWeights(whole, None, scales))}
+    for name in ("float32", "bfloat16"):
+        matrix = rows.to(getattr(torch, name))
+        packed[name] = pack(LinearWeights(matrix, None))
+        seconds[name] = _best(partial(torch.matmul, matrix, matrix))
+    # As weights lie: [out, in], used transposed.
+    seconds["int8"] = _best(partial(torch._int_mm, whole, whole.T))
+    # Not beside torch's threads, which spin for a while.
+    torch.set_num_threads(1)
+    TEAM.threads = int(sys.argv[1])
+    rates = {name: operations / min(seconds[name], _best(partial(packed[name], rows))) for name in seconds}
+    sys.stdout.write(json.dumps(asdict(Limits(bandwidth, rates))))
+
+
+def _best(act: Callable[[], Any]) -> float:
+    """The least seconds of many runs: what the machine can do when nothing disturbs it."""
+    act()
+    seconds: list[float] = []
+    while sum(seconds) < _SECONDS:
+        started = time.perf_counter()
+        act()
+        seconds.append(time.perf_counter() - started)
+    return min(seconds)
+
+
+if __name__ == "__main__":
+    main()

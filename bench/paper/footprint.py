@@ -1,0 +1,141 @@
+"""Memory of an OPT-1.3B shape by the engine's own accounting: how many sequences a fixed budget holds.
+
+Nothing is allocated and no weights are read: a shape has bytes without having values.
+"""
+
+from typing import Any
+
+from bench.results import Target
+from bench.systems.subject import Subject
+from helios.engine.memory import MemoryPlan, share_memory
+from helios.engine.weights.precision import Precision
+from helios.errors import OutOfMemoryError
+from helios.model_config import ModelConfig
+
+# facebook/opt-1.3b
+OPT_1_3B = ModelConfig(
+    vocab_size=50272,
+    hidden_size=2048,
+    num_layers=24,
+    num_heads=32,
+    ffn_dim=8192,
+    context_tokens=2048,
+    embed_size=2048,
+    norm_before=True,
+    has_final_norm=True,
+    has_bias=True,
+    norm_affine=True,
+    tied_head=True,
+    activation="relu",
+    bos_token_id=2,
+    eos_token_ids=(2,),
+    pad_token_id=1,
+    dtype="float16",
+)
+_DEPTH = 6
+_DTYPE = Precision.BFLOAT16.dtype
+_BLOCK_TOKENS = 16
+_STEP_TOKEN_BUDGET = 2048
+# Far more than any budget here holds, so that memory alone limits the batch.
+_MAX_RUNNING = 2048
+_GIB = 1 << 30
+_BUDGETS_GIB = (4, 8, 16, 24, 40, 80)
+_BATCHES = (1, 8, 64)
+_BATCH_TARGET, _SAVED_TARGET = 15.0, 0.67
+
+
+def measure(_subject: Subject) -> dict[str, Any]:
+    """Largest batches of depth 6 of 24 (greedy) and of all layers (dynamic, full) in equal budgets."""
+    smallest = _smallest_budget(OPT_1_3B.num_layers)
+    rows = []
+    for budget in (smallest, *(gib * _GIB for gib in _BUDGETS_GIB)):
+        greedy, dynamic = _largest_batch(_DEPTH, budget), _largest_batch(OPT_1_3B.num_layers, budget)
+        rows.append(
+            {
+                "budget_bytes": budget,
+                "greedy_batch": greedy,
+                "dynamic_batch": dynamic,
+                "ratio": greedy / dynamic if dynamic else None,
+            }
+        )
+    return {
+        "shape": "OPT-1.3B: 24 layers x 2048, feed-forward 8192, 32 heads, vocabulary 50272",
+        "assumptions": {
+            "weights": "none: bytes are counted from the configuration, nothing is allocated",
+            "dtype": "bfloat16, weights and KV",
+            "context_tokens_per_sequence": OPT_1_3B.context_tokens,
+            "block_tokens": _BLOCK_TOKENS,
+            "budget": "weights, activations and KV pool together (helios/engine/memory.py); activations are "
+            "those of the batch itself",
+            "dynamic": "all 24 layers loaded and cached, as nobody knows where a token leaves",
+        },
+        "depth": _DEPTH,
+        "num_layers": OPT_1_3B.num_layers,
+        "largest_batch": rows,
+        "same_batch": [_same_batch(batch) for batch in _BATCHES],
+    }
+
+
+def targets(result: dict[str, Any]) -> list[Target]:
+    """Batch in the same memory, and memory of the same batch."""
+    best = max((row for row in result["largest_batch"] if row["ratio"]), key=lambda row: row["ratio"])
+    others = ", ".join(
+        f"{row['ratio']:.1f}x in {row['budget_bytes'] / _GIB:.0f} GiB"
+        for row in result["largest_batch"][1:]
+        if row["ratio"]
+    )
+    saved = min(row["saved"] for row in result["same_batch"])
+    by_batch = ", ".join(f"{-row['saved']:.1%} at batch {row['batch']}" for row in result["same_batch"])
+    return [
+        Target(
+            "largest batch in a fixed budget, OPT-1.3B shape, depth 6 of 24 against dynamic",
+            f"at least {_BATCH_TARGET:g}x",
+            f"{best['ratio']:.1f}x in {best['budget_bytes'] / _GIB:.2f} GiB "
+            f"({best['greedy_batch']} against {best['dynamic_batch']}); {others}",
+            best["ratio"] >= _BATCH_TARGET,
+        ),
+        Target(
+            "weights + KV memory of the same batch, OPT-1.3B shape, depth 6 of 24 against dynamic",
+            f"{-_SAVED_TARGET:.0%} or better",
+            by_batch,
+            saved >= _SAVED_TARGET,
+        ),
+    ]
+
+
+def _plan(depth: int, budget: int, batch: int) -> MemoryPlan:
+    weights = OPT_1_3B.parameters(depth) * _DTYPE.itemsize
+    step = max(_STEP_TOKEN_BUDGET, batch)
+    return share_memory(OPT_1_3B, depth, _DTYPE, _DTYPE, weights, budget, batch, step, _BLOCK_TOKENS)
+
+
+def _largest_batch(depth: int, budget: int) -> int:
+    """Sequences of full context that fit, each with its part of the activations; 0 when not one does."""
+    low, high = 0, _MAX_RUNNING
+    per_sequence = -(-OPT_1_3B.context_tokens // _BLOCK_TOKENS)
+    while low < high:
+        batch = (low + high + 1) // 2
+        try:
+            fits = _plan(depth, budget, batch).num_blocks >= batch * per_sequence
+        except OutOfMemoryError:
+            fits = False
+        low, high = (batch, high) if fits else (low, batch - 1)
+    return low
+
+
+def _smallest_budget(depth: int) -> int:
+    """Bytes in which one sequence of full context is served at all."""
+    plan = _plan(depth, _BUDGETS_GIB[-1] * _GIB, 1)
+    return plan.weight_bytes + plan.activation_bytes + plan.kv_bytes_per_token * OPT_1_3B.context_tokens
+
+
+def _same_batch(batch: int) -> dict[str, Any]:
+    greedy, dynamic = _footprint(_DEPTH, batch), _footprint(OPT_1_3B.num_layers, batch)
+    saved = 1 - greedy["total_bytes"] / dynamic["total_bytes"]
+    return {"batch": batch, "greedy": greedy, "dynamic": dynamic, "saved": saved}
+
+
+def _footprint(depth: int, batch: int) -> dict[str, int]:
+    plan = _plan(depth, _BUDGETS_GIB[-1] * _GIB, batch)
+    kv = plan.kv_bytes_per_token * OPT_1_3B.context_tokens * batch
+    return {"weight_bytes": plan.weight_bytes, "kv_bytes": kv, "total_bytes": plan.weight_bytes + kv}
