@@ -1,4 +1,7 @@
-"""What a bench hands back: figures, the machine and command they come from, and targets met or not."""
+"""What a bench hands back: figures, the machine and command they come from, and targets met or missed.
+
+A bench that was stopped goes on from the figures in its JSON file.
+"""
 
 import importlib.metadata
 import json
@@ -6,6 +9,7 @@ import math
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from helios.cli.rows import Rows, show
+from helios.errors import SettingsError
 from helios.hardware import cpu_name
 
 _VERSIONS_OF = ("torch", "transformers", "grpcio", "tokenizers")
@@ -21,7 +26,7 @@ _VERSIONS_OF = ("torch", "transformers", "grpcio", "tokenizers")
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A figure against what it is to be. `target` says it in words."""
+    """A figure and what it is to be. `target` says that in words."""
 
     name: str
     target: str
@@ -31,14 +36,14 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """A bench's outcome. `rows` are what a person reads first: name and figure."""
+    """The outcome of a bench. `rows` (name, figure) are what a person reads first."""
 
     results: dict[str, Any]
     targets: list[Target]
     rows: list[tuple[str, str]] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
-        """Writes it as JSON, with machine and command."""
+        """Writes it as JSON, with the machine and the command."""
         content = {
             "machine": machine(),
             "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
@@ -62,8 +67,30 @@ class Report:
         show(console, figures, targets)
 
 
+def earlier(
+    path: Path | None, empty: Mapping[str, Any], remedy: str = "name another file or --fresh"
+) -> dict[str, Any]:
+    """The results that an earlier run left in `path`, to be added to.
+
+    `empty` is what a run has before it measures anything: its settings, under `settings`, and empty lists. It
+    is returned when there is no file. Raises SettingsError, which names the `remedy`, when the file is not of
+    this bench or was measured with other settings.
+    """
+    if path is None or not path.exists():
+        return dict(empty)
+    try:
+        found = {**empty, **json.loads(path.read_text())["results"]}
+        before, settings = dict(found["settings"]), empty["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise SettingsError(f"{path} holds no results of this bench; {remedy}") from error
+    if before != settings:
+        changed = ", ".join(name for name in settings if before.get(name) != settings[name])
+        raise SettingsError(f"{path} was measured with other {changed}; {remedy}")
+    return found
+
+
 def machine() -> dict[str, Any]:
-    """The machine, and the versions of what decides speed."""
+    """The machine, and the versions of the packages that decide speed."""
     return {
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
@@ -76,7 +103,7 @@ def machine() -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    # JSON has no NaN: what could not be measured is null.
+    # JSON has no NaN. What could not be measured becomes null.
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

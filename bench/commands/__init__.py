@@ -8,11 +8,11 @@ from helios.cli.lazy_group import LazyGroup
 @click.command(
     cls=LazyGroup,
     commands_at={
-        "paper": "bench.paper.sections:paper",
-        "serve": "bench.serving.serving_path:serve",
-        "engine": "bench.engine.comparison:engine",
-        "prefill": "bench.engine.prefill:prefill",
-        "served": "bench.serving.comparison:served",
+        "paper": "bench.commands.paper:paper",
+        "serve": "bench.commands.serve:serve",
+        "engine": "bench.commands.engine:engine",
+        "prefill": "bench.commands.prefill:prefill",
+        "served": "bench.commands.served:served",
     },
 )
 def bench() -> None:

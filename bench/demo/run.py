@@ -21,7 +21,8 @@ from tokenizers import Tokenizer
 
 from bench.demo.timeline import Mark, Sample, Timeline, WorkerSample
 from bench.load import clients
-from bench.load.clients import Latency, Request, Stream
+from bench.load.clients import Request, Stream
+from bench.load.latency import Latency
 from bench.results import Report, Target
 from bench.systems.local_stack import local_stack
 from bench.systems.subject import Sizes, Subject

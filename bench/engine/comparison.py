@@ -3,28 +3,24 @@
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import click
-from rich.console import Console
-
 from bench.engine import figures, loading, roofline
 from bench.engine.figures import Cell, agreement, cell_of
 from bench.engine.roofline import Limits
-from bench.peers.contenders import CONTENDERS, PEERS, Contender, Runners, needed_bytes, pythons
+from bench.peers.contenders import CONTENDERS, Contender, Runners, needed_bytes, pythons
 from bench.peers.environment import make_environment
 from bench.peers.runner import Continuation, Generate, Job
-from bench.results import Report
-from bench.systems.random_model import SHAPES, random_model
+from bench.results import Report, earlier
+from bench.systems.random_model import random_model
+from bench.systems.shapes import SHAPES
 from helios import catalog
 from helios.catalog import ModelEntry
-from helios.errors import HeliosError, SettingsError
+from helios.errors import HeliosError
 
-BUNDLED = "bundled"
-_ALL = "all"
 _SEED = 0
 # Of a contender's turn. The first run after a pause finds cold caches, and a short one says little.
 _TURN_SECONDS = 1.0
@@ -53,142 +49,52 @@ class Measured:
     load_average_before: float
 
 
-class _Names(click.ParamType[tuple[str, ...]]):
-    """Names with commas between them, or `all`."""
-
-    name = "NAMES"
-
-    def __init__(self, known: Sequence[str]) -> None:
-        self._known = tuple(known)
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[str, ...]:
-        if isinstance(value, tuple):
-            return value
-        names = self._known if value == _ALL else tuple(str(value).split(","))
-        unknown = [name for name in names if name not in self._known]
-        if unknown:
-            self.fail(f"{', '.join(unknown)}; there are {', '.join(self._known)}", param, ctx)
-        return names
-
-
-class _Counts(click.ParamType[tuple[int, ...]]):
-    """Whole numbers from 1 on with commas between them."""
-
-    name = "COUNTS"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        if isinstance(value, tuple):
-            return value
-        parts = str(value).split(",")
-        if not all(part.isdecimal() and int(part) for part in parts):
-            self.fail(f"{value!r} is no list of whole numbers", param, ctx)
-        return tuple(map(int, parts))
-
-
-@click.command()
-@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write it here.")
-@click.option(
-    "--report", "report_path", type=click.Path(path_type=Path, dir_okay=False), help="Markdown with plots."
-)
-@click.option(
-    "--peers",
-    type=_Names(PEERS),
-    is_flag=False,
-    flag_value=_ALL,
-    default=(),
-    help=f"Other engines, installed when missing. Without names: all ({', '.join(PEERS)}).",
-)
-@click.option(
-    "--contenders",
-    type=_Names([one.name for one in CONTENDERS]),
-    help="Only these of the chosen engines and Helios, such as ctranslate2-int8,helios-int8.",
-)
-@click.option(
-    "--shapes",
-    type=_Names([*SHAPES, BUNDLED]),
-    default=_ALL,
-    show_default=True,
-    help="Models: OPT's shapes with random weights, and the first of the models directory.",
-)
-@click.option("--prompts", type=_Counts(), default="32,512", show_default=True, help="Tokens of a prompt.")
-@click.option("--batches", type=_Counts(), default="1,8,32,64", show_default=True, help="Prompts at once.")
-@click.option("--max-tokens", type=click.IntRange(min=2), default=64, show_default=True, help="Of each.")
-@click.option("--repetitions", type=click.IntRange(min=1), default=3, show_default=True, help="Rounds.")
-@click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True, help="Of each engine.")
-@click.option("--models-dir", type=click.Path(path_type=Path), help="Default: the bundled models.")
-@click.option(
-    "--cache-dir",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=Path.home() / ".cache" / "helios",
-    show_default="~/.cache/helios",
-    help="Where the peers' environments and the random weights are kept.",
-)
-@click.option("--fresh", is_flag=True, help="Measure again what these options select.")
-def engine(
-    *,
-    json_path: Path | None,
-    report_path: Path | None,
-    peers: tuple[str, ...],
-    contenders: tuple[str, ...] | None,
-    shapes: tuple[str, ...],
-    prompts: tuple[int, ...],
-    batches: tuple[int, ...],
-    max_tokens: int,
-    repetitions: int,
-    threads: int,
+def compare(
+    contenders: Sequence[Contender],
+    shapes: Sequence[str],
     models_dir: Path | None,
+    *,
+    prompts: Sequence[int],
+    batches: Sequence[int],
+    max_tokens: int,
+    rounds: int,
+    threads: int,
     cache_dir: Path,
+    json_path: Path | None,
     fresh: bool,
-) -> None:
-    """The engine's speed, alone or against transformers, CTranslate2 and vLLM.
+    say: Callable[[str], None],
+) -> Report:
+    """Measures every contender on every model with every length of prompt and batch, in turns.
 
-    Every run is written to the JSON file when it is done: the same command goes on where it was stopped,
-    and other options add to the file. A peer that cannot be installed or run is named in the report.
+    shapes: names of models, as `_model` takes them. prompts: lengths in tokens. fresh: measures again what is
+    selected here. Runs that `json_path` holds stay, and each new one is added when it is done. Raises
+    SettingsError when the file was measured with other settings.
     """
-    write_report = _report_writer() if report_path is not None else None
-    chosen = [
-        one
-        for one in CONTENDERS
-        if (one.engine in peers or not one.is_peer) and (contenders is None or one.name in contenders)
+    results = earlier(json_path, _empty(threads), "name another file")
+    models = {name: _model(name, models_dir, cache_dir, say) for name in shapes}
+    results["shapes"] |= {name: _facts(model) for name, model in models.items()}
+    say("the machine's limits")
+    limits = roofline.measure(threads)
+    if results["limits"]:
+        limits = roofline.highest(limits, Limits(**results["limits"]))
+    results["limits"] = asdict(limits)
+    for name, model in models.items():
+        if fresh or name not in results["loading"]:
+            say(f"loading {name}")
+            results["loading"][name] = asdict(loading.measure(model.path, threads))
+    cells = [
+        Cell(name, min(prompt, model.context_tokens - max_tokens), max_tokens, batch)
+        for name, model in models.items()
+        for prompt in prompts
+        for batch in batches
     ]
-    if not chosen:
-        raise SettingsError("nothing to measure: --contenders names engines that --peers does not")
-    progress = Console(stderr=True)
-    with progress.status("reading what is there") as status:
-        results = _earlier(json_path, threads)
-        models = {name: _model(name, models_dir, cache_dir, status.update) for name in shapes}
-        results["shapes"] |= {name: _facts(model) for name, model in models.items()}
-        status.update("the machine's limits")
-        limits = roofline.measure(threads)
-        if results["limits"]:
-            limits = roofline.highest(limits, Limits(**results["limits"]))
-        results["limits"] = asdict(limits)
-        for name, model in models.items():
-            if fresh or name not in results["loading"]:
-                status.update(f"loading {name}")
-                results["loading"][name] = asdict(loading.measure(model.path, threads))
-        cells = [
-            Cell(name, min(prompt, model.context_tokens - max_tokens), max_tokens, batch)
-            for name, model in models.items()
-            for prompt in prompts
-            for batch in batches
-        ]
-        bench = _Bench(results, chosen, threads, cache_dir, json_path, status.update)
-        bench.run(models, cells, repetitions, fresh=fresh)
-    report = report_of(results)
-    report.show()
-    if json_path is not None:
-        report.write(json_path)
-    if write_report is not None and report_path is not None:
-        write_report(report, report_path)
+    comparison = _Comparison(results, contenders, threads, cache_dir, json_path, say)
+    comparison.run(models, cells, rounds, fresh=fresh)
+    return report_of(results)
 
 
-class _Bench:
-    """A run of the bench: what is still to be measured, and the file that takes it."""
+class _Comparison:
+    """A run of the comparison: the results so far, and the file that keeps them."""
 
     def __init__(
         self,
@@ -207,7 +113,7 @@ class _Bench:
         self._say = say
 
     def run(
-        self, models: dict[str, ModelEntry], cells: Sequence[Cell], repetitions: int, *, fresh: bool
+        self, models: Mapping[str, ModelEntry], cells: Sequence[Cell], rounds: int, *, fresh: bool
     ) -> None:
         """Measures every round of every cell that the results do not have, and keeps each at once."""
         names = {one.name for one in self._contenders}
@@ -220,7 +126,7 @@ class _Bench:
         usable = self._installed()
         for name, model in models.items():
             own = [cell for cell in cells if cell.shape == name]
-            todo = list(self._todo(own, usable, repetitions))
+            todo = list(self._todo(own, usable, rounds))
             runners = Runners(pythons(usable), self._logs())
             try:
                 for cell, number, contenders in todo:
@@ -241,11 +147,11 @@ class _Bench:
         return found
 
     def _todo(
-        self, cells: Sequence[Cell], usable: dict[str, Path], repetitions: int
+        self, cells: Sequence[Cell], usable: Mapping[str, Path], rounds: int
     ) -> Iterator[tuple[Cell, int, list[Contender]]]:
         done = {(cell_of(one), one["round"], one["contender"]) for one in self._results["runs"]}
         for cell in dict.fromkeys(cells):
-            for number in range(repetitions):
+            for number in range(rounds):
                 missing = [
                     one
                     for one in self._contenders
@@ -363,19 +269,9 @@ def report_of(results: dict[str, Any]) -> Report:
     return Report({**results, "cells": rows}, figures.targets(rows), shown)
 
 
-def _report_writer() -> Callable[[Report, Path], None]:
-    """Raises SettingsError, before anything is measured, when plots cannot be drawn here."""
-    try:
-        from bench.engine.report import write  # noqa: PLC0415  # Imports matplotlib.
-    except ModuleNotFoundError as error:
-        raise SettingsError(
-            f"--report needs {error.name}; install it with `pip install 'helios-serving[training]'`"
-        ) from error
-    return write
-
-
 def _model(name: str, models_dir: Path | None, cache_dir: Path, say: Callable[[str], None]) -> ModelEntry:
-    if name == BUNDLED:
+    """A model with random weights when `name` is one of OPT's shapes, else the first of `models_dir`."""
+    if name not in SHAPES:
         return catalog.list_models(catalog.find_models_dir(models_dir))[0]
     say(f"the random weights of {name}")
     return catalog.read_model(random_model(name, cache_dir / "bench-models"))
@@ -391,9 +287,9 @@ def _facts(model: ModelEntry) -> dict[str, Any]:
     }
 
 
-def _earlier(path: Path | None, threads: int) -> dict[str, Any]:
-    """What an earlier run left in the file. Raises SettingsError when it cannot stand beside new runs."""
-    empty = {
+def _empty(threads: int) -> dict[str, Any]:
+    """The results of a run that has measured nothing yet."""
+    return {
         "settings": {"threads": threads, "seed": _SEED},
         "shapes": {},
         "limits": {},
@@ -401,16 +297,3 @@ def _earlier(path: Path | None, threads: int) -> dict[str, Any]:
         "runs": [],
         "failed": [],
     }
-    if path is None or not path.exists():
-        return empty
-    try:
-        results = json.loads(path.read_text())["results"]
-        # Files from before there was `loading` go on too.
-        earlier = {"loading": {}} | {key: results[key] for key in empty if key != "loading" or key in results}
-    except (ValueError, KeyError, TypeError) as error:
-        raise SettingsError(f"{path} holds no results of this bench; name another file") from error
-    if earlier["settings"] != empty["settings"]:
-        raise SettingsError(
-            f"{path} was measured with {earlier['settings']['threads']} threads; name another file"
-        )
-    return earlier

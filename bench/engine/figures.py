@@ -10,10 +10,8 @@ from bench.engine import roofline
 from bench.engine.roofline import Limits
 from bench.peers.contenders import CONTENDERS, Contender
 from bench.results import Target
+from bench.systems.shapes import FIRST_TOKEN
 from helios.model_config import ModelConfig
-
-# Ids below are special in OPT's vocabularies.
-FIRST_TOKEN = 4
 
 
 @dataclass(frozen=True, slots=True)

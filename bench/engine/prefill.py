@@ -10,13 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import click
-from rich.console import Console
-
-from bench.engine.figures import FIRST_TOKEN
-from bench.load.clients import Latency, latency
+from bench.load.latency import Latency, latency
 from bench.results import Report, Target
-from bench.systems.random_model import SHAPES, random_model
+from bench.systems.random_model import random_model
+from bench.systems.shapes import FIRST_TOKEN
 from helios.engine import Engine, EngineSettings, Output, SamplingParams
 from helios.engine.threads import set_threads
 
@@ -29,28 +26,9 @@ _PREFIX_TARGET = 5.0
 _ALONE, _BOUNDED, _UNBOUNDED = "chats alone", "beside long prompts", "the same, chunks of the whole step"
 
 
-@click.command()
-@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write it here.")
-@click.option(
-    "--shape", type=click.Choice(list(SHAPES)), default="opt-125m", show_default=True, help="Random weights."
-)
-@click.option("--chats", type=click.IntRange(min=1), default=8, show_default=True, help="Streams that run.")
-@click.option("--chat-tokens", type=click.IntRange(min=4), default=256, show_default=True, help="Of each.")
-@click.option("--prompt-tokens", type=click.IntRange(min=2), default=1500, show_default=True)
-@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True, help="Of the engine.")
-@click.option("--precision", default="auto", show_default=True)
-@click.option(
-    "--cache-dir",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=Path.home() / ".cache" / "helios",
-    show_default="~/.cache/helios",
-    help="Where the random weights are kept.",
-)
-def prefill(
-    *,
-    json_path: Path | None,
+def measure(
     shape: str,
+    *,
     chats: int,
     chat_tokens: int,
     prompt_tokens: int,
@@ -58,38 +36,37 @@ def prefill(
     threads: int,
     precision: str,
     cache_dir: Path,
-) -> None:
-    """The time between a stream's tokens beside long prompts, and the time to the first token of a prompt
-    whose beginning another one had."""
+    say: Callable[[str], None],
+) -> Report:
+    """Streams of `chat_tokens` each, `chats` at once: alone, beside long prompts, and beside unbounded ones.
+
+    Then prompts that share their beginning. `shape` is the name of a model with random weights.
+    """
     set_threads(threads)
-    with Console(stderr=True).status("loading the model") as status:
-        model = random_model(shape, cache_dir / "bench-models")
-        settings = EngineSettings(precision=precision, max_running=chats + 1)
-        engine = Engine.load(model, settings=settings)
-        unbounded = Engine(engine.plan, replace(engine.settings, prefill_stretch=float("inf")))
-        draw = random.Random(_SEED)
-        vocabulary = range(FIRST_TOKEN, engine.plan.model.config.vocab_size)
-        prompts = (draw.choices(vocabulary, k=prompt_tokens) for _ in itertools.count())
-        gaps: dict[str, list[Latency]] = {_ALONE: [], _BOUNDED: [], _UNBOUNDED: []}
-        ttft: dict[str, list[float]] = {_BOUNDED: [], _UNBOUNDED: []}
-        for number in range(rounds):
-            status.update(f"long prompts beside {chats} streams, round {number + 1}")
-            chat_prompts = [draw.choices(vocabulary, k=_CHAT_PROMPT_TOKENS) for _ in range(chats)]
-            for name, one, beside in (
-                (_ALONE, engine, iter(())),
-                (_BOUNDED, engine, prompts),
-                (_UNBOUNDED, unbounded, prompts),
-            ):
-                between, first = _chat(one, chat_prompts, chat_tokens, beside)
-                gaps[name].append(latency(between))
-                if first:
-                    ttft[name].append(statistics.median(first))
-        status.update("a shared beginning")
-        shared = [_shared_beginning(engine, partial(draw.choices, vocabulary)) for _ in range(rounds)]
-    report = _report(engine, gaps, ttft, shared)
-    report.show()
-    if json_path is not None:
-        report.write(json_path)
+    model = random_model(shape, cache_dir / "bench-models")
+    settings = EngineSettings(precision=precision, max_running=chats + 1)
+    engine = Engine.load(model, settings=settings)
+    unbounded = Engine(engine.plan, replace(engine.settings, prefill_stretch=float("inf")))
+    draw = random.Random(_SEED)
+    vocabulary = range(FIRST_TOKEN, engine.plan.model.config.vocab_size)
+    prompts = (draw.choices(vocabulary, k=prompt_tokens) for _ in itertools.count())
+    gaps: dict[str, list[Latency]] = {_ALONE: [], _BOUNDED: [], _UNBOUNDED: []}
+    ttft: dict[str, list[float]] = {_BOUNDED: [], _UNBOUNDED: []}
+    for number in range(rounds):
+        say(f"long prompts beside {chats} streams, round {number + 1}")
+        chat_prompts = [draw.choices(vocabulary, k=_CHAT_PROMPT_TOKENS) for _ in range(chats)]
+        for name, one, beside in (
+            (_ALONE, engine, iter(())),
+            (_BOUNDED, engine, prompts),
+            (_UNBOUNDED, unbounded, prompts),
+        ):
+            between, first = _chat(one, chat_prompts, chat_tokens, beside)
+            gaps[name].append(latency(between))
+            if first:
+                ttft[name].append(statistics.median(first))
+    say("a shared beginning")
+    shared = [_shared_beginning(engine, partial(draw.choices, vocabulary)) for _ in range(rounds)]
+    return _report(engine, gaps, ttft, shared)
 
 
 def _chat(

@@ -3,22 +3,21 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import matplotlib as mpl
-from matplotlib.axes import Axes
+from typing import TYPE_CHECKING, Any
 
 from bench.engine import loading
-from bench.paper.report import Page  # One look for all reports.
+from bench.page import Page
 from bench.peers.contenders import CONTENDERS
 from bench.results import Report, machine
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _Rows = Sequence[Mapping[str, Any]]
 
 
 def write(report: Report, path: Path) -> None:
     """Writes the report of the cells that `report` has."""
-    mpl.use("agg")
     page = Page(path)
     results = report.results
     limits = results["limits"]
@@ -31,12 +30,8 @@ def write(report: Report, path: Path) -> None:
         f"`helios bench engine`, {results['settings']['threads']} threads for each, greedy, end of text "
         f"ignored, the same weights and prompts, taking turns. Machine: `{json.dumps(machine())}`; it reads "
         f"{limits['bytes_per_second'] / 1e9:.1f} GB/s and multiplies {rates}.",
-        "## Targets",
     )
-    page.table(
-        ("target", "to be", "measured", "met"),
-        [(one.name, one.target, one.measured, "yes" if one.met else "**no**") for one in report.targets],
-    )
+    page.targets(report.targets)
     if results["failed"]:
         page.say("## What did not run")
         page.table(
@@ -90,7 +85,7 @@ def _load_of_a_shape(
         ],
     )
 
-    def draw(axes: Axes) -> None:
+    def draw(axes: "Axes") -> None:
         for index, one in enumerate(CONTENDERS):
             own = sorted((row for row in rows if row["contender"] == one.name), key=lambda row: row["batch"])
             if own:

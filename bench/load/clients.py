@@ -1,13 +1,13 @@
 """A load generator: N clients that each keep one stream open, and the times at which tokens arrived."""
 
 import asyncio
-import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import grpc
 
+from bench.load.latency import Latency, latency
 from helios.channel import to_service_async
 from helios.errors import HeliosError
 from helios.v1 import generation_pb2, inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_grpc
@@ -48,15 +48,6 @@ class Stream:
     def tpot(self) -> float:
         """Seconds per token after the first."""
         return (self.token_times[-1] - self.token_times[0]) / (len(self.token_times) - 1)
-
-
-@dataclass(frozen=True, slots=True)
-class Latency:
-    """Percentiles, in milliseconds."""
-
-    p50: float
-    p99: float
-    p999: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,16 +152,3 @@ def summarise(streams: Sequence[Stream]) -> Summary:
         ttft_ms=latency([stream.ttft for stream in whole]),
         tpot_ms=latency([stream.tpot for stream in whole]),
     )
-
-
-def latency(seconds: Sequence[float]) -> Latency:
-    """P50, P99 and P99.9 of durations."""
-    milliseconds = [value * 1000 for value in seconds]
-    return Latency(*(percentile(milliseconds, share) for share in (0.5, 0.99, 0.999)))
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The nearest-rank percentile: the smallest value that at least `share` of all do not exceed."""
-    if not values:
-        return math.nan
-    return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]

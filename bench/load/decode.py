@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from bench.load.clients import Latency, latency
+from bench.load.latency import Latency, latency
 from helios.engine import Engine, GeneratedToken, Output, SamplingParams
 from helios.engine.kernels.team import TEAM
 from helios.errors import HeliosError

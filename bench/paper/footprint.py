@@ -6,32 +6,12 @@ Nothing is allocated and no weights are read: a shape has bytes without having v
 from typing import Any
 
 from bench.results import Target
+from bench.systems.shapes import OPT_1_3B
 from bench.systems.subject import Subject
 from helios.engine.memory import MemoryPlan, share_memory
 from helios.engine.weights.precision import Precision
 from helios.errors import OutOfMemoryError
-from helios.model_config import ModelConfig
 
-# facebook/opt-1.3b
-OPT_1_3B = ModelConfig(
-    vocab_size=50272,
-    hidden_size=2048,
-    num_layers=24,
-    num_heads=32,
-    ffn_dim=8192,
-    context_tokens=2048,
-    embed_size=2048,
-    norm_before=True,
-    has_final_norm=True,
-    has_bias=True,
-    norm_affine=True,
-    tied_head=True,
-    activation="relu",
-    bos_token_id=2,
-    eos_token_ids=(2,),
-    pad_token_id=1,
-    dtype="float16",
-)
 _DEPTH = 6
 _DTYPE = Precision.BFLOAT16.dtype
 _BLOCK_TOKENS = 16

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 from bench.load import decode
-from bench.load.clients import latency
+from bench.load.latency import latency
 from bench.results import Target
 from bench.systems.subject import Subject
 from bench.texts import held_out

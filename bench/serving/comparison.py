@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 import os
 import random
 import time
@@ -11,22 +10,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import click
-from rich.console import Console
-
-from bench.engine.figures import FIRST_TOKEN
 from bench.load import clients, request_trace
 from bench.load.clients import Open, Request, Stream
 from bench.load.request_trace import Arrival
 from bench.peers.contenders import HELIOS, Contender, awake, needed_bytes
 from bench.peers.environment import make_environment
 from bench.peers.vllm_server import through_http, vllm_server
-from bench.results import Report, Target
+from bench.results import Report, Target, earlier
 from bench.systems.local_stack import local_stack
-from bench.systems.random_model import SHAPES, random_model
+from bench.systems.random_model import random_model
+from bench.systems.shapes import FIRST_TOKEN
 from helios import catalog
 from helios.catalog import ModelEntry
-from helios.errors import HeliosError, SettingsError
+from helios.errors import HeliosError
 
 VLLM = "vllm"
 # As an operator sets it whose clients can wait for tokens as long as vLLM's do: a step with prompts takes at
@@ -39,58 +35,28 @@ _FACTOR = 2.0
 _WARM_UP_REQUESTS = 4
 
 
-@click.command()
-@click.option(
-    "--trace",
-    "trace_path",
-    type=click.Path(path_type=Path, dir_okay=False, exists=True),
-    required=True,
-    help="CSV with TIMESTAMP, ContextTokens, GeneratedTokens, such as the Azure LLM inference traces.",
-)
-@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write it here.")
-@click.option("--shape", type=click.Choice(list(SHAPES)), default="opt-125m", show_default=True)
-@click.option("--depth", type=click.IntRange(min=1), help="Of Helios. Default: all layers.")
-@click.option("--requests", "count", type=click.IntRange(min=8), default=100, show_default=True)
-@click.option(
-    "--length-scale",
-    type=click.FloatRange(min=0, min_open=True),
-    default=0.25,
-    show_default=True,
-    help="Prompts and outputs of the trace are so many times as long, so that a run ends on a small machine.",
-)
-@click.option("--streams", type=click.IntRange(min=1), default=64, show_default=True, help="Open at once.")
-@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Of Helios.")
-@click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True, help="Of each system.")
-@click.option("--without-vllm", is_flag=True, help="Helios alone.")
-@click.option(
-    "--cache-dir",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=Path.home() / ".cache" / "helios",
-    show_default="~/.cache/helios",
-    help="Where the peers' environments and the random weights are kept.",
-)
-@click.option("--fresh", is_flag=True, help="Measure again what the JSON file already holds.")
-def served(
-    *,
+def compare(
     trace_path: Path,
-    json_path: Path | None,
     shape: str,
+    *,
     depth: int | None,
     count: int,
     length_scale: float,
     streams: int,
     workers: int,
     threads: int,
-    without_vllm: bool,
+    with_vllm: bool,
     cache_dir: Path,
+    json_path: Path | None,
     fresh: bool,
-) -> None:
-    """Requests a second of the whole system under recorded traffic, against vLLM's OpenAI server.
+    say: Callable[[str], None],
+) -> Report:
+    """Serves the first `count` requests of a trace at several rates, with and without vLLM beside Helios.
 
-    Both serve the same random weights, one after the other at the same share of their capacity. Every run is
-    written to the JSON file when it is done: the same command goes on where it was stopped.
+    shape: name of the model, whose weights are random. depth: of Helios; None: all layers. length_scale: how
+    many times as long prompts and outputs are as the trace's. Every run is written to `json_path` when it is
+    done. Raises SettingsError when the file was measured with other settings.
     """
-    progress = Console(stderr=True)
     settings = {
         "trace": trace_path.name,
         "shape": shape,
@@ -101,34 +67,29 @@ def served(
         "workers": workers,
         "threads": threads,
     }
-    with progress.status("reading the trace") as status:
-        results = _earlier(None if fresh else json_path, settings)
-        model = catalog.read_model(random_model(shape, cache_dir / "bench-models"))
-        trace = request_trace.shortened(
-            request_trace.read(trace_path, count), length_scale, model.context_tokens
-        )
-        with contextlib.ExitStack() as running:
-            systems: dict[str, _System] = {}
-            if not without_vllm:
-                try:
-                    status.update("starting vllm serve")
-                    systems[VLLM] = running.enter_context(_vllm(model, cache_dir, threads, streams, trace))
-                except HeliosError as error:
-                    results["failed"] = {VLLM: str(error)}
-            status.update("starting a stack")
-            options = ["--models-dir", str(model.path.parent), "--model", model.name]
-            options += ["--workers", str(workers), "--threads", str(max(1, threads // workers))]
-            options += ["--depth", str(depth or model.num_layers)]
-            bench = _Bench(results, trace, model.config.vocab_size, streams, json_path, status.update)
-            with local_stack(*options) as state:
-                asyncio.run(bench.run(systems, HELIOS, state.gateway, SHARES))
-            status.update("starting a stack for throughput")
-            with local_stack(*options, settings={"HELIOS_WORKER_PREFILL_STRETCH": _STRETCH}) as state:
-                asyncio.run(bench.run({}, HELIOS_STRETCHED, state.gateway, ()))
-    report = report_of(results)
-    report.show()
-    if json_path is not None:
-        report.write(json_path)
+    results = earlier(None if fresh else json_path, {"settings": settings, "runs": []})
+    results["failed"] = {}
+    model = catalog.read_model(random_model(shape, cache_dir / "bench-models"))
+    trace = request_trace.shortened(request_trace.read(trace_path, count), length_scale, model.context_tokens)
+    with contextlib.ExitStack() as running:
+        systems: dict[str, _System] = {}
+        if with_vllm:
+            try:
+                say("starting vllm serve")
+                systems[VLLM] = running.enter_context(_vllm(model, cache_dir, threads, streams, trace))
+            except HeliosError as error:
+                results["failed"] = {VLLM: str(error)}
+        say("starting a stack")
+        options = ["--models-dir", str(model.path.parent), "--model", model.name]
+        options += ["--workers", str(workers), "--threads", str(max(1, threads // workers))]
+        options += ["--depth", str(depth or model.num_layers)]
+        comparison = _Comparison(results, trace, model.config.vocab_size, streams, json_path, say)
+        with local_stack(*options) as state:
+            asyncio.run(comparison.run(systems, HELIOS, state.gateway, SHARES))
+        say("starting a stack for throughput")
+        with local_stack(*options, settings={"HELIOS_WORKER_PREFILL_STRETCH": _STRETCH}) as state:
+            asyncio.run(comparison.run({}, HELIOS_STRETCHED, state.gateway, ()))
+    return report_of(results)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +120,8 @@ def _vllm(
         yield _System(open_stream, lambda: awake(server.process_group))
 
 
-class _Bench:
-    """A run of the bench: what is still to be measured, and the file that takes it."""
+class _Comparison:
+    """A run of the comparison: the results so far, and the file that keeps them."""
 
     def __init__(
         self,
@@ -324,18 +285,3 @@ def targets(compared: Sequence[Mapping[str, float]]) -> list[Target]:
             all(one["ratio"] >= _FACTOR for one in compared),
         )
     ]
-
-
-def _earlier(path: Path | None, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What an earlier run left in the file. Raises SettingsError when it cannot stand beside new runs."""
-    if path is None or not path.exists():
-        return {"settings": settings, "runs": [], "failed": {}}
-    try:
-        results = json.loads(path.read_text())["results"]
-        before, runs = results["settings"], results["runs"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise SettingsError(f"{path} holds no results of this bench; name another file or --fresh") from error
-    if before != settings:
-        changed = ", ".join(name for name in settings if before.get(name) != settings[name])
-        raise SettingsError(f"{path} was measured with other {changed}; name another file or --fresh")
-    return {"settings": settings, "runs": runs, "failed": {}}

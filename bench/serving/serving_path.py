@@ -3,17 +3,16 @@
 import asyncio
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import click
 import grpc
-from rich.console import Console
 from tokenizers import Tokenizer
 
 from bench.load import clients
 from bench.load.clients import Request, Stream, Summary
+from bench.load.latency import percentile
 from bench.peers import reference
 from bench.results import Report, Target
 from bench.systems.local_stack import cpu_seconds, local_stack
@@ -43,49 +42,37 @@ class _Measured:
     status: list[worker_pb2.GetStatusResponse]
 
 
-@click.command()
-@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write it here.")
-@click.option("--streams", type=click.IntRange(min=1), default=64, show_default=True, help="Open at once.")
-@click.option("--max-tokens", type=click.IntRange(min=2), default=64, show_default=True, help="Of each.")
-@click.option("--workers", type=click.IntRange(min=1), help="Default: as `helios up`.")
-@click.option("--models-dir", type=click.Path(path_type=Path), help="Default: the bundled models.")
-@click.option("--model", help="Default: the first of the models directory.")
-@click.option("--depth", type=click.IntRange(min=1), help="Default: the model's own choice.")
-def serve(
-    *,
-    json_path: Path | None,
+def measure(
     streams: int,
     max_tokens: int,
+    *,
     workers: int | None,
     models_dir: Path | None,
     model: str | None,
     depth: int | None,
-) -> None:
-    """Concurrent greedy streams, through the gateway and straight to the workers, checked with transformers.
+    say: Callable[[str], None],
+) -> Report:
+    """Greedy streams of `max_tokens` tokens, `streams` at once, through the gateway and straight to workers.
 
-    Starts stacks of its own; a running one is left alone, but shares the machine.
+    Starts a stack for that, then one whose worker has all layers, to compare their memory. None: the default
+    of `helios up`.
     """
-    progress = Console(stderr=True)
     directory = catalog.find_models_dir(models_dir)
     # As transformers computes, whose tokens are compared.
     options = ["--models-dir", str(directory), "--precision", "float32"]
     options += ["--workers", str(workers)] if workers else []
     options += ["--model", model] if model else []
-    with progress.status("starting a stack") as status:
-        with local_stack(*options, *(["--depth", str(depth)] if depth else [])) as state:
-            status.update(f"{streams} streams x {max_tokens} tokens, {_ROUNDS} times each way")
-            measured = asyncio.run(_measure(state, streams, max_tokens))
-        entry = catalog.find_model(directory, state.model)
-        status.update(f"the same {streams} streams with transformers")
-        parity = asyncio.run(_compare(entry, state.depth, measured.streams))
-        status.update(f"memory of all {entry.num_layers} layers")
-        one_worker = [*options, "--model", entry.name, "--workers", "1"]
-        with local_stack(*one_worker, "--depth", str(entry.num_layers)) as full_state:
-            full = asyncio.run(_status_of_workers(full_state.gateway))[0]
-    report = _report(measured, parity, full, streams)
-    report.show()
-    if json_path:
-        report.write(json_path)
+    with local_stack(*options, *(["--depth", str(depth)] if depth else [])) as state:
+        say(f"{streams} streams x {max_tokens} tokens, {_ROUNDS} times each way")
+        measured = asyncio.run(_measure(state, streams, max_tokens))
+    entry = catalog.find_model(directory, state.model)
+    say(f"the same {streams} streams with transformers")
+    parity = asyncio.run(_compare(entry, state.depth, measured.streams))
+    say(f"memory of all {entry.num_layers} layers")
+    one_worker = [*options, "--model", entry.name, "--workers", "1"]
+    with local_stack(*one_worker, "--depth", str(entry.num_layers)) as full_state:
+        full = asyncio.run(_status_of_workers(full_state.gateway))[0]
+    return _report(measured, parity, full, streams)
 
 
 async def _measure(state: StackState, concurrency: int, max_tokens: int) -> _Measured:
@@ -188,7 +175,7 @@ def _report(
     measured: _Measured, parity: _Parity, full: worker_pb2.GetStatusResponse, concurrency: int
 ) -> Report:
     gateway, direct = _median_run(measured.gateway), _median_run(measured.direct)
-    cpu_us = clients.percentile(measured.gateway_cpu_us_per_token, 0.5)
+    cpu_us = percentile(measured.gateway_cpu_us_per_token, 0.5)
     # None: all tokens of a stream came in one message.
     slowdown = gateway.tpot_ms.p50 / direct.tpot_ms.p50 if direct.tpot_ms.p50 else None
     against = "" if slowdown is None else f"; TPOT P50 {slowdown:.2f} x"

@@ -1,7 +1,6 @@
-"""Checkpoints of OPT's published shapes with seeded random weights: speed hangs on shapes, not on values."""
+"""Checkpoints with seeded random weights: speed depends on the shape of a model, not on its weights."""
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,27 +9,11 @@ from numpy.typing import NDArray
 from safetensors import TensorSpec, serialize_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from bench.paper.footprint import OPT_1_3B
+from bench.systems.shapes import SHAPES, TINY
 from helios.catalog import FACTS_FILE, FORMAT_VERSION, TOKENIZER_FILE
 from helios.model_config import CONFIG_FILE, POSITION_OFFSET, ModelConfig
 from helios.staging import staged
 
-SHAPES = {
-    # facebook/opt-125m and facebook/opt-1.3b
-    "opt-125m": replace(OPT_1_3B, hidden_size=768, num_layers=12, num_heads=12, ffn_dim=3072, embed_size=768),
-    "opt-1.3b": OPT_1_3B,
-}
-# Of no published model: shows that a bench works.
-TINY = replace(
-    OPT_1_3B,
-    vocab_size=512,
-    hidden_size=64,
-    num_layers=4,
-    num_heads=4,
-    ffn_dim=256,
-    context_tokens=256,
-    embed_size=64,
-)
 _SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
 # Of the seeded weights: a change of how they are made is another model.
 _VERSION = 1

@@ -16,12 +16,12 @@ from transformers import AutoTokenizer, OPTForCausalLM
 from bench.engine import comparison, figures, loading, roofline
 from bench.engine.figures import Cell
 from bench.engine.roofline import Limits
-from bench.paper.footprint import OPT_1_3B
 from bench.peers import contenders
 from bench.peers.contenders import CONTENDERS, HELIOS, Contender, Runner, Runners, needed_bytes
 from bench.peers.environment import make_environment, variables
 from bench.peers.runner import Continuation, Job
-from bench.systems.random_model import SHAPES, random_model, write_random_model
+from bench.systems.random_model import random_model, write_random_model
+from bench.systems.shapes import OPT_1_3B, SHAPES
 from helios import catalog
 from helios.errors import OutOfMemoryError, UnavailableError
 from tests.opt_variants import save_variant

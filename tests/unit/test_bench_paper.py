@@ -13,6 +13,7 @@ from bench.paper.policy import section, traffic
 from bench.paper.policy.hindsight import Hindsight, summary
 from bench.paper.policy.simulation import Run, Scene, simulate
 from bench.paper.policy.traffic import Record, Request
+from bench.systems.shapes import OPT_1_3B
 from bench.systems.subject import QUICK, Subject
 from bench.texts import held_out
 from helios import catalog
@@ -146,7 +147,7 @@ def test_batches_of_opt_1_3b_fill_their_budget_and_no_more(model_path: Path) -> 
     kv_of_a_sequence = 24 * 2 * 2048 * 2 * 2048
     for row in result["largest_batch"]:
         for batch, depth in ((row["greedy_batch"], 6), (row["dynamic_batch"], 24)):
-            weights = footprint.OPT_1_3B.parameters(depth) * 2
+            weights = OPT_1_3B.parameters(depth) * 2
             held = weights + batch * kv_of_a_sequence * depth // 24
             assert held <= row["budget_bytes"]
     assert result["largest_batch"][0]["dynamic_batch"] == 1
@@ -154,7 +155,7 @@ def test_batches_of_opt_1_3b_fill_their_budget_and_no_more(model_path: Path) -> 
         assert row["dynamic"]["kv_bytes"] == row["batch"] * kv_of_a_sequence
         assert row["greedy"]["kv_bytes"] * 4 == row["dynamic"]["kv_bytes"]
         assert row["saved"] == pytest.approx(1 - row["greedy"]["total_bytes"] / row["dynamic"]["total_bytes"])
-    assert footprint.OPT_1_3B.parameters() == 1_315_758_080
+    assert OPT_1_3B.parameters() == 1_315_758_080
 
 
 def test_memory_targets_are_missed_when_the_figures_are_low() -> None:

@@ -12,7 +12,7 @@ from rich.console import Console, RenderableType
 from bench.commands import demo
 from bench.demo.run import Outcome, Row
 from bench.demo.timeline import Timeline
-from bench.load.clients import Latency
+from bench.load.latency import Latency
 from bench.results import Report, Target
 from helios.cli import cli, decisions, profile, status, top
 from helios.cli.rows import Line, Rows, show

@@ -9,17 +9,18 @@ import pytest
 
 from bench.load import clients
 from bench.load.clients import Request, Stream
+from bench.load.latency import percentile
 from bench.results import Report, Target
 from helios.v1 import generation_pb2, inference_pb2
 
 
 def test_percentile_is_the_smallest_value_that_covers_its_share() -> None:
     values = [float(value) for value in range(100, 0, -1)]
-    assert clients.percentile(values, 0.5) == 50
-    assert clients.percentile(values, 0.99) == 99
-    assert clients.percentile(values, 0.999) == 100
-    assert clients.percentile([7.0], 0.5) == 7
-    assert math.isnan(clients.percentile([], 0.5))
+    assert percentile(values, 0.5) == 50
+    assert percentile(values, 0.99) == 99
+    assert percentile(values, 0.999) == 100
+    assert percentile([7.0], 0.5) == 7
+    assert math.isnan(percentile([], 0.5))
 
 
 def test_summary_counts_from_the_first_opening_to_the_last_token() -> None:

@@ -1,0 +1,32 @@
+"""Options that several benches have."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from bench.systems.cache import CACHE_DIR
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+json_option = click.option(
+    "--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write it here."
+)
+report_option = click.option(
+    "--report", "report_path", type=click.Path(path_type=Path, dir_okay=False), help="Markdown with plots."
+)
+models_dir_option = click.option(
+    "--models-dir", type=click.Path(path_type=Path), help="Default: the bundled models."
+)
+
+
+def cache_dir_option(kept: str) -> Callable[[_Command], _Command]:
+    """The option that names the folder where `kept`, in words, is kept."""
+    return click.option(
+        "--cache-dir",
+        type=click.Path(path_type=Path, file_okay=False),
+        default=CACHE_DIR,
+        show_default="~/.cache/helios",
+        help=f"Where {kept} kept.",
+    )

@@ -1,0 +1,47 @@
+"""`helios bench serve`."""
+
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from bench.commands.options import json_option, models_dir_option
+
+
+@click.command()
+@json_option
+@click.option("--streams", type=click.IntRange(min=1), default=64, show_default=True, help="Open at once.")
+@click.option("--max-tokens", type=click.IntRange(min=2), default=64, show_default=True, help="Of each.")
+@click.option("--workers", type=click.IntRange(min=1), help="Default: as `helios up`.")
+@models_dir_option
+@click.option("--model", help="Default: the first of the models directory.")
+@click.option("--depth", type=click.IntRange(min=1), help="Default: the model's own choice.")
+def serve(
+    *,
+    json_path: Path | None,
+    streams: int,
+    max_tokens: int,
+    workers: int | None,
+    models_dir: Path | None,
+    model: str | None,
+    depth: int | None,
+) -> None:
+    """Concurrent greedy streams, through the gateway and straight to the workers, checked with transformers.
+
+    Starts stacks of its own; a running one is left alone, but shares the machine.
+    """
+    from bench.serving import serving_path
+
+    with Console(stderr=True).status("starting a stack") as status:
+        report = serving_path.measure(
+            streams,
+            max_tokens,
+            workers=workers,
+            models_dir=models_dir,
+            model=model,
+            depth=depth,
+            say=status.update,
+        )
+    report.show()
+    if json_path is not None:
+        report.write(json_path)
