@@ -9,11 +9,12 @@ from bench.results import Target
 from bench.systems.shapes import OPT_1_3B
 from bench.systems.subject import Subject
 from helios.engine.memory import MemoryPlan, share_memory
-from helios.engine.weights.precision import Precision
+from helios.engine.weights.precision import checkpoint_dtype
 from helios.errors import OutOfMemoryError
+from helios.modes import Precision
 
 _DEPTH = 6
-_DTYPE = Precision.BFLOAT16.dtype
+_DTYPE = checkpoint_dtype(Precision.BFLOAT16)
 _BLOCK_TOKENS = 16
 _STEP_TOKEN_BUDGET = 2048
 # Far more than any budget here holds, so that memory alone limits the batch.

@@ -20,6 +20,7 @@ import click
 from helios import stack_state
 from helios.cli.target import Address
 from helios.errors import SettingsError, UnavailableError, UnknownModelError
+from helios.modes import ExitMode, Precision
 from helios.stack_state import StackState
 
 if TYPE_CHECKING:
@@ -51,13 +52,13 @@ log = logging.getLogger(__name__)
 )
 @click.option(
     "--exit-mode",
-    type=click.Choice(["full", "dynamic", "greedy"]),
+    type=click.Choice([one.value for one in ExitMode]),
     help="How tokens leave: all at the depth (greedy, the default), each at its own exit (dynamic), never "
     "early (full).",
 )
 @click.option(
     "--precision",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16", "int8"]),
+    type=click.Choice([one.value for one in Precision]),
     default="auto",
     show_default=True,
     help="Numbers computed in. auto: int8 on a CPU with AVX-512 VNNI, bfloat16 on a GPU, else float32.",
@@ -148,7 +149,7 @@ def up(
     )
     from helios import catalog, stack
 
-    exit_mode = exit_mode or "greedy"
+    exit_mode = exit_mode or ExitMode.GREEDY.value
     directory = catalog.find_models_dir(models_dir)
     entry = catalog.find_model(directory, model) if model else _first_model(directory)
     if depth is not None:
@@ -159,7 +160,7 @@ def up(
         models_dir=directory.resolve(),
         model=entry.name,
         # Only greedy leaves with all tokens at the depth; the others need every layer.
-        depth=depth or (entry.default_depth if exit_mode == "greedy" else entry.num_layers),
+        depth=depth or (entry.default_depth if exit_mode == ExitMode.GREEDY else entry.num_layers),
         exit_mode=exit_mode,
         precision=precision,
         workers=workers,

@@ -13,6 +13,7 @@ from typing import TypeAlias
 from pydantic import Field
 
 from helios.history import ExitProfile, ModelProfile
+from helios.rates import WINDOW_TOKENS
 from helios.slo import Objective, Slo
 from services.controller.decision import Decision, Option, WorkerPlan
 from services.controller.situation import Plan, Reading, Record, Situation, Trigger, WorkerView
@@ -43,7 +44,9 @@ class Moves(enum.StrEnum):
 class PolicySettings(Record):
     """What an operator can set about decisions. Shares are in [0, 1]."""
 
-    window_tokens: int = Field(100, ge=1, description="tokens in the window of the breach counter (CBC)")
+    window_tokens: int = Field(
+        WINDOW_TOKENS, ge=1, description="tokens in the window of the breach counter (CBC)"
+    )
     breach_limit: int = Field(
         50, ge=1, description="unsure (high-exit) tokens in the window that are a breach (CBCmax)"
     )
