@@ -1,4 +1,4 @@
-"""`helios demo`: traffic drifts, model and depth follow; then a timeline, and a table against baselines."""
+"""`helios demo`: traffic drifts, model and depth follow; then a timeline, and a table with baselines."""
 
 import os
 import time
@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 
 import click
 
+from bench.commands.options import json_option
 from helios import stack_state
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
 
-    from bench.demo.run import Outcome, Progress
+    from bench.demo.outcome import Outcome
+    from bench.demo.progress import Progress
     from helios.cli.rows import Rows
-
-_DECISIONS = 5
 
 
 @click.command()
@@ -33,7 +33,7 @@ _DECISIONS = 5
     show_default=True,
     help="Where the timeline is drawn, as PNG.",
 )
-@click.option("--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write it here.")
+@json_option
 def demo(*, seconds: float, picture: Path, json_path: Path | None) -> None:
     """Serve prose, then technical prompts, then a mix, and watch model and depth follow.
 
@@ -43,8 +43,10 @@ def demo(*, seconds: float, picture: Path, json_path: Path | None) -> None:
     """
     from rich.console import Console
 
-    from bench import demo as bench
     from bench.demo import timeline
+    from bench.demo.outcome import ALL, SYSTEMS
+    from bench.demo.run import run
+    from bench.demo.traffic import STREAMS
     from helios.cli.rows import show
 
     console = Console(highlight=False)
@@ -54,16 +56,15 @@ def demo(*, seconds: float, picture: Path, json_path: Path | None) -> None:
         console.print(f"On the running stack, gateway {running.gateway}. Objective and pins are put back.")
     else:
         console.print("No stack is running: the demo starts one of its own, and stops it at the end.")
-    view = _View(console)
-    with view:
-        outcome = bench.run(running, seconds, view.show)
+    with _View(console) as view:
+        outcome = run(running, seconds, view.show)
     report = outcome.report()
     if json_path is not None:
         report.write(json_path)
     for line in timeline.as_text(outcome.timeline, min(console.width, 120)):
         console.print(line, markup=False, overflow="ignore", no_wrap=True, crop=False)
-    show(console, _table(outcome, bench.ALL))
-    _explain(console, outcome, bench.SYSTEMS, bench.STREAMS)
+    show(console, _table(outcome, ALL))
+    _explain(console, outcome, SYSTEMS, STREAMS)
     report.show()
     try:
         timeline.draw(outcome.timeline, picture)
@@ -76,7 +77,7 @@ def demo(*, seconds: float, picture: Path, json_path: Path | None) -> None:
 
 
 class _View:
-    """What goes on, drawn anew on a terminal; elsewhere a line for each stage and decision."""
+    """Shows what is going on: on a terminal a live view, elsewhere a line for each stage and decision."""
 
     def __init__(self, console: "Console") -> None:
         from rich.live import Live
@@ -96,7 +97,7 @@ class _View:
             self._live.stop()
 
     def show(self, progress: "Progress") -> None:
-        """Shows it; decisions stay on the screen."""
+        """Shows the progress. Stages and decisions stay on the screen."""
         from helios.cli.rows import Line, show
 
         if progress.stage != self._stage:

@@ -1,4 +1,4 @@
-"""What a stack did while traffic drifted: samples, decisions, and a picture of them."""
+"""What a stack did while traffic drifted: samples and decisions, as text and as a picture."""
 
 import itertools
 import math
@@ -13,7 +13,7 @@ _LEVELS = "▁▂▃▄▅▆▇█"
 
 @dataclass(frozen=True, slots=True)
 class WorkerSample:
-    """One worker over the time since the sample before. `cbc` None: it generated nothing."""
+    """What one worker did since the previous sample. `cbc` is None when it generated nothing."""
 
     worker_id: str
     model: str
@@ -25,9 +25,9 @@ class WorkerSample:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """All workers at one moment, in seconds since the traffic began.
+    """All workers at one moment. `seconds` is the time since the traffic began.
 
-    Quality is of the plans being served on held-out text of the phase, weighted by their tokens.
+    Quality is that of the served plans on held-out text of the phase, weighted by their tokens.
     """
 
     seconds: float
@@ -38,7 +38,7 @@ class Sample:
 
     @property
     def tokens(self) -> int:
-        """Tokens generated since the sample before."""
+        """Tokens generated since the previous sample."""
         return sum(worker.tokens for worker in self.workers)
 
     @property
@@ -54,7 +54,7 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A decision, in seconds since the traffic began."""
+    """A decision. `seconds` is the time since the traffic began."""
 
     number: int
     seconds: float
@@ -66,7 +66,7 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """The whole of it. `phases` are names with the seconds at which they began and ended."""
+    """The whole run. `phases`: name, and the seconds at which it began and ended."""
 
     phases: tuple[tuple[str, float, float], ...]
     samples: tuple[Sample, ...]
@@ -111,7 +111,7 @@ def as_text(timeline: Timeline, width: int) -> list[str]:
     for mark in timeline.marks:
         column = min(columns - 1, int(mark.seconds / timeline.seconds * columns))
         marks[column] = "▲" if mark.moves or marks[column] == "▲" else "·"
-    # A wrong model is off by hundreds of percent; what matters is beside the bound.
+    # A wrong model is off by hundreds of percent. What matters are values near the bound.
     most = math.inf if timeline.perplexity_bound is None else 4 * timeline.perplexity_bound
     named = ", ".join(f"{letter} {model}" for model, letter in letters.items())
     return [
@@ -157,7 +157,7 @@ def draw(timeline: Timeline, path: Path) -> None:
     if timeline.perplexity_bound is not None:
         bound = 100 * timeline.perplexity_bound
         quality.axhline(bound, color="red", ls=":", label=f"bound, +{bound:g} %")
-        # A wrong model is off by hundreds of percent; what matters is beside the bound.
+        # A wrong model is off by hundreds of percent. What matters are values near the bound.
         quality.set_yscale("symlog", linthresh=max(1.0, 2 * bound))
     quality.set_ylim(bottom=min([0.0, *increases]) - 1)
     deepest = max((one.depth for sample in timeline.samples for one in sample.workers), default=1)
@@ -200,7 +200,7 @@ def _buckets(timeline: Timeline, columns: int) -> list[list[Sample]]:
     buckets: list[list[Sample]] = [[] for _ in range(columns)]
     for sample in timeline.samples:
         buckets[min(columns - 1, int(sample.seconds / timeline.seconds * columns))].append(sample)
-    # A sample stands for the time since the one before, the last one for what follows it, too.
+    # A sample stands for the time since the previous one; the last one also for the time after it.
     filled: list[list[Sample]] = []
     last = list(timeline.samples[-1:])
     for bucket in reversed(buckets):

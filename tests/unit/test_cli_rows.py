@@ -10,7 +10,7 @@ from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
 from bench.commands import demo
-from bench.demo.run import Outcome, Row
+from bench.demo.outcome import Outcome, Row
 from bench.demo.timeline import Timeline
 from bench.load.latency import Latency
 from bench.results import Report, Target
