@@ -6,10 +6,11 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from bench.commands.options import cache_dir_option, json_option, models_dir_option, report_option
+from bench.commands.options import cache_dir_option, json_option, report_option
 from bench.page import check_plots
 from bench.peers.contenders import CONTENDERS, PEERS
 from bench.systems.shapes import SHAPES
+from helios.cli.checkpoints import models_dir_option
 from helios.errors import SettingsError
 
 # Stands for every name of an option.

@@ -16,9 +16,6 @@ json_option = click.option(
 report_option = click.option(
     "--report", "report_path", type=click.Path(path_type=Path, dir_okay=False), help="Markdown with plots."
 )
-models_dir_option = click.option(
-    "--models-dir", type=click.Path(path_type=Path), help="Default: the bundled models."
-)
 
 
 def cache_dir_option(kept: str) -> Callable[[_Command], _Command]:

@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import click
-from helios.modes import Precision
 from rich.console import Console
 
-from bench.commands.options import cache_dir_option, json_option, models_dir_option, report_option
+from bench.commands.options import cache_dir_option, json_option, report_option
 from bench.page import check_plots
 from bench.paper import SECTION_NAMES
+from helios.cli.checkpoints import models_dir_option
+from helios.modes import Precision
 
 
 @click.command()

@@ -5,7 +5,8 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from bench.commands.options import json_option, models_dir_option
+from bench.commands.options import json_option
+from helios.cli.checkpoints import models_dir_option
 
 
 @click.command()

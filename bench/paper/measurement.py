@@ -9,8 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from helios.modes import Precision
-
 from bench.paper.sections import SECTIONS, Section, report_of
 from bench.results import Report, earlier
 from bench.systems.subject import QUICK, Sizes, Subject
@@ -18,6 +16,7 @@ from helios import catalog
 from helios.catalog import ModelEntry
 from helios.engine.evaluation.evaluate import EvaluationSettings
 from helios.engine.threads import set_threads
+from helios.modes import Precision
 
 
 def measure(

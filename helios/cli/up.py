@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from helios import stack_state
+from helios.cli.checkpoints import models_dir_option
 from helios.cli.target import Address
 from helios.errors import SettingsError, UnavailableError, UnknownModelError
 from helios.modes import ExitMode, Precision
@@ -43,7 +44,7 @@ log = logging.getLogger(__name__)
 @click.option(
     "--threads", type=click.IntRange(min=1), help="Threads of each worker. Default: cores divided by workers."
 )
-@click.option("--models-dir", type=click.Path(path_type=Path), help="Default: the bundled models.")
+@models_dir_option
 @click.option("--model", help="Default: the first of the models directory.")
 @click.option(
     "--depth",

@@ -1,7 +1,5 @@
 """Writes helios.json, the early-exit facts beside a checkpoint; `helios.catalog` reads them."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +8,7 @@ from helios.catalog import FACTS_FILE, FORMAT_VERSION, EarlyExitFacts
 
 
 def write_facts(directory: Path, facts: EarlyExitFacts) -> None:
-    """Write `facts` to `directory`, whole or not at all."""
+    """Writes `facts` to `directory`, whole or not at all."""
     contents = {
         "format_version": FORMAT_VERSION,
         "exit_layers": list(facts.exit_layers),
