@@ -7,6 +7,7 @@ from typing import Any
 from bench.paper import baselines, control, curve, footprint, insights, reloads, saturation, shape
 from bench.paper.claims import claims
 from bench.paper.policy import section as policy
+from bench.paper.policy import targets as policy_targets
 from bench.results import Report, Target
 from bench.systems.subject import Subject
 
@@ -26,7 +27,7 @@ SECTIONS = {
     "shape": Section(shape.measure, shape.targets),
     "insights": Section(insights.measure, insights.targets),
     "saturation": Section(saturation.measure, saturation.targets),
-    "policy": Section(policy.measure, policy.targets),
+    "policy": Section(policy.measure, policy_targets.targets),
     "control": Section(control.measure, control.targets),
     "reloads": Section(reloads.measure, reloads.targets),
 }

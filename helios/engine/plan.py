@@ -9,6 +9,7 @@ import torch
 from tokenizers import Tokenizer
 
 from helios import catalog
+from helios.calibration import DEFAULT_THRESHOLD
 from helios.engine.backends.kv_cache import KVCache
 from helios.engine.backends.model import Model
 from helios.engine.backends.sampler import Row, Sampled, sample
@@ -23,9 +24,6 @@ from helios.engine.weights.precision import precision_on
 from helios.errors import CheckpointError, SettingsError
 from helios.modes import ExitMode, Precision
 from helios.sampling import SamplingParams
-
-# The threshold of an exit that is not calibrated and not set (the paper's TH).
-DEFAULT_THRESHOLD = 0.8
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from bench.paper import baselines, curve, footprint
-from bench.paper.policy import section, traffic
+from bench.paper.policy import targets as policy_targets
+from bench.paper.policy import traffic
 from bench.paper.policy.hindsight import Hindsight, summary
 from bench.paper.policy.simulation import Run, Scene, simulate
 from bench.paper.policy.traffic import Record, Request
@@ -401,7 +402,7 @@ def policy_result(**changes: Any) -> dict[str, Any]:
 def test_each_target_of_the_policy_is_missed_by_its_own_figure(
     changes: dict[str, Any], missed: str | None
 ) -> None:
-    names = [one.name for one in section.targets(policy_result(**changes)) if not one.met]
+    names = [one.name for one in policy_targets.targets(policy_result(**changes)) if not one.met]
     assert len(names) == (missed is not None)
     assert all(missed in name for name in names if missed is not None)
-    assert all("trace" in one.name for one in section.targets(policy_result()))
+    assert all("trace" in one.name for one in policy_targets.targets(policy_result()))

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bench.paper.policy.simulation import Run, Scene
+from bench.paper.policy.simulation import POOLED_REQUESTS, Run, Scene, simulate
 from helios.slo import Slo
+from services.controller.agenda import AgendaSettings
 from services.controller.situation import Plan
 
 # A drift is noticed by what has been served.
@@ -222,3 +223,22 @@ def _nats_by_request(scene: Scene, plan: Plan) -> NDArray[np.float64]:
     records = [request.records[plan.model] for request in scene.requests]
     index = records[0].exit_layers.index(plan.depth)
     return np.array([record.nats[index].sum(dtype=np.float64) for record in records])
+
+
+def simulated(
+    traces: Sequence[Hindsight],
+    settings: AgendaSettings,
+    *,
+    threshold: float | None = None,
+    profiled_requests: int | None = None,
+    pooled_requests: int = POOLED_REQUESTS,
+) -> dict[str, Any]:
+    """The traces simulated under these settings, as `simulate` takes them."""
+    return summary(
+        [
+            one.figures(
+                simulate(one.scene, settings, threshold, profiled_requests, pooled_requests=pooled_requests)
+            )
+            for one in traces
+        ]
+    )

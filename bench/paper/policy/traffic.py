@@ -41,6 +41,8 @@ def _in_bursts(number: int, requests: int) -> float:
 
 
 STANDARD = "sudden"
+# The standard trace with long phases.
+LONG = "long"
 SHAPES: Mapping[str, Shape] = {
     STANDARD: (("prose", 0), ("technical", 1), ("mix", _by_turns)),
     "other order": (("technical", 1), ("prose", 0), ("mix", _by_turns)),
