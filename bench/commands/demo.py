@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     type=click.FloatRange(min=1),
     default=150.0,
     show_default=True,
-    help="Of traffic, all systems together; starting them and measuring quality come on top.",
+    help="Length of the traffic, all systems together. Starting them and measuring quality adds to it.",
 )
 @click.option(
     "--picture",

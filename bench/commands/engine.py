@@ -80,9 +80,13 @@ class _Counts(click.ParamType[tuple[int, ...]]):
 )
 @click.option("--prompts", type=_Counts(), default="32,512", show_default=True, help="Tokens of a prompt.")
 @click.option("--batches", type=_Counts(), default="1,8,32,64", show_default=True, help="Prompts at once.")
-@click.option("--max-tokens", type=click.IntRange(min=2), default=64, show_default=True, help="Of each.")
-@click.option("--repetitions", type=click.IntRange(min=1), default=3, show_default=True, help="Rounds.")
-@click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True, help="Of each engine.")
+@click.option(
+    "--max-tokens", type=click.IntRange(min=2), default=64, show_default=True, help="Tokens for each."
+)
+@click.option(
+    "--repetitions", type=click.IntRange(min=1), default=3, show_default=True, help="Rounds of turns."
+)
+@click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True, help="Threads of each.")
 @models_dir_option
 @cache_dir_option("the peers' environments and the random weights are")
 @click.option("--fresh", is_flag=True, help="Measure again what these options select.")

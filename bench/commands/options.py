@@ -11,10 +11,16 @@ from bench.systems.cache import CACHE_DIR
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 json_option = click.option(
-    "--json", "json_path", type=click.Path(path_type=Path, dir_okay=False), help="Write it here."
+    "--json",
+    "json_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write the figures to this file.",
 )
 report_option = click.option(
-    "--report", "report_path", type=click.Path(path_type=Path, dir_okay=False), help="Markdown with plots."
+    "--report",
+    "report_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Write a report to this file: Markdown, with plots.",
 )
 
 

@@ -21,16 +21,22 @@ from helios.modes import Precision
 )
 @click.option("--fresh", is_flag=True, help="Measure again what the JSON file already holds.")
 @models_dir_option
-@click.option("--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Of the engine.")
+@click.option(
+    "--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of the engine."
+)
 @click.option(
     "--precision",
     type=click.Choice([one.value for one in Precision]),
     default="auto",
     show_default=True,
-    help="Numbers computed in; auto: as `helios up` serves.",
+    help="Precision of the products; auto: as `helios up` serves.",
 )
 @click.option(
-    "--memory-mib", type=click.IntRange(min=1), default=512, show_default=True, help="Budget of an engine."
+    "--memory-mib",
+    type=click.IntRange(min=1),
+    default=512,
+    show_default=True,
+    help="Memory budget of an engine.",
 )
 @cache_dir_option("the random weights are")
 def paper(

@@ -12,13 +12,23 @@ from bench.systems.shapes import SHAPES
 @click.command()
 @json_option
 @click.option(
-    "--shape", type=click.Choice(list(SHAPES)), default="opt-125m", show_default=True, help="Random weights."
+    "--shape",
+    type=click.Choice(list(SHAPES)),
+    default="opt-125m",
+    show_default=True,
+    help="Model, with random weights.",
 )
-@click.option("--chats", type=click.IntRange(min=1), default=8, show_default=True, help="Streams that run.")
-@click.option("--chat-tokens", type=click.IntRange(min=4), default=256, show_default=True, help="Of each.")
+@click.option(
+    "--chats", type=click.IntRange(min=1), default=8, show_default=True, help="Streams that run meanwhile."
+)
+@click.option(
+    "--chat-tokens", type=click.IntRange(min=4), default=256, show_default=True, help="Tokens of each stream."
+)
 @click.option("--prompt-tokens", type=click.IntRange(min=2), default=1500, show_default=True)
 @click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
-@click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True, help="Of the engine.")
+@click.option(
+    "--threads", type=click.IntRange(min=1), default=2, show_default=True, help="Threads of the engine."
+)
 @click.option("--precision", default="auto", show_default=True)
 @cache_dir_option("the random weights are")
 def prefill(

@@ -11,8 +11,12 @@ from helios.cli.checkpoints import models_dir_option
 
 @click.command()
 @json_option
-@click.option("--streams", type=click.IntRange(min=1), default=64, show_default=True, help="Open at once.")
-@click.option("--max-tokens", type=click.IntRange(min=2), default=64, show_default=True, help="Of each.")
+@click.option(
+    "--streams", type=click.IntRange(min=1), default=64, show_default=True, help="Streams open at once."
+)
+@click.option(
+    "--max-tokens", type=click.IntRange(min=2), default=64, show_default=True, help="Tokens of each stream."
+)
 @click.option("--workers", type=click.IntRange(min=1), help="Default: as `helios up`.")
 @models_dir_option
 @click.option("--model", help="Default: the first of the models directory.")

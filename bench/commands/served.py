@@ -19,19 +19,25 @@ from bench.systems.shapes import SHAPES
 )
 @json_option
 @click.option("--shape", type=click.Choice(list(SHAPES)), default="opt-125m", show_default=True)
-@click.option("--depth", type=click.IntRange(min=1), help="Of Helios. Default: all layers.")
+@click.option("--depth", type=click.IntRange(min=1), help="Depth of Helios. Default: all layers.")
 @click.option("--requests", "count", type=click.IntRange(min=8), default=100, show_default=True)
 @click.option(
     "--length-scale",
     type=click.FloatRange(min=0, min_open=True),
     default=0.25,
     show_default=True,
-    help="Prompts and outputs of the trace are so many times as long, so that a run ends on a small machine.",
+    help="Factor for the lengths of prompts and outputs, so that a run ends on a small machine.",
 )
-@click.option("--streams", type=click.IntRange(min=1), default=64, show_default=True, help="Open at once.")
-@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Of Helios.")
-@click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True, help="Of each system.")
-@click.option("--without-vllm", is_flag=True, help="Helios alone.")
+@click.option(
+    "--streams", type=click.IntRange(min=1), default=64, show_default=True, help="Streams open at once."
+)
+@click.option(
+    "--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Workers of Helios."
+)
+@click.option(
+    "--threads", type=click.IntRange(min=1), default=2, show_default=True, help="Threads of each system."
+)
+@click.option("--without-vllm", is_flag=True, help="Measure Helios alone.")
 @cache_dir_option("the peers' environments and the random weights are")
 @click.option("--fresh", is_flag=True, help="Measure again what the JSON file already holds.")
 def served(

@@ -1,4 +1,4 @@
-"""Helios's engine against other engines: the same weights, prompts and machine, taking turns."""
+"""Helios's engine against other engines: by turns, with the same weights, prompts and machine."""
 
 import json
 import os
@@ -22,16 +22,16 @@ from helios.catalog import ModelEntry
 from helios.errors import HeliosError
 
 _SEED = 0
-# Of a contender's turn. The first run after a pause finds cold caches, and a short one says little.
+# A contender's turn takes at least this long: the first run after a pause finds cold caches.
 _TURN_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A contender's turn in a round: of its `runs` the one with the median time.
+    """A contender's turn in a round: the one of its `runs` with the median time.
 
-    overhead: share of decoding outside of compiled code, None for peers. agreement: share of its tokens
-    before the first that differs from the reference's (the first contender in float32), None without one.
+    overhead: share of the decoding time outside of compiled code; None for peers. agreement: share of its
+    tokens before the first that differs from the reference's (the first contender); None without a reference.
     """
 
     shape: str
@@ -115,7 +115,7 @@ class _Comparison:
     def run(
         self, models: Mapping[str, ModelEntry], cells: Sequence[Cell], rounds: int, *, fresh: bool
     ) -> None:
-        """Measures every round of every cell that the results do not have, and keeps each at once."""
+        """Measures every round of every cell that the results lack, and writes each at once."""
         names = {one.name for one in self._contenders}
         if fresh:
             again = {(cell, name) for cell in cells for name in names}
@@ -135,7 +135,7 @@ class _Comparison:
                 runners.close()
 
     def _installed(self) -> dict[str, Path]:
-        """The Python of every peer that can be had; the others are noted as failed."""
+        """The Python of every peer that can be installed. The others are noted as failed."""
         found = {}
         for peer in dict.fromkeys(one.engine for one in self._contenders if one.is_peer):
             try:
@@ -169,7 +169,7 @@ class _Comparison:
         number: int,
         contenders: Sequence[Contender],
     ) -> None:
-        """Every contender once. One that fails is noted, and left out of the cell's later rounds."""
+        """Runs every contender once. One that fails is noted, and left out in later rounds of the cell."""
         vocab_size = model.config.vocab_size
         other_prompts = cell.prompts(-1, vocab_size)
         reference: Continuation | None = None
@@ -217,7 +217,7 @@ class _Comparison:
                 report_of(self._results).write(self._json_path)
 
     def _job(self, one: Contender, model: ModelEntry, depth: int, cells: Sequence[Cell]) -> Job:
-        """Room for the largest of a model's cells."""
+        """What a contender is to load, with room for the largest of a model's cells."""
         config = model.config
         longest = max(cell.prompt_tokens + cell.output_tokens for cell in cells)
         most = max(cell.batch * (cell.prompt_tokens + cell.output_tokens) for cell in cells)
@@ -248,7 +248,7 @@ class _Comparison:
 
 
 def _turn(generate: Generate, cell: Cell, number: int, vocab_size: int) -> list[Continuation]:
-    """Runs of a round's prompts, then of other ones, until the turn is over."""
+    """Runs a round's prompts, then other ones, until the turn is over."""
     began = time.monotonic()
     runs = [generate(cell.prompts(number, vocab_size), cell.output_tokens)]
     while time.monotonic() - began < _TURN_SECONDS:
@@ -258,7 +258,7 @@ def _turn(generate: Generate, cell: Cell, number: int, vocab_size: int) -> list[
 
 
 def report_of(results: dict[str, Any]) -> Report:
-    """The report of all runs there are."""
+    """The report of all runs so far."""
     rows = figures.summarise(results)
     shown = [(figures.title(row), figures.in_words(row)) for row in rows]
     shown += [
@@ -282,7 +282,7 @@ def _facts(model: ModelEntry) -> dict[str, Any]:
         "name": model.name,
         "parameters": model.config.parameters(),
         "half_depth": model.num_layers // 2,
-        # As it comes back from a file.
+        # As it comes back from a file: lists instead of tuples.
         "config": json.loads(json.dumps(asdict(model.config))),
     }
 

@@ -1,4 +1,4 @@
-"""The figures of `helios bench engine`: its runs summed up, and what they are to be."""
+"""The figures of `helios bench engine`: a summary of its runs, and the targets."""
 
 import random
 import statistics
@@ -16,7 +16,7 @@ from helios.model_config import ModelConfig
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """One load on one model: `batch` prompts at once."""
+    """A load on a model: `batch` prompts at once."""
 
     shape: str
     prompt_tokens: int
@@ -24,20 +24,20 @@ class Cell:
     batch: int
 
     def prompts(self, number: int, vocab_size: int, repeat: int = 0) -> list[list[int]]:
-        """Random prompts that are the same for every contender, and other ones for each number and repeat:
-        an engine that keeps earlier prompts' keys and values gains nothing by it."""
+        """Random prompts, the same for every contender. They differ for each number and repeat, so that an
+        engine gains nothing when it keeps the keys and values of earlier prompts."""
         draw = random.Random(f"{self} {number} {repeat}")
         tokens = range(FIRST_TOKEN, vocab_size)
         return [draw.choices(tokens, k=self.prompt_tokens) for _ in range(self.batch)]
 
 
 def cell_of(run: Mapping[str, Any]) -> Cell:
-    """The cell of a run or of a row, as the results hold them."""
+    """The cell of a run or a row of the results."""
     return Cell(run["shape"], run["prompt_tokens"], run["output_tokens"], run["batch"])
 
 
 def agreement(token_ids: Sequence[Sequence[int]], reference: Sequence[Sequence[int]]) -> float:
-    """Share of tokens that come before a sequence's first difference from the reference's."""
+    """Share of the tokens that come before a sequence's first difference from the reference."""
     same = 0
     for ids, wanted in zip(token_ids, reference, strict=True):
         pairs = enumerate(zip(ids, wanted, strict=True))
@@ -46,9 +46,9 @@ def agreement(token_ids: Sequence[Sequence[int]], reference: Sequence[Sequence[i
 
 
 def summarise(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row for each contender in each cell: its figures over the rounds, and Helios's against others.
+    """A row for each contender in each cell: figures over the rounds, and for Helios also ratios to others.
 
-    The best peer has the highest median; a ratio is the median over the rounds that both have run.
+    The best peer has the highest median. A ratio is the median over the rounds that both have run.
     """
     seconds: dict[Cell, dict[str, dict[int, float]]] = {}
     runs: dict[tuple[Cell, str], list[Mapping[str, Any]]] = {}
@@ -116,9 +116,9 @@ def _ratios(
     seconds: Mapping[str, Mapping[int, float]],
     least: Mapping[str, float],
 ) -> dict[str, Any]:
-    """How many times as fast as the best of each kind that ran in the same rounds.
+    """How many times as fast it is as the best of each kind that ran in the same rounds.
 
-    Against its own full depth also what the machine's limits alone say.
+    Beside the ratio to its own full depth stands the ratio that the machine's limits alone give.
     """
     own = seconds[one.name]
     kinds = {
@@ -171,7 +171,7 @@ def _in_proportion(other: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Goal:
-    """What the best of some contenders is to reach, by batch, against others in the same rounds."""
+    """A ratio, by batch, that the best of some contenders must reach against others in the same rounds."""
 
     shape: str
     contenders: tuple[str, ...]
@@ -197,7 +197,7 @@ _OVERHEAD_SHAPE, _OVERHEAD_BATCH, _OVERHEAD = "bundled", 8, 0.1
 
 
 def targets(rows: Sequence[Mapping[str, Any]]) -> list[Target]:
-    """The targets that the measured cells can tell of."""
+    """The targets that the measured cells say something about."""
     found = []
     for goal in GOALS:
         mine = [

@@ -1,6 +1,6 @@
-"""How long loading takes: the first time, packed on disk, and beside a plan that has some of it.
+"""How long loading takes: the first time, from packed weights, and beside a plan that shares weights.
 
-In a process of its own: `python -m bench.engine.loading MODEL PRECISION THREADS`.
+It runs in its own process: `python -m bench.engine.loading MODEL PRECISION THREADS`.
 """
 
 import json
@@ -25,20 +25,20 @@ _READ_BYTES = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """Seconds of loads to a plan that can serve, all layers of it or half, and the bytes that they read.
+    """Seconds until a plan with all layers or half of them can serve, and the bytes read for it.
 
-    What is on disk is not in memory unless it is said.
+    Files are on disk and not in the page cache, unless it says otherwise.
     """
 
     checkpoint_bytes: int
-    # Reading the checkpoint's files and nothing else.
+    # For reading the checkpoint's files and nothing else.
     read_seconds: float
     first_seconds: float
     packed_bytes: int
     packed_seconds: float
-    # Packed and in memory still, as for a second worker.
+    # From packed weights that are still in memory, as for a second worker.
     shared_seconds: float
-    # From half of the layers to all, without packed weights on disk, and back.
+    # From half of the layers to all, and back, without packed weights on disk.
     deeper_bytes: int
     deeper_seconds: float
     shallower_bytes: int
@@ -46,7 +46,7 @@ class Loading:
 
 
 def measure(model: Path, threads: int) -> Loading:
-    """Raises HeliosError when a load fails."""
+    """Measures the loads of a model. Raises HeliosError when one fails."""
     done = subprocess.run(
         tethered([sys.executable, "-P", "-m", "bench.engine.loading", str(model), PRECISION, str(threads)]),
         capture_output=True,
@@ -59,7 +59,7 @@ def measure(model: Path, threads: int) -> Loading:
 
 
 def in_words(loading: dict[str, Any]) -> str:
-    """One line of a report."""
+    """A Loading, given as a dict, as one line of a report."""
     return (
         "first {first_seconds:.2f} s (reading its {checkpoint_bytes:,} bytes alone {read_seconds:.2f}); "
         "packed on disk {packed_seconds:.2f} s, in memory {shared_seconds:.2f}; half to all layers "
@@ -90,14 +90,14 @@ def main() -> None:
             plan = load_plan(model, depth, settings, running=running)
             return plan, time.perf_counter() - began
 
-        # Compiles what the machine has not compiled yet.
+        # Compiles kernels that are not compiled yet.
         half, _ = load(_half(model), kept=False)
         _forget(files)
         read_seconds = _read(files)
         _forget(files)
         whole, first_seconds = load(None)
         checkpoint_bytes, layers = whole.bytes_read, whole.depth
-        # Mapped files cannot be forgotten.
+        # Mapped files cannot be dropped from the page cache.
         del whole
         _forget(packed.glob("*/*"))
         whole, packed_seconds = load(None)
@@ -127,16 +127,16 @@ def _half(model: Path) -> int:
 
 
 def _forget(files: Iterable[Path]) -> None:
-    """Drops what the system holds of files in memory (posix_fadvise(2))."""
+    """Drops files from the page cache (posix_fadvise(2))."""
     for file in files:
         with file.open("rb") as stream:
-            # What is not on disk yet stays.
+            # Pages that are not on disk yet are not dropped.
             os.fsync(stream.fileno())
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _read(files: Iterable[Path]) -> float:
-    """Seconds of reading files whole."""
+    """Seconds for reading whole files."""
     began, buffer = time.perf_counter(), bytearray(_READ_BYTES)
     for file in files:
         with file.open("rb", buffering=0) as stream:

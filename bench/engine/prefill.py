@@ -1,4 +1,4 @@
-"""What long prompts do to streams that run beside them, and what a beginning that is shared saves."""
+"""How much long prompts slow down the streams beside them, and what a shared beginning of prompts saves."""
 
 import itertools
 import random
@@ -38,9 +38,9 @@ def measure(
     cache_dir: Path,
     say: Callable[[str], None],
 ) -> Report:
-    """Streams of `chat_tokens` each, `chats` at once: alone, beside long prompts, and beside unbounded ones.
+    """Runs `chats` streams of `chat_tokens` each: alone, beside long prompts, and beside unbounded ones.
 
-    Then prompts that share their beginning. `shape` is the name of a model with random weights.
+    Then it runs prompts that share their beginning. `shape` names a model, which gets random weights.
     """
     set_threads(threads)
     model = random_model(shape, cache_dir / "bench-models")
@@ -72,9 +72,9 @@ def measure(
 def _chat(
     engine: Engine, chats: Sequence[list[int]], tokens: int, prompts: Iterator[list[int]]
 ) -> tuple[list[float], list[float]]:
-    """Streams to their end, beside one long prompt after the other.
+    """Runs streams to their end, beside one long prompt after the other.
 
-    Seconds between the tokens of each stream, and to the first token of each long prompt that came to it.
+    Returns the seconds between the tokens of each stream, and those to the first token of each long prompt.
     """
     arrivals: list[list[float]] = [[] for _ in chats]
     first: list[float] = []
@@ -112,7 +112,7 @@ def _chat(
 
 
 def _shared_beginning(engine: Engine, draw: Callable[..., list[int]]) -> tuple[float, float]:
-    """Seconds to the first token of a prompt, and of another one with the same beginning."""
+    """Seconds to the first token of a prompt, and to that of another prompt with the same beginning."""
     beginning = draw(k=_PREFIX_TOKENS)
     seconds = []
     for _ in range(2):

@@ -1,8 +1,8 @@
-"""What the machine allows: its read bandwidth and matrix rates, and the time that a load takes at least.
+"""What the machine allows: its read bandwidth and matrix rates, and the least time that a load takes.
 
 Williams, Waterman, Patterson, "Roofline: An Insightful Visual Performance Model", CACM 2009. The limits are
-measured in a process of its own, with the faster of torch's kernels and Helios's: `python -m
-bench.engine.roofline THREADS`.
+those of the faster of torch's kernels and Helios's. They are measured in their own process:
+`python -m bench.engine.roofline THREADS`.
 """
 
 import json
@@ -22,20 +22,20 @@ from helios.tether import tethered
 # Far more than caches hold.
 _READ_BYTES = 512 << 20
 _MATRIX = 2048
-# Of each kernel: what else the machine does is gone for a moment in them.
+# For each kernel: long enough for a moment in which the machine does nothing else.
 _SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bytes read a second; operations a second by precision, a multiplication and an addition being two."""
+    """Bytes read per second, and operations per second by precision. A multiply-add is two operations."""
 
     bytes_per_second: float
     operations_per_second: Mapping[str, float]
 
 
 def measure(threads: int) -> Limits:
-    """The machine's limits with so many threads. Raises HeliosError when they cannot be measured."""
+    """The machine's limits with `threads` threads. Raises HeliosError when they cannot be measured."""
     done = subprocess.run(
         tethered([sys.executable, "-P", "-m", "bench.engine.roofline", str(threads)]),
         env={**os.environ, "OMP_NUM_THREADS": str(threads)},
@@ -49,7 +49,7 @@ def measure(threads: int) -> Limits:
 
 
 def highest(first: Limits, second: Limits) -> Limits:
-    """What either measurement reached: what a machine has shown once, it can do."""
+    """The higher of both measurements: what a machine reached once, it can do."""
     rates = {
         name: max(rate, second.operations_per_second[name])
         for name, rate in first.operations_per_second.items()
@@ -58,9 +58,9 @@ def highest(first: Limits, second: Limits) -> Limits:
 
 
 def bytes_per_step(config: ModelConfig, depth: int, weight_bytes: int, batch: int, context: int) -> int:
-    """Bytes that a decode step must read: weights once, and keys and values of all tokens in bfloat16.
+    """Bytes that a decode step must read: the weights once, and keys and values of all tokens, in bfloat16.
 
-    context: tokens of each sequence. Embeddings of single tokens are left out.
+    context: tokens of each sequence. Embeddings of single tokens do not count.
     """
     kv = 2 * depth * config.hidden_size * 2 * batch * context
     return config.step_parameters(depth) * weight_bytes + kv
@@ -76,7 +76,7 @@ def least_seconds(
     output_tokens: int,
     limits: Limits,
 ) -> float:
-    """The time that prefill and decoding of a batch take at least: each step by what limits it."""
+    """The least time that prefill and decoding of a batch take: each step by what limits it."""
     rate = limits.operations_per_second[precision]
 
     def seconds(operations: float, read: float) -> float:
@@ -84,7 +84,7 @@ def least_seconds(
 
     head = config.vocab_size * config.embed_size
     layers = config.step_parameters(depth) - head
-    # A token attends to all before it: products with keys and with values.
+    # A token attends to all tokens before it: products with keys and with values.
     attended = 2 * 2 * depth * config.hidden_size
     prefill = batch * (
         2 * layers * prompt_tokens + attended * prompt_tokens * (prompt_tokens + 1) / 2 + 2 * head
@@ -115,9 +115,9 @@ def main() -> None:
         matrix = rows.to(getattr(torch, name))
         packed[name] = pack(LinearWeights(matrix, None))
         seconds[name] = _best(partial(torch.matmul, matrix, matrix))
-    # As weights lie: [out, in], used transposed.
+    # The layout of weights: [out, in], used transposed.
     seconds["int8"] = _best(partial(torch._int_mm, whole, whole.T))
-    # Not beside torch's threads, which spin for a while.
+    # Torch's threads spin for a while after their work.
     torch.set_num_threads(1)
     TEAM.threads = int(sys.argv[1])
     rates = {name: operations / min(seconds[name], _best(partial(packed[name], rows))) for name in seconds}
@@ -125,7 +125,7 @@ def main() -> None:
 
 
 def _best(act: Callable[[], Any]) -> float:
-    """The least seconds of many runs: what the machine can do when nothing disturbs it."""
+    """Seconds of the fastest of many runs: what the machine can do when nothing disturbs it."""
     act()
     seconds: list[float] = []
     while sum(seconds) < _SECONDS:

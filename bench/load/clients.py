@@ -1,4 +1,4 @@
-"""A load generator: N clients that each keep one stream open, and the times at which tokens arrived."""
+"""A load generator: clients that each keep one stream open, and note when tokens arrive."""
 
 import asyncio
 import time
@@ -23,13 +23,13 @@ class Request:
     max_tokens: int
 
     def sampling(self) -> generation_pb2.SamplingParams:
-        """The wire's sampling parameters."""
+        """The sampling parameters of the protos."""
         return generation_pb2.SamplingParams(max_tokens=self.max_tokens, seed=0, ignore_eos=True)
 
 
 @dataclass(slots=True)
 class Stream:
-    """What one request got. Times are of the monotonic clock, in seconds."""
+    """What one request received. Times are seconds of the monotonic clock."""
 
     request: Request
     opened: float
@@ -83,7 +83,7 @@ def through_gateway(channel: grpc.aio.Channel) -> Open:
 
 
 def straight_to_workers(channels: Sequence[grpc.aio.Channel]) -> Open:
-    """The same streams without a gateway, dealt to the workers in turn."""
+    """The same streams without a gateway. The workers take turns."""
     stubs = [worker_pb2_grpc.WorkerServiceStub(channel) for channel in channels]
 
     def open_stream(index: int, request: Request) -> AsyncIterator[_Response]:
@@ -96,14 +96,14 @@ def straight_to_workers(channels: Sequence[grpc.aio.Channel]) -> Open:
 
 
 def connect(address: str) -> grpc.aio.Channel:
-    """A channel of its own connection; for use in the running event loop."""
+    """A channel with its own connection, for the running event loop."""
     return to_service_async(address, [("grpc.use_local_subchannel_pool", 1)])
 
 
 async def run(open_stream: Open, requests: Iterable[Request], concurrency: int) -> list[Stream]:
-    """Serves all requests with `concurrency` clients, each opening its next stream when its last has ended.
+    """Serves all requests with `concurrency` clients. Each opens its next stream when the last one has ended.
 
-    A failed stream is returned with its error, not raised.
+    A failed stream does not raise: it is returned with its error.
     """
     pending = iter(enumerate(requests))
     streams: list[Stream] = []
@@ -119,7 +119,7 @@ async def run(open_stream: Open, requests: Iterable[Request], concurrency: int) 
 
 
 async def consume(open_stream: Open, index: int, request: Request) -> Stream:
-    """One stream to its end; an error is kept in it, not raised."""
+    """Reads one stream to its end. An error does not raise: it is kept in the stream."""
     stream = Stream(request, opened=time.monotonic())
     try:
         async for response in open_stream(index, request):
@@ -137,7 +137,7 @@ async def consume(open_stream: Open, index: int, request: Request) -> Stream:
 
 
 def summarise(streams: Sequence[Stream]) -> Summary:
-    """A run in figures; throughput is over the time from the first opening to the last token."""
+    """A run in figures. Throughput is over the time from the first opening to the last token."""
     whole = [stream for stream in streams if not stream.error and len(stream.token_ids) > 1]
     tokens = sum(len(stream.token_ids) for stream in streams)
     ends = [stream.token_times[-1] for stream in streams if stream.token_times]

@@ -1,4 +1,4 @@
-"""An engine under load in this process: no sockets, no services, the time of its own steps."""
+"""An engine under load in this process, without sockets and services."""
 
 import gc
 import itertools
@@ -25,13 +25,13 @@ class Run:
     exit_layers: tuple[int, ...]
     tokens: int
     seconds: float
-    # Prefill included.
+    # Over the whole run, prefill included.
     tokens_per_second: float
-    # From the moment on at which the first requests all had their first token.
+    # From the moment when each of the first requests had its first token.
     decode_tokens_per_second: float
-    # Share of that time which was not spent in compiled code: Python's, and torch's between.
+    # Share of that time that was not spent in compiled code, but in Python or torch.
     overhead: float
-    # Of a thread that did nothing else; what else the machine ran does not count.
+    # Per second of this thread's CPU time: what else the machine runs does not count.
     tokens_per_cpu_second: float
     ttft_ms: Latency
     tpot_ms: Latency
@@ -48,8 +48,7 @@ def run(
 ) -> Run:
     """Greedy continuations of all prompts, `concurrency` of them open at a time.
 
-    max_tokens: of all, or of each.
-
+    max_tokens: one number for all, or one for each. between_steps: called after each step.
     Raises the error of a request that failed.
     """
     lengths = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else max_tokens
@@ -74,7 +73,7 @@ def run(
         sampling = SamplingParams(max_tokens=lengths[index], ignore_eos=True)
         engine.submit(f"{number}-{index}", list(prompts[index]), sampling, partial(take, index))
 
-    # As in a service that is ready (`service_process.say_ready`).
+    # As services do when they are ready (`service_process.say_ready`).
     gc.collect()
     gc.freeze()
     meter = power_meter(engine.settings.device)
@@ -83,7 +82,7 @@ def run(
     for index in itertools.islice(pending, concurrency):
         submit(index)
     seen = 0
-    # The end of each step, and the seconds in compiled code until then.
+    # When each step ended, and the seconds spent in compiled code until then.
     steps: list[tuple[float, float]] = []
     while len(ended) < len(prompts):
         engine.step()
@@ -98,7 +97,7 @@ def run(
             between_steps()
     seconds, cpu = time.perf_counter() - began, time.thread_time() - began_cpu
     joules = None if meter is None else meter.joules_since(before)
-    # What belongs to an engine is not kept for ever.
+    # Or the objects of this engine would never be freed.
     gc.unfreeze()
     total = sum(map(len, tokens))
     warm = max(times[0] for times in arrivals[:concurrency])
@@ -122,7 +121,7 @@ def run(
 
 
 def alternate(measures: Mapping[str, Callable[[], Run]], rounds: int) -> dict[str, list[Run]]:
-    """Each measure in turn, `rounds` times, so that what else the machine does falls on all."""
+    """Runs the measures by turns, `rounds` times, so that other work of the machine falls on all of them."""
     runs: dict[str, list[Run]] = {name: [] for name in measures}
     for _ in range(rounds):
         for name, measure in measures.items():
@@ -136,5 +135,5 @@ def median_run(runs: Sequence[Run]) -> Run:
 
 
 def ratio(runs: Sequence[Run], base: Sequence[Run], figure: Callable[[Run], float]) -> float:
-    """Median over the rounds of a figure against the base's of the same round."""
+    """The median, over the rounds, of a figure divided by the base's figure of the same round."""
     return statistics.median(figure(one) / figure(other) for one, other in zip(runs, base, strict=True))

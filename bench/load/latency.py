@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """Percentiles, in milliseconds."""
+    """Percentiles, in milliseconds. NaN: there was nothing to measure."""
 
     p50: float
     p99: float
@@ -15,7 +15,7 @@ class Latency:
 
 
 def latency(seconds: Sequence[float]) -> Latency:
-    """P50, P99 and P99.9 of durations."""
+    """P50, P99 and P99.9 of durations in seconds."""
     milliseconds = [value * 1000 for value in seconds]
     return Latency(*(percentile(milliseconds, share) for share in (0.5, 0.99, 0.999)))
 

@@ -1,4 +1,4 @@
-"""Recorded traffic: when requests came, how long they were and how much was generated; no text.
+"""Recorded traffic: when requests came, how long they were, and how much was generated. It holds no text.
 
 The form is that of the Azure LLM inference traces (Patel et al., "Splitwise", ISCA 2024): a CSV file with the
 columns TIMESTAMP, ContextTokens and GeneratedTokens.
@@ -13,12 +13,12 @@ from pathlib import Path
 
 from helios.errors import SettingsError
 
-_SHORTEST_OUTPUT = 2  # Below that there is no time per token after the first.
+_SHORTEST_OUTPUT = 2  # With fewer there is no time between tokens.
 
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """A request: seconds after the first, and its lengths in tokens."""
+    """A request: when it comes, in seconds after the first, and its lengths in tokens."""
 
     seconds: float
     prompt_tokens: int
@@ -26,7 +26,7 @@ class Arrival:
 
 
 def read(path: Path, count: int) -> list[Arrival]:
-    """The first `count` requests of a trace. Raises SettingsError when the file is not one, or shorter."""
+    """The first `count` requests of a trace. Raises SettingsError when the file is no trace, or shorter."""
     try:
         with path.open(newline="") as file:
             rows = [
@@ -47,7 +47,7 @@ def read(path: Path, count: int) -> list[Arrival]:
 
 
 def shortened(arrivals: Sequence[Arrival], scale: float, context_tokens: int) -> list[Arrival]:
-    """The same arrivals with lengths times `scale`, clipped so that prompt and output fit the context."""
+    """The same arrivals with lengths times `scale`, cut so that prompt and output fit the context."""
     fitted = []
     for one in arrivals:
         output = min(max(_SHORTEST_OUTPUT, round(one.output_tokens * scale)), context_tokens // 2)

@@ -11,7 +11,7 @@ Results = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A result of the paper (4 x A100-40GB unless the spec says otherwise), and ours in words."""
+    """A result of the paper (4 x A100-40GB unless it says otherwise), and ours in words."""
 
     name: str
     paper: str
@@ -19,7 +19,7 @@ class Claim:
 
 
 def claims(results: Results) -> list[Claim]:
-    """Every row whose sections are in `results`."""
+    """The claims whose sections are in `results`."""
     return [
         Claim(name, paper, measured(results))
         for name, paper, sections, measured in _ROWS

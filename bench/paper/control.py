@@ -1,7 +1,7 @@
-"""What profiling and control cost a saturated system: the same load on real services, with and without both.
+"""What profiling and control cost a saturated system: the same load on real services, with and without them.
 
-The controller advises only, so both sides serve the same plan and the difference is what watching, profiling
-and deciding take.
+The controller only advises. So both stacks serve the same plan, and the difference is what it costs to watch,
+profile and decide.
 """
 
 import asyncio
@@ -23,16 +23,16 @@ from helios.v1 import controller_pb2, controller_pb2_grpc
 from services.controller.settings import ControllerSettings
 
 _TARGET = 0.02
-# Twice with control in a row, so that few reassessments fall due while it does not serve.
+# Twice with control in a row, so that few reassessments become due while that stack is idle.
 _ORDER = ("without", "with", "with", "without")
 _BESIDE = ("profiler", "controller")
 _START_SECONDS = 300.0
-# Of the warm-up, in which every prompt length is seen once.
+# Share of a round that the warm-up takes, in which every length of prompt occurs.
 _WARM_UP_SHARE = 0.1
 
 
 def measure(subject: Subject) -> dict[str, Any]:
-    """Throughput with and without, alternating, and the CPU that profiler and controller took meanwhile."""
+    """Throughput with and without them, by turns, and the CPU that profiler and controller took meanwhile."""
     model = subject.models[0]
     served = ("--model", model.name, "--precision", subject.precision)
     options = ("--models-dir", str(model.path.parent), *served)
@@ -87,7 +87,7 @@ async def _measure(subject: Subject, stacks: dict[str, StackState]) -> dict[str,
         "profiling_share": ControllerSettings.model_fields["profiling_share"].default,
         "tokens_per_second": {name: statistics.median(found) for name, found in rates.items()},
         "rates": rates,
-        # The middle of the rounds: one that something else disturbed does not decide.
+        # The median: one round that something else disturbed does not decide.
         "throughput_cost": statistics.median(costs),
         "costs": costs,
         "cpu_share": {part: spent / seconds / cores for part, spent in used.items()},
@@ -97,12 +97,14 @@ async def _measure(subject: Subject, stacks: dict[str, StackState]) -> dict[str,
 
 
 async def _serve(stack: StackState, requests: Sequence[Request], seconds: float, concurrency: int) -> float:
-    """Tokens a second while `concurrency` streams are open for that long. Raises AssertionError when one
-    fails: a throughput with failures is none."""
+    """Tokens per second while `concurrency` streams are open for `seconds`.
+
+    Raises AssertionError when a stream fails: the throughput would mean nothing.
+    """
     deadline = time.monotonic() + seconds
 
     def until_deadline() -> Iterator[Request]:
-        # One round of all at least.
+        # At least one request for each stream.
         yield from requests[:concurrency]
         for request in itertools.cycle(requests):
             if time.monotonic() > deadline:
@@ -117,7 +119,7 @@ async def _serve(stack: StackState, requests: Sequence[Request], seconds: float,
 
 
 async def _first_decision(stack: StackState) -> None:
-    """Returns once the candidates have been profiled for the first time: speeds are measured only then."""
+    """Returns once the candidates have been profiled for the first time: only then steps are timed."""
     async with clients.connect(stack.controller) as channel:
         stub = controller_pb2_grpc.ControllerServiceStub(channel)
         request = controller_pb2.WatchDecisionsRequest(history=1)

@@ -1,6 +1,6 @@
-"""Memory of an OPT-1.3B shape by the engine's own accounting: how many sequences a fixed budget holds.
+"""Memory of OPT-1.3B's shape, as the engine counts it: how many sequences fit in a fixed budget.
 
-Nothing is allocated and no weights are read: a shape has bytes without having values.
+Nothing is allocated and no weights are read: the configuration alone gives the bytes.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ _DEPTH = 6
 _DTYPE = checkpoint_dtype(Precision.BFLOAT16)
 _BLOCK_TOKENS = 16
 _STEP_TOKEN_BUDGET = 2048
-# Far more than any budget here holds, so that memory alone limits the batch.
+# More than fits in any budget here, so that only memory limits the batch.
 _MAX_RUNNING = 2048
 _GIB = 1 << 30
 _BUDGETS_GIB = (4, 8, 16, 24, 40, 80)
@@ -26,7 +26,7 @@ _BATCH_TARGET, _SAVED_TARGET = 15.0, 0.67
 
 
 def measure(_subject: Subject) -> dict[str, Any]:
-    """Largest batches of depth 6 of 24 (greedy) and of all layers (dynamic, full) in equal budgets."""
+    """The largest batches at depth 6 of 24 (greedy) and with all layers (dynamic, full), in equal budgets."""
     smallest = _smallest_budget(OPT_1_3B.num_layers)
     rows = []
     for budget in (smallest, *(gib * _GIB for gib in _BUDGETS_GIB)):
@@ -58,7 +58,7 @@ def measure(_subject: Subject) -> dict[str, Any]:
 
 
 def targets(result: dict[str, Any]) -> list[Target]:
-    """Batch in the same memory, and memory of the same batch."""
+    """The batch in the same memory, and the memory of the same batch."""
     best = max((row for row in result["largest_batch"] if row["ratio"]), key=lambda row: row["ratio"])
     others = ", ".join(
         f"{row['ratio']:.1f}x in {row['budget_bytes'] / _GIB:.0f} GiB"
@@ -91,7 +91,7 @@ def _plan(depth: int, budget: int, batch: int) -> MemoryPlan:
 
 
 def _largest_batch(depth: int, budget: int) -> int:
-    """Sequences of full context that fit, each with its part of the activations; 0 when not one does."""
+    """Sequences of full context that fit, each with its part of the activations; 0 when none does."""
     low, high = 0, _MAX_RUNNING
     per_sequence = -(-OPT_1_3B.context_tokens // _BLOCK_TOKENS)
     while low < high:
@@ -105,7 +105,7 @@ def _largest_batch(depth: int, budget: int) -> int:
 
 
 def _smallest_budget(depth: int) -> int:
-    """Bytes in which one sequence of full context is served at all."""
+    """The least bytes in which one sequence of full context can be served."""
     plan = _plan(depth, _BUDGETS_GIB[-1] * _GIB, 1)
     return plan.weight_bytes + plan.activation_bytes + plan.kv_bytes_per_token * OPT_1_3B.context_tokens
 

@@ -1,4 +1,4 @@
-"""The three insights that HELIOS rests on (arXiv 2504.10724, its motivation), on our models and texts."""
+"""The three insights that HELIOS is built on (arXiv 2504.10724, motivation), on our models and texts."""
 
 import itertools
 import statistics
@@ -16,7 +16,7 @@ from helios.catalog import ModelEntry
 from helios.engine.evaluation.trace import ExitTrace
 from helios.history import CONFIDENCE_BINS
 
-# RI of the paper, and shorter ones.
+# The paper's interval between reassessments (RI), and shorter ones.
 _INTERVALS = (25, 50, 150)
 
 
@@ -35,7 +35,7 @@ def measure(subject: Subject) -> dict[str, Any]:
 
 
 def targets(_result: dict[str, Any]) -> list[Target]:
-    """None: the insights are measured, the targets are what follows from them."""
+    """None: other sections have targets for what follows from the insights."""
     return []
 
 
@@ -58,7 +58,7 @@ def _thresholds(subject: Subject, model: ModelEntry) -> dict[str, dict[int, floa
 
 
 def _exits(subject: Subject, model: ModelEntry, domain: str) -> dict[str, Any]:
-    """Where tokens would leave one model alone: at the earliest exit, and only at the last layer."""
+    """The shares of tokens that would leave a model at its earliest exit, and only at its last layer."""
     traces = _joined(subject, model, domain)
     found: dict[str, Any] = {"model": model.name, "domain": domain}
     for name, thresholds in _thresholds(subject, model).items():
@@ -73,11 +73,11 @@ def _exits(subject: Subject, model: ModelEntry, domain: str) -> dict[str, Any]:
 
 
 def _complementary(subject: Subject) -> list[dict[str, Any]]:
-    """Of the tokens that one model's early exit is not sure of, those that another's early exit is."""
+    """Of the tokens that a model's early exit is unsure of, the share that another's is sure of."""
     rows = []
     for first, second in itertools.permutations(subject.models, 2):
         if first.tokenizer_id != second.tokenizer_id:
-            continue  # their tokens are not the same ones
+            continue  # Their tokens differ.
         for domain, name in itertools.product(_kinds(), ("calibrated", "0.8")):
             thresholds = [_thresholds(subject, model)[name] for model in (first, second)]
             traces = [_joined(subject, model, domain) for model in (first, second)]
@@ -103,7 +103,7 @@ def _complementary(subject: Subject) -> list[dict[str, Any]]:
 
 
 def _unsure(subject: Subject, model: ModelEntry, domain: str) -> list[dict[str, Any]]:
-    """Tokens below an exit's threshold, and how many of them equal the last layer's all the same."""
+    """The tokens below an exit's threshold, and how many of them still equal the last layer's."""
     traces = _joined(subject, model, domain)
     rows = []
     for name, thresholds in _thresholds(subject, model).items():
@@ -125,7 +125,7 @@ def _unsure(subject: Subject, model: ModelEntry, domain: str) -> list[dict[str, 
 
 
 def _locality(subject: Subject, model: ModelEntry) -> dict[str, Any]:
-    """Drift of the first exit's histogram from one stretch of requests to the next, by its length."""
+    """How far the first exit's histogram drifts from one stretch of requests to the next, by their length."""
     depth = model.exit_layers[0]
     histograms = {
         domain: [

@@ -1,4 +1,4 @@
-"""The joint curve that the paper leaves open: throughput over batch x model x depth."""
+"""The joint curve that the paper leaves open: throughput by batch, model and depth."""
 
 from typing import Any
 
@@ -65,5 +65,5 @@ def measure(subject: Subject) -> dict[str, Any]:
 
 
 def targets(_result: dict[str, Any]) -> list[Target]:
-    """None: the curve is what the other targets are read off."""
+    """None: the curve explains what other sections have targets for."""
     return []

@@ -1,4 +1,4 @@
-"""The engines that are compared, each in a precision, and what a target compares with what."""
+"""The engines that are compared, each in one precision, and the processes that they run in."""
 
 import contextlib
 import json
@@ -23,9 +23,9 @@ from helios.supervisor import reason_of_end
 
 HELIOS = "helios"
 _BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
-# Code, buffers and fragments of a process, beside weights and keys and values.
+# What a process needs besides weights, keys and values: code, buffers and fragmentation.
 _PROCESS_BYTES = 1 << 30
-# No step of the bench takes longer, unless an engine hangs.
+# No answer takes longer, unless an engine hangs.
 _ANSWER_SECONDS = 1800.0
 _STOP_SECONDS = 20.0
 
@@ -40,7 +40,7 @@ class Contender:
 
     @property
     def name(self) -> str:
-        """As it is called on the command line and in results."""
+        """Its name on the command line and in results."""
         part = "" if self.depth_share == 1 else "-half"
         return f"{self.engine}-{self.precision}{part}"
 
@@ -50,21 +50,21 @@ class Contender:
         return self.engine != HELIOS
 
     def depth(self, num_layers: int) -> int:
-        """Layers that it loads of so many."""
+        """How many of `num_layers` it loads."""
         return max(1, int(num_layers * self.depth_share))
 
     def is_part_of(self, other: "Contender") -> bool:
-        """Whether it is the same with fewer layers."""
+        """Whether it is the same engine and precision with fewer layers."""
         mine = (self.engine, self.precision)
         return mine == (other.engine, other.precision) and self.depth_share < other.depth_share
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of a weight that a step reads."""
+        """Bytes that a step reads for each weight."""
         return _BYTES[self.precision]
 
 
-# In the order in which they take turns. The first is what the tokens of the others are compared with.
+# In the order in which they take turns. The tokens of the others are compared with those of the first.
 CONTENDERS = (
     Contender("transformers", "float32"),
     Contender("transformers", "bfloat16"),
@@ -83,7 +83,7 @@ class Runner:
     """A contender's process, with a model loaded."""
 
     def __init__(self, contender: Contender, job: Job, python: Path, log: Path) -> None:
-        """Starts it and waits until it has loaded. Raises UnavailableError with its last words."""
+        """Starts it and waits until it has loaded. Raises UnavailableError with the last lines of its log."""
         self.contender = contender
         self._log = log
         module = (
@@ -99,7 +99,7 @@ class Runner:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                # vLLM has processes of its own, which pause and end with it.
+                # vLLM starts further processes, which pause and end with the group.
                 process_group=0,
             )
         try:
@@ -111,7 +111,7 @@ class Runner:
 
     @property
     def process_id(self) -> int:
-        """Of the process, and of the group that its own processes belong to."""
+        """The id of the process, and of the group of all processes that it starts."""
         return self._process.pid
 
     def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> runner.Continuation:
@@ -122,7 +122,7 @@ class Runner:
     def close(self) -> None:
         """Ends the process and its children."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        # Its input ends: an engine that can still stop by itself does.
+        # Its input ends: an engine that still works stops by itself.
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         with contextlib.suppress(ProcessLookupError):
@@ -157,27 +157,27 @@ class Runner:
 
 
 class Runners:
-    """The processes of one model's contenders; as many stay loaded as memory allows."""
+    """The processes of one model's contenders. As many stay loaded as memory allows."""
 
     def __init__(self, pythons: Mapping[str, Path], logs: Path) -> None:
-        """pythons: of each engine. logs: a directory for what the processes say."""
+        """pythons: the interpreter of each engine. logs: a directory for the logs of the processes."""
         self._pythons, self._logs = pythons, logs
         self._open: list[Runner] = []
         self._warm: set[tuple[str, tuple[int, ...]]] = set()
 
     def get(self, contender: Contender, job: Job) -> Runner:
-        """The contender's process, started when it is not there.
+        """The contender's process, which is started if there is none.
 
         Raises OutOfMemoryError, and UnavailableError when it does not start.
         """
         for position, found in enumerate(self._open):
             if found.contender == contender:
-                # The last is the one used last.
+                # The list is ordered by last use.
                 self._open.append(self._open.pop(position))
                 return found
         needed = job.memory_bytes
         while needed > available_memory() and self._open:
-            # Contenders take turns: the one used last is the last to be needed again.
+            # Contenders take turns: the one used last will be needed last.
             self._close(self._open.pop())
         if needed > (available := available_memory()):
             raise OutOfMemoryError(
@@ -189,14 +189,14 @@ class Runners:
         return started
 
     def warm_up(self, one: Runner, prompts: Sequence[Sequence[int]]) -> None:
-        """Runs two tokens of prompts of this form, once in the life of the process."""
+        """Generates two tokens for prompts of this shape, once in the life of the process."""
         mark = (one.contender.name, (len(prompts), len(prompts[0])))
         if mark not in self._warm:
             one.generate(prompts, 2)
             self._warm.add(mark)
 
     def drop(self, contender: Contender) -> None:
-        """Ends a contender's process if there is one."""
+        """Ends a contender's process, if there is one."""
         for one in [one for one in self._open if one.contender == contender]:
             self._open.remove(one)
             self._close(one)
@@ -213,10 +213,10 @@ class Runners:
 
 @contextlib.contextmanager
 def awake(group: int) -> Iterator[None]:
-    """Lets the processes of a group run, and none of them before or after: idle engines spin for a while.
+    """Lets the processes of a group run only inside the context: idle engines spin for a while.
 
-    The group is to be of this session: should this process end, the kernel wakes what it has paused
-    (setpgid(2), on orphaned process groups), which then ends by itself.
+    The group must be of this session. If this process ends, the kernel then wakes the paused group
+    (setpgid(2), on orphaned process groups), and it ends by itself.
     """
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, signal.SIGCONT)
@@ -228,9 +228,9 @@ def awake(group: int) -> Iterator[None]:
 
 
 def needed_bytes(contender: Contender, config: ModelConfig, kv_bytes: int) -> int:
-    """What a contender takes at its largest: weights, tables in float32, keys and values, and its process.
+    """Memory that a contender takes at most: weights, embeddings in float32, keys, values and its process.
 
-    kv_bytes: of keys and values in bfloat16.
+    kv_bytes: bytes of keys and values in bfloat16.
     """
     if contender.precision == "float32" or contender.engine == "ctranslate2":
         kv_bytes *= 2
@@ -239,5 +239,5 @@ def needed_bytes(contender: Contender, config: ModelConfig, kv_bytes: int) -> in
 
 
 def pythons(peers: Mapping[str, Path]) -> dict[str, Path]:
-    """The Python of each engine: Helios's is this one."""
+    """The Python of each engine. Helios's is this one."""
     return {HELIOS: Path(sys.executable), **peers}

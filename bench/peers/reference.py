@@ -1,7 +1,7 @@
 """What `transformers` generates greedily: the reference for parity. `python -m bench.peers.reference`.
 
-A process of its own, because only it needs torch and because a bench must not share its interpreter with it.
-Reads a Job as JSON on stdin, writes {"streams": [{"token_ids", "margins"}], "seconds"} to stdout.
+It runs in its own process, because a bench must not share its interpreter with torch. It reads a Job as JSON
+from stdin and writes {"streams": [{"token_ids", "margins"}], "seconds"} to stdout.
 """
 
 import asyncio
@@ -29,14 +29,14 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class ReferenceStream:
-    """A greedy continuation; margins are top logit minus second at each step."""
+    """A greedy continuation. margins: at each step, the highest logit minus the second."""
 
     token_ids: list[int]
     margins: list[float]
 
 
 async def generate(job: Job) -> list[ReferenceStream]:
-    """Runs the reference in a process of its own. Raises HeliosError with its last words when it fails."""
+    """Runs the reference in its own process. Raises HeliosError with its last line when it fails."""
     process = await asyncio.create_subprocess_exec(
         *tethered([sys.executable, "-P", "-m", "bench.peers.reference"]),
         stdin=asyncio.subprocess.PIPE,
@@ -63,12 +63,12 @@ def _continue(job: Job) -> list[ReferenceStream]:
     import torch  # noqa: PLC0415
     from transformers import AutoConfig, OPTForCausalLM  # noqa: PLC0415
 
-    # One row at a time is too little work for a second thread.
+    # With one row at a time there is too little work for a second thread.
     torch.set_num_threads(1)
     config = AutoConfig.from_pretrained(job.checkpoint)
-    # An OPT model with fewer layers is the truncated model: the weights of the others are left unread.
+    # With fewer layers in its config, transformers leaves the weights of the others unread.
     full_depth, config.num_hidden_layers = config.num_hidden_layers, job.depth
-    # Any: transformers' own types do not accept what it does.
+    # Any: transformers' annotations do not accept these arguments.
     model: Any = OPTForCausalLM.from_pretrained(job.checkpoint, config=config, dtype=torch.float32)
     if job.depth < full_depth:
         _use_exit_head(model, Path(job.checkpoint), job.depth)
@@ -93,7 +93,7 @@ def _continue(job: Job) -> list[ReferenceStream]:
 
 
 def _use_exit_head(model: Any, checkpoint: Path, depth: int) -> None:
-    """Puts the checkpoint's own exit head of `depth` in place of the final norm, where it has one."""
+    """Replaces the final norm by the checkpoint's exit head of `depth`, if it has one."""
     from safetensors.torch import load_file  # noqa: PLC0415
     from torch import nn  # noqa: PLC0415
 

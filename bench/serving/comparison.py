@@ -1,4 +1,4 @@
-"""Gateway and worker against `vllm serve`: recorded traffic on the same model, at rates up to capacity."""
+"""Gateway and workers against `vllm serve`: recorded traffic on the same model, at rates up to capacity."""
 
 import asyncio
 import contextlib
@@ -25,11 +25,11 @@ from helios.catalog import ModelEntry
 from helios.errors import HeliosError
 
 VLLM = "vllm"
-# As an operator sets it whose clients can wait for tokens as long as vLLM's do: a step with prompts takes at
-# most so many times one without. Only what it does at most is measured.
+# How many times as long as others a step with prompts may take. An operator would set this if clients can
+# wait for tokens as long as vLLM's do. Only the capacity is measured with it.
 _STRETCH = "6"
 HELIOS_STRETCHED = f"{HELIOS}, prefill_stretch {_STRETCH}"
-# Offered load, as shares of what each system does at most.
+# Offered load, as shares of each system's capacity.
 SHARES = (0.4, 0.6, 0.8, 0.9)
 _FACTOR = 2.0
 _WARM_UP_REQUESTS = 4
@@ -94,7 +94,7 @@ def compare(
 
 @dataclass(frozen=True, slots=True)
 class _System:
-    """What is measured. `awake`: only within it may the system compute, where it can be kept from it."""
+    """A system that is measured. If it can be paused, it computes only inside `awake`."""
 
     open_stream: Open
     awake: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
@@ -142,9 +142,9 @@ class _Comparison:
     async def run(
         self, systems: Mapping[str, _System], helios: str, gateway: str, shares: Sequence[float]
     ) -> None:
-        """Every system's capacity, then each share of it, the systems by turns.
+        """Measures every system's capacity, then each share of it. The systems take turns.
 
-        helios: name of the one behind the gateway.
+        helios: name of the system behind the gateway.
         """
         async with clients.connect(gateway) as channel:
             every = {**systems, helios: _System(clients.through_gateway(channel))}
@@ -189,8 +189,8 @@ class _Comparison:
             report_of(self._results).write(self._json_path)
 
     def _requests(self, number: int) -> list[Request]:
-        """Prompts of random tokens, other ones for each number: none is served from an earlier run's keys
-        and values."""
+        """Prompts of random tokens. They differ for each number, so that none is served from the keys and
+        values of an earlier run."""
         draw = random.Random(number)
         tokens = range(FIRST_TOKEN, self._vocab_size)
         return [
@@ -200,7 +200,7 @@ class _Comparison:
 
 
 async def replay(open_stream: Open, requests: Sequence[Request], arrivals: Sequence[Arrival]) -> list[Stream]:
-    """Opens each request when it arrives, whatever else is open, and waits for all."""
+    """Opens each request at its arrival, whatever else is open, and waits for all."""
     started = asyncio.get_running_loop().time()
 
     async def one(index: int, request: Request, arrival: Arrival) -> Stream:
@@ -216,14 +216,14 @@ async def replay(open_stream: Open, requests: Sequence[Request], arrivals: Seque
 
 
 def capacity(runs: Sequence[Mapping[str, Any]], name: str) -> float:
-    """Requests a second that a system did when as many as it takes were always open."""
+    """Requests per second of a system when as many as it takes were always open."""
     return float(
         next(run["requests_per_second"] for run in runs if (run["system"], run["share"]) == (name, None))
     )
 
 
 def report_of(results: dict[str, Any]) -> Report:
-    """The report of all runs there are."""
+    """The report of all runs so far."""
     rows = []
     for run in results["runs"]:
         ttft, tpot = run["summary"]["ttft_ms"], run["summary"]["tpot_ms"]
@@ -249,10 +249,10 @@ def report_of(results: dict[str, Any]) -> Report:
 
 
 def at_same_latency(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """For each rate at which vLLM served all: the highest at which Helios did with no higher P99 TPOT.
+    """For each rate at which vLLM served all requests: Helios's highest rate with no higher P99 TPOT.
 
-    Rates are of requests served, not offered: of a system that falls behind they are lower. What a system
-    does at most is one of them.
+    Rates count requests that were served, not offered: they are lower when a system falls behind. The
+    capacity is one of the rates.
     """
 
     def served(name: str) -> list[tuple[float, float]]:
@@ -273,7 +273,7 @@ def at_same_latency(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]
 
 
 def targets(compared: Sequence[Mapping[str, float]]) -> list[Target]:
-    """The target, at every rate of vLLM's."""
+    """The target, at every rate of vLLM."""
     if not compared:
         return []
     points = ", ".join(f"{one['ratio']:.2f}x of {one['vllm']:.1f}" for one in compared)

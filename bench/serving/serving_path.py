@@ -1,4 +1,4 @@
-"""The serving path under load: throughput, latency, the gateway's price, parity, and memory by depth."""
+"""The serving path under load: throughput, latency, cost of the gateway, parity, and memory by depth."""
 
 import asyncio
 import json
@@ -25,15 +25,15 @@ from helios.v1 import inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_
 _PROMPTS = Path(__file__).with_name("prompts.json")
 _SHORTEST_PROMPT = 2
 _WARM_UP_TOKENS = 8
-# Runs of each kind, alternating, so that what else the machine does falls on both.
+# Runs through the gateway and straight alternate, so that other work of the machine falls on both.
 _ROUNDS = 3
-# With 64 streams, on 2 cores of the class that the README's figures are from.
+# With 64 streams, on 2 cores like those of the README's figures.
 _GATEWAY_CPU_TARGET_US = 50.0
 
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """What one stack showed."""
+    """What was measured on one stack."""
 
     gateway: list[Summary]
     direct: list[Summary]
@@ -58,7 +58,7 @@ def measure(
     of `helios up`.
     """
     directory = catalog.find_models_dir(models_dir)
-    # As transformers computes, whose tokens are compared.
+    # In float32, like transformers, whose tokens are compared.
     options = ["--models-dir", str(directory), "--precision", "float32"]
     options += ["--workers", str(workers)] if workers else []
     options += ["--model", model] if model else []
@@ -82,7 +82,7 @@ async def _measure(state: StackState, concurrency: int, max_tokens: int) -> _Mea
         workers = [clients.connect(address) for address in addresses]
         try:
             stubs = [worker_pb2_grpc.WorkerServiceStub(worker) for worker in workers]
-            # Before any load, as the full model's is taken.
+            # Before any load, as for the full model.
             status = [await stub.GetStatus(worker_pb2.GetStatusRequest()) for stub in stubs]
             answer = await stubs[0].GetTokenizer(worker_pb2.GetTokenizerRequest())
             tokenizer = Tokenizer.from_buffer(answer.tokenizer_json)
@@ -108,7 +108,7 @@ async def _measure(state: StackState, concurrency: int, max_tokens: int) -> _Mea
 
 
 def make_requests(tokenizer: Tokenizer, count: int, max_tokens: int, context_tokens: int) -> list[Request]:
-    """Requests of mixed prompt lengths; prompts that come round again are cut shorter, so that all differ.
+    """Requests with prompts of mixed lengths. A prompt that is used again is cut shorter, so that all differ.
 
     Raises InvalidRequestError when the context leaves no room for prompts.
     """
@@ -144,7 +144,7 @@ async def _status_of_workers(gateway_address: str) -> list[worker_pb2.GetStatusR
 
 @dataclass(frozen=True, slots=True)
 class _Parity:
-    """Streams against the reference. A margin is the reference's top logit minus its second."""
+    """Streams against the reference. A margin is the reference's highest logit minus its second."""
 
     streams: int
     equal: int

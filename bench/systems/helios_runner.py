@@ -1,4 +1,4 @@
-"""Helios as a contender: `python -m bench.systems.helios_runner`, the protocol of bench/peers/runner.py."""
+"""Helios as a contender: `python -m bench.systems.helios_runner`. The protocol is bench/peers/runner.py's."""
 
 import math
 import sys
@@ -13,14 +13,14 @@ from helios.settings import SERVED_BURST_SECONDS, SERVED_PROMPT_READINGS
 
 
 def load(job: Job) -> Generate:
-    """The engine with all that serving does: text, log probabilities, confidences."""
+    """The engine, with all that it does when it serves: text, log probabilities, confidences."""
     set_threads(job.threads)
     entry = catalog.read_model(Path(job.model))
     settings = EngineSettings(
         precision=job.precision,
         memory_bytes=job.memory_bytes,
         max_running=job.batch,
-        # Like the peers', whose offline interfaces are made for throughput.
+        # No bound: the peers' offline interfaces are made for throughput too.
         prefill_stretch=math.inf,
         burst_seconds=SERVED_BURST_SECONDS,
         prompt_readings=SERVED_PROMPT_READINGS,

@@ -1,4 +1,4 @@
-"""A stack of its own for a bench, started and stopped with the command that a person uses."""
+"""Stacks that a bench starts and stops, with the command that a person uses."""
 
 import contextlib
 import os
@@ -20,23 +20,20 @@ _CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 def local_stack(*options: str, settings: Mapping[str, str] | None = None) -> Iterator[StackState]:
     """Runs `helios up` with the options, on a free port, apart from any other stack.
 
-    settings: environment variables that this stack has besides.
-
-    Without profiler and controller, unless the options ask for them: nothing changes what is measured.
-
-    Raises UnavailableError with what it said when it does not start.
+    It has no profiler and controller, unless the options ask for them: nothing changes what is measured.
+    settings: further environment variables. Raises UnavailableError with its error when it does not start.
     """
     with tempfile.TemporaryDirectory(prefix="helios-bench-") as name, tempfile.TemporaryFile("w+") as said:
         command = [
             *(sys.executable, "-P", "-m", "helios.cli", "up", "--gateway", "127.0.0.1:0"),
             *("--no-profiler", "--controller", "none", *options),
         ]
-        # Not the Redis that another stack is told to use.
+        # Another stack may be told to use that Redis.
         environment = {key: value for key, value in os.environ.items() if key != "HELIOS_REDIS_URL"}
         environment |= {**(settings or {}), "HELIOS_STATE_DIR": name}
-        # A bench sends the same prompts again and again, and measures what new ones take.
+        # A bench sends the same prompts again, and wants to know what new ones take.
         environment.setdefault("HELIOS_WORKER_PREFIX_CACHE", "false")
-        # Tethered: a bench that is killed leaves no stack behind.
+        # Tethered, so that a bench that is killed leaves no stack behind.
         process = subprocess.Popen(
             tethered(command),
             env=environment,
@@ -52,7 +49,7 @@ def local_stack(*options: str, settings: Mapping[str, str] | None = None) -> Ite
             if not is_ready or state is None:
                 process.wait()
                 said.seek(0)
-                # Before the error it told what it waited for.
+                # Before the error it says what it waited for.
                 raise UnavailableError(said.read().strip().rpartition("error: ")[2])
             yield state
         finally:

@@ -15,16 +15,16 @@ from helios.model_config import CONFIG_FILE, POSITION_OFFSET, ModelConfig
 from helios.staging import staged
 
 _SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
-# Of the seeded weights: a change of how they are made is another model.
+# Changes with how the weights are made: they are another model then.
 _VERSION = 1
 _SEED = 0
 
 
 def random_model(name: str, directory: Path) -> Path:
-    """The checkpoint of a shape in `directory`, written in bfloat16 unless it is there.
+    """The checkpoint of a shape in `directory`. It is written, in bfloat16, unless it is there.
 
-    Exits at every quarter of the depth, through the shared head. Raises CheckpointError when it cannot be
-    written, KeyError for an unknown shape.
+    It has exits at every quarter of the depth, through the shared head. Raises CheckpointError when it cannot
+    be written, KeyError for an unknown shape.
     """
     path = directory / f"{name}-random-{_VERSION}"
     if not path.exists():
@@ -47,7 +47,7 @@ def write_random_model(config: ModelConfig, path: Path) -> None:
             values *= np.float32(shape[1] ** -0.5)
         values_of[name] = _bfloat16(values)
     tensors = {
-        # By address: values_of keeps them alive.
+        # TensorSpec holds addresses: values_of keeps the arrays alive.
         name: TensorSpec(
             dtype="bfloat16", shape=values.shape, data_ptr=values.ctypes.data, data_len=values.nbytes
         )
@@ -79,7 +79,7 @@ _TOKENIZER_CONFIG = {
 
 
 def _tensor_shapes(config: ModelConfig) -> dict[str, list[int]]:
-    """Names and shapes as transformers' OPTForCausalLM has them."""
+    """Names and shapes of tensors, as in transformers' OPTForCausalLM."""
     hidden, ffn, decoder = config.hidden_size, config.ffn_dim, "model.decoder"
     shapes = {
         f"{decoder}.embed_tokens.weight": [config.vocab_size, hidden],
@@ -100,7 +100,7 @@ def _tensor_shapes(config: ModelConfig) -> dict[str, list[int]]:
 
 
 def _bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """The upper halves of float32 values, rounded to nearest, ties away from zero."""
+    """float32 values as bfloat16: their upper halves, rounded to nearest, ties away from zero."""
     return ((values.view(np.uint32) + np.uint32(0x8000)) >> np.uint32(16)).astype("<u2")
 
 
@@ -129,7 +129,7 @@ def _config_fields(config: ModelConfig) -> dict[str, Any]:
 
 
 def _tokenizer(vocab_size: int) -> Tokenizer:
-    """Byte-level; beyond the bytes every id is a word of its own, so that each has text to stream."""
+    """A byte-level tokenizer. Every id above the bytes is its own word, so that each has text to stream."""
     tokens = [*_SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokens += [f"\u0120w{index}" for index in range(len(tokens), vocab_size)]
     vocabulary = {token: index for index, token in enumerate(tokens[:vocab_size])}

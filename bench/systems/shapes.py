@@ -32,7 +32,7 @@ SHAPES = {
     "opt-125m": replace(OPT_1_3B, hidden_size=768, num_layers=12, num_heads=12, ffn_dim=3072, embed_size=768),
     "opt-1.3b": OPT_1_3B,
 }
-# Of no published model: shows that a bench works.
+# No published model has this shape. It shows that a bench works.
 TINY = replace(
     OPT_1_3B,
     vocab_size=512,

@@ -1,4 +1,4 @@
-"""What `helios bench paper` measures: models, held-out texts, sizes, and what follows from them once."""
+"""What benches of the engine measure: models, held-out texts, sizes, and what is computed of them once."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bench.systems.cache import CACHE_DIR
 from bench.texts import held_out
 from helios.catalog import ModelEntry
 from helios.engine import Engine, EngineSettings, ExitMode
@@ -17,19 +18,17 @@ from helios.errors import SettingsError
 from helios.modes import Precision
 from helios.settings import SERVED_BURST_SECONDS
 
-CACHE_DIR = Path.home() / ".cache" / "helios"
-
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much is measured. All are counts; `windows` is per domain, None: all that the texts give."""
+    """How much is measured. All are counts. `windows` is per domain; None: as many as the texts give."""
 
     batches: tuple[int, ...] = (1, 8, 32, 64)
     prompt_tokens: int = 32
     output_tokens: int = 64
     rounds: int = 3
     saturating_requests: int = 128
-    # A batch of one takes long; its rate does not depend on how many come one after another.
+    # Few, since one at a time takes long, and its rate does not depend on their number.
     single_requests: int = 6
     window_tokens: int = 256
     windows: int | None = None
@@ -38,31 +37,31 @@ class Sizes:
     forced_tokens: int = 128
     grid_batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
     request_tokens: int = 64
-    # Of a phase of drifting traffic. Drifts shall not fall on a reassessment, which would flatter the
-    # reaction.
+    # Of a phase of drifting traffic. A drift must not fall on a reassessment: the reaction would look better
+    # than it is.
     phase_requests: int = 310
-    # Of a phase of long traces, and of traffic without a drift.
+    # Of a phase of the long traces, and of traffic without a drift.
     long_phase_requests: int = 3000
-    # Traces of each shape; and of what is long or only compared.
+    # Traces of each shape; and of those that are long or only compared with others.
     traces: int = 20
     few_traces: int = 5
     served_requests: int = 120
     served_interval: int = 20
     profiled_requests: int = 5
-    # A shape of `random_model`, and what is measured of it.
+    # A shape with random weights, and what is measured of it.
     shape: str = "opt-1.3b"
     shape_batches: tuple[int, ...] = (1, 8, 32)
     shape_tokens: int = 16
-    # More than the profiler's own, since all of a simulation hangs on them.
+    # More than the profiler takes, since all of a simulation depends on them.
     timed_steps: int = 21
     reloads: int = 100
-    # Of each round on real services, and how often four of them are run.
+    # Seconds of a round on real services, and how often four rounds are run.
     control_seconds: float = 20.0
     control_rounds: int = 2
 
     @property
     def largest_batch(self) -> int:
-        """What saturates an engine here."""
+        """The batch that saturates an engine here."""
         return self.batches[-1]
 
 
@@ -99,18 +98,18 @@ QUICK = Sizes(
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """A depth of a model on a domain's held-out text, teacher-forced."""
+    """The quality of a model at one depth on held-out text, teacher-forced."""
 
     perplexity: float
     nats_per_byte: float
     # Over the best candidate at full depth, per token of that candidate, as the policy bounds it.
     perplexity_increase: float
-    # With the model's own last layer.
+    # Share of tokens that are the same as the model's own last layer's.
     agreement: float
 
 
 class Subject:
-    """Models under measurement; loads and traces each of them once."""
+    """The models that are measured. Each is loaded and traced once."""
 
     def __init__(
         self,
@@ -121,7 +120,7 @@ class Subject:
         precision: Precision = Precision.FLOAT32,
         cache_dir: Path = CACHE_DIR,
     ) -> None:
-        """memory_bytes: of each engine. cache_dir: of models with random weights.
+        """memory_bytes: budget of each engine. cache_dir: where models with random weights are kept.
 
         Raises SettingsError when there is no model with early exits.
         """
@@ -145,7 +144,7 @@ class Subject:
         return next(model for model in self.models if model.name == name)
 
     def windows(self, model: ModelEntry, domain: str) -> list[list[int]]:
-        """The held-out text in stretches of equal length. Raises SettingsError when there is none."""
+        """The held-out text in windows of equal length. Raises SettingsError when there is none."""
         key = (model.name, domain)
         if key not in self._windows:
             length = min(self.sizes.window_tokens, model.context_tokens)
@@ -156,7 +155,7 @@ class Subject:
         return self._windows[key]
 
     def prompts(self, model: ModelEntry, domains: Sequence[str], count: int) -> list[list[int]]:
-        """Prompts of one length, cut from the domains' texts by turns; they repeat when the texts run out."""
+        """Prompts of one length, from the domains' texts by turns. They repeat when the texts run out."""
         length = self.sizes.prompt_tokens
         pools = [[window[:length] for window in self.windows(model, domain)] for domain in domains]
         return [
@@ -165,13 +164,13 @@ class Subject:
         ]
 
     def plan(self, model: ModelEntry) -> Plan:
-        """All layers with every exit."""
+        """The model with all layers and every exit."""
         if model.name not in self._plans:
             self._plans[model.name] = load_plan(model.path, None, self.settings(ExitMode.DYNAMIC))
         return self._plans[model.name]
 
     def traces(self, model: ModelEntry, domain: str) -> list[ExitTrace]:
-        """Every exit on the domain's windows."""
+        """What every exit says of the domain's windows."""
         key = (model.name, domain)
         if key not in self._traces:
             self.say(f"every exit of {model.name} on held-out {domain} text")
@@ -179,11 +178,11 @@ class Subject:
         return self._traces[key]
 
     def judge(self, *domains: str) -> ModelEntry:
-        """The best candidate on these domains: at full depth it needs the fewest nats a byte."""
+        """The best candidate on these domains: the one with the fewest nats per byte at full depth."""
         return min(self.models, key=lambda model: self._nats_per_byte(model, model.num_layers, domains))
 
     def quality(self, model: ModelEntry, depth: int, *domains: str) -> Quality:
-        """How good a depth of a model is on these domains together."""
+        """The quality of a model at one depth, on these domains together."""
         traces = [trace for domain in domains for trace in self.traces(model, domain)]
         judge = self.judge(*domains)
         per_byte = self._nats_per_byte(model, depth, domains)
@@ -207,7 +206,7 @@ class Subject:
         return min(within, key=lambda option: option[0].config.parameters(option[1]))
 
     def settings(self, exit_mode: ExitMode, max_running: int | None = None) -> EngineSettings:
-        """Settings of an engine: equal for all but for what is compared."""
+        """Settings of an engine: all are equal except those that are compared."""
         running = max_running or self.sizes.largest_batch
         return EngineSettings(
             exit_mode=exit_mode,
@@ -215,18 +214,18 @@ class Subject:
             memory_bytes=self.memory_bytes,
             max_running=running,
             max_waiting=max(256, self.sizes.saturating_requests),
-            # All prompts of a batch are prefilled in one step, so that decoding can be told from it.
+            # All prompts of a batch are prefilled in one step, so that decoding can be timed apart.
             step_token_budget=max(512, running * (self.sizes.prompt_tokens + 1)),
             prefill_stretch=math.inf,
             burst_seconds=SERVED_BURST_SECONDS,
-            # Each round has the same prompts.
+            # Every round has the same prompts: none may be served from KV that was kept.
             prefix_cache=False,
         )
 
     def engine(
         self, model: ModelEntry, depth: int | None = None, settings: EngineSettings | None = None
     ) -> Engine:
-        """An engine of its own; without settings it is greedy."""
+        """A new engine. Without settings it is greedy."""
         return Engine.load(model.path, depth, settings or self.settings(ExitMode.GREEDY))
 
     def text_nats(self, model: ModelEntry, texts: Sequence[Sequence[int]], prompt_tokens: int) -> float:

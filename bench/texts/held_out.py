@@ -22,7 +22,7 @@ def documents(domain: str) -> list[str]:
 
 
 def windows(tokenizer: Tokenizer, domain: str, tokens: int, limit: int | None = None) -> list[list[int]]:
-    """Stretches of exactly `tokens` ids, none across two documents; at most `limit`, evenly spread."""
+    """Stretches of exactly `tokens` ids, each within one document; at most `limit`, evenly spread."""
     found = []
     for document in documents(domain):
         ids = tokenizer.encode(document).ids
@@ -31,7 +31,7 @@ def windows(tokenizer: Tokenizer, domain: str, tokens: int, limit: int | None = 
 
 
 def spread(items: Sequence[list[int]], limit: int | None) -> list[list[int]]:
-    """At most `limit` of the items, evenly spread, in their order."""
+    """At most `limit` of the items, evenly spread and in their order."""
     if limit is None or limit >= len(items):
         return list(items)
     return [items[index * len(items) // limit] for index in range(limit)]

@@ -23,7 +23,7 @@ from services.controller.situation import Plan, Situation, Trigger, WorkerView
 def serve(
     subject: Subject, loaded: Sequence[Candidate], profiles: Mapping[str, ModelProfile]
 ) -> dict[str, Any]:
-    """The loop for real, on one engine: evaluate, decide, reload, while requests are in flight."""
+    """Serves requests on one engine, and evaluates, decides and reloads at regular intervals meanwhile."""
     subject.say("the policy on an engine that reloads")
     sizes = subject.sizes
     candidates = [one.entry for one in loaded]
@@ -75,7 +75,7 @@ def serve(
             plan = decision.plan
         events.append(event)
 
-    # Of different lengths, so that reloads find requests in flight.
+    # Lengths differ, so that reloads find requests in flight.
     lengths = [max(1, sizes.output_tokens * (1 + index % 4) // 4) for index in range(len(prompts))]
     run = decode.run(engine, prompts, lengths, sizes.largest_batch, reassess)
     return {
@@ -91,6 +91,7 @@ def serve(
 def _situation(
     engine: Engine, plan: Plan, history: Mapping[str, ModelProfile], prompt_tokens: int, output_tokens: int
 ) -> Situation:
+    """What the policy decides on, with the engine as its only worker."""
     telemetry = engine.telemetry()
     worker = WorkerView(
         worker_id="engine",

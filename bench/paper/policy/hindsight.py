@@ -1,4 +1,4 @@
-"""A simulated trace against what is known afterwards: every plan held, and the best plan of each phase."""
+"""A simulated trace compared with hindsight: every fixed plan, and the best plan of each phase."""
 
 import itertools
 import math
@@ -15,13 +15,13 @@ from helios.slo import Slo
 from services.controller.agenda import AgendaSettings
 from services.controller.situation import Plan
 
-# A drift is noticed by what has been served.
-# So a phase may rise by so many times the bound, a whole trace may not.
+# A drift is noticed only after some of it was served. So in one phase perplexity may rise by this many times
+# the bound, over a whole trace only by the bound.
 PHASE_FACTOR = 2.0
 
 
 def bound() -> float:
-    """The default bound on the rise of perplexity over the best candidate of each phase, whole. A share."""
+    """The default bound on the rise of perplexity, as a share, over the best candidate with all layers."""
     found = Slo().max_perplexity_increase
     assert found is not None
     return found
@@ -29,30 +29,30 @@ def bound() -> float:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """What one simulation of a trace came to. Times are ratios, increases of perplexity are shares."""
+    """The figures of one simulation of a trace. Times are ratios, increases of perplexity are shares."""
 
     tokens_per_second: float
     time_to_best: float
-    """Time, moves included, over that of the fastest plan within the bound on each phase, moves free."""
+    """Time with moves, over the time of the fastest plan within the bound in each phase, without moves."""
     priced_time_to_best: float
-    """The same with the CPU of evaluations added."""
+    """The same, with the CPU time of evaluations added."""
     perplexity_increase: float
     phase_increases: dict[str, float]
     moves: int
     needless_moves: int
-    """Moves, but for the first, from a plan within the bound to one that is not faster or beyond it."""
+    """Moves after the first from a plan within the bound to one that is not faster, or not within it."""
     alarms: int
-    """Drifts that were noticed, rightly or not."""
+    """How often a drift was noticed, rightly or not."""
     evaluations: int
     alarmed: list[int]
     """Requests at which a drift was noticed."""
     moved: list[dict[str, Any]]
     drifts: list[dict[str, Any]]
-    """At each change of phase: whether the plan had to go there, and when one within the bound served."""
+    """For each change of phase: whether the plan had to change, and when one within the bound served."""
 
     @property
     def worst_phase_increase(self) -> float:
-        """Of perplexity, in the worst phase."""
+        """The rise of perplexity in the worst phase."""
         return max(self.phase_increases.values())
 
     @property
@@ -62,12 +62,12 @@ class Figures:
 
     @property
     def reactions(self) -> list[int | None]:
-        """Requests from each drift that needs a move until a plan within the bound; None: never."""
+        """For each drift that needs a move: requests until a plan within the bound served; None: never."""
         return [drift["requests_until_within_bound"] for drift in self.drifts if drift["needs_move"]]
 
 
 def summary(traces: Sequence[Figures]) -> dict[str, Any]:
-    """Several traces as one row: means, but for what says otherwise."""
+    """Several traces as one row. Figures are means, unless their name says otherwise."""
 
     def mean(name: str) -> float:
         return statistics.fmean(getattr(one, name) for one in traces)
@@ -100,23 +100,23 @@ class _Phase:
     start: int
     end: int
     tokens: int
-    # Of every plan, held over the phase.
+    # For every plan, held over the phase.
     seconds: Mapping[Plan, float]
     nats: Mapping[Plan, float]
     best_nats: float
-    """Of the best candidate, whole."""
+    """Nats of the best candidate with all layers."""
 
     def increase(self, nats: float) -> float:
         return math.expm1((nats - self.best_nats) / self.tokens)
 
     @property
     def within(self) -> set[Plan]:
-        """Plans within the bound on this phase. The best candidate, whole, always is."""
+        """The plans within the bound in this phase. The best candidate with all layers always is."""
         return {plan for plan, nats in self.nats.items() if self.increase(nats) <= bound()}
 
 
 class Hindsight:
-    """What every plan would have made of a trace."""
+    """What every plan would have done on a trace."""
 
     def __init__(self, scene: Scene) -> None:
         self.scene = scene
@@ -149,11 +149,11 @@ class Hindsight:
 
     @property
     def best_seconds(self) -> float:
-        """Time of the fastest plan of each phase that is within the bound on it."""
+        """Seconds of the fastest plan within the bound, over all phases."""
         return sum(min(phase.seconds[plan] for plan in phase.within) for phase in self._phases)
 
     def fixed_plans(self) -> list[dict[str, Any]]:
-        """Every plan, held from the first request to the last."""
+        """The figures of every plan, held from the first request to the last."""
         tokens = sum(phase.tokens for phase in self._phases)
         rows = []
         for plan in self._rows:
@@ -172,7 +172,7 @@ class Hindsight:
         return rows
 
     def figures(self, run: Run) -> Figures:
-        """A simulation of the trace in figures."""
+        """The figures of a simulation of the trace."""
         served = self._nats[[self._rows[plan] for plan in run.plans], np.arange(len(run.plans))]
         best_nats = sum(phase.best_nats for phase in self._phases)
         return Figures(
@@ -233,7 +233,7 @@ def simulated(
     profiled_requests: int | None = None,
     pooled_requests: int = POOLED_REQUESTS,
 ) -> dict[str, Any]:
-    """The traces simulated under these settings, as `simulate` takes them."""
+    """The traces simulated with these settings, in one row. The arguments are those of `simulate`."""
     return summary(
         [
             one.figures(

@@ -28,7 +28,7 @@ RULE = {
 
 
 def paper_setting(traces: Sequence[Hindsight], candidates: Sequence[ModelEntry]) -> dict[str, Any]:
-    """TH 0.8, CBC 50 of 100, RI 150, one request at a time: against the faster of the models alone."""
+    """TH 0.8, CBC 50 of 100, RI 150, one request at a time: HELIOS against the fastest model alone."""
     alone = [Hindsight(replace(one.scene, batch=1)) for one in traces]
     helios = simulated(alone, AgendaSettings.model_validate(RULE), threshold=DEFAULT_THRESHOLD)
     rates = {model.name: dynamic_rate(alone, model.name, DEFAULT_THRESHOLD) for model in candidates}
@@ -42,17 +42,17 @@ def paper_setting(traces: Sequence[Hindsight], candidates: Sequence[ModelEntry])
 
 
 def dynamic_rate(traces: Sequence[Hindsight], model: str, threshold: float | None) -> float:
-    """Tokens per second of `dynamic` at batch 1: each token pays a step that leaves at its own exit.
+    """Tokens per second of `dynamic` at batch 1: each token costs a step that leaves at its own exit.
 
-    threshold: of every exit; None: calibrated.
+    threshold: for every exit; None: calibrated.
     """
     scene = traces[0].scene
     profile, calibrated = scene.profiles[model], scene.thresholds[model]
     share = scene.prompt_tokens / scene.requests[0].records[model].tokens
-    # Prefill walks all layers.
+    # Prefill runs all layers.
     prefill = share / profile.full.prefill_tokens_per_second
     steps = np.array(scene.dynamic_step_seconds[model])
-    # The last layer has none: every token has left there.
+    # The last layer has no threshold: every token leaves there at the latest.
     limits = np.array(
         [
             0.0 if depth not in calibrated else calibrated[depth] if threshold is None else threshold
@@ -69,7 +69,7 @@ def dynamic_rate(traces: Sequence[Hindsight], model: str, threshold: float | Non
 
 
 def dynamic_steps(subject: Subject, model: ModelEntry) -> list[float]:
-    """Seconds of a step of one token that leaves at each exit, the last among them; medians."""
+    """Median seconds of a step with one token that leaves at each exit, the last layer included."""
     plan, prompt = subject.plan(model), subject.sizes.prompt_tokens
     (text, *_) = subject.windows(model, next(iter(held_out.DOMAINS)))
 
@@ -80,9 +80,9 @@ def dynamic_steps(subject: Subject, model: ModelEntry) -> list[float]:
 
     found = []
     for depth in model.exit_layers:
-        # Sure at this exit, and never before it.
+        # Every token is sure at this exit, and none before it.
         thresholds = {layer: 0.0 if layer == depth else math.inf for layer in model.exit_layers[:-1]}
-        # The first token comes with the prompt's prefill, which is taken off.
+        # The time of the prefill, which gives the first token, is subtracted.
         taken = [
             (walked(1 + prompt, thresholds) - walked(1, thresholds)) / prompt
             for _ in range(subject.sizes.timed_steps)

@@ -11,6 +11,7 @@ from services.profiler.settings import ProfilerSettings
 
 
 def evaluation_settings(subject: Subject) -> EvaluationSettings:
+    """Settings of evaluations as the profiler has them, with more timed steps."""
     sizes = subject.sizes
     return EvaluationSettings(
         batches=sizes.batches,
@@ -24,7 +25,7 @@ def evaluation_settings(subject: Subject) -> EvaluationSettings:
 def profile(
     subject: Subject, candidates: Sequence[Candidate], requests: Sequence[Request]
 ) -> tuple[dict[str, ModelProfile], dict[str, float]]:
-    """Profiles with timed steps; and the cost of profiling all again, loaded and with known speeds."""
+    """Profiles of the candidates, and what it costs to profile them again when their speeds are known."""
     settings = evaluation_settings(subject)
     prompts = [list(request.ids) for request in requests[: subject.sizes.profiled_requests]]
     profiles = {one.entry.name: evaluate(one, prompts, settings) for one in candidates}
@@ -37,7 +38,7 @@ def profile(
         "seconds_per_assessment": sum(one.wall_seconds for one in again),
         "cpu_seconds_per_assessment": cpu_seconds,
         "cpu_seconds_per_request_and_model": cpu_seconds / pairs,
-        # Where the prompts are not continued.
+        # When prompts are not continued.
         "cpu_seconds_per_prompt_and_model": sum(one.cpu_seconds for one in prompts_only) / pairs,
         "cpu_seconds_once": sum(one.once_cpu_seconds for one in profiles.values()),
     }

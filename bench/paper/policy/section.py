@@ -18,7 +18,7 @@ from services.controller.situation import Plan
 
 
 def measure(subject: Subject) -> dict[str, Any]:
-    """Figures of many traces, ablation and sweeps on recorded requests; one run on an engine that reloads."""
+    """Simulated traces, an ablation and sweeps on recorded requests; a run on an engine that reloads."""
     candidates = [model for model in subject.models if model.tokenizer_id == subject.models[0].tokenizer_id]
     sizes = subject.sizes
     pools = traffic.record(subject, candidates)
@@ -89,7 +89,7 @@ def measure(subject: Subject) -> dict[str, Any]:
             **profiling,
             "evaluations": run.assessments,
             "deciding_seconds": run.deciding_seconds,
-            # Of one thread that serves all the time.
+            # Of the time of one thread that always serves.
             "share": run.evaluating_seconds / run.priced_seconds,
         },
         "drifting": drifting,
@@ -103,7 +103,7 @@ def measure(subject: Subject) -> dict[str, Any]:
 
 
 def _stretches(plans: Sequence[Plan]) -> list[tuple[int, Plan]]:
-    """Where each plan began."""
+    """The number of the request at which each plan began."""
     return [(0, plans[0])] + [
         (number, after)
         for number, (before, after) in enumerate(itertools.pairwise(plans), 1)

@@ -1,8 +1,8 @@
 """The controller's own agenda and policy on recorded requests, without any service.
 
-Simulated time is tokens times the step times that the profiler measured, plus the cost of every move. So a
-sweep costs nothing, and all its settings see the same tokens. Requests come one after the other. An
-evaluation is there at once: what it takes is priced, not waited for.
+Simulated time is the number of tokens times the measured time of a step, plus the cost of every move. So a
+sweep is cheap, and all its settings see the same tokens. Requests come one after the other. An evaluation is
+ready at once: its CPU time is added to the price, not to the time.
 """
 
 import time
@@ -30,30 +30,30 @@ from services.profiler.settings import ProfilerSettings
 
 POOLED_REQUESTS: int = ProfilerSettings.model_fields["pooled_requests"].default
 FRESH_POOLED_REQUESTS: int = ProfilerSettings.model_fields["fresh_pooled_requests"].default
-# What is due at a request at most: an evaluation, the decision on it, and what follows from that.
+# The most that can be due at one request: an evaluation, the decision on it, and what follows from that.
 _MOST_DUE = 6
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What is equal for all simulations of a trace."""
+    """What all simulations of a trace share."""
 
     requests: Sequence[Request]
     profiles: Mapping[str, ModelProfile]
-    # Thresholds that the engine counts unsure tokens by until a plan is chosen, per model and depth.
+    # Thresholds by which the engine counts unsure tokens until a plan is chosen, by model and depth.
     thresholds: Mapping[str, Mapping[int, float]]
-    # Seconds of a step at batch 1 that leaves at each exit, by model: the exits before it read, too, and the
-    # KV of the layers behind it filled.
+    # Seconds of a step at batch 1 that leaves at each exit, by model. It also reads the exits before, and fills
+    # the KV of the layers after it.
     dynamic_step_seconds: Mapping[str, Sequence[float]]
     batch: int
     profiled_requests: int
     prompt_tokens: int
-    # CPU of evaluating one request under one model, continued and not.
+    # CPU seconds for evaluating one request under one model: with a continuation, and without.
     evaluation_seconds: float = 0.0
     prompt_evaluation_seconds: float = 0.0
 
     def token_seconds(self, plan: Plan) -> float:
-        """Seconds per generated token of a saturated engine, the prompt's share included."""
+        """Seconds per generated token of a saturated engine, with the token's share of the prefill."""
         one = self.profiles[plan.model].at(plan.depth)
         output = self.requests[0].records[plan.model].tokens
         share = self.prompt_tokens / output
@@ -62,10 +62,10 @@ class Scene:
 
 @dataclass(slots=True)
 class Run:
-    """What a simulation gathered."""
+    """What a simulation recorded."""
 
     plans: list[Plan] = field(default_factory=list)
-    # Serving and moving; evaluations come on top.
+    # For serving and moving, without evaluations.
     seconds: float = 0.0
     moving_seconds: float = 0.0
     evaluating_seconds: float = 0.0
@@ -80,12 +80,12 @@ class Run:
 
     @property
     def nats_per_byte(self) -> float:
-        """Cross-entropy of the whole traffic."""
+        """Cross-entropy of all the traffic."""
         return self.nats / self.text_bytes
 
     @property
     def priced_seconds(self) -> float:
-        """With the evaluations."""
+        """Seconds with evaluations."""
         return self.seconds + self.evaluating_seconds
 
 
@@ -97,10 +97,10 @@ def simulate(
     *,
     pooled_requests: int = POOLED_REQUESTS,
 ) -> Run:
-    """The controller's loop over the recorded requests.
+    """Runs the controller's loop over the recorded requests.
 
-    threshold: of every exit; None: calibrated. profiled_requests: recent ones that a regular evaluation runs;
-    None: the scene's.
+    threshold: for every exit; None: calibrated. profiled_requests: how many recent requests a regular
+    evaluation runs; None: as the scene says. pooled_requests: how many evaluated requests count.
     """
     return _Simulation(scene, settings, threshold, profiled_requests, pooled_requests).run()
 
@@ -122,7 +122,7 @@ class _Simulation:
         self.window: deque[bool] = deque(maxlen=settings.window_tokens)
         self.history: dict[str, ModelProfile] = {}
         first = next(iter(scene.profiles.values()))
-        # What serves while nothing is known: the first candidate whole.
+        # While nothing is known, the first candidate serves with all layers.
         self.plan = Plan(model=first.model, depth=first.full.depth)
         self.chosen: Plan | None = None
         self.bars: tuple[Bar, ...] = ()
@@ -160,7 +160,7 @@ class _Simulation:
         self.agenda.evaluation_began(due, seen)
         if due.fresh:
             self.done.alarms.append(number)
-        # Before the first request there is nothing recent; the first ones are profiled then.
+        # Before the first request nothing is recent: the first requests are evaluated then.
         recent = self.scene.requests[max(0, number - count) : number] or self.scene.requests[:count]
         names = due.models or tuple(self.scene.profiles)
         for name in names:
@@ -261,9 +261,9 @@ class _Simulation:
         )
 
     def _threshold(self, plan: Plan) -> float:
-        """What the engine calls unsure under a plan: as calibrated on the requests that it was chosen by.
+        """Below this confidence a token is unsure under a plan: calibrated on the requests it was chosen by.
 
-        At the last layer nothing.
+        At the last layer no token is unsure.
         """
         by_depth = self.scene.thresholds[plan.model]
         if plan.depth not in by_depth:

@@ -37,7 +37,7 @@ def ablation(traces: Sequence[Hindsight]) -> dict[str, Any]:
 def sweeps(traces: Sequence[Hindsight]) -> dict[str, Any]:
     """Several values of each setting of the controller."""
     return {
-        # Were reassessments put off to keep profiling within its share, the interval would not matter.
+        # profiling_share 1: if reassessments were put off, the interval would not matter.
         "reassess_requests": [
             {"value": value}
             | simulated(traces, _settings({"reassess_requests": value, "profiling_share": 1}))

@@ -9,13 +9,13 @@ from bench.paper.policy.hindsight import PHASE_FACTOR
 from bench.results import Target
 from helios.calibration import DEFAULT_THRESHOLD
 
-# Time over that of the best plan of each phase.
+# Times are ratios to the best plan of each phase.
 _TIME_TARGET, _LONG_TARGET = 1.10, 1.15
 _NEEDLESS_TARGET, _PAPER_TARGET = 1.0, 1.48
 
 
 def targets(result: dict[str, Any]) -> list[Target]:
-    """Quality, time and reaction on drifting traffic, calm on other traffic, and the paper's own setting."""
+    """Quality, time and reaction on drifting traffic, few moves on steady traffic, the paper's setting."""
     standard, long = result["drifting"][traffic.STANDARD], result["drifting"][traffic.LONG]
     limit, count = result["bound"], standard["traces"]
     long_phase, interval = result["long_phase_requests"], result["policy"]["reassess_requests"]

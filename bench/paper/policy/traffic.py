@@ -1,6 +1,6 @@
 """Recorded requests, with what every exit of every candidate says of them, and traces of drifting traffic.
 
-A request's text is given, not generated, so that every policy is measured on the same tokens.
+The text of a request is given, not generated, so that every policy is measured on the same tokens.
 """
 
 import math
@@ -21,9 +21,9 @@ from helios.history import CONFIDENCE_BINS, ExitProfile, ModelProfile, RequestSa
 _EDGES = [index / CONFIDENCE_BINS for index in range(CONFIDENCE_BINS)]
 _PROSE, _TECHNICAL = held_out.DOMAINS
 
-# Share of technical text in a phase: a constant, or by the number of the request and how many the phase has.
+# Share of technical text in a phase: a constant, or a function of a request's number and the phase's length.
 Share: TypeAlias = float | Callable[[int, int], float]
-# Phases one after the other: name and share.
+# Phases in their order: name and share.
 Shape: TypeAlias = tuple[tuple[str, Share], ...]
 
 
@@ -36,7 +36,7 @@ def _sliding(number: int, requests: int) -> float:
 
 
 def _in_bursts(number: int, requests: int) -> float:
-    """Three bursts, each two fifths of a third of the phase."""
+    """Three bursts. Each takes the last two fifths of a third of the phase."""
     return float(3 * number / requests % 1 >= 0.6)
 
 
@@ -50,13 +50,13 @@ SHAPES: Mapping[str, Shape] = {
     "bursts": (("prose", 0), ("bursts", _in_bursts), ("technical", 1)),
     "mixtures": (("a fifth technical", 0.2), ("four fifths technical", 0.8), ("prose", 0)),
 }
-# The standard trace's phases, each alone: traffic without a drift.
+# Traffic without a drift: each phase of the standard trace alone.
 STEADY: Mapping[str, Shape] = {name: ((name, share),) for name, share in SHAPES[STANDARD]}
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One model's exits on one request of n tokens, [exits, n] each."""
+    """What one model's exits say of one request of n tokens. Each array is [exits, n]."""
 
     exit_layers: tuple[int, ...]
     confidences: NDArray[np.float32]
@@ -72,7 +72,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request as it would have gone under every candidate."""
+    """A request, with what every candidate says of it."""
 
     phase: str
     domain: str
@@ -81,17 +81,17 @@ class Request:
 
 
 def record(subject: Subject, candidates: Sequence[ModelEntry]) -> dict[str, list[Request]]:
-    """All requests that the held-out texts give, by domain."""
+    """All requests that can be cut from the held-out texts, by domain."""
     return {domain: _requests(subject, candidates, domain) for domain in held_out.DOMAINS}
 
 
 def trace(
     pools: Mapping[str, Sequence[Request]], shape: Shape, phase_requests: int, seed: int
 ) -> list[Request]:
-    """A trace of this shape, each phase of `phase_requests`.
+    """A trace of this shape. Each phase has `phase_requests` requests.
 
-    pools: recorded requests by domain. The seed draws the order in which a domain's requests come, and the
-    domain where a share leaves it open. Requests repeat when all of a domain have come.
+    pools: recorded requests by domain. The seed decides the order of a domain's requests, and each request's
+    domain where the share leaves it open. Requests repeat when all of a domain have come.
     """
     draw = random.Random(seed)
     orders = {domain: draw.sample(pool, len(pool)) for domain, pool in pools.items()}
@@ -110,15 +110,17 @@ def trace(
 def profile(
     base: ModelProfile, requests: Sequence[Request], time: float, threshold: float | None
 ) -> ModelProfile:
-    """What the profiler would measure on these requests. Speeds and sizes are those of `base`, which was
-    measured; threshold: of every exit, None: calibrated on the requests."""
+    """What the profiler would find on these requests. Speeds and sizes are those measured in `base`.
+
+    threshold: for every exit; None: calibrated on the requests.
+    """
     records = [request.records[base.model] for request in requests]
     tokens = sum(record.tokens for record in records)
     text_bytes = sum(record.text_bytes for record in records)
 
     samples = tuple(
         RequestSample(
-            # As for the profiler's, the text is the identity: one that comes again says nothing new.
+            # As in the profiler, the text identifies a request: one that comes again says nothing new.
             id=str(hash(request.ids)),
             text_bytes=record.text_bytes,
             nats=tuple(record.nats.sum(axis=1, dtype=np.float64).tolist()),
@@ -161,7 +163,7 @@ def _requests(subject: Subject, candidates: Sequence[ModelEntry], domain: str) -
     found = []
     for number, window in enumerate(subject.windows(candidates[0], domain)):
         for start in range(0, len(window) - 1, length):
-            # What is predicted at these positions are the tokens after them.
+            # At each position the token after it is predicted.
             ids = window[start + 1 : start + 1 + length]
             text_bytes = len(tokenizer.decode(ids).encode())
             records = {}
