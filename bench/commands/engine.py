@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from bench.commands.options import cache_dir_option, json_option, report_option
+from bench.commands.options import cache_dir_option, count_option, json_option, report_option
 from bench.page import check_plots
 from bench.peers.contenders import CONTENDERS, PEERS
 from bench.systems.shapes import SHAPES
@@ -80,13 +80,9 @@ class _Counts(click.ParamType[tuple[int, ...]]):
 )
 @click.option("--prompts", type=_Counts(), default="32,512", show_default=True, help="Tokens of a prompt.")
 @click.option("--batches", type=_Counts(), default="1,8,32,64", show_default=True, help="Prompts at once.")
-@click.option(
-    "--max-tokens", type=click.IntRange(min=2), default=64, show_default=True, help="Tokens for each."
-)
-@click.option(
-    "--repetitions", type=click.IntRange(min=1), default=3, show_default=True, help="Rounds of turns."
-)
-@click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True, help="Threads of each.")
+@count_option("--max-tokens", at_least=2, default=64, help="Tokens generated for each prompt.")
+@count_option("--repetitions", default=3, help="Rounds, in which all take turns.")
+@count_option("--threads", default=2, help="Threads of each engine.")
 @models_dir_option
 @cache_dir_option("the peers' environments and the random weights are")
 @click.option("--fresh", is_flag=True, help="Measure again what these options select.")

@@ -24,6 +24,15 @@ report_option = click.option(
 )
 
 
+def count_option(
+    *names: str, default: int, at_least: int = 1, help: str | None = None
+) -> Callable[[_Command], _Command]:
+    """An option that is a whole number of something."""
+    return click.option(
+        *names, type=click.IntRange(min=at_least), default=default, show_default=True, help=help
+    )
+
+
 def cache_dir_option(kept: str) -> Callable[[_Command], _Command]:
     """The option that names the folder where `kept`, in words, is kept."""
     return click.option(

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from bench.commands.options import cache_dir_option, json_option, report_option
+from bench.commands.options import cache_dir_option, count_option, json_option, report_option
 from bench.page import check_plots
 from bench.paper import SECTION_NAMES
 from helios.cli.checkpoints import models_dir_option
@@ -21,9 +21,7 @@ from helios.modes import Precision
 )
 @click.option("--fresh", is_flag=True, help="Measure again what the JSON file already holds.")
 @models_dir_option
-@click.option(
-    "--threads", type=click.IntRange(min=1), default=1, show_default=True, help="Threads of the engine."
-)
+@count_option("--threads", default=1, help="Threads of the engine.")
 @click.option(
     "--precision",
     type=click.Choice([one.value for one in Precision]),

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from bench.commands.options import cache_dir_option, json_option
+from bench.commands.options import cache_dir_option, count_option, json_option
 from bench.systems.shapes import SHAPES
 
 
@@ -18,17 +18,11 @@ from bench.systems.shapes import SHAPES
     show_default=True,
     help="Model, with random weights.",
 )
-@click.option(
-    "--chats", type=click.IntRange(min=1), default=8, show_default=True, help="Streams that run meanwhile."
-)
-@click.option(
-    "--chat-tokens", type=click.IntRange(min=4), default=256, show_default=True, help="Tokens of each stream."
-)
-@click.option("--prompt-tokens", type=click.IntRange(min=2), default=1500, show_default=True)
-@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True)
-@click.option(
-    "--threads", type=click.IntRange(min=1), default=2, show_default=True, help="Threads of the engine."
-)
+@count_option("--chats", default=8, help="Streams that run meanwhile.")
+@count_option("--chat-tokens", at_least=4, default=256, help="Tokens of each stream.")
+@count_option("--prompt-tokens", at_least=2, default=1500)
+@count_option("--rounds", default=3)
+@count_option("--threads", default=2, help="Threads of the engine.")
 @click.option("--precision", default="auto", show_default=True)
 @cache_dir_option("the random weights are")
 def prefill(

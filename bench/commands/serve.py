@@ -5,18 +5,14 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from bench.commands.options import json_option
+from bench.commands.options import count_option, json_option
 from helios.cli.checkpoints import models_dir_option
 
 
 @click.command()
 @json_option
-@click.option(
-    "--streams", type=click.IntRange(min=1), default=64, show_default=True, help="Streams open at once."
-)
-@click.option(
-    "--max-tokens", type=click.IntRange(min=2), default=64, show_default=True, help="Tokens of each stream."
-)
+@count_option("--streams", default=64, help="Streams open at once.")
+@count_option("--max-tokens", at_least=2, default=64, help="Tokens of each stream.")
 @click.option("--workers", type=click.IntRange(min=1), help="Default: as `helios up`.")
 @models_dir_option
 @click.option("--model", help="Default: the first of the models directory.")

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 from rich.console import Console
 
-from bench.commands.options import cache_dir_option, json_option
+from bench.commands.options import cache_dir_option, count_option, json_option
 from bench.systems.shapes import SHAPES
 
 
@@ -20,7 +20,7 @@ from bench.systems.shapes import SHAPES
 @json_option
 @click.option("--shape", type=click.Choice(list(SHAPES)), default="opt-125m", show_default=True)
 @click.option("--depth", type=click.IntRange(min=1), help="Depth of Helios. Default: all layers.")
-@click.option("--requests", "count", type=click.IntRange(min=8), default=100, show_default=True)
+@count_option("--requests", "count", at_least=8, default=100)
 @click.option(
     "--length-scale",
     type=click.FloatRange(min=0, min_open=True),
@@ -28,15 +28,9 @@ from bench.systems.shapes import SHAPES
     show_default=True,
     help="Factor for the lengths of prompts and outputs, so that a run ends on a small machine.",
 )
-@click.option(
-    "--streams", type=click.IntRange(min=1), default=64, show_default=True, help="Streams open at once."
-)
-@click.option(
-    "--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Workers of Helios."
-)
-@click.option(
-    "--threads", type=click.IntRange(min=1), default=2, show_default=True, help="Threads of each system."
-)
+@count_option("--streams", default=64, help="Streams open at once.")
+@count_option("--workers", default=1, help="Workers of Helios.")
+@count_option("--threads", default=2, help="Threads of each system.")
 @click.option("--without-vllm", is_flag=True, help="Measure Helios alone.")
 @cache_dir_option("the peers' environments and the random weights are")
 @click.option("--fresh", is_flag=True, help="Measure again what the JSON file already holds.")

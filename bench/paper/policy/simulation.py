@@ -42,8 +42,8 @@ class Scene:
     profiles: Mapping[str, ModelProfile]
     # Thresholds by which the engine counts unsure tokens until a plan is chosen, by model and depth.
     thresholds: Mapping[str, Mapping[int, float]]
-    # Seconds of a step at batch 1 that leaves at each exit, by model. It also reads the exits before, and fills
-    # the KV of the layers after it.
+    # Seconds of a step at batch 1 that leaves at each exit, by model. It also reads the exits before, and
+    # fills the KV of the layers after it.
     dynamic_step_seconds: Mapping[str, Sequence[float]]
     batch: int
     profiled_requests: int
