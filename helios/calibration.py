@@ -1,8 +1,10 @@
-"""The confidence threshold above which an exit's tokens can be trusted."""
+"""The confidence from which an exit's tokens can be trusted."""
 
 from collections.abc import Sequence
 
-# Share of tokens that must agree with the last layer, unless the operator says otherwise.
+# The threshold of an exit that is neither calibrated nor set (TH in arXiv 2504.10724).
+DEFAULT_THRESHOLD = 0.8
+# Share of tokens that shall agree with the last layer, unless the operator says otherwise.
 TARGET_AGREEMENT = 0.9
 
 
@@ -12,11 +14,11 @@ def calibrated_threshold(
     agreements: Sequence[int],
     target: float = TARGET_AGREEMENT,
 ) -> float:
-    """The lowest confidence such that at least `target` of the tokens from it on agree with the last layer.
+    """The lowest confidence from which on at least `target` of the tokens agree with the last layer.
 
-    confidences: ascending levels of a histogram (lower edges of its bins) or single values. counts: tokens at
-    each level. agreements: those of them whose top token is also the last layer's. A level without tokens is
-    never the answer. Returns 1.0 when there is no such confidence.
+    confidences: ascending, the levels of a histogram (a bin's lower edge) or single values. counts and
+    agreements: at each of them the tokens, and those whose top token is the last layer's. A level without
+    tokens is never the answer. 1.0 when there is no such confidence.
     """
     threshold, tokens, agreeing = 1.0, 0, 0
     for confidence, count, agreement in zip(

@@ -25,12 +25,12 @@ from torch import Tensor
 from helios.catalog import EXITS_FILE, FACTS_FILE, TOKENIZER_FILE, EarlyExitFacts, ExitHeadKind, read_model
 from helios.engine.tokenizer import load_tokenizer
 from helios.errors import CheckpointError, HeliosError, InvalidRequestError
+from helios.facts_file import write_facts
 from helios.staging import check_free, staged
 from training.calibration import calibrate_thresholds, default_depth, perplexity
 from training.checkpoint import load_state, save_state
 from training.exit_heads import ExitHeads
 from training.exit_reader import ExitReader, load_opt
-from training.facts_file import write_facts
 from training.loss_log import LossLog
 from training.stream import WindowStream, encode_documents, held_out_windows
 

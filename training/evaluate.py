@@ -23,11 +23,11 @@ from torch import Tensor
 from helios.catalog import EarlyExitFacts, read_model
 from helios.engine.tokenizer import load_tokenizer
 from helios.errors import HeliosError, SettingsError
+from helios.facts_file import write_facts
 from training.calibration import calibrate_thresholds, default_depth, perplexity
 from training.card import write_card
 from training.corpora import DEFAULT_DIRECTORY, DOMAINS
 from training.exit_reader import ExitFacts, ExitReader
-from training.facts_file import write_facts
 from training.stream import held_out_windows, load_tokens
 
 CONFIDENT, UNSURE = 0.8, 0.5

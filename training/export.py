@@ -14,11 +14,11 @@ from torch import Tensor
 
 from helios.catalog import EarlyExitFacts
 from helios.errors import HeliosError
+from helios.facts_file import write_facts
 from helios.model_config import CONFIG_FILE
 from helios.staging import check_free, staged
 from training.checkpoint import load_state
 from training.corpora import DEFAULT_DIRECTORY
-from training.facts_file import write_facts
 from training.model import EarlyExitOPT, ModelShape
 from training.tokenizer import tokenizer_id
 

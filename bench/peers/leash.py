@@ -1,8 +1,8 @@
-"""Runs a command that ends, with all processes it has started, when the process that started it does.
+"""Runs a command that ends, with all processes that it has started, when its parent ends.
 
-`python leash.py PARENT_PID COMMAND...`, as the leader of a process group: the kernel tells it when its parent
-ends (prctl(2), PR_SET_PDEATHSIG). helios.tether is for commands without processes of their own; engines have
-some. Elsewhere than on Linux the parent's end goes unseen.
+`python leash.py PARENT_PID COMMAND...`, as the leader of a process group. The kernel signals the end of the
+parent (prctl(2), PR_SET_PDEATHSIG); other systems than Linux do not. helios.tether does the same for commands
+that start no further processes; engines start some.
 """
 
 import ctypes
@@ -13,17 +13,17 @@ from collections.abc import Sequence
 
 _PR_SET_PDEATHSIG = 1
 _ENDS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
-# In which a command that is told to end may still clean up.
+# Time for a command to clean up after it was told to end.
 _GRACE_SECONDS = 10.0
 
 
 def leashed(command: Sequence[str]) -> list[str]:
-    """The command line that runs `command` for the calling process; start it with `process_group=0`."""
+    """The command line that runs `command` on the caller's leash. Start it with `process_group=0`."""
     return [sys.executable, "-I", "-S", __file__, str(os.getpid()), *command]
 
 
 def main() -> None:
-    """Starts the command, waits for its end or an order to end it, and ends the whole group."""
+    """Starts the command, waits until it ends or is to be ended, and ends the whole group."""
     parent, command = int(sys.argv[1]), sys.argv[2:]
     signal.pthread_sigmask(signal.SIG_BLOCK, {*_ENDS, signal.SIGCHLD})
     if sys.platform == "linux":
@@ -41,7 +41,7 @@ def main() -> None:
     if got != signal.SIGCHLD:
         os.kill(child, signal.SIGTERM)
         signal.sigtimedwait({signal.SIGCHLD}, _GRACE_SECONDS)
-    # Whatever is left, this process with it.
+    # Ends whatever is left, and this process.
     os.killpg(0, signal.SIGKILL)
 
 

@@ -8,7 +8,7 @@ import textwrap
 import click
 
 from helios import __version__
-from helios.cli.lazy_group import LazyGroup
+from helios.cli.lazy_group import LazyGroup, package_of, registered
 from helios.errors import HeliosError
 
 _COMMANDS = {
@@ -23,13 +23,17 @@ _COMMANDS = {
     "decisions": "helios.cli.decisions:decisions",
     "profile": "helios.cli.profile:profile",
     "models": "helios.cli.models:models",
-    "bench": "helios.cli.bench:bench",
-    "demo": "helios.cli.demo:demo",
 }
-_OWN_PACKAGES = ("helios", "services", "training", "bench")
+# Entry points of this group are commands too.
+_REGISTERED = "helios.commands"
 
 
-@click.command(cls=LazyGroup, commands_at=_COMMANDS, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(
+    cls=LazyGroup,
+    commands_at=_COMMANDS,
+    registered_in=_REGISTERED,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(__version__, prog_name="helios")
 def cli() -> None:
     """Serves early-exit language models from the fewest layers that keep their quality."""
@@ -48,7 +52,7 @@ def main() -> None:
     except click.Abort:
         sys.exit(130)
     except ModuleNotFoundError as error:
-        if (error.name or "helios").partition(".")[0] in _OWN_PACKAGES:
+        if (error.name or "helios").partition(".")[0] in _own_packages():
             raise
         extras = "helios-serving[engine,local,training]"
         click.echo(f"error: {error.name} is not installed: `pip install '{extras}'`", err=True)
@@ -59,8 +63,16 @@ def main() -> None:
     sys.exit(status or 0)
 
 
+def _own_packages() -> set[str]:
+    """Packages of this project and of registered commands: a module that lacks there is an error in them."""
+    from helios.cli.models import REGISTERED
+
+    places = [*registered(_REGISTERED).values(), *registered(REGISTERED).values()]
+    return {"helios", "services", *map(package_of, places)}
+
+
 def _for_reading(text: str) -> str:
-    """A text with line breaks between words where a person reads it, otherwise as it is."""
+    """The text, with line breaks between words when it is written to a terminal."""
     if not sys.stderr.isatty():
         return text
     width = shutil.get_terminal_size().columns
@@ -68,11 +80,11 @@ def _for_reading(text: str) -> str:
 
 
 def _with_dashes_hint(error: click.NoSuchOption, words: list[str]) -> click.NoSuchOption:
-    """Says how to write an argument that begins with a dash, which was taken for an option."""
+    """The error, with a hint when an argument that begins with a dash was taken for an option."""
     given = next((word for word in words if word.startswith(error.option_name)), None)
     command = error.ctx.command if error.ctx is not None else None
     arguments = [one for one in command.params if isinstance(one, click.Argument)] if command else []
-    # An option that is known by nearly the same name is a slip of the pen.
+    # An option with nearly the same name exists: a typing error.
     if given is None or error.ctx is None or not arguments or error.possibilities:
         return error
     hint = (

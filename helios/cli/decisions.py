@@ -1,4 +1,4 @@
-"""`helios decisions`: what the controller decided, what it weighed, and what came of it."""
+"""`helios decisions`: what the controller decided, which options it had, and what came of it."""
 
 import json
 import time
@@ -38,7 +38,7 @@ def decisions(*, last: int, follow: bool, as_json: bool, target: str | None) -> 
 
 def as_dict(decision: controller_pb2.Decision) -> dict[str, Any]:
     """A decision as JSON has it."""
-    # Not MessageToDict: it makes strings of 64-bit counters.
+    # MessageToDict would turn 64-bit counters into strings.
     outcome = decision.outcome
     return {
         "number": decision.number,
@@ -62,7 +62,7 @@ def as_dict(decision: controller_pb2.Decision) -> dict[str, Any]:
 
 
 def in_one_line(decision: controller_pb2.Decision) -> str:
-    """When, why and what."""
+    """When it was made, why, and what was decided."""
     clock = time.strftime("%H:%M:%S", time.localtime(decision.time))
     return f"{decision.number} {clock} {decision.trigger}: {decision.reason}"
 

@@ -80,7 +80,7 @@ def _read_prompt(argument: str) -> str:
 
 
 def _text(argument: str, name: str) -> str:
-    # Bytes of the command line that are not UTF-8 arrive as lone surrogates.
+    # Python turns bytes of the command line that are not UTF-8 into lone surrogates.
     try:
         argument.encode()
     except UnicodeEncodeError:
@@ -113,7 +113,7 @@ def _reason(finish: generation_pb2.Finish) -> str:
 
 
 def _summary(token: generation_pb2.Token, finish: generation_pb2.Finish, token_times: list[float]) -> str:
-    """One line on a stream that has ended; `token` is its last."""
+    """One line about a stream that has ended. `token` is its last token."""
     parts = [f"{finish.completion_tokens} tokens ({_reason(finish)})"]
     if token_times:
         parts.append(f"{len(token_times) / token_times[-1]:.0f} tokens/s")

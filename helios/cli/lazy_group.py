@@ -1,28 +1,64 @@
-"""A click group whose commands are imported when they are asked for: none pays for another's imports."""
+"""A click group that imports a command only when it is asked for: no command pays for another's imports."""
 
 import importlib
+import importlib.util
 from collections.abc import Mapping
 
 import click
 
 
 class LazyGroup(click.Group):
-    """`commands_at` maps a command's name to `module:attribute`."""
+    """A group of commands that are named by `module:attribute`.
 
-    def __init__(self, *args: object, commands_at: Mapping[str, str], **attributes: object) -> None:
+    Other packages register commands as entry points of their distribution (importlib.metadata), so that this
+    package needs none of their names.
+    """
+
+    def __init__(
+        self,
+        *args: object,
+        commands_at: Mapping[str, str] | None = None,
+        registered_in: str = "",
+        **attributes: object,
+    ) -> None:
+        """commands_at: where each command is. registered_in: the group of entry points; empty: none."""
         super().__init__(*args, **attributes)  # type: ignore[arg-type]  # click's own, passed through
-        self._commands_at = commands_at
+        self._commands_at = commands_at or {}
+        self._registered_in = registered_in
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        """The names, in the order in which they are given."""
-        return list(self._commands_at)
+        """The names: those of `commands_at` in their order, then all others from a to z."""
+        return [*self._commands_at, *sorted({*self.commands, *self._registered()})]
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        """Imports a command."""
-        if cmd_name not in self._commands_at:
-            return None
-        module, _, attribute = self._commands_at[cmd_name].partition(":")
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Imports a command. None: there is no such command."""
+        place = self._commands_at.get(cmd_name)
+        if place is None and cmd_name not in self.commands:
+            place = self._registered().get(cmd_name)
+        if place is None:
+            return super().get_command(ctx, cmd_name)
+        module, _, attribute = place.partition(":")
         command = getattr(importlib.import_module(module), attribute)
         if not isinstance(command, click.Command):
-            raise TypeError(f"{module}:{attribute} is no command")
+            raise TypeError(f"{place} is not a command")
         return command
+
+    def _registered(self) -> dict[str, str]:
+        """Where each registered command is. Left out: those whose package is not here, as in images."""
+        return {
+            name: place
+            for name, place in registered(self._registered_in).items()
+            if importlib.util.find_spec(package_of(place)) is not None
+        }
+
+
+def registered(group: str) -> dict[str, str]:
+    """The entry points of a group: name, and `module:attribute`. Nothing is imported."""
+    from importlib.metadata import entry_points
+
+    return {one.name: one.value for one in entry_points(group=group)} if group else {}
+
+
+def package_of(place: str) -> str:
+    """The top-level package of a `module:attribute`."""
+    return place.partition(":")[0].partition(".")[0]

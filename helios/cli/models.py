@@ -3,31 +3,32 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from helios import catalog
 from helios.catalog import Catalog, Fidelity, ModelEntry
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
-
-    from helios.catalog import ExitHeadKind
-
-_MODELS_DIR = click.option(
-    "--models-dir", type=click.Path(path_type=Path), help="Default: the bundled models."
+from helios.cli.checkpoints import (
+    depths_in_words,
+    find_checkpoint,
+    force_option,
+    models_dir_option,
+    progress_bars,
 )
-_FORCE = click.option("--force", is_flag=True, help="Replace what is there.")
+from helios.cli.lazy_group import LazyGroup
+
+# Entry points of this group are subcommands too.
+REGISTERED = "helios.commands.models"
 
 
-@click.group()
+@click.group(cls=LazyGroup, registered_in=REGISTERED)
 def models() -> None:
     """List, fetch, cut and extend models."""
 
 
 @models.command("list")
-@_MODELS_DIR
+@models_dir_option
 @click.option("--json", "as_json", is_flag=True, help="As a JSON list.")
 def list_models(*, models_dir: Path | None, as_json: bool) -> None:
     """List the models of a directory."""
@@ -43,10 +44,10 @@ def list_models(*, models_dir: Path | None, as_json: bool) -> None:
 
 @models.command("pull")
 @click.argument("source")
-@_MODELS_DIR
+@models_dir_option
 @click.option("--name", help="In the models directory. Default: the source's last part.")
 @click.option("--revision", help="Branch, tag or commit on the hub.")
-@_FORCE
+@force_option
 def pull(
     *, source: str, models_dir: Path | None, name: str | None, revision: str | None, force: bool
 ) -> None:
@@ -57,31 +58,31 @@ def pull(
     from helios import hub
 
     directory = models_dir or catalog.find_models_dir()
-    with _progress() as progress:
+    with progress_bars() as progress:
         task = progress.add_task(f"fetching {source}", total=None)
 
         def on_file(file: str, placed: int, total: int) -> None:
             progress.update(task, description=file, completed=placed, total=total)
 
         entry = hub.pull(source, directory, name, revision, force=force, progress=on_file)
-    click.echo(f"{entry.name}: {entry.num_layers} layers, depths {_depths(entry)} ({entry.path})")
+    click.echo(f"{entry.name}: {entry.num_layers} layers, depths {depths_in_words(entry)} ({entry.path})")
 
 
 @models.command("export")
 @click.argument("model")
 @click.argument("target", type=click.Path(path_type=Path))
 @click.option("--depth", type=click.IntRange(min=1), required=True, help="Layers to keep; an exit layer.")
-@_MODELS_DIR
-@_FORCE
+@models_dir_option
+@force_option
 def export(*, model: str, target: Path, depth: int, models_dir: Path | None, force: bool) -> None:
     """Write the first layers of MODEL to TARGET as an OPT checkpoint of its own, for other engines.
 
     MODEL is a folder, or the name of a model in the models directory.
     """
-    entry = _checkpoint(model, models_dir)
-    # Before torch is imported: a wrong depth is told at once.
+    entry = find_checkpoint(model, models_dir)
+    # Checked before torch is imported: a wrong depth is reported at once.
     entry.facts.check_depth(depth, entry.name)
-    with _progress() as progress:
+    with progress_bars() as progress:
         task = progress.add_task(f"{entry.name}, {depth} layers", total=depth)
         from helios.engine.weights.export import export as write_layers
 
@@ -105,7 +106,7 @@ def export(*, model: str, target: Path, depth: int, models_dir: Path | None, for
 @click.option("--precision", default="int8", show_default=True, help="Against float32.")
 @click.option("--windows", type=click.IntRange(min=1), default=64, show_default=True, help="Contexts read.")
 @click.option("--save", is_flag=True, help="Write it into the model's helios.json.")
-@_MODELS_DIR
+@models_dir_option
 def measure(
     *,
     model: str,
@@ -119,8 +120,8 @@ def measure(
 
     MODEL is a folder, or the name of a model in the models directory.
     """
-    entry = _checkpoint(model, models_dir)
-    with _progress() as progress:
+    entry = find_checkpoint(model, models_dir)
+    with progress_bars() as progress:
         progress.add_task(f"{entry.name} in {precision} and float32", total=None)
         from helios.engine.evaluation.fidelity import cut, measure_fidelity
 
@@ -128,7 +129,7 @@ def measure(
     for layer, one in found.items():
         click.echo(f"depth {layer}: {_in_words(one)} ({one.tokens:,} tokens)")
     if save:
-        from training.facts_file import write_facts
+        from helios.facts_file import write_facts
 
         precisions = {**entry.facts.precisions, precision: found}
         write_facts(entry.path, dataclasses.replace(entry.facts, precisions=precisions))
@@ -136,88 +137,6 @@ def measure(
 
 def _in_words(found: Fidelity) -> str:
     return f"perplexity {found.perplexity_increase:+.2%}, {found.agreement:.1%} of tokens agree"
-
-
-class _LayerList(click.ParamType[tuple[int, ...]]):
-    name = "layers"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int, ...]:
-        parts = str(value).split(",")
-        if not all(part.strip().isdecimal() for part in parts):
-            self.fail(f"{value!r} is not a list of layers such as 2,4,6", param, ctx)
-        return tuple(int(part) for part in parts)
-
-
-@models.command("add-exits")
-@click.argument("source")
-@click.argument("target", type=click.Path(path_type=Path))
-@click.option(
-    "--text",
-    "texts",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    multiple=True,
-    required=True,
-    help="UTF-8 text, or .jsonl with `text`, of the kind that will be served. Can be given several times.",
-)
-@click.option(
-    "--exit-layers", type=_LayerList(), metavar="2,4,6", help="Default: every quarter of the model."
-)
-@click.option(
-    "--head",
-    type=click.Choice(["linear", "norm", "shared"]),
-    default="linear",
-    show_default=True,
-    help="A norm and a matrix per exit; a norm per exit; or the model's own final norm, without tuning.",
-)
-@click.option("--steps", type=click.IntRange(min=1), default=500, show_default=True, help="Of tuning.")
-@_MODELS_DIR
-@_FORCE
-def add_exits(
-    *,
-    source: str,
-    target: Path,
-    texts: tuple[Path, ...],
-    exit_layers: tuple[int, ...] | None,
-    head: "ExitHeadKind",
-    steps: int,
-    models_dir: Path | None,
-    force: bool,
-) -> None:
-    """Tune exit heads on the frozen model SOURCE and write the early-exit model to TARGET.
-
-    SOURCE is a folder, or the name of a model in the models directory. An interrupted run
-    goes on from its last save when it is started again.
-    """
-    entry = _checkpoint(source, models_dir)
-    with _progress() as progress:
-        task = progress.add_task(f"tuning exits of {entry.name}", total=None)
-        from training import add_exits as tuning
-
-        def on_step(now: tuning.Progress) -> None:
-            text = f"tuning exits of {entry.name}, loss {now.loss:.3f}"
-            progress.update(task, description=text, completed=now.step, total=now.steps)
-
-        tuning.add_exits(
-            entry.path,
-            target,
-            exit_layers=exit_layers,
-            head=head,
-            texts=texts,
-            options=tuning.TuningOptions(steps=steps),
-            force=force,
-            progress=on_step,
-        )
-    added = catalog.read_model(target)
-    click.echo(f"{target}: {added.num_layers} layers, depths {_depths(added)}, default {added.default_depth}")
-
-
-def _checkpoint(source: str, models_dir: Path | None) -> ModelEntry:
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return catalog.read_model(folder)
-    return catalog.find_model(catalog.find_models_dir(models_dir), source)
 
 
 def _show(directory: Path, found: Catalog) -> None:
@@ -232,7 +151,7 @@ def _show(directory: Path, found: Catalog) -> None:
         rows.add(
             entry.name,
             str(entry.num_layers),
-            _depths(entry),
+            depths_in_words(entry),
             str(entry.default_depth),
             f"{entry.parameters / 1e6:,.1f} M",
             f"{entry.vocab_size:,}",
@@ -263,15 +182,3 @@ def _as_json(entry: ModelEntry) -> dict[str, Any]:
         },
         "path": str(entry.path),
     }
-
-
-def _depths(entry: ModelEntry) -> str:
-    return ", ".join(map(str, entry.exit_layers))
-
-
-def _progress() -> "Progress":
-    """Bars on stderr, so that stdout stays the command's answer."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    return Progress(console=Console(stderr=True))

@@ -1,4 +1,4 @@
-"""Tables and lines that lose nothing and cut no word, however narrow the terminal is."""
+"""Tables and lines that show everything and cut no word, however narrow the terminal is."""
 
 import textwrap
 from collections.abc import Collection, Iterator
@@ -9,19 +9,19 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-# Wider than anything that is shown.
+# Wider than any table.
 _UNBOUNDED = 100_000
 
 
 def show(console: Console, *parts: RenderableType) -> None:
-    """Prints parts. A word that is wider than the terminal stays whole: the terminal breaks it."""
+    """Prints parts. A word that is wider than the terminal is not cut: the terminal breaks it."""
     for part in parts:
         console.print(part, crop=False, highlight=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A text on as many lines as it needs, broken between words; those after the first are indented."""
+    """A text on as many lines as it needs, broken between words. Lines after the first are indented."""
 
     text: str
     style: str = ""
@@ -49,16 +49,16 @@ class _Row:
 
 
 class Rows:
-    """A table of short cells, where a row may have a note of any length.
+    """A table of short cells. A row may have a note of any length.
 
-    Notes are the last column where all of it fits, and lines below the table where it does not. Without
-    the room for the table itself each row becomes a line, its cells after the names of their columns.
+    Notes are the last column if the table fits with them, else lines below the table. If the table itself
+    does not fit, each row becomes a line, with the name of its column before each cell.
     """
 
     def __init__(self, *columns: str, left: Collection[str] = (), names: int = 1, note: str = "") -> None:
-        """`left`: columns that are aligned to the left; `names`: columns, the first ones, that name a row.
+        """left: columns that are aligned to the left. names: how many of the first columns name a row.
 
-        `note` is the heading of the notes.
+        note: the heading of the notes.
         """
         self._columns = columns
         self._left = left
@@ -67,7 +67,7 @@ class Rows:
         self._rows: list[_Row] = []
 
     def add(self, *cells: str | Text, note: str = "", style: str = "", ends_section: bool = False) -> None:
-        """Adds a row. Nothing in a str is markup."""
+        """Adds a row. A str is shown as it is: it has no markup."""
         texts = tuple(cell if isinstance(cell, Text) else Text(cell) for cell in cells)
         self._rows.append(_Row(texts, note, style, ends_section))
 

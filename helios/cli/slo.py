@@ -89,7 +89,7 @@ def as_dict(current: Slo) -> dict[str, Any]:
 
 
 def in_words(current: Slo) -> str:
-    """The objective, and the bounds that bind."""
+    """The objective, and the bounds that are set."""
     objective, *bounds = as_dict(current).items()
     set_ones = [f"{name} {value:g}" for name, value in bounds if value is not None]
     return f"{objective[1]}, {', '.join(set_ones) or 'no bounds'}"

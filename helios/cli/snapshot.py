@@ -1,4 +1,4 @@
-"""What gateway, controller and profiler say of a stack at one moment: what `helios status` and `top` show."""
+"""What gateway, controller and profiler say of a stack at one moment, for `helios status` and `top`."""
 
 import contextlib
 import time
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from helios.history import ExitProfile, ModelProfile
 
 _TIMEOUT_SECONDS = 5.0
-# Profiles change when the controller reassesses, every so many requests.
+# Profiles change seldom: when the controller has candidates evaluated.
 _PROFILES_SECONDS = 5.0
-# Columns of a histogram, and its heights.
+# How many bars a histogram has, and the heights that a bar can have.
 _BARS = 10
 _HEIGHTS = " ▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What is known at one moment. What could not be asked is None or empty, and among the problems."""
+    """What is known at one moment. What did not answer is None or empty, and named in `problems`."""
 
     gateway: str
     status: inference_pb2.GetServingStatusResponse
@@ -37,7 +37,7 @@ class Snapshot:
     decisions: Sequence[controller_pb2.Decision]
     profiles: "Mapping[str, ModelProfile]"
     problems: Sequence[str]
-    # Telemetry of the snapshot before, by worker.
+    # Telemetry of the previous snapshot, by worker.
     before: Mapping[str, worker_pb2.Telemetry]
 
     @property
@@ -47,7 +47,7 @@ class Snapshot:
 
     @property
     def mode(self) -> str:
-        """The controller's mode, or none."""
+        """The controller's mode; `none` without a controller."""
         return self.plan.mode if self.plan is not None else "none"
 
     @property
@@ -56,17 +56,17 @@ class Snapshot:
         return Slo.from_proto(self.plan.slo) if self.plan is not None else None
 
     def is_pinned(self, worker_id: str) -> bool:
-        """Whether an operator holds the worker's plan."""
+        """Whether an operator has pinned the worker's plan."""
         return self.plan is not None and any(
             one.pinned for one in self.plan.plans if one.worker_id == worker_id
         )
 
     def rates(self, worker: inference_pb2.WorkerState) -> Rates:
-        """What the worker did since the snapshot before."""
+        """What the worker did since the previous snapshot."""
         return rates(worker.telemetry, self.before.get(worker.worker_id))
 
     def exit_profile(self, worker: inference_pb2.WorkerState) -> "ExitProfile | None":
-        """What was measured of the exit at which the worker reads its tokens out."""
+        """What was measured at the exit where the worker reads out its tokens."""
         profile = self.profiles.get(worker.telemetry.model)
         exits = profile.exits if profile is not None else ()
         return next((one for one in exits if one.depth == worker.telemetry.depth), None)
@@ -93,7 +93,7 @@ class Snapshot:
             "reason": worker.reason,
             "pinned": self.is_pinned(worker.worker_id),
             "open_streams": worker.open_streams,
-            # Not MessageToDict: it makes strings of 64-bit counters.
+            # MessageToDict would turn 64-bit counters into strings.
             **{
                 field.name: getattr(worker.telemetry, field.name)
                 for field in worker.telemetry.DESCRIPTOR.fields
@@ -104,7 +104,7 @@ class Snapshot:
 
 
 class Observer:
-    """Looks at a stack again and again. Only its gateway must answer."""
+    """Takes snapshots of a stack. Only its gateway must answer."""
 
     def __init__(
         self,
@@ -128,7 +128,7 @@ class Observer:
         self._profiles_due = 0.0
 
     def look(self, decisions: int = 0) -> Snapshot:
-        """The stack now, with the last so many decisions. Raises HeliosError when the gateway is gone."""
+        """The stack now, with the last `decisions`. Raises HeliosError when the gateway is gone."""
         status = self._client.status(_TIMEOUT_SECONDS)
         problems = list(status.problems)
         plan: controller_pb2.GetPlanResponse | None = None
@@ -145,7 +145,7 @@ class Observer:
         problems += [self._profiles_problem] if self._profiles_problem else []
         before = self._before
         self._before = {one.worker_id: one.telemetry for one in status.workers}
-        # Both controller and gateway may say that they cannot reach Redis.
+        # dict.fromkeys: controller and gateway may both say that they cannot reach Redis.
         return Snapshot(
             self._gateway, status, plan, made, self._profiles, list(dict.fromkeys(problems)), before
         )
@@ -164,7 +164,7 @@ class Observer:
         self._profiles_problem = ""
 
     def _silent(self, name: str, error: HeliosError, consequence: str) -> str:
-        """What to say of a service that gave no answer."""
+        """What to say about a service that did not answer."""
         if isinstance(error, UnavailableError) and name in self._starting():
             return f"{name}: still starting"
         return f"{name}: {error.message}; {consequence}"
@@ -172,7 +172,7 @@ class Observer:
 
 @contextlib.contextmanager
 def observe(target: str | None, controller: str | None, profiler: str | None) -> Iterator[Observer]:
-    """Connects to the running stack; or to the gateway `target` and what is named beside it.
+    """Connects to the running stack, or to the gateway `target` and to the other services that are named.
 
     Raises UnavailableError when there is no stack.
     """
@@ -193,7 +193,7 @@ def observe(target: str | None, controller: str | None, profiler: str | None) ->
 
 
 def _starting() -> Collection[str]:
-    """Processes of the stack that runs here which are not ready yet."""
+    """Processes of the stack on this machine that are not ready yet."""
     state = stack_state.read(stack_state.state_dir())
     return state.starting if state else ()
 
@@ -205,7 +205,7 @@ def histogram(counts: Sequence[int]) -> str:
 
 
 def agreement_bars(counts: Sequence[int], agreeing: Sequence[int]) -> str:
-    """Of the tokens of each bar of `histogram`, the share that equals the last layer's."""
+    """For each bar of `histogram`, the share of its tokens that equal the last layer's."""
     pairs = zip(_parts(agreeing), _parts(counts), strict=True)
     return _bars([part / whole if whole else 0.0 for part, whole in pairs], 1.0)
 
@@ -217,5 +217,5 @@ def _parts(counts: Sequence[int]) -> list[int]:
 
 def _bars(values: Sequence[float], most: float) -> str:
     steps = len(_HEIGHTS) - 1
-    # What is there at all has a bar.
+    # A value above 0 always shows a bar.
     return "".join(_HEIGHTS[max(value > 0, round(value / most * steps))] for value in values)

@@ -1,4 +1,4 @@
-"""`helios status`: what is being served and how sure it is, under which objective, and what is amiss."""
+"""`helios status`: what is served and with which confidence, under which objective, and what is wrong."""
 
 import json
 import time
@@ -128,7 +128,7 @@ def _workers(snapshot: Snapshot) -> "Rows":
 
 
 def _exits(snapshot: Snapshot) -> "Rows":
-    """The exits that are being served, as they were profiled last."""
+    """The exits that are served, as they were profiled last."""
     from rich.text import Text
 
     from helios.cli.rows import Rows

@@ -1,4 +1,4 @@
-"""Options that name a server, with its address checked before anything is dialled."""
+"""Options that name a server. Its address is checked before anything connects to it."""
 
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
@@ -17,7 +17,7 @@ _VARIABLES = {
 
 
 class Address(click.ParamType[str]):
-    """host:port; with `any_port` also port 0, for a server that takes any free one."""
+    """host:port. `any_port` allows port 0, for a server that takes any free port."""
 
     name = "address"
 
@@ -25,7 +25,7 @@ class Address(click.ParamType[str]):
         self._any_port = any_port
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The address as it was written. Fails as wrong usage when it is none."""
+        """The address as it was written. Anything else is wrong usage."""
         try:
             address.parse(str(value), any_port=self._any_port)
         except ValueError as error:
@@ -36,7 +36,7 @@ class Address(click.ParamType[str]):
 def target_option(
     service: Literal["gateway", "controller", "profiler"], flag: str = "--target"
 ) -> Callable[[_Command], _Command]:
-    """The option with which a command talks to a service other than the running stack's."""
+    """The option for a command to talk to another service than the running stack's."""
     return click.option(
         flag,
         envvar=_VARIABLES[service],

@@ -81,7 +81,7 @@ def _as_json(frame: Snapshot) -> dict[str, Any]:
 
 
 def draw(frame: Snapshot) -> "Group":
-    """One frame: a table of workers, a line on the whole, the last decisions and what is amiss."""
+    """One frame: a table of workers, a line about all of them, the last decisions, and problems."""
     from rich.console import Group
     from rich.text import Text
 

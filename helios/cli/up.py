@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from helios import stack_state
+from helios.cli.checkpoints import models_dir_option
 from helios.cli.target import Address
 from helios.errors import SettingsError, UnavailableError, UnknownModelError
+from helios.modes import ExitMode, Precision
 from helios.stack_state import StackState
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ _DEFAULT_GATEWAY = "127.0.0.1:50051"
 _STOP_SECONDS = 60.0
 _POLL_SECONDS = 0.05
 _LISTEN_SECONDS = 0.2
-# How a line on what a start waits for begins.
+# The beginning of a line that tells what a start waits for.
 _STARTING = "starting "
 
 log = logging.getLogger(__name__)
@@ -42,7 +44,7 @@ log = logging.getLogger(__name__)
 @click.option(
     "--threads", type=click.IntRange(min=1), help="Threads of each worker. Default: cores divided by workers."
 )
-@click.option("--models-dir", type=click.Path(path_type=Path), help="Default: the bundled models.")
+@models_dir_option
 @click.option("--model", help="Default: the first of the models directory.")
 @click.option(
     "--depth",
@@ -51,16 +53,16 @@ log = logging.getLogger(__name__)
 )
 @click.option(
     "--exit-mode",
-    type=click.Choice(["full", "dynamic", "greedy"]),
+    type=click.Choice([one.value for one in ExitMode]),
     help="How tokens leave: all at the depth (greedy, the default), each at its own exit (dynamic), never "
     "early (full).",
 )
 @click.option(
     "--precision",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16", "int8"]),
+    type=click.Choice([one.value for one in Precision]),
     default="auto",
     show_default=True,
-    help="Numbers computed in. auto: int8 on a CPU with AVX-512 VNNI, bfloat16 on a GPU, else float32.",
+    help="Precision of the products. auto: int8 on a CPU with AVX-512 VNNI, bfloat16 on a GPU, else float32.",
 )
 @click.option(
     "--gateway",
@@ -110,7 +112,7 @@ log = logging.getLogger(__name__)
 )
 @click.option("--detach", is_flag=True, help="Return once the stack serves; `helios down` stops it.")
 @click.option("--verbose", is_flag=True, help="Show what the processes log.")
-# What --detach starts: its stderr is up.log.
+# Given to the process that --detach starts. Its stderr is up.log.
 @click.option("--detached", is_flag=True, hidden=True)
 def up(
     *,
@@ -148,7 +150,7 @@ def up(
     )
     from helios import catalog, stack
 
-    exit_mode = exit_mode or "greedy"
+    exit_mode = exit_mode or ExitMode.GREEDY.value
     directory = catalog.find_models_dir(models_dir)
     entry = catalog.find_model(directory, model) if model else _first_model(directory)
     if depth is not None:
@@ -158,8 +160,8 @@ def up(
     settings = stack.StackSettings(
         models_dir=directory.resolve(),
         model=entry.name,
-        # Only greedy leaves with all tokens at the depth; the others need every layer.
-        depth=depth or (entry.default_depth if exit_mode == "greedy" else entry.num_layers),
+        # Only in mode greedy all tokens leave at the depth; the other modes need every layer.
+        depth=depth or (entry.default_depth if exit_mode == ExitMode.GREEDY else entry.num_layers),
         exit_mode=exit_mode,
         precision=precision,
         workers=workers,
@@ -203,12 +205,12 @@ def down() -> None:
     if state is None:
         click.echo("no stack is running", err=True)
         return
-    with contextlib.suppress(ProcessLookupError):  # It may be ending by itself.
+    with contextlib.suppress(ProcessLookupError):  # It may have just ended by itself.
         os.kill(state.pid, signal.SIGTERM)
     deadline = time.monotonic() + _STOP_SECONDS
     while stack_state.is_held(directory):
         if time.monotonic() > deadline:
-            # Its processes are tethered to it and end with it.
+            # Its processes are tethered: they end with it.
             os.kill(state.pid, signal.SIGKILL)
             raise UnavailableError(f"the stack (pid {state.pid}) did not stop in time and was killed")
         time.sleep(_POLL_SECONDS)
@@ -216,7 +218,7 @@ def down() -> None:
 
 
 def _default_controller(asked: Sequence[tuple[str, object]]) -> str:
-    """Who says what to serve keeps it, and is told so."""
+    """The mode when none is given. Who says what to serve keeps it, and is told so."""
     named = " and ".join(option for option, value in asked if value is not None)
     if not named:
         return "active"
@@ -250,9 +252,9 @@ def _ready_line(settings: "StackSettings", state: StackState) -> str:
 
 
 def _start_detached(controller: str, redis_url: str | None) -> NoReturn:
-    """Runs this command again without --detach, in a session of its own, and waits for its ready line.
+    """Runs this command again without --detach, in its own session, and waits for its ready line.
 
-    Exits as the other one did when it ends instead. What it says meanwhile is shown.
+    What it says meanwhile is shown. If it ends instead, this process exits with the same status.
     """
     path = _up_log()
     try:
@@ -263,7 +265,7 @@ def _start_detached(controller: str, redis_url: str | None) -> NoReturn:
             f"cannot write to {path.parent}: {error.strerror}; name another directory with HELIOS_STATE_DIR"
         ) from error
     arguments = [*_without_redis(sys.argv[1:]), "--controller", controller, "--detached"]
-    # Everybody can read the command line (ps) for as long as the stack runs; the URL may hold a password.
+    # The URL may hold a password, and everybody can read a command line (ps) while the stack runs.
     environment = {**os.environ, **({"HELIOS_REDIS_URL": redis_url} if redis_url else {})}
     said: list[str] = []
     with sink, path.open("rb") as source, _Progress("starting") as progress:
@@ -313,7 +315,7 @@ def _without_redis(arguments: Sequence[str]) -> Iterator[str]:
 
 
 class _Progress:
-    """What a start waits for, on stderr: one line that changes on a terminal, a line each time elsewhere."""
+    """Shows on stderr what a start waits for: on a terminal one changing line, elsewhere a line each."""
 
     def __init__(self, text: str) -> None:
         from rich.console import Console
@@ -330,7 +332,7 @@ class _Progress:
         self.end()
 
     def say(self, text: str) -> None:
-        """Shows what is waited for now."""
+        """Shows what the start waits for now."""
         from rich.markup import escape
 
         if self._status is not None:
@@ -345,7 +347,7 @@ class _Progress:
 
 
 class _StderrLog(RotatingFileHandler):
-    """A file that is also this process's stderr, which moves with it to the next one."""
+    """A log file that is also this process's stderr. When a new file is begun, stderr moves to it."""
 
     def _open(self) -> TextIOWrapper:
         stream = super()._open()
@@ -354,7 +356,7 @@ class _StderrLog(RotatingFileHandler):
 
 
 def _up_log() -> Path:
-    """Where a detached stack says what happens."""
+    """The log of a detached stack's own process."""
     return stack_state.logs_dir(stack_state.state_dir()) / "up.log"
 
 

@@ -1,12 +1,13 @@
 """Settings of a worker: environment HELIOS_WORKER_*, or flags."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import AfterValidator, Field
 from pydantic_settings import SettingsConfigDict
 
 from helios.address import parse
+from helios.modes import ExitModeName, PrecisionName
 from helios.redis_url import RedisUrl
 from helios.settings import (
     SERVED_BURST_SECONDS,
@@ -49,14 +50,12 @@ class WorkerSettings(ServiceSettings):
         description="where the plan that it serves is kept; started anew with the same flags, and not told "
         "another one by Redis, the worker goes on with it; none: with its flags",
     )
-    exit_mode: Literal["full", "dynamic", "greedy"] = Field(
-        "greedy", description="how tokens leave the model"
-    )
+    exit_mode: ExitModeName = Field("greedy", description="how tokens leave the model")
     threshold: float | None = Field(
         None, ge=0, le=1, description="one confidence threshold for all exits; default: the calibrated ones"
     )
     device: str = Field("cpu", description="torch device: cpu, cuda, cuda:1, ...")
-    precision: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
+    precision: PrecisionName = Field(
         "auto", description="numbers computed in; auto: int8 on a CPU with AVX-512 VNNI, bfloat16 on a GPU"
     )
     threads: int = Field(1, ge=1, description="CPU threads of the engine")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-import bench.prefill
+import bench.engine.prefill
 from helios.cli import cli
 
 
@@ -48,7 +48,7 @@ def test_bench_serve_measures_both_ways_and_finds_parity(
 def test_bench_prefill_measures_with_and_without_a_bound(
     tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bench.prefill, "random_model", lambda _shape, _directory: tiny_models / "long")
+    monkeypatch.setattr(bench.engine.prefill, "random_model", lambda _shape, _directory: tiny_models / "long")
     out = tmp_path / "prefill.json"
     options = ["--json", str(out), "--chats", "2", "--chat-tokens", "60", "--prompt-tokens", "40"]
     answer = CliRunner().invoke(

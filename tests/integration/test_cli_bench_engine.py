@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-import bench.engine
-from bench import roofline
-from bench.roofline import Limits
+import bench.engine.comparison
+from bench.engine import roofline
+from bench.engine.roofline import Limits
 from helios.cli import cli
 from helios.errors import UnavailableError
 
@@ -106,7 +106,7 @@ def test_a_peer_that_cannot_be_had_is_reported_and_the_others_run(
     def fail(peer: str, *_: object, **__: object) -> Path:
         raise UnavailableError(f"{peer} cannot be installed: no network")
 
-    monkeypatch.setattr(bench.engine, "make_environment", fail)
+    monkeypatch.setattr(bench.engine.comparison, "make_environment", fail)
     monkeypatch.setattr(roofline, "measure", lambda _: Limits(**results(measured)["limits"]))
     out = tmp_path / "engine.json"
     shutil.copyfile(measured, out)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from bench.paper import SECTIONS
-from bench.subject import QUICK
+from bench.paper.sections import SECTIONS
+from bench.systems.subject import QUICK
 from helios.cli import cli
 
 MODELS = ("tiny", "other")

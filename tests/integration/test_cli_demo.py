@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from bench.demo import default_orders
+from bench.demo.stack import default_orders
 from helios.controller_client import connect
 from helios.slo import Objective, Slo
 from tests.integration.test_cli_stack import Helios, eventually

@@ -13,14 +13,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer, OPTForCausalLM
 
-from bench import contenders, engine, engine_figures, loading, roofline
-from bench.contenders import CONTENDERS, HELIOS, Contender, Runner, Runners, needed_bytes
-from bench.engine_figures import Cell
-from bench.footprint import OPT_1_3B
+from bench.engine import comparison, figures, loading, roofline
+from bench.engine.figures import Cell
+from bench.engine.roofline import Limits
+from bench.peers import contenders
+from bench.peers.contenders import CONTENDERS, HELIOS, Contender, Runner, Runners, needed_bytes
 from bench.peers.environment import make_environment, variables
 from bench.peers.runner import Continuation, Job
-from bench.random_model import SHAPES, random_model, write_random_model
-from bench.roofline import Limits
+from bench.systems.random_model import random_model, write_random_model
+from bench.systems.shapes import OPT_1_3B, SHAPES
 from helios import catalog
 from helios.errors import OutOfMemoryError, UnavailableError
 from tests.opt_variants import save_variant
@@ -251,7 +252,7 @@ def test_a_peer_that_cannot_be_installed_is_said_and_tried_again(tmp_path: Path)
 
 def test_every_peer_pins_each_of_its_packages() -> None:
     for peer in contenders.PEERS:
-        file = Path(contenders.__file__).with_name("peers") / f"{peer}.txt"
+        file = Path(contenders.__file__).with_name(f"{peer}.txt")
         lines = [line for line in file.read_text().splitlines() if not line.startswith("#")]
         assert lines[0].startswith("torch==")
         assert all(line.count("==") == 1 for line in lines)
@@ -267,7 +268,7 @@ def test_prompts_are_equal_for_all_and_other_ones_each_round() -> None:
 
 
 def test_agreement_ends_at_the_first_difference() -> None:
-    assert engine_figures.agreement([[1, 2, 3, 4], [5, 6, 7, 8]], [[1, 2, 9, 4], [5, 6, 7, 8]]) == 6 / 8
+    assert figures.agreement([[1, 2, 3, 4], [5, 6, 7, 8]], [[1, 2, 9, 4], [5, 6, 7, 8]]) == 6 / 8
 
 
 def test_a_step_reads_weights_once_and_the_keys_and_values_of_all() -> None:
@@ -323,7 +324,7 @@ def results_of(*runs: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_ratios_are_of_the_same_rounds_and_the_best_peer() -> None:
-    rows = engine_figures.summarise(
+    rows = figures.summarise(
         results_of(
             # A slow moment in round 1 fell on both.
             *(run_of("vllm-bfloat16", number, seconds) for number, seconds in enumerate((2.0, 20.0, 2.0))),
@@ -346,26 +347,26 @@ def test_ratios_are_of_the_same_rounds_and_the_best_peer() -> None:
 
 @pytest.mark.parametrize(("seconds", "met"), [(1.0, True), (1.3, False)])
 def test_targets_are_missed_when_the_ratio_is_low(seconds: float, met: bool) -> None:
-    rows = engine_figures.summarise(
+    rows = figures.summarise(
         results_of(
             run_of("vllm-bfloat16", 0, 2.6), run_of("helios-int8", 0, seconds), run_of("helios-float32", 0, 9)
         )
     )
-    (target,) = engine_figures.targets(rows)
+    (target,) = figures.targets(rows)
     assert target.met is met
     assert "vllm-bfloat16" in str(target.measured)
 
 
 def test_the_bundled_model_may_meet_its_target_in_either_precision() -> None:
     cell = Cell("bundled", 4, 3, 8)
-    rows = engine_figures.summarise(
+    rows = figures.summarise(
         results_of(
             run_of("vllm-bfloat16", 0, 3.0, cell),
             run_of("helios-int8", 0, 2.0, cell),
             run_of("helios-float32", 0, 1.0, cell),
         )
     )
-    (target,) = engine_figures.targets(rows)
+    (target,) = figures.targets(rows)
     assert target.met
     assert "helios-float32" in target.name
 
@@ -375,8 +376,8 @@ def test_python_is_to_take_less_than_a_tenth_of_a_step_of_the_bundled_model(
     overhead: float, met: bool
 ) -> None:
     cell = Cell("bundled", 4, 3, 8)
-    rows = engine_figures.summarise(results_of(run_of("helios-int8", 0, 2.0, cell) | {"overhead": overhead}))
-    (target,) = engine_figures.targets(rows)
+    rows = figures.summarise(results_of(run_of("helios-int8", 0, 2.0, cell) | {"overhead": overhead}))
+    (target,) = figures.targets(rows)
     assert target.met is met
 
 
@@ -384,14 +385,12 @@ def test_half_of_the_layers_is_shown_beside_what_the_limits_make_of_it() -> None
     config = SHAPES["opt-125m"]
     head = config.vocab_size * config.hidden_size
     layers = config.parameters() - config.parameters(0)
-    rows = engine_figures.summarise(
-        results_of(run_of("helios-int8", 0, 3.0), run_of("helios-int8-half", 0, 2.0))
-    )
+    rows = figures.summarise(results_of(run_of("helios-int8", 0, 3.0), run_of("helios-int8-half", 0, 2.0)))
     (half,) = (row for row in rows if row["contender"] == "helios-int8-half")
     # Every step reads all weights, which is what limits a batch of one; the LM head is not halved.
     expected = (layers + head) / (layers / 2 + head)
     assert half["ratio_to"]["full_depth"]["of_rooflines"] == pytest.approx(expected, rel=0.01)
-    (target,) = engine_figures.targets(rows)
+    (target,) = figures.targets(rows)
     assert target.measured == "1.50x helios-int8, by bytes and operations 1.52x"
     assert not target.met
 
@@ -403,19 +402,19 @@ def test_a_turn_takes_a_while_and_no_run_repeats_prompts(monkeypatch: pytest.Mon
         asked.append(prompts)
         return Continuation([[1] * max_tokens], 0.001, 0.001)
 
-    monkeypatch.setattr(engine, "_TURN_SECONDS", 0.05)
-    turn = engine._turn(generate, CELL, 0, 300)
+    monkeypatch.setattr(comparison, "_TURN_SECONDS", 0.05)
+    turn = comparison._turn(generate, CELL, 0, 300)
     assert len(turn) == len(asked) > 1
     assert len({str(prompts) for prompts in asked}) == len(asked)
     assert asked[0] == CELL.prompts(0, 300)
-    monkeypatch.setattr(engine, "_TURN_SECONDS", 0)
-    assert len(engine._turn(generate, CELL, 0, 300)) == 1
+    monkeypatch.setattr(comparison, "_TURN_SECONDS", 0)
+    assert len(comparison._turn(generate, CELL, 0, 300)) == 1
 
 
 def test_without_peers_there_is_no_target_against_them() -> None:
-    assert engine_figures.targets(engine_figures.summarise(results_of(run_of("helios-int8", 0, 1.0)))) == []
+    assert figures.targets(figures.summarise(results_of(run_of("helios-int8", 0, 1.0)))) == []
 
 
 def test_every_goal_names_contenders_that_there_are() -> None:
     names = {one.name for one in CONTENDERS}
-    assert all(set(goal.contenders) <= names for goal in engine_figures.GOALS)
+    assert all(set(goal.contenders) <= names for goal in figures.GOALS)

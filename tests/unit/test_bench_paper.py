@@ -8,11 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import baselines, curve, footprint, held_out, loop, traffic
-from bench.hindsight import Hindsight, summary
-from bench.simulation import Run, Scene, simulate
-from bench.subject import QUICK, Subject
-from bench.traffic import Record, Request
+from bench.paper import SECTION_NAMES, baselines, curve, footprint
+from bench.paper.policy import targets as policy_targets
+from bench.paper.policy import traffic
+from bench.paper.policy.hindsight import Hindsight, summary
+from bench.paper.policy.simulation import Run, Scene, simulate
+from bench.paper.policy.traffic import Record, Request
+from bench.paper.sections import SECTIONS
+from bench.systems.shapes import OPT_1_3B
+from bench.systems.subject import QUICK, Subject
+from bench.texts import held_out
 from helios import catalog
 from helios.engine import Engine, EngineSettings, ExitMode, SamplingParams
 from helios.engine.evaluation.trace import trace_dynamic, trace_exits
@@ -25,6 +30,10 @@ from tests.profiles import exit_profile, model_profile
 
 MEMORY = 64 << 20
 PROMPT = "In the beginning"
+
+
+def test_the_command_line_names_the_sections_in_their_order() -> None:
+    assert tuple(SECTIONS) == SECTION_NAMES
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +153,7 @@ def test_batches_of_opt_1_3b_fill_their_budget_and_no_more(model_path: Path) -> 
     kv_of_a_sequence = 24 * 2 * 2048 * 2 * 2048
     for row in result["largest_batch"]:
         for batch, depth in ((row["greedy_batch"], 6), (row["dynamic_batch"], 24)):
-            weights = footprint.OPT_1_3B.parameters(depth) * 2
+            weights = OPT_1_3B.parameters(depth) * 2
             held = weights + batch * kv_of_a_sequence * depth // 24
             assert held <= row["budget_bytes"]
     assert result["largest_batch"][0]["dynamic_batch"] == 1
@@ -152,7 +161,7 @@ def test_batches_of_opt_1_3b_fill_their_budget_and_no_more(model_path: Path) -> 
         assert row["dynamic"]["kv_bytes"] == row["batch"] * kv_of_a_sequence
         assert row["greedy"]["kv_bytes"] * 4 == row["dynamic"]["kv_bytes"]
         assert row["saved"] == pytest.approx(1 - row["greedy"]["total_bytes"] / row["dynamic"]["total_bytes"])
-    assert footprint.OPT_1_3B.parameters() == 1_315_758_080
+    assert OPT_1_3B.parameters() == 1_315_758_080
 
 
 def test_memory_targets_are_missed_when_the_figures_are_low() -> None:
@@ -398,7 +407,7 @@ def policy_result(**changes: Any) -> dict[str, Any]:
 def test_each_target_of_the_policy_is_missed_by_its_own_figure(
     changes: dict[str, Any], missed: str | None
 ) -> None:
-    names = [one.name for one in loop.targets(policy_result(**changes)) if not one.met]
+    names = [one.name for one in policy_targets.targets(policy_result(**changes)) if not one.met]
     assert len(names) == (missed is not None)
     assert all(missed in name for name in names if missed is not None)
-    assert all("trace" in one.name for one in loop.targets(policy_result()))
+    assert all("trace" in one.name for one in policy_targets.targets(policy_result()))

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from bench import load, request_trace, served
-from bench.load import Request
-from bench.request_trace import Arrival
-from bench.vllm_server import through_http
+from bench.load import clients, request_trace
+from bench.load.clients import Request
+from bench.load.request_trace import Arrival
+from bench.peers.vllm_server import through_http
+from bench.serving import comparison
 from helios.errors import SettingsError
 from helios.v1 import generation_pb2, inference_pb2
 
@@ -63,11 +64,11 @@ class Endpoint:
         writer.close()
 
 
-async def stream_from(endpoint: Endpoint) -> load.Stream:
+async def stream_from(endpoint: Endpoint) -> clients.Stream:
     server = await asyncio.start_server(endpoint.answer, "127.0.0.1", 0)
     async with server:
         host, port = server.sockets[0].getsockname()
-        return await load.consume(through_http(host, port, "m"), 0, Request((2, 9), 3))
+        return await clients.consume(through_http(host, port, "m"), 0, Request((2, 9), 3))
 
 
 def event(*token_ids: int) -> bytes:
@@ -107,7 +108,7 @@ async def test_replayed_requests_open_when_they_arrive_not_when_others_end() -> 
 
     arrivals = [Arrival(seconds, 1, 2) for seconds in (0.0, 0.02, 0.01)]
     requests = [Request((number,), 2) for number in range(3)]
-    streams = await served.replay(lambda index, _: answer(index), requests, arrivals)
+    streams = await comparison.replay(lambda index, _: answer(index), requests, arrivals)
     assert [stream.token_ids for stream in streams] == [[0], [1], [2]]
     assert sorted(waiting) == [0, 1, 2]
 
@@ -128,26 +129,26 @@ def test_systems_are_compared_at_no_higher_p99_and_only_where_all_was_served() -
         run("helios", 7.0, 31),
         run("helios", 6.0, 25, failed=2),
     ]
-    compared = served.at_same_latency(runs)
+    compared = comparison.at_same_latency(runs)
     assert [(one["vllm"], one["helios"], one["ratio"]) for one in compared] == [
         (1.0, 2.5, 2.5),
         (2.0, 5.0, 2.5),
         (2.8, 7.0, 2.5),
     ]
-    (target,) = served.targets(compared)
+    (target,) = comparison.targets(compared)
     assert target.met
     slow = [one for one in runs if one["requests_per_second"] != 5.0]
-    (target,) = served.targets(served.at_same_latency(slow))
+    (target,) = comparison.targets(comparison.at_same_latency(slow))
     assert not target.met
 
 
 def test_a_system_that_never_reaches_the_latency_misses_the_target() -> None:
-    stretched = [run("vllm", 2.0, 30), run("helios", 3.0, 20), run(served.HELIOS_STRETCHED, 4.0, 30)]
-    assert served.at_same_latency(stretched)[0]["helios"] == 4.0
-    compared = served.at_same_latency([run("vllm", 2.0, 30), run("helios", 4.0, 40)])
-    assert [target.met for target in served.targets(compared)] == [False]
-    assert served.targets(served.at_same_latency([run("helios", 4.0, 40)])) == []
+    stretched = [run("vllm", 2.0, 30), run("helios", 3.0, 20), run(comparison.HELIOS_STRETCHED, 4.0, 30)]
+    assert comparison.at_same_latency(stretched)[0]["helios"] == 4.0
+    compared = comparison.at_same_latency([run("vllm", 2.0, 30), run("helios", 4.0, 40)])
+    assert [target.met for target in comparison.targets(compared)] == [False]
+    assert comparison.targets(comparison.at_same_latency([run("helios", 4.0, 40)])) == []
 
 
 def test_shares_of_capacity_ascend_below_all_of_it() -> None:
-    assert all(low < high for low, high in itertools.pairwise((0, *served.SHARES, 1)))
+    assert all(low < high for low, high in itertools.pairwise((0, *comparison.SHARES, 1)))

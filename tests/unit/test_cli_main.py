@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,10 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-COMMANDS = ["up", "down", "generate", "status", "top", "slo", "pin", "unpin", "decisions", "models", "bench"]
+COMMANDS = [
+    *("up", "down", "generate", "status", "top", "slo", "pin", "unpin", "decisions", "profile", "models"),
+    *("bench", "demo"),
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -24,9 +28,67 @@ def test_every_command_has_help(command: str) -> None:
     assert f"Usage: cli {command}" in answer.output
 
 
-def test_help_lists_the_commands() -> None:
+def test_help_lists_the_commands_in_their_order() -> None:
     answer = CliRunner().invoke(cli, ["--help"])
-    assert all(name in answer.output for name in COMMANDS)
+    _, _, listed = answer.output.partition("Commands:\n")
+    assert [line.split()[0] for line in listed.splitlines()] == COMMANDS
+
+
+def test_help_of_models_lists_what_training_brings_among_the_others() -> None:
+    answer = CliRunner().invoke(cli, ["models", "--help"])
+    _, _, listed = answer.output.partition("Commands:\n")
+    names = [line.split()[0] for line in listed.splitlines()]
+    assert names == ["add-exits", "export", "list", "measure", "pull"]
+
+
+def test_commands_are_listed_without_importing_them() -> None:
+    code = (
+        "import sys, click; from helios.cli import cli\n"
+        "assert 'demo' in cli.list_commands(click.Context(cli))\n"
+        "sys.exit(', '.join({'bench', 'training', 'helios.cli.up'} & set(sys.modules)))"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert answer.stderr.strip() == ""
+
+
+@pytest.fixture
+def registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another distribution, with a command that runs, one that lacks a library, and one that is not there."""
+    metadata = tmp_path / "extra-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: extra\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(
+        "[helios.commands]\nhello = extra.hello:hello\nlacking = extra.lacking:run\n"
+        "absent = nowhere.commands:run\n"
+    )
+    package = tmp_path / "extra"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    command = "import click\n@click.command()\ndef {}():\n    'Says hello.'\n    {}\n"
+    (package / "hello.py").write_text(command.format("hello", "click.echo('hello')"))
+    (package / "lacking.py").write_text(command.format("run", "import a_library"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+
+
+@pytest.mark.usefixtures("registered")
+def test_command_of_another_distribution_is_listed_and_run() -> None:
+    assert "hello    " in run("--help").stdout
+    assert run("hello").stdout == "hello\n"
+
+
+@pytest.mark.usefixtures("registered")
+def test_command_whose_package_is_not_here_is_not_listed() -> None:
+    answer = run("--help")
+    assert answer.returncode == 0, answer.stderr
+    assert "absent" not in answer.stdout
+    assert run("absent").returncode == 2
+
+
+@pytest.mark.usefixtures("registered")
+def test_command_that_lacks_a_library_names_it_and_how_to_install_it() -> None:
+    answer = run("lacking")
+    assert answer.returncode == 1
+    assert answer.stderr.startswith("error: a_library is not installed: `pip install 'helios-serving[")
 
 
 @pytest.mark.parametrize(

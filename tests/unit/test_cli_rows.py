@@ -9,11 +9,12 @@ from click.testing import CliRunner
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
-from bench.demo import Outcome, Row
-from bench.load import Latency
-from bench.report import Report, Target
-from bench.timeline import Timeline
-from helios.cli import cli, decisions, demo, profile, status, top
+from bench.commands import demo
+from bench.demo.outcome import Outcome, Row
+from bench.demo.timeline import Timeline
+from bench.load.latency import Latency
+from bench.results import Report, Target
+from helios.cli import cli, decisions, profile, status, top
 from helios.cli.rows import Line, Rows, show
 from helios.cli.snapshot import Snapshot
 from helios.rates import WINDOW_TOKENS

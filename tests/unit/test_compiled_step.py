@@ -39,8 +39,9 @@ from helios.engine.threads import get_threads, lend, set_threads
 from helios.engine.weights import checkpoint
 from helios.engine.weights.checkpoint import LinearWeights
 from helios.engine.weights.linear import PackedLinear, pack, quantize
-from helios.engine.weights.precision import Precision
+from helios.engine.weights.precision import precision_on
 from helios.errors import SettingsError
+from helios.modes import Precision
 from helios.sampling import SamplingParams
 from tests.opt_variants import VARIANTS, Head, save_variant
 
@@ -497,13 +498,13 @@ def test_a_tied_head_and_the_embeddings_are_one_tensor(tmp_path: Path) -> None:
 def test_auto_is_int8_where_bytes_are_multiplied_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     monkeypatch.setattr("helios.engine.weights.precision.has_byte_dot_product", lambda: True)
-    assert Precision.AUTO.on(cpu) is Precision.INT8
+    assert precision_on(Precision.AUTO, cpu) is Precision.INT8
     monkeypatch.setattr("helios.engine.weights.precision.has_byte_dot_product", lambda: False)
-    assert Precision.AUTO.on(cpu) is Precision.FLOAT32
-    assert Precision.AUTO.on(torch.device("cuda")) is Precision.BFLOAT16
-    assert Precision.BFLOAT16.on(cpu) is Precision.BFLOAT16
+    assert precision_on(Precision.AUTO, cpu) is Precision.FLOAT32
+    assert precision_on(Precision.AUTO, torch.device("cuda")) is Precision.BFLOAT16
+    assert precision_on(Precision.BFLOAT16, cpu) is Precision.BFLOAT16
     with pytest.raises(SettingsError, match="use bfloat16"):
-        Precision.INT8.on(torch.device("cuda"))
+        precision_on(Precision.INT8, torch.device("cuda"))
     with pytest.raises(SettingsError, match="one of auto, float32"):
         EngineSettings(precision="int4")
 

@@ -18,9 +18,9 @@ from helios.engine.evaluation.evaluate import Candidate, EvaluationSettings, eva
 from helios.engine.evaluation.pace import Pace
 from helios.engine.evaluation.timing import Speed, fit_speeds, timed_depths
 from helios.engine.weights.loader import load_packed
-from helios.engine.weights.precision import Precision
 from helios.errors import CancelledError, InvalidRequestError, SettingsError
 from helios.history import CONFIDENCE_BINS, ModelProfile
+from helios.modes import Precision
 from helios.power_meter import power_meter
 from tests.opt_variants import Head, byte_tokenizer, save_variant, truncated
 

@@ -7,19 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from bench import load
-from bench.load import Request, Stream
-from bench.report import Report, Target
+from bench.load import clients
+from bench.load.clients import Request, Stream
+from bench.load.latency import percentile
+from bench.results import Report, Target
 from helios.v1 import generation_pb2, inference_pb2
 
 
 def test_percentile_is_the_smallest_value_that_covers_its_share() -> None:
     values = [float(value) for value in range(100, 0, -1)]
-    assert load.percentile(values, 0.5) == 50
-    assert load.percentile(values, 0.99) == 99
-    assert load.percentile(values, 0.999) == 100
-    assert load.percentile([7.0], 0.5) == 7
-    assert math.isnan(load.percentile([], 0.5))
+    assert percentile(values, 0.5) == 50
+    assert percentile(values, 0.99) == 99
+    assert percentile(values, 0.999) == 100
+    assert percentile([7.0], 0.5) == 7
+    assert math.isnan(percentile([], 0.5))
 
 
 def test_summary_counts_from_the_first_opening_to_the_last_token() -> None:
@@ -27,7 +28,7 @@ def test_summary_counts_from_the_first_opening_to_the_last_token() -> None:
     first = Stream(request, opened=10.0, token_ids=[5, 6, 7], token_times=[10.5, 11.0, 11.5])
     second = Stream(request, opened=11.0, token_ids=[5, 6, 7], token_times=[12.0, 13.0, 14.0])
     failed = Stream(request, opened=11.0, error="UNAVAILABLE: gone")
-    summary = load.summarise([first, second, failed])
+    summary = clients.summarise([first, second, failed])
     assert (summary.streams, summary.failed, summary.tokens, summary.seconds) == (3, 1, 6, 4.0)
     assert summary.tokens_per_second == 1.5
     assert (summary.ttft_ms.p50, summary.ttft_ms.p99) == (500, 1000)
@@ -48,7 +49,7 @@ async def test_no_more_streams_are_open_than_asked_for() -> None:
         yield inference_pb2.GenerateResponse(finish=generation_pb2.Finish(resumed=1))
 
     requests = [Request((index,), 2) for index in range(10)]
-    streams = await load.run(open_stream, requests, concurrency=3)
+    streams = await clients.run(open_stream, requests, concurrency=3)
     assert most_open <= 3
     assert sorted(stream.token_ids for stream in streams) == [[index, index] for index in range(10)]
     assert all(stream.resumed == 1 for stream in streams)

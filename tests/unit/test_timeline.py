@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.timeline import Mark, Sample, Timeline, WorkerSample, as_text, draw
+from bench.demo.timeline import Mark, Sample, Timeline, WorkerSample, as_text, draw
 
 
 def sample(seconds: float, phase: str, model: str, depth: int, increase: float = 0.01) -> Sample:

@@ -19,8 +19,8 @@ from helios.engine.scheduling.batch import Batch
 from helios.engine.weights.checkpoint import Norm
 from helios.engine.weights.linear import PackedLinear
 from helios.engine.weights.packed_weights import Head, PackedWeights
-from helios.engine.weights.precision import Precision
 from helios.model_config import POSITION_OFFSET, ModelConfig
+from helios.modes import Precision
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"relu": F.relu, "gelu": F.gelu}
 

@@ -29,10 +29,11 @@ from helios.engine.threads import get_threads, lend, set_threads
 from helios.engine.tokenizer import load_tokenizer
 from helios.engine.weights.loader import load_packed
 from helios.engine.weights.packed_cache import DEFAULT_LIMIT_BYTES
-from helios.engine.weights.precision import Precision
+from helios.engine.weights.precision import checkpoint_dtype, precision_on
 from helios.errors import CheckpointError, InvalidRequestError, SettingsError
 from helios.hardware import cpu_name
 from helios.history import CONFIDENCE_BINS, DecodeSpeed, ExitProfile, ModelProfile, RequestSample
+from helios.modes import Precision
 from helios.power_meter import power_meter
 from helios.sampling import SamplingParams
 
@@ -89,7 +90,7 @@ class EvaluationSettings:
     @property
     def precision_here(self) -> Precision:
         """What is computed in on the device. Raises SettingsError when it cannot."""
-        return Precision(self.precision).on(torch.device(self.device))
+        return precision_on(Precision(self.precision), torch.device(self.device))
 
     @property
     def kv_dtype(self) -> torch.dtype:
@@ -100,7 +101,7 @@ class EvaluationSettings:
     def weight_item_bytes(self) -> int:
         """Bytes of a weight as it is loaded, at most: int8 keeps embeddings in float16."""
         precision = self.precision_here
-        return 2 if precision is Precision.INT8 else precision.dtype.itemsize
+        return 2 if precision is Precision.INT8 else checkpoint_dtype(precision).itemsize
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,8 @@ from helios.engine.weights.packed_weights import (
     pack_norm,
     pack_optional,
 )
-from helios.engine.weights.precision import Precision
+from helios.engine.weights.precision import checkpoint_dtype
+from helios.modes import Precision
 
 Progress = Callable[[int, int], None]  # layers loaded, layers in all
 
@@ -108,7 +109,7 @@ class _Source:
         self.checkpoint_id = checkpoint_id(entry)
         self.id = weights_id(entry, self.checkpoint_id, precision, device)
         self._running = running if running is not None and running.id == self.id else None
-        item_bytes = 1 if precision is Precision.INT8 else precision.dtype.itemsize
+        item_bytes = 1 if precision is Precision.INT8 else checkpoint_dtype(precision).itemsize
         packed_bytes = entry.parameters * item_bytes
         self._cache = None
         directory = cache_dir or default_directory()
@@ -199,7 +200,7 @@ class _Source:
                 self._opened = PartReader(
                     Checkpoint(self._entry.path),
                     self._entry.config,
-                    self._precision.dtype,
+                    checkpoint_dtype(self._precision),
                     self._device,
                     quantize_blocks if self._precision is Precision.INT8 else None,
                 )

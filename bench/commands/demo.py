@@ -1,0 +1,183 @@
+"""`helios demo`: traffic drifts, model and depth follow; then a timeline, and a table with baselines."""
+
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from bench.commands.options import json_option
+from helios import stack_state
+
+if TYPE_CHECKING:
+    from rich.console import Console, Group
+
+    from bench.demo.outcome import Outcome
+    from bench.demo.progress import Progress
+    from helios.cli.rows import Rows
+
+
+@click.command()
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=1),
+    default=150.0,
+    show_default=True,
+    help="Length of the traffic, all systems together. Starting them and measuring quality adds to it.",
+)
+@click.option(
+    "--picture",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default=Path("helios-demo.png"),
+    show_default=True,
+    help="Where the timeline is drawn, as PNG.",
+)
+@json_option
+def demo(*, seconds: float, picture: Path, json_path: Path | None) -> None:
+    """Serve prose, then technical prompts, then a mix, and watch model and depth follow.
+
+    Uses the running stack, whose controller must be active, and puts its objective and pins back as they
+    were; without one it starts a stack of its own. Then the same prompts are served with all layers (full)
+    and with an exit for each token (dynamic), by workers of their own, for the table at the end.
+    """
+    from rich.console import Console
+
+    from bench.demo import timeline
+    from bench.demo.outcome import ALL, SYSTEMS
+    from bench.demo.run import run
+    from bench.demo.traffic import STREAMS
+    from helios.cli.rows import show
+
+    console = Console(highlight=False)
+    running = stack_state.read(stack_state.state_dir())
+    if running is not None:
+        running = stack_state.find_serving()
+        console.print(f"On the running stack, gateway {running.gateway}. Objective and pins are put back.")
+    else:
+        console.print("No stack is running: the demo starts one of its own, and stops it at the end.")
+    with _View(console) as view:
+        outcome = run(running, seconds, view.show)
+    report = outcome.report()
+    if json_path is not None:
+        report.write(json_path)
+    for line in timeline.as_text(outcome.timeline, min(console.width, 120)):
+        console.print(line, markup=False, overflow="ignore", no_wrap=True, crop=False)
+    show(console, _table(outcome, ALL))
+    _explain(console, outcome, SYSTEMS, STREAMS)
+    report.show()
+    try:
+        timeline.draw(outcome.timeline, picture)
+    except ModuleNotFoundError as error:
+        console.print(f"no picture: {error.name} is not installed: pip install 'helios-serving[training]'")
+    except OSError as error:
+        raise click.ClickException(f"the picture cannot be written to {picture}: {error.strerror}") from error
+    else:
+        console.print(f"picture: {picture}", soft_wrap=True)
+
+
+class _View:
+    """Shows what is going on: on a terminal a live view, elsewhere a line for each stage and decision."""
+
+    def __init__(self, console: "Console") -> None:
+        from rich.live import Live
+
+        self._console = console
+        self._live = Live(console=console, transient=True, auto_refresh=False)
+        self._stage = ""
+        self._said: set[int] = set()
+
+    def __enter__(self) -> "_View":
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def show(self, progress: "Progress") -> None:
+        """Shows the progress. Stages and decisions stay on the screen."""
+        from helios.cli.rows import Line, show
+
+        if progress.stage != self._stage:
+            self._stage = progress.stage
+            show(self._console, Line(f"{time.strftime('%H:%M:%S')} {progress.stage}", "bold"))
+        for mark in progress.marks:
+            if mark.number not in self._said:
+                self._said.add(mark.number)
+                what = "" if mark.moves else "stays: "
+                text = f"{mark.seconds:5.1f} s, {mark.trigger}: {what}{mark.plan}"
+                show(self._console, Line(text, "green" if mark.moves else "dim", indent="  "))
+        if self._console.is_terminal:
+            self._live.update(_live(progress), refresh=True)
+
+
+def _live(progress: "Progress") -> "Group":
+    from rich.console import Group
+    from rich.progress_bar import ProgressBar
+
+    from helios.cli.rows import Line, Rows
+    from helios.rates import WINDOW_TOKENS
+
+    bar = ProgressBar(total=progress.total_seconds or None, completed=progress.seconds, width=60)
+    if not progress.samples:
+        return Group(Line(progress.stage), bar)
+    sample = progress.samples[-1]
+    rows = Rows("worker", "model", "depth", f"CBC/{WINDOW_TOKENS}", "tokens/s", left=("worker", "model"))
+    for worker in sample.workers:
+        cbc = "-" if worker.cbc is None else f"{worker.cbc:.0f}"
+        rows.add(worker.worker_id, worker.model, str(worker.depth), cbc, f"{worker.tokens_per_second:.0f}")
+    total = Line(
+        f"{sample.tokens_per_second:.0f} tokens/s, perplexity {sample.perplexity_increase:+.1%} over the "
+        f"best candidate, agreement {sample.agreement:.0%}"
+    )
+    return Group(bar, rows, total)
+
+
+def _table(outcome: "Outcome", every: str) -> "Rows":
+    from helios.cli.rows import Rows
+
+    left = ("phase", "system")
+    figures = ("tokens/s", "vs full", "TTFT ms", "TPOT ms", "ppl", "agree", "in bound")
+    table = Rows(*left, *figures, left=left, names=2)
+    for phase in (every, *outcome.followed_after):
+        rows = [row for row in outcome.rows if row.phase == phase]
+        full = next(row.tokens_per_second for row in rows if row.system == "full")
+        for row in rows:
+            table.add(
+                row.phase,
+                row.system,
+                f"{row.tokens_per_second:.0f}",
+                f"{row.tokens_per_second / full:.2f}x" if full else "-",
+                f"{row.ttft_ms.p50:.0f}/{row.ttft_ms.p99:.0f}",
+                f"{row.tpot_ms.p50:.1f}/{row.tpot_ms.p99:.1f}",
+                f"{row.perplexity_increase:+.1%}",
+                f"{row.agreement:.0%}",
+                f"{row.within_bound:.0%}",
+                style="bold" if phase == every else "",
+                ends_section=row is rows[-1],
+            )
+    return table
+
+
+def _explain(console: "Console", outcome: "Outcome", systems: dict[str, str], streams: int) -> None:
+    from helios.cli.rows import Line, show
+    from helios.hardware import cpu_name
+
+    show(console, *(Line(f"{name}: {what}") for name, what in systems.items()))
+    text = (
+        f"{streams} streams open at once, {outcome.workers} workers each, on {os.cpu_count()} cores of "
+        f"{cpu_name()}. TTFT, TPOT: P50/P99; "
+        "ppl: perplexity of held-out text of the phase under what was served, over the best candidate at "
+        "full depth; agree: tokens equal to the own last layer's there; in bound: tokens from plans within "
+        "the perplexity bound."
+    )
+    show(console, Line(text))
+    for phase, seconds in outcome.followed_after.items():
+        when = "never" if seconds is None else "from the start" if not seconds else f"after {seconds:.1f} s"
+        show(console, Line(f"{phase}: within the perplexity bound {when}"))
+    for row in outcome.rows:
+        if row.failed and row.phase in outcome.followed_after:
+            said = f"{row.system}, {row.phase}: {row.failed} streams failed: {'; '.join(row.errors)}"
+            show(console, Line(said, "red"))

@@ -1,0 +1,1 @@
+"""`helios demo`: traffic drifts, and a stack follows it."""

@@ -1,0 +1,77 @@
+"""The same traffic without HELIOS: workers that keep the exit mode `full` or `dynamic`."""
+
+import asyncio
+import itertools
+from collections.abc import Mapping
+from dataclasses import replace
+
+import grpc
+
+from bench.demo.judge import Judge
+from bench.demo.progress import Progress, Show
+from bench.demo.stack import ANSWER_SECONDS
+from bench.demo.traffic import PHASES, STREAMS, Traffic
+from bench.load import clients
+from bench.load.clients import Stream
+from bench.systems.local_stack import local_stack
+from helios.catalog import ModelEntry
+from helios.client import AsyncClient, error_from
+from helios.stack_state import StackState
+from helios.v1 import worker_pb2, worker_pb2_grpc
+
+_WARM_UP_TOKENS = 8
+_RELOAD_SECONDS = 600.0
+
+
+def serve(
+    mode: str,
+    state: StackState,
+    workers: Mapping[str, worker_pb2.GetStatusResponse],
+    traffic: Traffic,
+    judge: Judge,
+    seconds: float,
+    show: Show,
+) -> dict[str, list[Stream]]:
+    """Serves the phases with as many workers in exit mode `mode`, each phase by its best candidate.
+
+    Returns every stream by phase. All layers are loaded.
+    """
+    any_worker = next(iter(workers.values()))
+    options = {
+        "--models-dir": state.models_dir,
+        "--model": judge.best(PHASES[0]).name,
+        "--exit-mode": mode,
+        "--workers": str(len(workers)),
+        "--threads": str(max(1, any_worker.threads)),
+        "--precision": any_worker.precision,
+    }
+    with local_stack(*itertools.chain.from_iterable(options.items())) as baseline:
+        return asyncio.run(_serve_phases(mode, baseline, traffic, judge, seconds, show))
+
+
+async def _serve_phases(
+    mode: str, state: StackState, traffic: Traffic, judge: Judge, seconds: float, show: Show
+) -> dict[str, list[Stream]]:
+    served = {}
+    total = seconds * len(PHASES)
+    async with clients.connect(state.gateway) as gateway, AsyncClient(state.gateway) as client:
+        through = clients.through_gateway(gateway)
+        for index, phase in enumerate(PHASES):
+            show(Progress(f"{mode}: {phase.name} prompts", index * seconds, total))
+            await _reload_all(client, judge.best(phase))
+            first = itertools.islice(traffic.requests(phase, seconds), STREAMS)
+            await clients.run(through, [replace(one, max_tokens=_WARM_UP_TOKENS) for one in first], STREAMS)
+            served[phase.name] = await clients.run(through, traffic.requests(phase, seconds), STREAMS)
+    return served
+
+
+async def _reload_all(client: AsyncClient, model: ModelEntry) -> None:
+    for worker in (await client.status(ANSWER_SECONDS)).workers:
+        async with clients.connect(worker.address) as channel:
+            stub: worker_pb2_grpc.WorkerServiceAsyncStub = worker_pb2_grpc.WorkerServiceStub(channel)
+            request = worker_pb2.ReloadRequest(model=model.name, depth=model.num_layers)
+            try:
+                async for _ in stub.Reload(request, timeout=_RELOAD_SECONDS):
+                    pass
+            except grpc.aio.AioRpcError as error:
+                raise error_from(error, worker.address) from error

@@ -1,0 +1,1 @@
+"""`helios bench engine` and `prefill`: the engine alone, without services."""

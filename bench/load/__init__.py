@@ -1,0 +1,1 @@
+"""Load for an engine or for services, and the times at which tokens arrived."""

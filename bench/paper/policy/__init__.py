@@ -1,0 +1,1 @@
+"""The section `policy`: the controller's loop over drifting traffic."""

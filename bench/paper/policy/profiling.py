@@ -1,0 +1,44 @@
+"""What the profiler finds out about the candidates, and what that costs."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from bench.paper.policy.traffic import Request
+from bench.systems.subject import Subject
+from helios.engine.evaluation.evaluate import Candidate, EvaluationSettings, evaluate
+from helios.history import ModelProfile
+from services.profiler.settings import ProfilerSettings
+
+
+def evaluation_settings(subject: Subject) -> EvaluationSettings:
+    """Settings of evaluations as the profiler has them, with more timed steps."""
+    sizes = subject.sizes
+    return EvaluationSettings(
+        batches=sizes.batches,
+        generated_tokens=ProfilerSettings.model_fields["generated_tokens"].default,
+        repetitions=sizes.timed_steps,
+        memory_bytes=subject.memory_bytes,
+        precision=subject.precision,
+    )
+
+
+def profile(
+    subject: Subject, candidates: Sequence[Candidate], requests: Sequence[Request]
+) -> tuple[dict[str, ModelProfile], dict[str, float]]:
+    """Profiles of the candidates, and what it costs to profile them again when their speeds are known."""
+    settings = evaluation_settings(subject)
+    prompts = [list(request.ids) for request in requests[: subject.sizes.profiled_requests]]
+    profiles = {one.entry.name: evaluate(one, prompts, settings) for one in candidates}
+    again = [evaluate(one, prompts, settings, timed=profiles[one.entry.name]) for one in candidates]
+    cpu_seconds = sum(one.cpu_seconds for one in again)
+    alone = replace(settings, generated_tokens=1)
+    prompts_only = [evaluate(one, prompts, alone, timed=profiles[one.entry.name]) for one in candidates]
+    pairs = len(prompts) * len(candidates)
+    return profiles, {
+        "seconds_per_assessment": sum(one.wall_seconds for one in again),
+        "cpu_seconds_per_assessment": cpu_seconds,
+        "cpu_seconds_per_request_and_model": cpu_seconds / pairs,
+        # When prompts are not continued.
+        "cpu_seconds_per_prompt_and_model": sum(one.cpu_seconds for one in prompts_only) / pairs,
+        "cpu_seconds_once": sum(one.once_cpu_seconds for one in profiles.values()),
+    }

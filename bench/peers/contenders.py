@@ -1,0 +1,243 @@
+"""The engines that are compared, each in one precision, and the processes that they run in."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from bench.peers import runner
+from bench.peers.environment import variables
+from bench.peers.leash import leashed
+from bench.peers.runner import Job
+from helios.errors import HeliosError, OutOfMemoryError, UnavailableError
+from helios.hardware import available_memory
+from helios.model_config import ModelConfig
+from helios.supervisor import reason_of_end
+
+HELIOS = "helios"
+_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+# What a process needs besides weights, keys and values: code, buffers and fragmentation.
+_PROCESS_BYTES = 1 << 30
+# No answer takes longer, unless an engine hangs.
+_ANSWER_SECONDS = 1800.0
+_STOP_SECONDS = 20.0
+
+
+@dataclass(frozen=True, slots=True)
+class Contender:
+    """An engine in one precision, at a share of the depth."""
+
+    engine: str
+    precision: str
+    depth_share: float = 1.0
+
+    @property
+    def name(self) -> str:
+        """Its name on the command line and in results."""
+        part = "" if self.depth_share == 1 else "-half"
+        return f"{self.engine}-{self.precision}{part}"
+
+    @property
+    def is_peer(self) -> bool:
+        """Whether it is another engine than Helios."""
+        return self.engine != HELIOS
+
+    def depth(self, num_layers: int) -> int:
+        """How many of `num_layers` it loads."""
+        return max(1, int(num_layers * self.depth_share))
+
+    def is_part_of(self, other: "Contender") -> bool:
+        """Whether it is the same engine and precision with fewer layers."""
+        mine = (self.engine, self.precision)
+        return mine == (other.engine, other.precision) and self.depth_share < other.depth_share
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes that a step reads for each weight."""
+        return _BYTES[self.precision]
+
+
+# In the order in which they take turns. The tokens of the others are compared with those of the first.
+CONTENDERS = (
+    Contender("transformers", "float32"),
+    Contender("transformers", "bfloat16"),
+    Contender("ctranslate2", "float32"),
+    Contender("ctranslate2", "int8"),
+    Contender("vllm", "bfloat16"),
+    Contender(HELIOS, "float32"),
+    Contender(HELIOS, "bfloat16"),
+    Contender(HELIOS, "int8"),
+    Contender(HELIOS, "int8", 0.5),
+)
+PEERS = tuple(dict.fromkeys(one.engine for one in CONTENDERS if one.is_peer))
+
+
+class Runner:
+    """A contender's process, with a model loaded."""
+
+    def __init__(self, contender: Contender, job: Job, python: Path, log: Path) -> None:
+        """Starts it and waits until it has loaded. Raises UnavailableError with the last lines of its log."""
+        self.contender = contender
+        self._log = log
+        module = (
+            ("-m", "bench.systems.helios_runner")
+            if not contender.is_peer
+            else (str(Path(runner.__file__)), contender.engine)
+        )
+        with log.open("w") as errors:
+            self._process = subprocess.Popen(
+                leashed([str(python), "-P", *module]),
+                env=variables(contender.engine, job.threads, job.kv_bytes),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                # vLLM starts further processes, which pause and end with the group.
+                process_group=0,
+            )
+        try:
+            with awake(self.process_id):
+                self.loaded_seconds = float(self._ask(asdict(job))["loaded_seconds"])
+        except HeliosError:
+            self.close()
+            raise
+
+    @property
+    def process_id(self) -> int:
+        """The id of the process, and of the group of all processes that it starts."""
+        return self._process.pid
+
+    def generate(self, prompts: Sequence[Sequence[int]], max_tokens: int) -> runner.Continuation:
+        """Continues prompts of one length. Raises UnavailableError when the process cannot."""
+        with awake(self.process_id):
+            return runner.Continuation(**self._ask({"prompts": prompts, "max_tokens": max_tokens}))
+
+    def close(self) -> None:
+        """Ends the process and its children."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        # Its input ends: an engine that still works stops by itself.
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process_id, signal.SIGCONT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_STOP_SECONDS)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process_id, signal.SIGKILL)
+        self._process.wait()
+        self._process.stdout.close()
+
+    def _ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        hung = threading.Timer(_ANSWER_SECONDS, self._process.kill)
+        hung.start()
+        try:
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        except BrokenPipeError:
+            answer = ""
+        finally:
+            hung.cancel()
+        if not answer:
+            raise UnavailableError(
+                f"{self.contender.name} ended: {self._reason_of_end()} (all of it: {self._log})"
+            )
+        return dict(json.loads(answer))
+
+    def _reason_of_end(self) -> str:
+        return reason_of_end(self._log.read_text(errors="replace").splitlines())
+
+
+class Runners:
+    """The processes of one model's contenders. As many stay loaded as memory allows."""
+
+    def __init__(self, pythons: Mapping[str, Path], logs: Path) -> None:
+        """pythons: the interpreter of each engine. logs: a directory for the logs of the processes."""
+        self._pythons, self._logs = pythons, logs
+        self._open: list[Runner] = []
+        self._warm: set[tuple[str, tuple[int, ...]]] = set()
+
+    def get(self, contender: Contender, job: Job) -> Runner:
+        """The contender's process, which is started if there is none.
+
+        Raises OutOfMemoryError, and UnavailableError when it does not start.
+        """
+        for position, found in enumerate(self._open):
+            if found.contender == contender:
+                # The list is ordered by last use.
+                self._open.append(self._open.pop(position))
+                return found
+        needed = job.memory_bytes
+        while needed > available_memory() and self._open:
+            # Contenders take turns: the one used last will be needed last.
+            self._close(self._open.pop())
+        if needed > (available := available_memory()):
+            raise OutOfMemoryError(
+                f"{contender.name} would need {needed >> 20} MiB of {available >> 20}; take a smaller batch"
+            )
+        log = self._logs / f"{contender.name}.log"
+        started = Runner(contender, job, self._pythons[contender.engine], log)
+        self._open.append(started)
+        return started
+
+    def warm_up(self, one: Runner, prompts: Sequence[Sequence[int]]) -> None:
+        """Generates two tokens for prompts of this shape, once in the life of the process."""
+        mark = (one.contender.name, (len(prompts), len(prompts[0])))
+        if mark not in self._warm:
+            one.generate(prompts, 2)
+            self._warm.add(mark)
+
+    def drop(self, contender: Contender) -> None:
+        """Ends a contender's process, if there is one."""
+        for one in [one for one in self._open if one.contender == contender]:
+            self._open.remove(one)
+            self._close(one)
+
+    def close(self) -> None:
+        """Ends all."""
+        while self._open:
+            self._close(self._open.pop())
+
+    def _close(self, one: Runner) -> None:
+        self._warm = {mark for mark in self._warm if mark[0] != one.contender.name}
+        one.close()
+
+
+@contextlib.contextmanager
+def awake(group: int) -> Iterator[None]:
+    """Lets the processes of a group run only inside the context: idle engines spin for a while.
+
+    The group must be of this session. If this process ends, the kernel then wakes the paused group
+    (setpgid(2), on orphaned process groups), and it ends by itself.
+    """
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGCONT)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGSTOP)
+
+
+def needed_bytes(contender: Contender, config: ModelConfig, kv_bytes: int) -> int:
+    """Memory that a contender takes at most: weights, embeddings in float32, keys, values and its process.
+
+    kv_bytes: bytes of keys and values in bfloat16.
+    """
+    if contender.precision == "float32" or contender.engine == "ctranslate2":
+        kv_bytes *= 2
+    weights = config.parameters(contender.depth(config.num_layers)) * contender.weight_bytes
+    return weights + 4 * config.vocab_size * config.embed_size + kv_bytes + _PROCESS_BYTES
+
+
+def pythons(peers: Mapping[str, Path]) -> dict[str, Path]:
+    """The Python of each engine. Helios's is this one."""
+    return {HELIOS: Path(sys.executable), **peers}

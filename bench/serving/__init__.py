@@ -1,0 +1,1 @@
+"""`helios bench serve` and `served`: gateway and workers as their clients see them."""

@@ -1,0 +1,1 @@
+"""What is measured of Helios: models, engines and stacks that a bench starts."""

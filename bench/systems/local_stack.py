@@ -1,0 +1,64 @@
+"""Stacks that a bench starts and stops, with the command that a person uses."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from helios import stack_state
+from helios.errors import UnavailableError
+from helios.stack_state import StackState
+from helios.tether import tethered
+
+_CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@contextlib.contextmanager
+def local_stack(*options: str, settings: Mapping[str, str] | None = None) -> Iterator[StackState]:
+    """Runs `helios up` with the options, on a free port, apart from any other stack.
+
+    It has no profiler and controller, unless the options ask for them: nothing changes what is measured.
+    settings: further environment variables. Raises UnavailableError with its error when it does not start.
+    """
+    with tempfile.TemporaryDirectory(prefix="helios-bench-") as name, tempfile.TemporaryFile("w+") as said:
+        command = [
+            *(sys.executable, "-P", "-m", "helios.cli", "up", "--gateway", "127.0.0.1:0"),
+            *("--no-profiler", "--controller", "none", *options),
+        ]
+        # Another stack may be told to use that Redis.
+        environment = {key: value for key, value in os.environ.items() if key != "HELIOS_REDIS_URL"}
+        environment |= {**(settings or {}), "HELIOS_STATE_DIR": name}
+        # A bench sends the same prompts again, and wants to know what new ones take.
+        environment.setdefault("HELIOS_WORKER_PREFIX_CACHE", "false")
+        # Tethered, so that a bench that is killed leaves no stack behind.
+        process = subprocess.Popen(
+            tethered(command),
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            text=True,
+        )
+        assert process.stdout is not None
+        try:
+            is_ready = process.stdout.readline() != ""
+            state = stack_state.read(Path(name))
+            if not is_ready or state is None:
+                process.wait()
+                said.seek(0)
+                # Before the error it says what it waited for.
+                raise UnavailableError(said.read().strip().rpartition("error: ")[2])
+            yield state
+        finally:
+            process.terminate()
+            process.wait()
+            process.stdout.close()
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time, user and system, that a process has used so far (proc(5), stat fields 14 and 15)."""
+    after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(after_name[11]) + int(after_name[12])) / _CLOCK_TICKS

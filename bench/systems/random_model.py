@@ -1,0 +1,143 @@
+"""Checkpoints with seeded random weights: speed depends on the shape of a model, not on its weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import TensorSpec, serialize_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+from bench.systems.shapes import SHAPES, TINY
+from helios.catalog import FACTS_FILE, FORMAT_VERSION, TOKENIZER_FILE
+from helios.model_config import CONFIG_FILE, POSITION_OFFSET, ModelConfig
+from helios.staging import staged
+
+_SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
+# Changes with how the weights are made: they are another model then.
+_VERSION = 1
+_SEED = 0
+
+
+def random_model(name: str, directory: Path) -> Path:
+    """The checkpoint of a shape in `directory`. It is written, in bfloat16, unless it is there.
+
+    It has exits at every quarter of the depth, through the shared head. Raises CheckpointError when it cannot
+    be written, KeyError for an unknown shape.
+    """
+    path = directory / f"{name}-random-{_VERSION}"
+    if not path.exists():
+        with staged(path) as staging:
+            write_random_model((SHAPES | {"tiny": TINY})[name], staging)
+    return path
+
+
+def write_random_model(config: ModelConfig, path: Path) -> None:
+    """Writes config, weights, tokenizer and exits of a pre-norm OPT with a tied head into a directory."""
+    generator = np.random.default_rng(_SEED)
+    values_of = {}
+    for name, shape in _tensor_shapes(config).items():
+        values = generator.standard_normal(shape, dtype=np.float32)
+        if name.endswith("layer_norm.weight"):
+            values = 1 + np.float32(0.2) * values
+        elif len(shape) == 1:
+            values *= np.float32(0.02)
+        else:
+            values *= np.float32(shape[1] ** -0.5)
+        values_of[name] = _bfloat16(values)
+    tensors = {
+        # TensorSpec holds addresses: values_of keeps the arrays alive.
+        name: TensorSpec(
+            dtype="bfloat16", shape=values.shape, data_ptr=values.ctypes.data, data_len=values.nbytes
+        )
+        for name, values in values_of.items()
+    }
+    serialize_file(tensors, path / "model.safetensors", {"format": "pt"})
+    (path / CONFIG_FILE).write_text(json.dumps(_config_fields(config), indent=2))
+    _tokenizer(config.vocab_size).save(str(path / TOKENIZER_FILE))
+    (path / "tokenizer_config.json").write_text(json.dumps(_TOKENIZER_CONFIG))
+    quarters = sorted({max(1, config.num_layers * part // 4) for part in (1, 2, 3, 4)})
+    facts = {
+        "format_version": FORMAT_VERSION,
+        "exit_layers": quarters,
+        "exit_head": "shared",
+        "thresholds": {},
+        "default_depth": config.num_layers,
+        "training": {"recipe": "random", "seed": _SEED},
+    }
+    (path / FACTS_FILE).write_text(json.dumps(facts, indent=2))
+
+
+_TOKENIZER_CONFIG = {
+    "tokenizer_class": "PreTrainedTokenizerFast",
+    "bos_token": "</s>",
+    "eos_token": "</s>",
+    "pad_token": "<pad>",
+    "unk_token": "<unk>",
+}
+
+
+def _tensor_shapes(config: ModelConfig) -> dict[str, list[int]]:
+    """Names and shapes of tensors, as in transformers' OPTForCausalLM."""
+    hidden, ffn, decoder = config.hidden_size, config.ffn_dim, "model.decoder"
+    shapes = {
+        f"{decoder}.embed_tokens.weight": [config.vocab_size, hidden],
+        f"{decoder}.embed_positions.weight": [config.context_tokens + POSITION_OFFSET, hidden],
+    }
+    linears = {f"self_attn.{name}_proj": (hidden, hidden) for name in ("q", "k", "v", "out")}
+    linears |= {"fc1": (ffn, hidden), "fc2": (hidden, ffn)}
+    norms = [f"{decoder}.final_layer_norm"]
+    for layer in range(config.num_layers):
+        prefix = f"{decoder}.layers.{layer}"
+        norms += [f"{prefix}.self_attn_layer_norm", f"{prefix}.final_layer_norm"]
+        for name, (rows, columns) in linears.items():
+            shapes[f"{prefix}.{name}.weight"] = [rows, columns]
+            shapes[f"{prefix}.{name}.bias"] = [rows]
+    for norm in norms:
+        shapes[f"{norm}.weight"] = shapes[f"{norm}.bias"] = [hidden]
+    return shapes
+
+
+def _bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """float32 values as bfloat16: their upper halves, rounded to nearest, ties away from zero."""
+    return ((values.view(np.uint32) + np.uint32(0x8000)) >> np.uint32(16)).astype("<u2")
+
+
+def _config_fields(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["OPTForCausalLM"],
+        "model_type": "opt",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "ffn_dim": config.ffn_dim,
+        "max_position_embeddings": config.context_tokens,
+        "word_embed_proj_dim": config.embed_size,
+        "do_layer_norm_before": config.norm_before,
+        "enable_bias": config.has_bias,
+        "layer_norm_elementwise_affine": config.norm_affine,
+        "tie_word_embeddings": config.tied_head,
+        "activation_function": config.activation,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_ids[0],
+        "pad_token_id": config.pad_token_id,
+        "dropout": 0.0,
+        "torch_dtype": "bfloat16",
+    }
+
+
+def _tokenizer(vocab_size: int) -> Tokenizer:
+    """A byte-level tokenizer. Every id above the bytes is its own word, so that each has text to stream."""
+    tokens = [*_SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokens += [f"\u0120w{index}" for index in range(len(tokens), vocab_size)]
+    vocabulary = {token: index for index, token in enumerate(tokens[:vocab_size])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(_SPECIAL_TOKENS))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="</s> $A", special_tokens=[("</s>", vocabulary["</s>"])]
+    )
+    return tokenizer

@@ -1,0 +1,248 @@
+"""What benches of the engine measure: models, held-out texts, sizes, and what is computed of them once."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bench.systems.cache import CACHE_DIR
+from bench.texts import held_out
+from helios.catalog import ModelEntry
+from helios.engine import Engine, EngineSettings, ExitMode
+from helios.engine.evaluation.trace import ExitTrace, trace_exits
+from helios.engine.plan import Plan, load_plan
+from helios.engine.tokenizer import load_tokenizer
+from helios.errors import SettingsError
+from helios.modes import Precision
+from helios.settings import SERVED_BURST_SECONDS
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much is measured. All are counts. `windows` is per domain; None: as many as the texts give."""
+
+    batches: tuple[int, ...] = (1, 8, 32, 64)
+    prompt_tokens: int = 32
+    output_tokens: int = 64
+    rounds: int = 3
+    saturating_requests: int = 128
+    # Few, since one at a time takes long, and its rate does not depend on their number.
+    single_requests: int = 6
+    window_tokens: int = 256
+    windows: int | None = None
+    judged_requests: int = 16
+    forced_windows: int = 32
+    forced_tokens: int = 128
+    grid_batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
+    request_tokens: int = 64
+    # Of a phase of drifting traffic. A drift must not fall on a reassessment: the reaction would look better
+    # than it is.
+    phase_requests: int = 310
+    # Of a phase of the long traces, and of traffic without a drift.
+    long_phase_requests: int = 3000
+    # Traces of each shape; and of those that are long or only compared with others.
+    traces: int = 20
+    few_traces: int = 5
+    served_requests: int = 120
+    served_interval: int = 20
+    profiled_requests: int = 5
+    # A shape with random weights, and what is measured of it.
+    shape: str = "opt-1.3b"
+    shape_batches: tuple[int, ...] = (1, 8, 32)
+    shape_tokens: int = 16
+    # More than the profiler takes, since all of a simulation depends on them.
+    timed_steps: int = 21
+    reloads: int = 100
+    # Seconds of a round on real services, and how often four rounds are run.
+    control_seconds: float = 20.0
+    control_rounds: int = 2
+
+    @property
+    def largest_batch(self) -> int:
+        """The batch that saturates an engine here."""
+        return self.batches[-1]
+
+
+QUICK = Sizes(
+    batches=(1, 4),
+    prompt_tokens=8,
+    output_tokens=8,
+    rounds=1,
+    saturating_requests=8,
+    single_requests=2,
+    window_tokens=64,
+    windows=6,
+    judged_requests=2,
+    forced_windows=2,
+    forced_tokens=16,
+    grid_batches=(1, 2, 4),
+    request_tokens=16,
+    phase_requests=12,
+    long_phase_requests=24,
+    traces=2,
+    few_traces=1,
+    served_requests=9,
+    served_interval=3,
+    profiled_requests=2,
+    shape="tiny",
+    shape_batches=(1, 2),
+    shape_tokens=4,
+    timed_steps=2,
+    reloads=6,
+    control_seconds=0.5,
+    control_rounds=1,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """The quality of a model at one depth on held-out text, teacher-forced."""
+
+    perplexity: float
+    nats_per_byte: float
+    # Over the best candidate at full depth, per token of that candidate, as the policy bounds it.
+    perplexity_increase: float
+    # Share of tokens that are the same as the model's own last layer's.
+    agreement: float
+
+
+class Subject:
+    """The models that are measured. Each is loaded and traced once."""
+
+    def __init__(
+        self,
+        models: Sequence[ModelEntry],
+        sizes: Sizes,
+        memory_bytes: int,
+        say: Callable[[str], None] = lambda _: None,
+        precision: Precision = Precision.FLOAT32,
+        cache_dir: Path = CACHE_DIR,
+    ) -> None:
+        """memory_bytes: budget of each engine. cache_dir: where models with random weights are kept.
+
+        Raises SettingsError when there is no model with early exits.
+        """
+        self.models = [model for model in models if model.has_exits]
+        if not self.models:
+            raise SettingsError("no model here has early exits; add them with `helios models add-exits`")
+        self.sizes = sizes
+        self.memory_bytes = memory_bytes
+        self.precision = precision
+        self.cache_dir = cache_dir
+        self.say = say
+        self.tokenizers = {
+            model.name: load_tokenizer(model.path, model.facts).tokenizer for model in self.models
+        }
+        self._plans: dict[str, Plan] = {}
+        self._windows: dict[tuple[str, str], list[list[int]]] = {}
+        self._traces: dict[tuple[str, str], list[ExitTrace]] = {}
+
+    def model(self, name: str) -> ModelEntry:
+        """A model by name."""
+        return next(model for model in self.models if model.name == name)
+
+    def windows(self, model: ModelEntry, domain: str) -> list[list[int]]:
+        """The held-out text in windows of equal length. Raises SettingsError when there is none."""
+        key = (model.name, domain)
+        if key not in self._windows:
+            length = min(self.sizes.window_tokens, model.context_tokens)
+            found = held_out.windows(self.tokenizers[model.name], domain, length, self.sizes.windows)
+            if not found:
+                raise SettingsError(f"no text of the domain {domain} has {length} tokens")
+            self._windows[key] = found
+        return self._windows[key]
+
+    def prompts(self, model: ModelEntry, domains: Sequence[str], count: int) -> list[list[int]]:
+        """Prompts of one length, from the domains' texts by turns. They repeat when the texts run out."""
+        length = self.sizes.prompt_tokens
+        pools = [[window[:length] for window in self.windows(model, domain)] for domain in domains]
+        return [
+            pools[index % len(pools)][index // len(pools) % len(pools[index % len(pools)])]
+            for index in range(count)
+        ]
+
+    def plan(self, model: ModelEntry) -> Plan:
+        """The model with all layers and every exit."""
+        if model.name not in self._plans:
+            self._plans[model.name] = load_plan(model.path, None, self.settings(ExitMode.DYNAMIC))
+        return self._plans[model.name]
+
+    def traces(self, model: ModelEntry, domain: str) -> list[ExitTrace]:
+        """What every exit says of the domain's windows."""
+        key = (model.name, domain)
+        if key not in self._traces:
+            self.say(f"every exit of {model.name} on held-out {domain} text")
+            self._traces[key] = trace_exits(self.plan(model), self.windows(model, domain))
+        return self._traces[key]
+
+    def judge(self, *domains: str) -> ModelEntry:
+        """The best candidate on these domains: the one with the fewest nats per byte at full depth."""
+        return min(self.models, key=lambda model: self._nats_per_byte(model, model.num_layers, domains))
+
+    def quality(self, model: ModelEntry, depth: int, *domains: str) -> Quality:
+        """The quality of a model at one depth, on these domains together."""
+        traces = [trace for domain in domains for trace in self.traces(model, domain)]
+        judge = self.judge(*domains)
+        per_byte = self._nats_per_byte(model, depth, domains)
+        excess = per_byte - self._nats_per_byte(judge, judge.num_layers, domains)
+        mean = np.concatenate([trace.nats[trace.index(depth)] for trace in traces]).mean(dtype=np.float64)
+        return Quality(
+            perplexity=math.exp(mean),
+            nats_per_byte=per_byte,
+            perplexity_increase=math.expm1(excess * self._bytes_per_token(judge, domains)),
+            agreement=float(np.concatenate([trace.agrees(depth) for trace in traces]).mean()),
+        )
+
+    def fastest_within(self, domain: str, bound: float) -> tuple[ModelEntry, int]:
+        """The smallest plan whose perplexity is within `bound` (a share) of the best candidate's."""
+        options = [(model, depth) for model in self.models for depth in model.exit_layers]
+        within = [
+            (model, depth)
+            for model, depth in options
+            if self.quality(model, depth, domain).perplexity_increase <= bound
+        ]
+        return min(within, key=lambda option: option[0].config.parameters(option[1]))
+
+    def settings(self, exit_mode: ExitMode, max_running: int | None = None) -> EngineSettings:
+        """Settings of an engine: all are equal except those that are compared."""
+        running = max_running or self.sizes.largest_batch
+        return EngineSettings(
+            exit_mode=exit_mode,
+            precision=self.precision,
+            memory_bytes=self.memory_bytes,
+            max_running=running,
+            max_waiting=max(256, self.sizes.saturating_requests),
+            # All prompts of a batch are prefilled in one step, so that decoding can be timed apart.
+            step_token_budget=max(512, running * (self.sizes.prompt_tokens + 1)),
+            prefill_stretch=math.inf,
+            burst_seconds=SERVED_BURST_SECONDS,
+            # Every round has the same prompts: none may be served from KV that was kept.
+            prefix_cache=False,
+        )
+
+    def engine(
+        self, model: ModelEntry, depth: int | None = None, settings: EngineSettings | None = None
+    ) -> Engine:
+        """A new engine. Without settings it is greedy."""
+        return Engine.load(model.path, depth, settings or self.settings(ExitMode.GREEDY))
+
+    def text_nats(self, model: ModelEntry, texts: Sequence[Sequence[int]], prompt_tokens: int) -> float:
+        """Mean nats per token that a model at full depth gives to what follows the prompts."""
+        traces = trace_exits(self.plan(model), texts)
+        return float(np.mean([trace.nats[-1, prompt_tokens - 1 :].mean() for trace in traces]))
+
+    def _nats_per_byte(self, model: ModelEntry, depth: int, domains: Sequence[str]) -> float:
+        traces = [trace for domain in domains for trace in self.traces(model, domain)]
+        nats = math.fsum(float(trace.nats[trace.index(depth)].sum(dtype=np.float64)) for trace in traces)
+        return nats / self._bytes(model, domains)
+
+    def _bytes_per_token(self, model: ModelEntry, domains: Sequence[str]) -> float:
+        windows = [window for domain in domains for window in self.windows(model, domain)]
+        return self._bytes(model, domains) / sum(len(window) - 1 for window in windows)
+
+    def _bytes(self, model: ModelEntry, domains: Sequence[str]) -> int:
+        tokenizer = self.tokenizers[model.name]
+        windows = [window for domain in domains for window in self.windows(model, domain)]
+        return sum(len(tokenizer.decode(window[1:]).encode()) for window in windows)

@@ -1,0 +1,1 @@
+"""Texts that the bundled models were not trained on."""

@@ -1,0 +1,95 @@
+"""`helios models add-exits`, which `helios models` finds as an entry point."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from helios import catalog
+from helios.cli.checkpoints import (
+    depths_in_words,
+    find_checkpoint,
+    force_option,
+    models_dir_option,
+    progress_bars,
+)
+
+if TYPE_CHECKING:
+    from helios.catalog import ExitHeadKind
+
+
+class _LayerList(click.ParamType[tuple[int, ...]]):
+    name = "layers"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int, ...]:
+        parts = str(value).split(",")
+        if not all(part.strip().isdecimal() for part in parts):
+            self.fail(f"{value!r} is not a list of layers such as 2,4,6", param, ctx)
+        return tuple(int(part) for part in parts)
+
+
+@click.command("add-exits")
+@click.argument("source")
+@click.argument("target", type=click.Path(path_type=Path))
+@click.option(
+    "--text",
+    "texts",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    multiple=True,
+    required=True,
+    help="UTF-8 text, or .jsonl with `text`, of the kind that will be served. Can be given several times.",
+)
+@click.option(
+    "--exit-layers", type=_LayerList(), metavar="2,4,6", help="Default: every quarter of the model."
+)
+@click.option(
+    "--head",
+    type=click.Choice(["linear", "norm", "shared"]),
+    default="linear",
+    show_default=True,
+    help="A norm and a matrix per exit; a norm per exit; or the model's own final norm, without tuning.",
+)
+@click.option("--steps", type=click.IntRange(min=1), default=500, show_default=True, help="Of tuning.")
+@models_dir_option
+@force_option
+def add_exits(
+    *,
+    source: str,
+    target: Path,
+    texts: tuple[Path, ...],
+    exit_layers: tuple[int, ...] | None,
+    head: "ExitHeadKind",
+    steps: int,
+    models_dir: Path | None,
+    force: bool,
+) -> None:
+    """Tune exit heads on the frozen model SOURCE and write the early-exit model to TARGET.
+
+    SOURCE is a folder, or the name of a model in the models directory. An interrupted run
+    goes on from its last save when it is started again.
+    """
+    entry = find_checkpoint(source, models_dir)
+    with progress_bars() as progress:
+        task = progress.add_task(f"tuning exits of {entry.name}", total=None)
+        from training import add_exits as tuning
+
+        def on_step(now: tuning.Progress) -> None:
+            text = f"tuning exits of {entry.name}, loss {now.loss:.3f}"
+            progress.update(task, description=text, completed=now.step, total=now.steps)
+
+        tuning.add_exits(
+            entry.path,
+            target,
+            exit_layers=exit_layers,
+            head=head,
+            texts=texts,
+            options=tuning.TuningOptions(steps=steps),
+            force=force,
+            progress=on_step,
+        )
+    added = catalog.read_model(target)
+    click.echo(
+        f"{target}: {added.num_layers} layers, depths {depths_in_words(added)}, default {added.default_depth}"
+    )
