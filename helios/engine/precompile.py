@@ -1,7 +1,7 @@
 """`python -m helios.engine.precompile` compiles the kernels that workers and profilers call, before they do.
 
-With `--all-targets` it does so for every class of processors, as an image needs that is to start on any of
-them. Code of a class that this machine may lack is compiled and never run.
+With `--all-targets` it compiles them for every class of processors, for images that must start on any of them.
+Code of a class that this machine lacks is compiled and never run.
 """
 
 import argparse
@@ -33,15 +33,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m helios.engine.precompile", description=__doc__)
     parser.add_argument("--models-dir", type=Path, help="default: the bundled models")
     parser.add_argument("--all-targets", action="store_true", help="for every class of processors")
-    # Of the process of another target, which gets them on stdin.
+    # For the process of another target, which gets the signatures on stdin.
     parser.add_argument("--signatures", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    log.info("%s", jit.describe())
-    if chosen.signatures:
-        jit.compile_for(pickle.load(sys.stdin.buffer))
-        return 0
     try:
+        log.info("%s", jit.describe())
+        if chosen.signatures:
+            jit.compile_for(pickle.load(sys.stdin.buffer))
+            return 0
         for entry in catalog.list_models(catalog.find_models_dir(chosen.models_dir)):
             call_all(entry.path)
     except HeliosError as error:
@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def call_all(model: Path) -> None:
-    """Serves and evaluates a model as worker and profiler do by default, as briefly as can be."""
+    """Serves and evaluates a model as worker and profiler do by default, as briefly as possible."""
     Engine.load(model, settings=EngineSettings(precision="auto", memory_bytes=_MEMORY_BYTES))
     settings = EvaluationSettings(
         generated_tokens=2, batches=(1,), repetitions=1, precision="auto", memory_bytes=_MEMORY_BYTES
@@ -62,7 +62,7 @@ def call_all(model: Path) -> None:
 
 
 def compile_for_others() -> int:
-    """Compiles what this process has called for the other targets, each in its own process: LLVM has one."""
+    """Compiles what this process has called for all other targets, each in its own process: LLVM has one."""
     signatures = pickle.dumps(jit.signatures())
 
     def compile_for(target: processor.Target) -> int:

@@ -1,13 +1,13 @@
 """The compiled step: its sums, rows that leave each other alone, streams that resume to the bit, quality."""
 
 import ast
+import importlib
 import inspect
 import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,13 +22,12 @@ from helios.engine.backends.kv_cache import KVCache
 from helios.engine.backends.paged_attention import attend
 from helios.engine.backends.readout import read
 from helios.engine.engine import Engine
-from helios.engine.kernels import attention_float as attention
-from helios.engine.kernels import attention_int8 as byte_attention
 from helios.engine.kernels import inner_product as inner_product_module
-from helios.engine.kernels import step as kernels
-from helios.engine.kernels.inner_product import BFLOAT16, INT8, TILE, inner_product
+from helios.engine.kernels.inner_product import TILE, inner_product
+from helios.engine.kernels.layer import OWN_ROWS
+from helios.engine.kernels.layout import BFLOAT16, INT8
+from helios.engine.kernels.processor import PROCESSOR
 from helios.engine.kernels.simd import keep, store_long
-from helios.engine.kernels.step import OWN_ROWS
 from helios.engine.kernels.team import TEAM
 from helios.engine.plan import load_plan
 from helios.engine.scheduling.batch import Batch, build_batch
@@ -142,11 +141,13 @@ def test_a_row_of_zeros_gives_the_biases(precision: str) -> None:
     assert torch.equal(case.linear(torch.zeros(2, 64)), case.bias.expand(2, -1))
 
 
-@pytest.mark.parametrize("numbers", [BFLOAT16, INT8])
-def test_without_the_instruction_the_sums_are_the_same(monkeypatch: pytest.MonkeyPatch, numbers: int) -> None:
+@pytest.mark.parametrize("precision", [BFLOAT16, INT8])
+def test_without_the_instruction_the_sums_are_the_same(
+    monkeypatch: pytest.MonkeyPatch, precision: int
+) -> None:
     generator = np.random.default_rng(0)
     steps = 5
-    if numbers == INT8:
+    if precision == INT8:
         x = generator.integers(0, 256, (2, 4 * steps), dtype=np.uint8)
         weights = generator.integers(-128, 128, (steps, TILE, 4), dtype=np.int8)
         by_step, products = x.astype(np.int32).reshape(2, steps, 4), weights.astype(np.int32)
@@ -160,15 +161,15 @@ def test_without_the_instruction_the_sums_are_the_same(monkeypatch: pytest.Monke
     def sums() -> Any:
         @njit
         def compute(x: int, weights: int, out: int) -> None:
-            inner_product(numbers, 2, x, steps, weights, steps, out, weights, 0)
+            inner_product(precision, 2, x, steps, weights, steps, out, weights, 0)
 
         out = np.zeros((2, TILE), expected.dtype)
         compute(x.ctypes.data, weights.ctypes.data, out.ctypes.data)
         return out.tolist()
 
     assert sums() == expected.tolist()
-    monkeypatch.setattr(inner_product_module, "has_byte_dot_product", lambda: False)
-    monkeypatch.setattr(inner_product_module, "has_bfloat16_dot_product", lambda: False)
+    plain = replace(PROCESSOR, byte_dot_product=None, bfloat16_dot_product=None)
+    monkeypatch.setattr(inner_product_module, "PROCESSOR", plain)
     assert sums() == expected.tolist()
 
 
@@ -417,14 +418,11 @@ def test_tokens_leave_the_one_call_where_they_leave_the_layers_one_by_one(
 
 COMPILED = """
 import sys
-from numba.core.dispatcher import Dispatcher
-from helios.engine import Engine, EngineSettings, SamplingParams, drawing, kernels
+from helios.engine import Engine, EngineSettings, SamplingParams
+from helios.engine.kernels import jit
 
 def compiled():
-    members = {**vars(kernels), **vars(drawing)}
-    found = {name: len(one.signatures) for name, one in members.items() if isinstance(one, Dispatcher)}
-    assert found
-    return found
+    return {name: len(types) for name, types in jit.signatures().items()}
 
 engine = Engine.load(sys.argv[1], settings=EngineSettings(precision=sys.argv[2], memory_bytes=64 << 20))
 before = compiled()
@@ -542,10 +540,11 @@ def test_kept_memory_is_not_given_to_others() -> None:
     assert one != other
 
 
-@pytest.mark.parametrize("module", [attention, byte_attention, kernels])
-def test_memory_whose_address_a_kernel_takes_is_kept_to_its_end(module: ModuleType) -> None:
+@pytest.mark.parametrize("name", ["attention_float", "attention_int8", "product", "summary"])
+def test_memory_whose_address_a_kernel_takes_is_kept_to_its_end(name: str) -> None:
     """Otherwise other threads get it while the kernel works in it, now and then."""
     taken = 0
+    module = importlib.import_module(f"helios.engine.kernels.{name}")
     for kernel in ast.walk(ast.parse(inspect.getsource(module))):
         if not isinstance(kernel, ast.FunctionDef):
             continue

@@ -25,11 +25,12 @@ import json, logging, sys
 import numpy as np
 logging.basicConfig(level=logging.INFO, stream=sys.stderr)
 from helios.engine.kernels import jit
-from helios.engine.kernels.attention_float import longest_context
+from helios.engine.kernels.context import longest_context
+from helios.engine.kernels.layout import BatchAddresses
 positions = np.array([3, 41, 7])
-rows_of = np.array([0, positions.ctypes.data])
+batch = BatchAddresses(3, 3, 3, 0, positions.ctypes.data, 0, 0, 0, 0, 0)
 print(json.dumps({
-    "result": int(longest_context(rows_of, 3)),
+    "result": int(longest_context(batch)),
     "compiled": sum(longest_context.stats.cache_misses.values()),
     "where": jit.describe(),
 }))
@@ -114,9 +115,10 @@ def test_a_changed_operation_runs_without_a_change_of_the_kernel_that_takes_it(c
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [
-        ("model_config.py", "POSITION_OFFSET = 2", "POSITION_OFFSET = 3"),
+        ("errors.py", 'DOMAIN = "helios"', 'DOMAIN = "other"'),
+        ("engine/kernels/layout.py", "FLOAT16 = 0, 1, 2, 3", "FLOAT16 = 0, 2, 1, 3"),
         ("engine/kernels/inner_product.py", "TILE = 2 * LANES", "TILE = 4 * LANES"),
-        ("engine/kernels/processor.py", '"x86-64-v3"', '"haswell"'),
+        ("engine/kernels/processors/avx2.py", '"x86-64-v3"', '"haswell"'),
         ("__init__.py", '__version__ = "', '__version__ = "9'),
     ],
 )
@@ -130,8 +132,10 @@ def test_machine_code_is_kept_for_sources_constants_and_versions(
 
 def test_what_kernels_do_not_use_leaves_machine_code_as_it_is() -> None:
     names = {path.relative_to(PACKAGE).as_posix() for path in jit.SOURCES}
-    kernels = (f"engine/kernels/{name}.py" for name in ("step", "simd", "sampling"))
-    assert names >= {"model_config.py", *kernels}
+    others = {"__init__", "team"}
+    kernels = {path.relative_to(PACKAGE).as_posix() for path in (PACKAGE / "engine/kernels").rglob("*.py")}
+    kernels = {name for name in kernels if Path(name).stem not in others}
+    assert names >= {"errors.py", *kernels}
     assert not names & {"engine/engine.py", "engine/backends/compiled.py", "settings.py"}
 
 
@@ -142,7 +146,7 @@ def test_a_kernel_that_the_hash_does_not_know_is_refused() -> None:
 
 def test_damaged_machine_code_is_compiled_anew(copy: Copy) -> None:
     copy.call()
-    (file,) = copy.kept.rglob("attention.longest_context-*")
+    (file,) = copy.kept.rglob("context.longest_context-*")
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
@@ -196,7 +200,7 @@ def test_machine_code_of_versions_that_are_gone_goes_when_a_new_one_comes(copy: 
     versions = [copy.kept / f"{number:016x}.kernels" for number in range(12)]
     for number, version in enumerate(versions):
         version.mkdir(parents=True)
-        (version / "step.burst-0123456789abcdef").touch()
+        (version / "step.run_burst-0123456789abcdef").touch()
         # The last one still runs, beside a newer one.
         seconds = (30 - number) * 24 * 3600
         os.utime(version, (version.stat().st_mtime - seconds,) * 2)
@@ -218,9 +222,11 @@ def test_versions_in_use_stay_however_many_there_are(copy: Copy) -> None:
 COMPILE = """
 import sys
 from numba import types
-from helios.engine.kernels import attention_float, jit, processor
-kernel = attention_float.longest_context
-wanted = {"attention_float.longest_context": [(types.Array(types.int64, 1, "C"), types.int64)]}
+from helios.engine.kernels import jit, processor
+from helios.engine.kernels.context import longest_context as kernel
+from helios.engine.kernels.layout import BatchAddresses
+batch = types.NamedUniTuple(types.int64, len(BatchAddresses._fields), BatchAddresses)
+wanted = {"context.longest_context": [(batch,)]}
 jit.compile_for(wanted)
 assert {name: jit.signatures()[name] for name in wanted} == wanted
 print(processor.TARGET.name, processor.has_byte_dot_product(), sum(kernel.stats.cache_misses.values()))

@@ -19,10 +19,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from helios.engine.backends.burst import Draws
+from helios.engine.backends.burst import draws_of
 from helios.engine.backends.readout import read
 from helios.engine.backends.sampler import Row, Sampled, sample
-from helios.engine.kernels.sampling import draw, room_numbers, uniform
+from helios.engine.kernels.layout import Outputs
+from helios.engine.kernels.sampling import draw, drawing_numbers, uniform
 from helios.engine.kernels.team import TEAM
 from helios.sampling import SamplingParams
 
@@ -39,16 +40,14 @@ def by_torch(logits: torch.Tensor, rows: list[Row]) -> Sampled:
 
 def compiled(logits: torch.Tensor, rows: list[Row]) -> Sampled:
     found = read(logits)
-    room = torch.empty(TEAM.threads * room_numbers(logits.shape[1]))
+    room = torch.empty(TEAM.threads * drawing_numbers(logits.shape[1]))
     TEAM.run(
         draw,
-        found.logits.data_ptr(),
+        draws_of(rows),
+        0,
+        Outputs(found.logits.data_ptr(), found.best.data_ptr(), found.summaries.data_ptr(), exit_layers=0),
         len(rows),
         logits.shape[1],
-        *Draws.of_rows(rows),
-        0,
-        found.best.data_ptr(),
-        found.summaries.data_ptr(),
         room.data_ptr(),
         operations=0,
     )

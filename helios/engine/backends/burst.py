@@ -7,52 +7,38 @@ import numpy as np
 from numpy.typing import NDArray
 
 from helios.engine.backends.sampler import Row
+from helios.engine.kernels.layout import DRAW, Draws
 from helios.engine.scheduling.sequence import Sequence
 from helios.sampling import SamplingParams
 
+NO_DRAWS = Draws(np.empty(0, dtype=DRAW), np.empty(0, dtype=np.int64))
 
-class Draws(NamedTuple):
-    """How the tokens of read rows are chosen, as `drawing.draw` takes it; no rows: all are the likeliest."""
 
-    # Seed, position and top-k: uint64 [reads, 3].
-    numbers: NDArray[np.uint64]
-    # Temperature, top-p and repetition penalty: float64 [reads, 3].
-    chances: NDArray[np.float64]
-    # The ids before each row that has a penalty, and where they end: int64, [reads].
-    history: NDArray[np.int64]
-    ends: NDArray[np.int64]
+def draws_for(readers: Seq[Sequence], others: int = 0) -> Draws:
+    """Draws for the sequences that get a token, and for rows behind theirs whose token nobody takes."""
+    if all(seq.takes_likeliest for seq in readers):
+        return NO_DRAWS
+    return draws_of([*(Row.of(seq) for seq in readers), *[Row(SamplingParams(), 0, ())] * others])
 
-    @classmethod
-    def of(cls, readers: Seq[Sequence], others: int = 0) -> "Draws":
-        """Of the sequences that get a token, and of rows behind theirs whose token nobody takes."""
-        if all(seq.takes_likeliest for seq in readers):
-            return NO_DRAWS
-        return cls.of_rows([*(Row.of(seq) for seq in readers), *[Row(SamplingParams(), 0, ())] * others])
 
-    @classmethod
-    def of_rows(cls, rows: Seq[Row]) -> "Draws":
-        """Of all the rows that are read."""
-        numbers, chances, history, ends = [], [], list[int](), []
-        for sampling, position, token_ids in rows:
-            numbers.append((sampling.seed, position, sampling.top_k))
-            chances.append((sampling.temperature, sampling.top_p, sampling.repetition_penalty))
-            if sampling.repetition_penalty != 1:
-                history += token_ids
-            ends.append(len(history))
-        return cls(
-            np.array(numbers, dtype=np.uint64),
-            np.array(chances),
-            np.array(history, dtype=np.int64),
-            np.array(ends, dtype=np.int64),
+def draws_of(rows: Seq[Row]) -> Draws:
+    """Draws for all the rows that are read."""
+    draws, history = [], list[int]()
+    for sampling, position, token_ids in rows:
+        if sampling.repetition_penalty != 1:
+            history += token_ids
+        draws.append(
+            (
+                sampling.seed,
+                position,
+                sampling.top_k,
+                sampling.temperature,
+                sampling.top_p,
+                sampling.repetition_penalty,
+                len(history),
+            )
         )
-
-
-NO_DRAWS = Draws(
-    np.empty((0, 3), dtype=np.uint64),
-    np.empty((0, 3)),
-    np.empty(0, dtype=np.int64),
-    np.empty(0, dtype=np.int64),
-)
+    return Draws(np.array(draws, dtype=DRAW), np.array(history, dtype=np.int64))
 
 
 class Interrupt:
@@ -103,7 +89,7 @@ class Burst(NamedTuple):
             none = (-1,) * len(eos_token_ids)
             rows = [none if seq.sampling.ignore_eos else eos_token_ids for seq in readers]
             last_tokens = np.array(rows, dtype=np.int64)
-        return cls(steps, Draws.of(readers, others), interrupt, last_tokens)
+        return cls(steps, draws_for(readers, others), interrupt, last_tokens)
 
 
 ONE_STEP = Burst()

@@ -1,7 +1,7 @@
 """A model's step as one compiled call, and its layers as another: no Python between their products."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -9,275 +9,296 @@ from numpy.typing import NDArray
 
 from helios.engine.backends.burst import Burst
 from helios.engine.backends.kv_cache import KVCache
+from helios.engine.backends.paged_attention import addresses_of
 from helios.engine.backends.readout import Readout
-from helios.engine.kernels import step as kernels
-from helios.engine.kernels.inner_product import BFLOAT16, FLOAT32, TILE
-from helios.engine.kernels.sampling import SUMMARY, room_numbers
+from helios.engine.kernels.inner_product import TILE
+from helios.engine.kernels.layer import layers_scratch, run_layers
+from helios.engine.kernels.layout import (
+    BFLOAT16,
+    EMBEDDING,
+    EXIT,
+    FLOAT16,
+    FLOAT32,
+    LAYER,
+    LINEAR,
+    MODEL,
+    NORM,
+    POSITIONS,
+    RELU,
+    SUMMARY,
+    CacheAddresses,
+    Outputs,
+    Room,
+    Stop,
+    record,
+)
+from helios.engine.kernels.sampling import drawing_numbers
+from helios.engine.kernels.step import run_burst, step_scratch
 from helios.engine.kernels.team import TEAM
 from helios.engine.scheduling.batch import Batch
 from helios.engine.weights.checkpoint import Norm
 from helios.engine.weights.linear import Linear, PackedLinear
 from helios.engine.weights.packed_weights import Ends, Head, Layer, PackedWeights
-from helios.model_config import ModelConfig
+from helios.model_config import POSITION_OFFSET, ModelConfig
 
-# Numbers of what `kernels.step` is told of a model's ends.
-_ENDS = 20
+# Of OPT's layer norms.
+_EPSILON = 1e-5
 # Sizes of steps whose readouts are kept.
 _KEPT_READOUTS = 256
-_KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: kernels.FLOAT16}
+_PRECISIONS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 
 
 class CompiledModel:
-    """What `kernels.step` and its parts need of a model: the addresses of its tensors, kept alive here.
+    """A model as compiled steps take it: records with the addresses of its tensors, which it keeps alive.
 
-    One caller at a time: all steps work in the same room.
+    One caller at a time: all steps work in the same memory.
     """
 
-    def __init__(self, config: ModelConfig, numbers: int, weights: PackedWeights) -> None:
-        """weights: with linears that are packed, all in the same numbers."""
-        self._config, self._numbers, self._layers = config, numbers, weights.layers
-        self._affines = [
-            [*_affine(layer.attn_norm, config.hidden_size), *_affine(layer.ffn_norm, config.hidden_size)]
-            for layer in weights.layers
-        ]
-        self._parts = np.array(
-            [
-                [
-                    *(tensor.data_ptr() for tensor in affines),
-                    *(address for part in _packed(layer) for address in part.addresses),
-                ]
-                for affines, layer in zip(self._affines, weights.layers, strict=True)
-            ]
-        )
-        self._ends = _addresses_of_ends(weights.ends)
-        self._heads = {layer: _Head.of(head, config.hidden_size) for layer, head in weights.exits.items()}
-        self._final = _Head.of(weights.final or Head(None, None), config.hidden_size)
-        self._exits: dict[tuple[tuple[int, float], ...], _Exits] = {}
-        self._room = _Room.of(0, 0, 0, 0, works=False)
-        # Where each thread draws tokens, and how much it takes.
-        self._drawing, self._drawing_size = torch.empty(0), int(room_numbers(config.vocab_size))
+    def __init__(self, config: ModelConfig, precision: int, weights: PackedWeights) -> None:
+        """weights: all linears are packed, in the same precision."""
+        self._config, self._weights = config, weights
+        self._norms = _Norms(config.hidden_size)
+        self._model = _model_record(config, precision, weights.ends)
+        self._embed_width = int(self._model["embedding"]["width"])
+        self._layers = _layer_records(weights.layers, self._norms)
+        self._heads = {layer: self._head_record(head) for layer, head in weights.exits.items()}
+        self._final = self._head_record(weights.final or Head(None, None))
+        self._exits: dict[tuple[tuple[int, float], ...], NDArray[np.void]] = {}
+        self._space = _Space.of(0, 0, 0, 0, several_exits=False)
+        # What each thread draws tokens in, and how many numbers that is.
+        self._drawing, self._drawing_numbers = torch.empty(0), int(drawing_numbers(config.vocab_size))
 
     @classmethod
     def of(cls, config: ModelConfig, weights: PackedWeights) -> Self | None:
-        """None where the model is not what the kernels compute."""
+        """None where the kernels cannot compute the model."""
         products: list[Linear | None] = [
-            *(part for layer in weights.layers for part in _products(layer)),
+            *(part for layer in weights.layers for part in (layer.qkv, layer.out, layer.fc1, layer.fc2)),
             *(getattr(weights.ends, name) for name in ("project_in", "project_out", "lm_head")),
             *(head.linear for head in weights.exits.values()),
         ]
         found = [part for part in products if part is not None]
-        numbers = {part.numbers for part in found if isinstance(part, PackedLinear)}
-        is_packed = all(isinstance(part, PackedLinear) for part in found)
-        if config.activation != "relu" or not is_packed:
+        packed = [part for part in found if isinstance(part, PackedLinear)]
+        if config.activation != "relu" or len(packed) < len(found):
             return None
-        (only,) = numbers
-        return cls(config, only, weights)
+        (precision,) = {part.precision for part in packed}
+        return cls(config, precision, weights)
 
     def step(self, batch: Batch, cache: KVCache, depth: int, burst: Burst) -> Readout:
-        """The first `depth` layers of a batch and the reading of its rows; writes the KV of them all.
+        """Runs the first `depth` layers, writes the KV of all rows, and reads out those that are to be read.
 
-        Of several steps the logits are the last one's, and all else is of all that were taken, one after the
-        other. What it returns is valid until the next call.
+        After several steps the logits are the last one's, and all else is of all steps, one after the other.
+        The result is valid until the next call.
         """
-        count = self._run(batch, cache, ((depth, 0.0),), burst)
-        return self._room.read(batch.reads, count)
+        steps = self._run(batch, cache, ((depth, 0.0),), burst)
+        return self._space.read(batch.reads, steps)
 
     def step_dynamic(
         self, batch: Batch, cache: KVCache, thresholds: Mapping[int, float], burst: Burst
     ) -> tuple[Readout, list[int]]:
-        """All layers, from which decode rows leave at the first exit of `thresholds` where they are sure.
+        """Runs all layers. Decode rows leave at the first exit of `thresholds` where they are confident.
 
-        Also the exit layer of each row that is read. Several steps and validity as in `step`.
+        Also returns the exit layer of each row that is read. Several steps, and validity: as in `step`.
         """
         depth = len(self._layers)
         before = ((layer, threshold) for layer, threshold in thresholds.items() if layer < depth)
-        count = self._run(batch, cache, (*sorted(before), (depth, 0.0)), burst)
-        exit_layers = self._room.out[3][: count * batch.reads]
-        return self._room.read(batch.reads, count), exit_layers.tolist()
-
-    def _run(self, batch: Batch, cache: KVCache, exits: tuple[tuple[int, float], ...], burst: Burst) -> int:
-        """exits: layers, ascending, and how sure a row must be to leave there. How many steps were taken."""
-        config, depth, count = self._config, exits[-1][0], burst.steps
-        rows, reads, width, embed_width = batch.rows, batch.reads, config.hidden_size, int(self._ends[5])
-        if not self._room.holds(rows, count * reads, works=len(exits) > 1):
-            # As much as any call before needed, too: prompts and bursts take turns.
-            most, kept = max(rows, self._room.rows), max(count * reads, len(self._room.out[1]))
-            works = len(exits) > 1 or self._room.found is not None
-            size = kernels.step_scratch(self._numbers, most, width, config.ffn_dim, embed_width)
-            self._room = _Room.of(most, kept, size, config.vocab_size, works=works)
-        if exits not in self._exits:
-            self._exits[exits] = _Exits.of(exits, [self._heads.get(layer, self._final) for layer, _ in exits])
-        if len(burst.draws.numbers):
-            needed = TEAM.threads * self._drawing_size
-            if len(self._drawing) < needed:
-                self._drawing = torch.empty(needed)
-        room, chosen = self._room, self._exits[exits]
-        TEAM.run(
-            kernels.burst,
-            count,
-            *burst.draws,
-            self._drawing.data_ptr(),
-            0 if burst.interrupt is None else burst.interrupt.address,
-            burst.last_tokens,
-            self._numbers,
-            self._parts,
-            chosen.layers,
-            chosen.thresholds,
-            chosen.heads,
-            self._ends,
-            rows,
-            batch.decode_rows,
-            *self._of_layers(batch, cache),
-            reads,
-            config.vocab_size,
-            room.scratch.data_ptr(),
-            room.places[0],
-            room.places[1],
-            operations=depth * rows * self._operations(batch) + reads * embed_width * config.vocab_size,
-        )
-        return count if burst.interrupt is None else burst.interrupt.steps_of(count)
+        steps = self._run(batch, cache, (*sorted(before), (depth, 0.0)), burst)
+        exit_layers = self._space.exit_layers[: steps * batch.reads]
+        return self._space.read(batch.reads, steps), exit_layers.tolist()
 
     def layers(
         self, hidden: torch.Tensor, batch: Batch, cache: KVCache, first: int, last: int
     ) -> torch.Tensor:
-        """The layers first..last of hidden, float32 [T, hidden]; writes the rows' KV."""
-        config, rows = self._config, len(hidden)
-        size = kernels.layers_scratch(self._numbers, rows, config.hidden_size, config.ffn_dim)
-        scratch = torch.empty(size, dtype=torch.uint8)
+        """Runs the layers first..last on hidden, float32 [T, hidden], and writes the rows' KV."""
+        scratch = torch.empty(layers_scratch(self._model, batch.rows), dtype=torch.uint8)
         hidden = hidden.clone(memory_format=torch.contiguous_format)
         TEAM.run(
-            kernels.layers,
-            self._numbers,
-            self._parts,
+            run_layers,
+            self._model,
+            self._layers,
             first,
             last,
             hidden.data_ptr(),
-            rows,
-            *self._of_layers(batch, cache),
+            addresses_of(batch),
+            CacheAddresses(*cache.addresses, cache.block_tokens),
             scratch.data_ptr(),
-            operations=(last - first) * rows * self._operations(batch),
+            operations=(last - first) * batch.rows * self._operations(batch),
         )
         return hidden
 
-    def _of_layers(self, batch: Batch, cache: KVCache) -> tuple[Any, ...]:
-        """From width to rows_of, as `kernels.layers` takes them."""
-        config = self._config
-        shape = config.hidden_size, config.ffn_dim, config.num_heads, config.norm_before
-        return *shape, *cache.addresses, cache.block_tokens, batch.addresses
+    def _run(self, batch: Batch, cache: KVCache, exits: tuple[tuple[int, float], ...], burst: Burst) -> int:
+        """Returns how many steps were taken. exits: layers, ascending, each with its confidence threshold."""
+        depth, rows, reads = exits[-1][0], batch.rows, batch.reads
+        space = self._space_for(rows, burst.steps * reads, several_exits=len(exits) > 1)
+        if len(burst.draws.rows) and len(self._drawing) < TEAM.threads * self._drawing_numbers:
+            self._drawing = torch.empty(TEAM.threads * self._drawing_numbers)
+        if exits not in self._exits:
+            self._exits[exits] = self._exit_records(exits)
+        interrupt = 0 if burst.interrupt is None else burst.interrupt.address
+        TEAM.run(
+            run_burst,
+            burst.steps,
+            self._model,
+            self._layers,
+            self._exits[exits],
+            CacheAddresses(*cache.addresses, cache.block_tokens),
+            addresses_of(batch),
+            burst.draws,
+            Stop(interrupt, burst.last_tokens),
+            Room(space.scratch.data_ptr(), self._drawing.data_ptr(), *space.outputs),
+            operations=depth * rows * self._operations(batch)
+            + reads * self._embed_width * self._config.vocab_size,
+        )
+        return burst.steps if burst.interrupt is None else burst.interrupt.steps_of(burst.steps)
+
+    def _space_for(self, rows: int, reads: int, *, several_exits: bool) -> "_Space":
+        """Memory for steps of this size. reads: of all steps of a burst."""
+        space = self._space
+        if not space.holds(rows, reads, several_exits=several_exits):
+            # As much as any call before needed, too: prompts and bursts take turns.
+            rows, reads = max(rows, space.rows), max(reads, space.reads)
+            self._space = _Space.of(
+                rows,
+                reads,
+                step_scratch(self._model, rows),
+                self._config.vocab_size,
+                several_exits=several_exits or space.several_exits,
+            )
+        return self._space
+
+    def _exit_records(self, exits: Sequence[tuple[int, float]]) -> NDArray[np.void]:
+        found = np.zeros(len(exits), dtype=EXIT)
+        for index, (layer, threshold) in enumerate(exits):
+            found[index] = self._heads.get(layer, self._final)
+            found["layer"][index], found["threshold"][index] = layer, threshold
+        return found
+
+    def _head_record(self, head: Head) -> np.void:
+        """EXIT without layer and threshold."""
+        norm = record(NORM) if head.norm is None else self._norms.record(head.norm)
+        return record(EXIT, norm=norm, linear=_linear_record(head.linear))
 
     def _operations(self, batch: Batch) -> int:
-        """Multiply-adds of a layer for one row, about."""
+        """About how many multiply-adds a layer has for one row."""
         width, context = self._config.hidden_size, batch.width * batch.block_tokens
         return 2 * width * (2 * width + self._config.ffn_dim + context)
 
 
-class _Head(NamedTuple):
-    """The addresses of an exit's head, and the tensors that must stay where they are."""
+class _Norms:
+    """The parameters of norms, some of which have no weight or no bias. Keeps them alive."""
 
-    addresses: NDArray[np.int64]
-    kept: list[torch.Tensor]
+    def __init__(self, width: int) -> None:
+        self._width = width
+        self._kept: list[torch.Tensor] = []
 
-    @classmethod
-    def of(cls, head: Head, width: int) -> Self:
-        found, kept = np.zeros(2 + kernels.PARTS, dtype=np.int64), []
-        if head.norm is not None:
-            kept = list(_affine(head.norm, width))
-            found[:2] = [tensor.data_ptr() for tensor in kept]
-        if isinstance(head.linear, PackedLinear):
-            found[2:] = head.linear.addresses
-        return cls(found, kept)
+    def record(self, norm: Norm) -> np.void:
+        weight = torch.ones(self._width) if norm.weight is None else norm.weight
+        bias = torch.zeros(self._width) if norm.bias is None else norm.bias
+        self._kept += [weight, bias]
+        return record(NORM, weight=weight.data_ptr(), bias=bias.data_ptr())
 
 
-class _Exits(NamedTuple):
-    """Exits as `kernels.step` takes them."""
-
-    layers: NDArray[np.int64]
-    thresholds: NDArray[np.float32]
-    heads: NDArray[np.int64]
-
-    @classmethod
-    def of(cls, exits: Sequence[tuple[int, float]], heads: Sequence[_Head]) -> Self:
-        layers, thresholds = zip(*exits, strict=True)
-        addresses = np.stack([head.addresses for head in heads])
-        return cls(np.array(layers, dtype=np.int64), np.array(thresholds, dtype=np.float32), addresses)
-
-
-class _Room(NamedTuple):
-    """Tensors that steps of so many rows work in, and what they read out."""
+class _Space(NamedTuple):
+    """Memory that steps of up to so many rows and reads work in and write to."""
 
     rows: int
+    reads: int
+    several_exits: bool
     scratch: torch.Tensor
-    # Logits, best and summaries (`Readout`), and exit layers; and the same to work in, if exits are several.
-    out: tuple[torch.Tensor, ...]
-    found: tuple[torch.Tensor, ...] | None
-    # Addresses of `found` and of `out`.
-    places: tuple[NDArray[np.int64], NDArray[np.int64]]
+    # What is read out: the tensors of `Readout`, and the exit layers.
+    logits: torch.Tensor
+    best: torch.Tensor
+    summaries: torch.Tensor
+    exit_layers: torch.Tensor
+    # The tensors of `found`, if there are several exits.
+    kept: tuple[torch.Tensor, ...]
+    # `Room.found` and `Room.out`.
+    outputs: tuple[Outputs, Outputs]
     # What was read here before, by sizes.
     readouts: dict[tuple[int, int], Readout]
 
     @classmethod
-    def of(cls, rows: int, reads: int, scratch_bytes: int, vocabulary: int, *, works: bool) -> Self:
-        """Memory comes at its first use: a step of many rows reads few of them. reads: of all steps."""
-        kept = max(rows, reads)
+    def of(cls, rows: int, reads: int, scratch_bytes: int, vocabulary: int, *, several_exits: bool) -> Self:
+        """reads: of all steps of a burst. Of steps with many rows few are read, so most pages stay unused."""
+        reads = max(rows, reads)
 
-        def outputs() -> tuple[torch.Tensor, ...]:
+        def tensors() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
             return (
                 torch.empty(rows, vocabulary),
-                torch.empty(kept, dtype=torch.int64),
-                torch.empty(kept, SUMMARY),
-                torch.empty(kept, dtype=torch.int64),
+                torch.empty(reads, dtype=torch.int64),
+                torch.empty(reads, SUMMARY),
+                torch.empty(reads, dtype=torch.int64),
             )
 
-        out, found = outputs(), outputs() if works else None
-        places = [np.array([tensor.data_ptr() for tensor in tensors]) for tensors in (found or out, out)]
+        out = tensors()
+        found = tensors() if several_exits else out
+        outputs = tuple(Outputs(*(tensor.data_ptr() for tensor in kind)) for kind in (found, out))
         scratch = torch.empty(scratch_bytes, dtype=torch.uint8)
-        return cls(rows, scratch, out, found, (places[0], places[1]), {})
+        return cls(rows, reads, several_exits, scratch, *out, found, (outputs[0], outputs[1]), {})
 
-    def read(self, reads: int, count: int) -> Readout:
-        """What `count` steps of so many reads have read out; kept, as the next are mostly of these sizes."""
-        key = reads, count
+    def read(self, reads: int, steps: int) -> Readout:
+        """What steps of so many reads each have read out. Kept: the next steps mostly have the same sizes."""
+        key = reads, steps
         if key not in self.readouts:
             if len(self.readouts) >= _KEPT_READOUTS:
                 self.readouts.clear()
-            logits, best, summaries, _ = self.out
-            best, summaries = best[: count * reads], summaries[: count * reads]
+            best, summaries = self.best[: steps * reads], self.summaries[: steps * reads]
             host = best.numpy(), summaries.numpy()
-            self.readouts[key] = Readout(logits[:reads], best, summaries, host)
+            self.readouts[key] = Readout(self.logits[:reads], best, summaries, host)
         return self.readouts[key]
 
-    def holds(self, rows: int, reads: int, *, works: bool) -> bool:
-        """Whether steps of this size find room."""
-        return rows <= self.rows and reads <= len(self.out[1]) and (self.found is not None or not works)
+    def holds(self, rows: int, reads: int, *, several_exits: bool) -> bool:
+        """Whether there is room for steps of this size."""
+        return rows <= self.rows and reads <= self.reads and (self.several_exits or not several_exits)
 
 
-def _addresses_of_ends(ends: Ends) -> NDArray[np.int64]:
-    """As `kernels.step` takes them."""
-    found = np.zeros(_ENDS, dtype=np.int64)
+def _model_record(config: ModelConfig, precision: int, ends: Ends) -> np.void:
+    positions = ends.embed_positions
+    return record(
+        MODEL,
+        precision=precision,
+        width=config.hidden_size,
+        qkv_width=3 * config.hidden_size,
+        ffn_width=config.ffn_dim,
+        heads=config.num_heads,
+        kv_heads=config.num_heads,
+        head_dim=config.head_dim,
+        vocabulary=config.vocab_size,
+        norm_before=config.norm_before,
+        epsilon=_EPSILON,
+        activation=RELU,
+        embedding=_embedding_record(ends),
+        positions=record(
+            POSITIONS,
+            table=positions.data_ptr(),
+            precision=_PRECISIONS[positions.dtype],
+            offset=POSITION_OFFSET,
+        ),
+        project_in=_linear_record(ends.project_in),
+        project_out=_linear_record(ends.project_out),
+        lm_head=_linear_record(ends.lm_head),
+    )
+
+
+def _embedding_record(ends: Ends) -> np.void:
     if ends.embed_tokens is not None:
         table, width = ends.embed_tokens, ends.embed_tokens.shape[1]
-        found[:6] = table.data_ptr(), _KINDS[table.dtype], 1, width, width, width
+        lies = {"tile_tokens": 1, "tile_numbers": width, "word_numbers": width}
     else:
-        # [tiles, words, channels of a tile, numbers of a word]
         assert isinstance(ends.lm_head, PackedLinear)
+        # [tiles, words, tokens of a tile, numbers of a word]
         table, width = ends.lm_head.tensors[0], ends.lm_head.in_size
-        found[:6] = table.data_ptr(), _KINDS[table.dtype], TILE, table.shape[3], table[0].numel(), width
-    found[6:8] = ends.embed_positions.data_ptr(), _KINDS[ends.embed_positions.dtype]
-    for place, part in ((8, ends.project_in), (12, ends.project_out), (16, ends.lm_head)):
-        if isinstance(part, PackedLinear):
-            found[place : place + kernels.PARTS] = part.addresses
+        lies = {"tile_tokens": TILE, "tile_numbers": table[0].numel(), "word_numbers": table.shape[3]}
+    return record(EMBEDDING, table=table.data_ptr(), precision=_PRECISIONS[table.dtype], width=width, **lies)
+
+
+def _layer_records(layers: Sequence[Layer], norms: _Norms) -> NDArray[np.void]:
+    found = np.zeros(len(layers), dtype=LAYER)
+    for index, layer in enumerate(layers):
+        for name in LAYER.names or ():
+            part = getattr(layer, name)
+            found[name][index] = norms.record(part) if isinstance(part, Norm) else _linear_record(part)
     return found
 
 
-def _products(layer: Layer) -> tuple[Linear, ...]:
-    """In the order in which the kernel takes them."""
-    return layer.qkv, layer.out, layer.fc1, layer.fc2
-
-
-def _packed(layer: Layer) -> list[PackedLinear]:
-    return [part for part in _products(layer) if isinstance(part, PackedLinear)]
-
-
-def _affine(norm: Norm, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and bias of a norm that may have neither."""
-    weight = torch.ones(width) if norm.weight is None else norm.weight
-    return weight, torch.zeros(width) if norm.bias is None else norm.bias
+def _linear_record(linear: Linear | None) -> np.void:
+    return linear.record if isinstance(linear, PackedLinear) else record(LINEAR)

@@ -3,43 +3,50 @@
 import torch
 
 from helios.engine.backends.kv_cache import KVCache
-from helios.engine.kernels import step as kernels
-from helios.engine.kernels.inner_product import BFLOAT16, FLOAT32, INT8
+from helios.engine.kernels.attention import attend as attend_kernel
+from helios.engine.kernels.layout import BFLOAT16, FLOAT32, INT8, Attention, BatchAddresses
 from helios.engine.kernels.simd import LANES
 from helios.engine.kernels.team import TEAM
 from helios.engine.scheduling.batch import Batch
 
-# In which numbers keys and values are kept beside those that products are computed in.
-_NUMBERS = {torch.float32: FLOAT32, torch.float16: BFLOAT16, torch.int8: INT8}
+# Precisions of products, by the type that keys and values have beside them.
+_PRECISIONS = {torch.float32: FLOAT32, torch.float16: BFLOAT16, torch.int8: INT8}
 
 
 def reads_in_place(cache: KVCache) -> bool:
-    """Whether `attend` can work on this cache: on a CPU, dimensions in fours, whole registers."""
+    """Whether `attend` can read this cache: on a CPU, dimensions in fours, blocks of whole registers."""
     return (
         cache.device.type == "cpu"
-        and cache.dtype in _NUMBERS
+        and cache.dtype in _PRECISIONS
         and cache.head_dim % 4 == 0
         and cache.block_tokens % LANES == 0
     )
 
 
+def addresses_of(batch: Batch) -> BatchAddresses:
+    """A batch as kernels take it."""
+    return BatchAddresses.at(batch.address, batch.rows, batch.decode_rows, batch.reads, batch.width)
+
+
 def attend(qkv: torch.Tensor, batch: Batch, cache: KVCache, layer: int) -> torch.Tensor:
     """Stores the rows' keys and values; each row attends to its context: [T, 3 * hidden] -> [T, hidden]."""
-    rows, width = len(qkv), qkv.shape[1] // 3
+    width = qkv.shape[1] // 3
     keys, values = cache.addresses
-    out = qkv.new_empty(rows, width)
+    out = qkv.new_empty(batch.rows, width)
     TEAM.run(
-        kernels.attend,
-        _NUMBERS[cache.dtype],
+        attend_kernel,
+        _PRECISIONS[cache.dtype],
+        Attention(
+            heads=cache.num_heads,
+            kv_heads=cache.num_heads,
+            head_dim=cache.head_dim,
+            block_tokens=cache.block_tokens,
+            keys=keys[layer],
+            values=values[layer],
+        ),
+        addresses_of(batch),
         qkv.data_ptr(),
-        rows,
-        cache.num_heads,
-        cache.head_dim,
-        keys[layer],
-        values[layer],
-        cache.block_tokens,
-        batch.addresses,
         out.data_ptr(),
-        operations=2 * rows * width * batch.width * cache.block_tokens,
+        operations=2 * batch.rows * width * batch.width * cache.block_tokens,
     )
     return out

@@ -1,4 +1,4 @@
-"""Logits, and of each row what sampling needs first."""
+"""Logits, and what sampling needs first of each row."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,26 +7,27 @@ from typing import Any, Self
 import torch
 from numpy.typing import NDArray
 
-from helios.engine.kernels import step as kernels
-from helios.engine.kernels.sampling import SUMMARY
+from helios.engine.kernels.layout import CONFIDENCE, LOGPROB, NORMALIZER, SUMMARY, Outputs
+from helios.engine.kernels.summary import summarize
 from helios.engine.kernels.team import TEAM
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Readout:
-    """Of the model itself, before penalties and temperature."""
+    """What the model itself reads out of rows, before penalties and temperature."""
 
     logits: torch.Tensor  # float32 [rows, vocabulary]
     # The first of each row's largest logits: int64 [rows].
     best: torch.Tensor
-    # The largest logit, log-sum-exp, and the largest's log-probability and probability: float32 [rows, 4].
+    # float32 [rows, SUMMARY], with the columns that `kernels.layout` names.
     summaries: torch.Tensor
-    # The memory of best and of summaries, where a step is so short that reading it through torch is felt.
+    # The memory of best and summaries: a compiled step is so short that reading them through torch takes
+    # longer.
     host: tuple[NDArray[Any], NDArray[Any]] | None = None
 
     @classmethod
     def joined(cls, parts: Sequence[Self], order: torch.Tensor) -> Self:
-        """The rows of all parts, in an order of their own."""
+        """The rows of all parts, one part after the other, taken in `order`."""
         kinds = zip(*((part.logits, part.best, part.summaries) for part in parts), strict=True)
         logits, best, summaries = (torch.cat(kind)[order] for kind in kinds)
         return cls(logits, best, summaries)
@@ -39,28 +40,29 @@ class Readout:
         return Readout(self.logits[chosen], self.best[chosen], self.summaries[chosen], host)
 
     def likeliest(self) -> tuple[list[int], list[float], list[float]]:
-        """Of each row the likeliest token, its natural log-probability and its probability."""
+        """The likeliest token of each row, its natural log-probability and its probability."""
         if self.host is not None:
             best, summaries = self.host
-            return best.tolist(), summaries[:, 2].tolist(), summaries[:, 3].tolist()
+            return best.tolist(), summaries[:, LOGPROB].tolist(), summaries[:, CONFIDENCE].tolist()
         # In one transfer.
-        parts = torch.cat([self.best[None].double(), self.summaries[:, 2:].T.double()]).tolist()
+        columns = self.summaries[:, LOGPROB : CONFIDENCE + 1].T
+        parts = torch.cat([self.best[None].double(), columns.double()]).tolist()
         return list(map(int, parts[0])), parts[1], parts[2]
 
     @property
     def normalizers(self) -> torch.Tensor:
         """Log-sum-exp of each row."""
-        return self.summaries[:, 1]
+        return self.summaries[:, NORMALIZER]
 
     @property
     def logprobs(self) -> torch.Tensor:
         """Natural log-probability of each row's best token."""
-        return self.summaries[:, 2]
+        return self.summaries[:, LOGPROB]
 
     @property
     def confidences(self) -> torch.Tensor:
         """Probability of each row's best token."""
-        return self.summaries[:, 3]
+        return self.summaries[:, CONFIDENCE]
 
 
 def read(logits: torch.Tensor) -> Readout:
@@ -75,13 +77,11 @@ def read(logits: torch.Tensor) -> Readout:
     rows, width = logits.shape
     best, summaries = torch.empty(rows, dtype=torch.int64), torch.empty(rows, SUMMARY)
     TEAM.run(
-        kernels.summarize,
-        logits.data_ptr(),
+        summarize,
+        Outputs(logits.data_ptr(), best.data_ptr(), summaries.data_ptr(), exit_layers=0),
         rows,
         width,
-        best.data_ptr(),
-        summaries.data_ptr(),
-        # An exponential each.
+        # Each exponential counts for ten.
         operations=10 * rows * width,
     )
     return Readout(logits, best, summaries)

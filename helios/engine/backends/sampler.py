@@ -1,8 +1,8 @@
 """The next token of every row of a batch.
 
-Compiled steps choose tokens themselves, in the same way (`drawing.py`); this is for all others. A row's draw
-depends on its logits and on (seed, position) alone: not on the batch, nor on history (but for the repetition
-penalty, which is defined by it). So a resumed stream goes on as it would have.
+Compiled steps choose tokens themselves, in the same way (`kernels/sampling.py`); this is for all others. A
+row's draw depends on its logits and on (seed, position) alone: not on the batch, nor on history (but for the
+repetition penalty, which is defined by it). So a resumed stream goes on as it would have.
 """
 
 from collections.abc import Mapping

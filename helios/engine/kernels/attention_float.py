@@ -1,4 +1,4 @@
-"""Attention over paged KV in float32 or float16, for compiled steps.
+"""Attention over paged KV in float32 or float16.
 
 Keys and values lie as `KVCache` says. A row's result is the same to the bit whatever rows are beside it:
 each of its sums goes over its context in the order of the tokens.
@@ -6,11 +6,19 @@ each of its sums goes over its context in the order of the tokens.
 
 import numpy as np
 
+from helios.engine.kernels.barrier import share
+from helios.engine.kernels.context import (
+    are_of_one_sequence,
+    block_table,
+    context_tokens,
+    first_block_after,
+    longest_context,
+)
+from helios.engine.kernels.exponential import exponential
 from helios.engine.kernels.jit import compiled
 from helios.engine.kernels.simd import (
     LANES,
     add,
-    exponential,
     fetch_kept,
     keep,
     larger,
@@ -34,30 +42,8 @@ from helios.engine.kernels.simd import (
 
 
 @compiled
-def longest_context(rows_of, rows):
-    """Tokens that the row with most of them sees. rows_of: `Batch.addresses`."""
-    longest = np.int64(0)
-    for row in range(rows):
-        longest = max(longest, load_long(rows_of[1], row) + 1)
-    return longest
-
-
-@compiled
-def are_of_one_sequence(rows_of, row, last, rows):
-    """Whether the rows from `row` to `last` are there, and of one sequence: its rows follow each other."""
-    return last < rows and load_long(rows_of[3], row) == load_long(rows_of[3], last)
-
-
-@compiled
-def first_block_after(rows_of, row, rows):
-    """The block that is read first for the row behind this one, or for the last one again."""
-    beside = load_long(rows_of[3], min(row + 1, rows - 1))
-    return load_long(rows_of[5] + 8 * beside * rows_of[6], 0)
-
-
-@compiled
 def _scores(qkv, query, keys, slab, head_dim, block_tokens):
-    """A query with 16 keys of a block."""
+    """The dot products of a query with 16 keys of a block."""
     a, b, c, d = no_singles(), no_singles(), no_singles(), no_singles()
     for dim in range(0, head_dim, 4):
         at = slab + dim * block_tokens
@@ -73,7 +59,7 @@ def _scores(qkv, query, keys, slab, head_dim, block_tokens):
 
 @compiled
 def _scores_of_four(qkv, query, stride, keys, slab, head_dim, block_tokens):
-    """Four queries with the same 16 keys, each as by `_scores`."""
+    """The dot products of four queries with the same 16 keys, each summed as in `_scores`."""
     a0, b0, c0, d0 = no_singles(), no_singles(), no_singles(), no_singles()
     a1, b1, c1, d1 = no_singles(), no_singles(), no_singles(), no_singles()
     a2, b2, c2, d2 = no_singles(), no_singles(), no_singles(), no_singles()
@@ -103,14 +89,16 @@ def _scores_of_four(qkv, query, stride, keys, slab, head_dim, block_tokens):
         c3 = multiply_add(spread_single(load_single(qkv, at + 2)), c, c3)
         d3 = multiply_add(spread_single(load_single(qkv, at + 3)), d, d3)
     return (
-        add(add(a0, b0), add(c0, d0)), add(add(a1, b1), add(c1, d1)),
-        add(add(a2, b2), add(c2, d2)), add(add(a3, b3), add(c3, d3)),
+        add(add(a0, b0), add(c0, d0)),
+        add(add(a1, b1), add(c1, d1)),
+        add(add(a2, b2), add(c2, d2)),
+        add(add(a3, b3), add(c3, d3)),
     )
 
 
 @compiled
 def _weigh(scores, length, padded):
-    """A row's scores as the weights of its slots, in place."""
+    """Turns a row's scores into the weights of its slots (softmax), in place."""
     for slot in range(length, padded):
         store_single(scores, slot, np.float32(-np.inf))
     peaks = load_singles(scores, 0)
@@ -132,7 +120,7 @@ def _weigh(scores, length, padded):
 
 @compiled
 def _add_weighted(weights, count, values, at, head_dim, out, target):
-    """Adds to a head's output the values of `count` tokens, [tokens, head_dim], times their weights."""
+    """Adds the values of `count` tokens, [tokens, head_dim], times their weights to a head's output."""
     dim = 0
     while dim + 4 * LANES <= head_dim:
         a, b = load_singles(out, target + dim), load_singles(out, target + dim + LANES)
@@ -154,32 +142,31 @@ def _add_weighted(weights, count, values, at, head_dim, out, target):
         a = load_some(out, target + dim, head_dim - dim)
         for token in range(count):
             weight = spread_single(load_single(weights, token))
-            # What lies beyond the head is read too, but goes nowhere.
+            # What lies beyond the head is loaded too, but not stored.
             a = multiply_add(weight, load_kept(values, at + token * head_dim + dim), a)
         store_some(out, target + dim, head_dim - dim, a)
         dim += LANES
 
 
 @compiled
-def _attend_one(
-    qkv, heads, head_dim, keys, values, block_tokens, rows_of, out, row, first, last, scores, room, following
-):
-    """The heads first..last of one row over its context, block by block as they lie in memory.
+def _attend_one(attention, batch, qkv, out, row, first, last, scores, room, following):
+    """Attends with the heads first..last of one row over its context, block by block as they lie in memory.
 
-    While one block is computed the next is fetched: memory would be waited for otherwise. scores: room for as
-    many heads, `room` numbers each; following: the block that is read next.
+    While one block is computed the next is prefetched: the processor would wait for memory otherwise. scores:
+    space for as many heads, `room` numbers each; following: the block that is read next.
     """
-    width = heads * head_dim
-    tables = rows_of[5] + 8 * load_long(rows_of[3], row) * rows_of[6]
-    length = load_long(rows_of[1], row) + 1
+    head_dim, block_tokens, kv_heads = attention.head_dim, attention.block_tokens, attention.kv_heads
+    keys, values = attention.keys, attention.values
+    table, length = block_table(batch, row), context_tokens(batch, row)
     blocks = (length + block_tokens - 1) // block_tokens
     slab_size = head_dim * block_tokens
     factor = spread_single(np.float32(1) / np.sqrt(np.float32(head_dim)))
-    query = row * 3 * width
+    query = row * (attention.heads + 2 * kv_heads) * head_dim
     for index in range(blocks):
-        block = load_long(tables, index) * heads
+        block = load_long(table, index) * kv_heads
         is_last = index + 1 == blocks
-        fetched, ahead = values if is_last else keys, load_long(tables, 0 if is_last else index + 1) * heads
+        fetched = values if is_last else keys
+        ahead = load_long(table, 0 if is_last else index + 1) * kv_heads
         for head in range(first, last):
             slab = (block + head) * slab_size
             fetch_kept(fetched, (ahead + head) * slab_size, slab_size)
@@ -189,14 +176,14 @@ def _attend_one(
                 store_singles(scores, at + lane, multiply(value, factor))
     for head in range(first, last):
         _weigh(scores + 4 * (head - first) * room, length, blocks * block_tokens)
-    target = row * width
+    target = row * attention.heads * head_dim
     for at in range(target + first * head_dim, target + last * head_dim):
         store_single(out, at, np.float32(0))
     for index in range(blocks):
-        block = load_long(tables, index) * heads
+        block = load_long(table, index) * kv_heads
         count = min(block_tokens, length - index * block_tokens)
         is_last = index + 1 == blocks
-        ahead = (following if is_last else load_long(tables, index + 1)) * heads
+        ahead = (following if is_last else load_long(table, index + 1)) * kv_heads
         fetched = keys if is_last else values
         for head in range(first, last):
             fetch_kept(fetched, (ahead + head) * slab_size, slab_size)
@@ -206,41 +193,38 @@ def _attend_one(
 
 
 @compiled
-def _attend_four(
-    qkv, heads, head_dim, keys, values, block_tokens, rows_of, out, row, head, scores, room
-):
-    """A head of four rows of one sequence, each as by `_attend_one`: keys and values are read once for all.
+def _attend_four(attention, batch, qkv, out, row, head, scores, room):
+    """Attends with one head of four rows of one sequence, so that keys and values are read once for all four.
 
-    scores: room for four rows', `room` numbers each.
+    Each row is computed as in `_attend_one`. scores: space for four rows, `room` numbers each.
     """
-    width = heads * head_dim
-    tables = rows_of[5] + 8 * load_long(rows_of[3], row) * rows_of[6]
-    # The last one sees most. What the others do not see weighs nothing.
-    length = load_long(rows_of[1], row + 3) + 1
+    head_dim, block_tokens, kv_heads = attention.head_dim, attention.block_tokens, attention.kv_heads
+    keys, values = attention.keys, attention.values
+    width, qkv_width = attention.heads * head_dim, (attention.heads + 2 * kv_heads) * head_dim
+    # The last row sees most. What the others do not see weighs nothing.
+    table, length = block_table(batch, row), context_tokens(batch, row + 3)
     blocks = (length + block_tokens - 1) // block_tokens
     slab_size = head_dim * block_tokens
     factor = spread_single(np.float32(1) / np.sqrt(np.float32(head_dim)))
-    query = row * 3 * width + head * head_dim
+    query = row * qkv_width + head * head_dim
     for index in range(blocks):
-        slab = (load_long(tables, index) * heads + head) * slab_size
+        slab = (load_long(table, index) * kv_heads + head) * slab_size
         for lane in range(0, block_tokens, LANES):
-            s0, s1, s2, s3 = _scores_of_four(
-                qkv, query, 3 * width, keys, slab + lane, head_dim, block_tokens
-            )
+            s0, s1, s2, s3 = _scores_of_four(qkv, query, qkv_width, keys, slab + lane, head_dim, block_tokens)
             at = index * block_tokens + lane
             store_singles(scores, at, multiply(s0, factor))
             store_singles(scores, at + room, multiply(s1, factor))
             store_singles(scores, at + 2 * room, multiply(s2, factor))
             store_singles(scores, at + 3 * room, multiply(s3, factor))
     for index in range(4):
-        _weigh(scores + 4 * index * room, load_long(rows_of[1], row + index) + 1, blocks * block_tokens)
+        _weigh(scores + 4 * index * room, context_tokens(batch, row + index), blocks * block_tokens)
     target = row * width + head * head_dim
     # Two registers of dimensions at a time: sums of one alone wait for each other.
     for dim in range(0, head_dim, 2 * LANES):
         a0, b0, c0, d0 = no_singles(), no_singles(), no_singles(), no_singles()
         a1, b1, c1, d1 = no_singles(), no_singles(), no_singles(), no_singles()
         for index in range(blocks):
-            at = (load_long(tables, index) * heads + head) * slab_size + dim
+            at = (load_long(table, index) * kv_heads + head) * slab_size + dim
             slot = index * block_tokens
             for token in range(slot, min(slot + block_tokens, length)):
                 x, y = load_kept(values, at), load_kept(values, at + LANES)
@@ -262,42 +246,40 @@ def _attend_four(
 
 
 @compiled
-def attend(thread, threads, qkv, rows, heads, head_dim, keys, values, block_tokens, rows_of, out):
-    """A thread's share of the heads, of all rows, over the rows' contexts. """
-    room = longest_context(rows_of, rows) + block_tokens
-    first, last = heads * thread // threads, heads * (thread + 1) // threads
+def attend_float(thread, attention, batch, qkv, out):
+    """Attends with a thread's share of the heads, from all rows. Arguments: as in `attention.attend`."""
+    room = longest_context(batch) + attention.block_tokens
+    first, last = share(thread, attention.heads)
     scores = np.empty(max(4, last - first) * room, np.float32)
-    row = 0
-    while row < rows:
-        if are_of_one_sequence(rows_of, row, row + 3, rows):
+    own, row = scores.ctypes.data, 0
+    while row < batch.rows:
+        if are_of_one_sequence(batch, row, row + 3):
             for head in range(first, last):
-                _attend_four(
-                    qkv, heads, head_dim, keys, values, block_tokens, rows_of, out, row, head,
-                    scores.ctypes.data, room,
-                )
+                _attend_four(attention, batch, qkv, out, row, head, own, room)
             row += 4
         else:
-            following = first_block_after(rows_of, row, rows)
-            _attend_one(
-                qkv, heads, head_dim, keys, values, block_tokens, rows_of, out, row, first, last,
-                scores.ctypes.data, room, following,
-            )
+            following = first_block_after(batch, row)
+            _attend_one(attention, batch, qkv, out, row, first, last, own, room, following)
             row += 1
     keep(scores)
 
 
 @compiled
-def remember(qkv, start, end, width, head_dim, keys, values, block_tokens, slots):
-    """Stores keys and values of the rows start..end of qkv, float32 [rows, 3, width], at their slots."""
+def remember_float(thread, attention, rows, slots, qkv):
+    """Stores the keys and values of a thread's share of the rows. Arguments: as in `attention.remember`."""
+    head_dim, block_tokens, kv_heads = attention.head_dim, attention.block_tokens, attention.kv_heads
+    keys, values = attention.keys, attention.values
+    queries, width = attention.heads * head_dim, kv_heads * head_dim
+    start, end = share(thread, rows)
     for row in range(start, end):
         slot = load_long(slots, row)
         block, offset = slot // block_tokens * width * block_tokens, slot % block_tokens
-        source = row * 3 * width + width
+        source = row * (queries + 2 * width) + queries
         for entry in range(0, width, LANES):
             key = load_some(qkv, source + entry, width - entry)
             store_kept(keys, block + entry * block_tokens + offset, block_tokens, width - entry, key)
-        for head in range(width // head_dim):
-            at, start = block + (head * block_tokens + offset) * head_dim, source + width + head * head_dim
+        for head in range(kv_heads):
+            at, value_at = block + (head * block_tokens + offset) * head_dim, source + width + head * head_dim
             for dim in range(0, head_dim, LANES):
-                value = load_some(qkv, start + dim, head_dim - dim)
+                value = load_some(qkv, value_at + dim, head_dim - dim)
                 store_kept(values, at + dim, 1, head_dim - dim, value)

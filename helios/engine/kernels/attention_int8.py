@@ -1,14 +1,23 @@
-"""Attention over paged KV in int8, for compiled steps: products of bytes, as those of the weights.
+"""Attention over paged KV in int8: products of bytes, as those with the weights.
 
-Keys and values lie as `KVCache` says, each token's in a head with a scale by which its largest number is
-127. A query is rounded to bytes in the same way. The weights of a row's values, times the scales of these,
-are rounded to 16 bits and multiplied as two bytes. All sums of products are whole numbers: a row's result is
-the same to the bit whatever rows are beside it, and in whatever order they are summed.
+Keys and values lie as `KVCache` says. Those of a token in a head have a scale each, with which the largest
+number becomes 127. A query is rounded to bytes in the same way. The weights of a row's values, times the
+scales of the values, are rounded to 16 bits and multiplied as two bytes. All sums of products are whole
+numbers: a row's result is the same to the bit whatever rows are beside it, and in whatever order they are
+summed.
 """
 
 import numpy as np
 
-from helios.engine.kernels.attention_float import are_of_one_sequence, first_block_after, longest_context
+from helios.engine.kernels.barrier import share
+from helios.engine.kernels.context import (
+    are_of_one_sequence,
+    block_table,
+    context_tokens,
+    first_block_after,
+    longest_context,
+)
+from helios.engine.kernels.exponential import exponential
 from helios.engine.kernels.inner_product import multiply_bytes
 from helios.engine.kernels.jit import compiled
 from helios.engine.kernels.simd import (
@@ -18,7 +27,6 @@ from helios.engine.kernels.simd import (
     add_words,
     both_of,
     either_of,
-    exponential,
     fetch_kept,
     keep,
     larger,
@@ -53,78 +61,81 @@ from helios.engine.kernels.simd import (
     total_words,
 )
 
-# Numbers of a word, which a product takes at once.
+# Bytes of a word, which a product takes at once.
 _TOGETHER = 4
-# What a key's zero is: products take one side unsigned.
+# The byte that is a key's zero: one side of a product is unsigned.
 _MIDDLE = 128
 # The largest weight, in two bytes. Sums of 32 bits hold the products of contexts up to 66,000 tokens.
 _MOST = 65535
-# A group's smallest largest value that is not taken for zero: its inverse is still a number.
+# A group of numbers whose largest is smaller is taken for zeros: its inverse would be infinite.
 LEAST = 1e-30
 
 
 @compiled
 def key_bytes(head_dim, block_tokens):
-    """Of a head's keys in a block, [head_dim / 4, tokens, 4], and of the scales, [2, tokens]."""
+    """Bytes of a head's keys in a block, [head_dim / 4, tokens, 4], and of the scales, [2, tokens]."""
     return (head_dim + _TOGETHER - 1) // _TOGETHER * block_tokens * _TOGETHER + 8 * block_tokens
 
 
 @compiled
 def value_bytes(head_dim, block_tokens):
-    """Of a head's values in a block: [tokens / 4, head_dim in whole registers, 4]."""
+    """Bytes of a head's values in a block: [tokens / 4, head_dim in whole registers, 4]."""
     words = (block_tokens + _TOGETHER - 1) // _TOGETHER
     return words * _whole(head_dim) * _TOGETHER
 
 
 @compiled
 def _whole(head_dim):
+    """The dimensions of a head, rounded up to whole registers."""
     return (head_dim + LANES - 1) // LANES * LANES
 
 
 @compiled
-def _peak(numbers, at, count):
+def _peak(x, at, count):
     """The largest absolute value of `count` float32."""
     whole = count - count % LANES
     peaks = no_singles()
     if whole < count:
-        peaks = absolute(load_some(numbers, at + whole, count - whole))
+        peaks = absolute(load_some(x, at + whole, count - whole))
     for entry in range(0, whole, LANES):
-        peaks = larger(peaks, absolute(load_singles(numbers, at + entry)))
+        peaks = larger(peaks, absolute(load_singles(x, at + entry)))
     return largest(peaks)
 
 
 @compiled
 def _inverse(peak, most):
-    """What numbers up to `peak` are multiplied by so that they become whole ones up to `most`."""
+    """The factor with which numbers up to `peak` become whole ones up to `most`."""
     return np.float32(most) / peak if peak > np.float32(LEAST) else np.float32(0)
 
 
 @compiled
-def _load(numbers, at, count):
-    """16 of `count` float32 or, if they are fewer, these and zeros."""
-    return load_singles(numbers, at) if count >= LANES else load_some(numbers, at, count)
+def _load(x, at, count):
+    """The first 16 of `count` float32. If there are fewer, zeros follow them."""
+    return load_singles(x, at) if count >= LANES else load_some(x, at, count)
 
 
 @compiled
-def remember(thread, threads, qkv, rows, heads, head_dim, keys, values, block_tokens, slots):
-    """Stores keys and values of qkv, float32 [rows, 3, heads, head_dim], at their slots: a thread's heads.
+def remember_int8(thread, attention, rows, slots, qkv):
+    """Stores the keys and values of a thread's share of the heads. Arguments: as in `attention.remember`.
 
-    Not its rows: tokens side by side share words.
+    Not of its share of the rows: tokens side by side share words.
     """
-    width, whole = heads * head_dim, _whole(head_dim)
-    first, last = heads * thread // threads, heads * (thread + 1) // threads
+    head_dim, block_tokens, kv_heads = attention.head_dim, attention.block_tokens, attention.kv_heads
+    keys, values = attention.keys, attention.values
+    queries, width, whole = attention.heads * head_dim, kv_heads * head_dim, _whole(head_dim)
+    first, last = share(thread, kv_heads)
     slab_of_keys, slab_of_values = key_bytes(head_dim, block_tokens), value_bytes(head_dim, block_tokens)
     room = np.empty(LANES // _TOGETHER, np.int32)
     own = room.ctypes.data
     middle, byte = spread_single(np.float32(_MIDDLE)), spread_word(np.int32(255))
     for row in range(rows):
         slot = load_long(slots, row)
-        block, token = slot // block_tokens * heads, slot % block_tokens
-        # The token's byte in a word, and the bytes of others.
+        block, token = slot // block_tokens * kv_heads, slot % block_tokens
+        # Where the token's byte lies in a word, and a mask of the other bytes.
         word, shift = token // _TOGETHER * whole, spread_word(np.int32(8 * (token % _TOGETHER)))
         others = spread_word(np.int32(~(255 << (8 * (token % _TOGETHER)))))
         for head in range(first, last):
-            key = row * 3 * width + width + head * head_dim
+            key = row * (queries + 2 * width) + queries + head * head_dim
             slab = keys + (block + head) * slab_of_keys
             scales = slab + slab_of_keys - 8 * block_tokens
             peak = _peak(qkv, key, head_dim)
@@ -152,7 +163,7 @@ def remember(thread, threads, qkv, rows, heads, head_dim, keys, values, block_to
 
 @compiled
 def _quantize_query(qkv, query, head_dim, out):
-    """A head's query as bytes at out; returns what a step of them is, and their sum times the keys' zero."""
+    """Rounds a head's query to bytes at out. Returns a step of them, and their sum times the keys' zero."""
     peak = _peak(qkv, query, head_dim)
     factor = spread_single(_inverse(peak, 127))
     sums = no_words()
@@ -165,7 +176,7 @@ def _quantize_query(qkv, query, head_dim, out):
 
 @compiled
 def _scores(query, slab, lane, words, block_tokens):
-    """A query with 16 keys of a block."""
+    """The dot products of a query with 16 keys of a block."""
     a, b, at = no_words(), no_words(), lane
     for word in range(0, words - 1, 2):
         a = multiply_bytes(a, load_words(slab, at), spread_word(load_word(query, word)))
@@ -179,7 +190,7 @@ def _scores(query, slab, lane, words, block_tokens):
 
 @compiled
 def _scores_of_four(query, stride, slab, lane, words, block_tokens):
-    """Four queries, `stride` bytes apart, with the same 16 keys."""
+    """The dot products of four queries, `stride` bytes apart, with the same 16 keys."""
     a0, b0, c0, d0 = no_words(), no_words(), no_words(), no_words()
     a1, b1, c1, d1 = no_words(), no_words(), no_words(), no_words()
     second, third, fourth, at = query + stride, query + 2 * stride, query + 3 * stride, lane
@@ -206,7 +217,7 @@ def _scores_of_four(query, stride, slab, lane, words, block_tokens):
 
 @compiled
 def _weigh(scores, scales, length, padded, upper, lower):
-    """A row's scores as the weights of its slots, times the values' scales, in two bytes each.
+    """Turns a row's scores into weights of its slots (softmax), times the values' scales, in two bytes.
 
     Returns what a step of the lower bytes is.
     """
@@ -239,31 +250,30 @@ def _weigh(scores, scales, length, padded, upper, lower):
 
 @compiled
 def _store(upper, lower, factor, out, at, count):
-    """Sums of products with both bytes of the weights become float32."""
+    """Stores as float32 the sums of products with the upper and the lower bytes of the weights."""
     value = multiply_add(to_singles(upper), spread_single(np.float32(256)), to_singles(lower))
     store_some(out, at, count, multiply(value, spread_single(factor)))
 
 
 @compiled
 def _copy_scales(slab, slab_bytes, block_tokens, scales, slot):
-    """Those of a block's values to a row of all of the context."""
+    """Copies the scales of a block's values to a row that has those of the whole context."""
     source = slab + slab_bytes - 4 * block_tokens
     for lane in range(0, block_tokens, LANES):
         store_singles(scales, slot + lane, load_singles(source, lane))
 
 
 @compiled
-def _attend_one(
-    qkv, heads, head_dim, keys, values, block_tokens, rows_of, out, row, first, last, scratch, room, following
-):
-    """The heads first..last of one row over its context, block by block as they lie in memory.
+def _attend_one(attention, batch, qkv, out, row, first, last, scratch, room, following):
+    """Attends with the heads first..last of one row over its context, block by block as they lie in memory.
 
-    While one block is computed the next is fetched: memory would be waited for otherwise. scratch: as many
-    bytes as `_scratch` says; room: slots of the longest context; following: the block that is read next.
+    While one block is computed the next is prefetched: the processor would wait for memory otherwise.
+    scratch: `_scratch` bytes; room: slots of the longest context; following: the block that is read next.
     """
-    width, whole, count = heads * head_dim, _whole(head_dim), last - first
-    tables = rows_of[5] + 8 * load_long(rows_of[3], row) * rows_of[6]
-    length = load_long(rows_of[1], row) + 1
+    head_dim, block_tokens, kv_heads = attention.head_dim, attention.block_tokens, attention.kv_heads
+    keys, values = attention.keys, attention.values
+    whole, count = _whole(head_dim), last - first
+    table, length = block_table(batch, row), context_tokens(batch, row)
     blocks = (length + block_tokens - 1) // block_tokens
     slab_of_keys, slab_of_values = key_bytes(head_dim, block_tokens), value_bytes(head_dim, block_tokens)
     words = (head_dim + _TOGETHER - 1) // _TOGETHER
@@ -276,14 +286,14 @@ def _attend_one(
     factors = queries + count * whole
     root = np.float32(1) / np.sqrt(np.float32(head_dim))
     for head in range(count):
-        query = row * 3 * width + (first + head) * head_dim
+        query = (row * (attention.heads + 2 * kv_heads) + first + head) * head_dim
         step, added = _quantize_query(qkv, query, head_dim, queries + head * whole)
         store_single(factors, head * 2 * LANES, step * root)
         store_words(factors, head * 2 * LANES + LANES, added)
     for index in range(blocks):
-        block, slot = load_long(tables, index) * heads, index * block_tokens
+        block, slot = load_long(table, index) * kv_heads, index * block_tokens
         is_last = index + 1 == blocks
-        following_block = load_long(tables, 0 if is_last else index + 1) * heads
+        following_block = load_long(table, 0 if is_last else index + 1) * kv_heads
         for head in range(count):
             slab = keys + (block + first + head) * slab_of_keys
             if is_last:
@@ -300,16 +310,20 @@ def _attend_one(
             _copy_scales(slab, slab_of_keys, block_tokens, scales, head * room + slot)
     for head in range(count):
         factor = _weigh(
-            scores + 4 * head * room, scales + 4 * head * room, length, blocks * block_tokens,
-            upper + head * room, lower + head * room,
+            scores + 4 * head * room,
+            scales + 4 * head * room,
+            length,
+            blocks * block_tokens,
+            upper + head * room,
+            lower + head * room,
         )
         store_single(factors, head * 2 * LANES, factor)
         for dim in range(0, 2 * whole, LANES):
             store_words(sums, head * 2 * whole + dim, no_words())
     for index in range(blocks):
-        block = load_long(tables, index) * heads
+        block = load_long(table, index) * kv_heads
         is_last = index + 1 == blocks
-        following_block = (following if is_last else load_long(tables, index + 1)) * heads
+        following_block = (following if is_last else load_long(table, index + 1)) * kv_heads
         parts = (min(block_tokens, length - index * block_tokens) + _TOGETHER - 1) // _TOGETHER
         for head in range(count):
             if is_last:
@@ -332,20 +346,24 @@ def _attend_one(
         for dim in range(0, head_dim, LANES):
             place = head * 2 * whole + dim
             _store(
-                load_words(sums, place), load_words(sums, place + whole), factor, out,
-                row * width + (first + head) * head_dim + dim, head_dim - dim,
+                load_words(sums, place),
+                load_words(sums, place + whole),
+                factor,
+                out,
+                (row * attention.heads + first + head) * head_dim + dim,
+                head_dim - dim,
             )
 
 
 @compiled
-def _attend_four(
-    qkv, heads, head_dim, keys, values, block_tokens, rows_of, out, row, head, scratch, room
-):
-    """A head of four rows of one sequence: keys and values are read once for all."""
-    width, whole = heads * head_dim, _whole(head_dim)
-    tables = rows_of[5] + 8 * load_long(rows_of[3], row) * rows_of[6]
-    # The last one sees most. What the others do not see weighs nothing.
-    length = load_long(rows_of[1], row + 3) + 1
+def _attend_four(attention, batch, qkv, out, row, head, scratch, room):
+    """Attends with one head of four rows of one sequence: keys and values are read once for all four."""
+    head_dim, block_tokens, kv_heads = attention.head_dim, attention.block_tokens, attention.kv_heads
+    keys, values = attention.keys, attention.values
+    width, qkv_width = attention.heads * head_dim, (attention.heads + 2 * kv_heads) * head_dim
+    whole = _whole(head_dim)
+    # The last row sees most. What the others do not see weighs nothing.
+    table, length = block_table(batch, row), context_tokens(batch, row + 3)
     blocks = (length + block_tokens - 1) // block_tokens
     slab_of_keys, slab_of_values = key_bytes(head_dim, block_tokens), value_bytes(head_dim, block_tokens)
     words = (head_dim + _TOGETHER - 1) // _TOGETHER
@@ -355,15 +373,15 @@ def _attend_four(
     queries = lower + 4 * room
     factors = queries + 4 * whole
     root = np.float32(1) / np.sqrt(np.float32(head_dim))
-    query = row * 3 * width + head * head_dim
+    query = row * qkv_width + head * head_dim
     s0, t0 = _quantize_query(qkv, query, head_dim, queries)
-    s1, t1 = _quantize_query(qkv, query + 3 * width, head_dim, queries + whole)
-    s2, t2 = _quantize_query(qkv, query + 6 * width, head_dim, queries + 2 * whole)
-    s3, t3 = _quantize_query(qkv, query + 9 * width, head_dim, queries + 3 * whole)
+    s1, t1 = _quantize_query(qkv, query + qkv_width, head_dim, queries + whole)
+    s2, t2 = _quantize_query(qkv, query + 2 * qkv_width, head_dim, queries + 2 * whole)
+    s3, t3 = _quantize_query(qkv, query + 3 * qkv_width, head_dim, queries + 3 * whole)
     f0, f1 = spread_single(s0 * root), spread_single(s1 * root)
     f2, f3 = spread_single(s2 * root), spread_single(s3 * root)
     for index in range(blocks):
-        slab = keys + (load_long(tables, index) * heads + head) * slab_of_keys
+        slab = keys + (load_long(table, index) * kv_heads + head) * slab_of_keys
         for lane in range(0, block_tokens, LANES):
             d0, d1, d2, d3 = _scores_of_four(queries, whole, slab, lane, words, block_tokens)
             own, at = load_singles(slab, words * block_tokens + lane), index * block_tokens + lane
@@ -377,8 +395,12 @@ def _attend_four(
         _copy_scales(slab, slab_of_keys, block_tokens, scales, index * block_tokens)
     for index in range(4):
         factor = _weigh(
-            scores + 4 * index * room, scales, load_long(rows_of[1], row + index) + 1, blocks * block_tokens,
-            upper + index * room, lower + index * room,
+            scores + 4 * index * room,
+            scales,
+            context_tokens(batch, row + index),
+            blocks * block_tokens,
+            upper + index * room,
+            lower + index * room,
         )
         store_single(factors, index, factor)
     target = row * width + head * head_dim
@@ -389,7 +411,7 @@ def _attend_four(
         a1, b1, c1, d1 = no_words(), no_words(), no_words(), no_words()
         e1, f1, g1, h1 = no_words(), no_words(), no_words(), no_words()
         for index in range(blocks):
-            slab = values + (load_long(tables, index) * heads + head) * slab_of_values
+            slab = values + (load_long(table, index) * kv_heads + head) * slab_of_values
             high, low = upper + index * block_tokens, lower + index * block_tokens
             parts = (min(block_tokens, length - index * block_tokens) + _TOGETHER - 1) // _TOGETHER
             at = dim
@@ -427,32 +449,26 @@ def _attend_four(
 
 @compiled
 def _scratch(count, head_dim, room):
-    """Bytes that rows work on: of `count` heads, or of a head of as many rows."""
+    """Bytes that `count` heads of a row work in, or one head of as many rows."""
     whole = _whole(head_dim)
     return count * (10 * room + 9 * whole + 8 * LANES)
 
 
 @compiled
-def attend(thread, threads, qkv, rows, heads, head_dim, keys, values, block_tokens, rows_of, out):
-    """A thread's heads (as of `remember`), of all rows, over the rows' contexts."""
-    longest = longest_context(rows_of, rows)
-    room = (longest + block_tokens - 1) // block_tokens * block_tokens
-    first, last = heads * thread // threads, heads * (thread + 1) // threads
-    scratch = np.empty(_scratch(max(4, last - first), head_dim, room), np.uint8)
-    own = scratch.ctypes.data
-    row = 0
-    while row < rows:
-        if are_of_one_sequence(rows_of, row, row + 3, rows):
+def attend_int8(thread, attention, batch, qkv, out):
+    """Attends with a thread's share of the heads, from all rows. Arguments: as in `attention.attend`."""
+    block_tokens = attention.block_tokens
+    room = (longest_context(batch) + block_tokens - 1) // block_tokens * block_tokens
+    first, last = share(thread, attention.heads)
+    scratch = np.empty(_scratch(max(4, last - first), attention.head_dim, room), np.uint8)
+    own, row = scratch.ctypes.data, 0
+    while row < batch.rows:
+        if are_of_one_sequence(batch, row, row + 3):
             for head in range(first, last):
-                _attend_four(
-                    qkv, heads, head_dim, keys, values, block_tokens, rows_of, out, row, head, own, room
-                )
+                _attend_four(attention, batch, qkv, out, row, head, own, room)
             row += 4
         else:
-            following = first_block_after(rows_of, row, rows)
-            _attend_one(
-                qkv, heads, head_dim, keys, values, block_tokens, rows_of, out, row, first, last, own, room,
-                following,
-            )
+            following = first_block_after(batch, row)
+            _attend_one(attention, batch, qkv, out, row, first, last, own, room, following)
             row += 1
     keep(scratch)

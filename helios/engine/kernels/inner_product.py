@@ -1,18 +1,21 @@
 """The inner loop of a product: a block of input rows with a tile of output channels, as LLVM code.
 
-A step takes a word of 32 bits of each row, which holds one float32, two bfloat16 or four bytes, and the same
-of each channel of the tile. All sums stay in registers. Each takes its steps one after the other, whatever
-rows are beside it: a row's sums are the same to the bit in every batch.
+A step takes a word of 32 bits of each row, which holds one float32, two bfloat16 or four bytes, and a word of
+each channel of the tile. All sums stay in registers. Each takes its steps one after the other, whatever rows
+are beside it: a row's sums are the same to the bit in every batch. Where the processor has an instruction for
+a step (`processors`), that is used.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from helios.engine.kernels.processor import has_bfloat16_dot_product, has_byte_dot_product, has_long_registers
+from helios.engine.kernels.layout import BFLOAT16, FLOAT32, INT8
+from helios.engine.kernels.processor import PROCESSOR
+from helios.engine.kernels.processors.target import DotProduct
 from helios.engine.kernels.simd import (
     LANES,
     SINGLES,
@@ -27,38 +30,13 @@ from helios.engine.kernels.simd import (
     words,
 )
 
-# What a product is computed in.
-FLOAT32, BFLOAT16, INT8 = 0, 1, 2
-
-# Output channels of a tile, in two registers; and bytes of weights that a step takes.
+# Output channels of a tile, and bytes of weights that a step takes. Packed weights lie so on all processors.
 TILE = 2 * LANES
 STEP_BYTES = 4 * TILE
-# Rows of the largest block; the others have half as many, and so on down to one. As many sums as the
-# processor's registers hold: 32 of 16 lanes, or 16 of 8.
-BLOCK_ROWS = 8 if has_long_registers() else 2
+# Rows of the largest block. The others have half as many, a quarter, and so on down to one.
+BLOCK_ROWS = PROCESSOR.block_rows
 
 _BYTE, _LONG = ir.IntType(8), ir.IntType(64)
-
-# Makes sums out of sums and the words of a row and of channels.
-_Accumulate = Callable[[Builder, Value, Value, Value], Value]
-
-
-class _BFloat16(ir.types.Type):
-    """LLVM's type, which llvmlite lacks."""
-
-    intrinsic_name = "bf16"
-
-    def _to_string(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat16)
-
-    def __hash__(self) -> int:
-        return hash(_BFloat16)
-
-
-_BFLOATS = ir.VectorType(_BFloat16(), 2 * LANES)
 
 
 def _words(number: int) -> Value:
@@ -73,9 +51,8 @@ def _single(builder: Builder, sums: Value, row: Value, channels: Value) -> Value
 
 def _bfloat16(builder: Builder, sums: Value, row: Value, channels: Value) -> Value:
     """Two bfloat16 with two: the upper, then the lower, as the instruction does."""
-    if has_bfloat16_dot_product():
-        parts = [builder.bitcast(part, _BFLOATS) for part in (row, channels)]
-        return build_call("llvm.x86.avx512bf16.dpbf16ps.512", SINGLES)(builder, [sums, *parts])
+    if PROCESSOR.bfloat16_dot_product is not None:
+        return PROCESSOR.bfloat16_dot_product(builder, sums, row, channels)
     upper = _words(-1 << 16)
     sums = _single(builder, sums, builder.and_(row, upper), builder.and_(channels, upper))
     return _single(builder, sums, builder.shl(row, _words(16)), builder.shl(channels, _words(16)))
@@ -83,8 +60,8 @@ def _bfloat16(builder: Builder, sums: Value, row: Value, channels: Value) -> Val
 
 def _int8(builder: Builder, sums: Value, row: Value, channels: Value) -> Value:
     """Four bytes with four: unsigned of the row, signed of the channels."""
-    if has_byte_dot_product():
-        return build_call("llvm.x86.avx512.vpdpbusd.512", WORDS)(builder, [sums, row, channels])
+    if PROCESSOR.byte_dot_product is not None:
+        return PROCESSOR.byte_dot_product(builder, sums, row, channels)
     for shift in (0, 8, 16, 24):
         left = builder.and_(builder.lshr(row, _words(shift)), _words(255))
         right = builder.ashr(builder.shl(channels, _words(24 - shift)), _words(24))
@@ -93,9 +70,9 @@ def _int8(builder: Builder, sums: Value, row: Value, channels: Value) -> Value:
 
 
 def _build_loop(
-    builder: Builder, rows: int, kind: Any, accumulate: _Accumulate, arguments: Sequence[Value], end: Value
+    builder: Builder, rows: int, kind: Any, accumulate: DotProduct, arguments: Sequence[Value], end: Value
 ) -> None:
-    """All steps of a block, at least one; then its sums are stored and `end` comes next."""
+    """Builds all steps of a block, at least one. Then its sums are stored, and `end` comes next."""
     x, stride, weights, steps, sums, ahead, ahead_step = arguments
     begin, loop = builder.block, builder.append_basic_block()
     words = builder.inttoptr(x, WORD.as_pointer())
@@ -134,7 +111,7 @@ def _build_loop(
 
 def _inner_product(
     _typing: Any,
-    _numbers: Any,
+    _precision: Any,
     _rows: Any,
     _x: Any,
     _stride: Any,
@@ -144,19 +121,19 @@ def _inner_product(
     _ahead: Any,
     _ahead_step: Any,
 ) -> Any:
-    """All sums of a block of rows with a tile, for compiled code.
+    """Computes all sums of a block of rows with a tile.
 
     rows: BLOCK_ROWS, or half as many, and so on; x: words [rows, stride]; weights: words [steps, 32]; sums:
-    int32 (of int8) or float32 [rows, 32]; ahead, ahead_step: address of what is read next, and how many of
-    its bytes to fetch in a step.
+    float32 [rows, 32], in int8 int32; ahead: address of what is read next; ahead_step: bytes of it to
+    prefetch in each step.
     """
 
     def generate(context: Any, builder: Builder, _signature: Any, values: Sequence[Value]) -> Value:
-        numbers, rows, *arguments = values
+        precision, rows, *arguments = values
         wrong, end = builder.append_basic_block(), builder.append_basic_block()
-        # Each pair of numbers and rows has a code of its own.
+        # Each pair of a precision and a number of rows has its own code.
         codes = ir.Constant(_LONG, BLOCK_ROWS + 1)
-        choice = builder.switch(builder.add(builder.mul(numbers, codes), rows), wrong)
+        choice = builder.switch(builder.add(builder.mul(precision, codes), rows), wrong)
         for code, kind, accumulate in (
             (FLOAT32, SINGLES, _single),
             (BFLOAT16, SINGLES, _bfloat16),
@@ -178,5 +155,5 @@ def _inner_product(
 
 
 inner_product: Any = intrinsic(_inner_product)
-# Sums and the products of four bytes with four in each lane: unsigned ones, signed ones.
+# In each lane adds the products of four bytes with four to a sum: (sums, unsigned bytes, signed bytes).
 multiply_bytes = operation(words, (words, words, words), lambda b, v: _int8(b, *v))

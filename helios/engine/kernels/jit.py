@@ -1,8 +1,8 @@
 """How kernels are compiled, and where their machine code is kept.
 
-Numba's own cache knows the file that a function stands in, not the operations and constants that the
-function took from others: after an upgrade it goes on with machine code that addresses memory as the version
-before did. Here one hash over the sources of all kernels, and of what these import, names the directory.
+Numba's own cache looks at the file that a function stands in, not at the operations and constants that it
+took from other files: after an upgrade it would run machine code that addresses memory as the version before
+did. Here one hash over the sources of all kernels, and of what they import, names the directory.
 """
 
 import ast
@@ -44,9 +44,9 @@ VARIABLE = "HELIOS_KERNEL_CACHE_DIR"
 # The kernel that all others are called by stands here.
 _ROOT = Path(__file__).with_name("step.py")
 _PACKAGE = Path(helios.__file__).parent
-# Of a directory of machine code: nothing else beside it is ever removed.
+# Ending of the directories of machine code: nothing else beside them is ever removed.
 _SUFFIX = ".kernels"
-# Directories that stay, those used last; and any that was used so short a time ago, which another version may
+# The directories used last stay: this many, and all that were used within this time, which other versions may
 # still need.
 _KEPT_DIRECTORIES = 8
 _KEPT_SECONDS = 24 * 3600.0
@@ -54,10 +54,10 @@ _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """Compiles a kernel when it is first called, or takes the machine code that is kept.
+    """Compiles a kernel at its first call, or takes the machine code that is kept.
 
-    Kernels release the interpreter lock, and divide numbers as the processor does. Raises TypeError for a
-    function whose changes the kept code would not follow.
+    Kernels release the interpreter lock, and divide by zero as NumPy does. Raises TypeError for a function
+    that the hash does not cover.
     """
     if Path(inspect.getfile(function)).resolve() not in SOURCES or function.__closure__ is not None:
         raise TypeError(
@@ -73,19 +73,19 @@ def compiled(function: Callable[..., Any]) -> Any:
 
 
 def signatures() -> dict[str, list[Any]]:
-    """The types of arguments for which this process has kernels, by kernel."""
+    """The types of arguments that this process has kernels for, by kernel."""
     return {name: list(kernel.overloads) for name, kernel in _KERNELS.items() if kernel.overloads}
 
 
 def compile_for(types_of: Mapping[str, Sequence[Any]]) -> None:
-    """Has the kernels for these `signatures`; runs none."""
+    """Compiles kernels for these `signatures`, and runs none."""
     for name, types in types_of.items():
         for one in types:
             _KERNELS[name].compile(one)
 
 
 def _sources() -> tuple[Path, ...]:
-    """The files of Helios on which machine code depends: those that the kernels import, directly or not."""
+    """The files of Helios that machine code depends on: all that the root imports, directly or not."""
     found, waiting = set[Path](), [_ROOT.resolve()]
     while waiting:
         file = waiting.pop()
@@ -96,7 +96,7 @@ def _sources() -> tuple[Path, ...]:
 
 
 def _imports(file: Path) -> Iterator[Path]:
-    """The files of Helios that one imports."""
+    """The files of Helios that a file imports."""
     for node in ast.walk(ast.parse(file.read_bytes())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -113,7 +113,7 @@ def _imports(file: Path) -> Iterator[Path]:
 
 
 def _version() -> str:
-    """A hash of everything that machine code depends on, but for the processor."""
+    """A hash of everything that machine code depends on, except for the processor."""
     versions = (helios.__version__, numba.__version__, llvmlite.__version__, sys.version)
     hashed = hashlib.sha256("\n".join(versions).encode())
     for file in SOURCES:
@@ -124,7 +124,7 @@ def _version() -> str:
 
 
 _KERNELS: dict[str, Any] = {}
-# Before any kernel is read by Python: what is compiled afterwards is of these files.
+# Read before Python imports any kernel: what is compiled afterwards comes from these files.
 SOURCES = _sources()
 _DIRECTORY = _version() + _SUFFIX
 
@@ -134,12 +134,16 @@ class _Places:
     """Directories of machine code of this version of the kernels."""
 
     read: tuple[Path, ...]
-    # None: there is none.
+    # None: no directory can be written.
     written: Path | None
 
 
 def describe() -> str:
-    """For which processors kernels are compiled and where their machine code is kept, for people."""
+    """Tells people which processors kernels are compiled for and where their machine code is kept.
+
+    Raises SettingsError when HELIOS_KERNEL_TARGET names no class of processors.
+    """
+    processor.check()
     target = processor.HOST if processor.TARGET is None else processor.TARGET.name
     found = _places()
     where = "nowhere" if found.written is None else f"in {found.written}"
@@ -149,11 +153,14 @@ def describe() -> str:
 
 @functools.cache
 def _places() -> _Places:
-    """The first of these in which this user can write: $HELIOS_KERNEL_CACHE_DIR, helios/kernels in the user's
-    cache directory, a directory for temporary files. What those before it hold is read."""
+    """Writes to the first of these that this user can write to, and reads it and those before it.
+
+    They are $HELIOS_KERNEL_CACHE_DIR, helios/kernels in the user's cache directory, and a directory for
+    temporary files.
+    """
     read, chosen = [], os.environ.get(VARIABLE)
     if chosen:
-        # Who else may write there is the business of whoever chose it.
+        # Whoever chose it decides who else may write there.
         read.append(Path(chosen).absolute() / _DIRECTORY)
         if _make(read[0]):
             return _Places(tuple(read), read[0])
@@ -174,7 +181,7 @@ def _places() -> _Places:
 
 
 def _temporary_directory() -> Path | None:
-    """Of this user, beside those of others; None where it is not this user's alone."""
+    """This user's own among the temporary files; None if others can write there."""
     try:
         path = Path(tempfile.gettempdir()) / f"helios-{os.geteuid()}"
         with contextlib.suppress(FileExistsError):
@@ -185,7 +192,7 @@ def _temporary_directory() -> Path | None:
 
 
 def _make(path: Path) -> bool:
-    """Whether this directory is there, now, for this user to write in."""
+    """Makes the directory if it is missing. Returns whether this user can write there."""
     try:
         is_new = not path.exists()
         path.mkdir(mode=0o755, parents=True, exist_ok=True)
@@ -201,7 +208,7 @@ def _make(path: Path) -> bool:
 
 
 def _is_own(path: Path) -> bool:
-    """Whether it is a directory into which only this user, and root, can have put machine code."""
+    """Whether it is a directory where only this user, and root, can have put machine code."""
     try:
         facts = path.lstat()
     except OSError:
@@ -210,7 +217,7 @@ def _is_own(path: Path) -> bool:
 
 
 def _tidy(directory: Path) -> None:
-    """Removes machine code that no version has used for a while. One that misses it compiles it anew."""
+    """Removes machine code that no version has used for a while. One that misses it compiles it again."""
     versions = []
     for path in directory.iterdir():
         if re.fullmatch(rf"[0-9a-f]{{16}}{re.escape(_SUFFIX)}", path.name):
@@ -228,10 +235,10 @@ def _say_once(level: int, message: str, *arguments: object) -> None:
 
 
 class _Kept(_Cache):
-    """The machine code of one kernel, a file for each of its signatures and processors.
+    """The machine code of one kernel: a file for each of its signatures and processors.
 
-    Numba's own keeps an index beside such files, which two processes that compile at once can make point at
-    each other's; here a file's name says what is in it.
+    Numba's own cache has an index beside such files. Two processes that compile at once can make it name each
+    other's files. Here a file's name says what is in it.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -241,12 +248,13 @@ class _Kept(_Cache):
 
     @property
     def cache_path(self) -> str | None:
-        """Where it is written."""
+        """The directory that it is written to."""
         written = _places().written
         return None if written is None else str(written)
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """The compiled kernel for these types of arguments; None: it is to be compiled."""
+        """The compiled kernel for these types of arguments; None: it must be compiled."""
+        processor.check()
         target_context.refresh()
         if not self._is_enabled:
             return None
@@ -259,27 +267,27 @@ class _Kept(_Cache):
         return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        """Keeps a compiled kernel. Where that fails it is logged: this process has it."""
+        """Keeps a compiled kernel. A failure is logged, since this process has the kernel."""
         directory = _places().written
         if not self._is_enabled or directory is None:
             return
         if data.lifted or data.library.has_dynamic_globals:
-            raise TypeError(f"{self.name} holds addresses of this process: it cannot be kept")
+            raise TypeError(f"{self.name} holds addresses of this process, so it cannot be kept")
         try:
             _write(directory / self._file(sig, data.codegen), dumps(data._reduce()))
         except OSError as error:
             _say_once(logging.WARNING, "compiled kernels cannot be kept in %s: %s", directory, error.strerror)
 
     def enable(self) -> None:
-        """From here on machine code is read and kept."""
+        """Reads and keeps machine code from now on."""
         self._is_enabled = True
 
     def disable(self) -> None:
-        """From here on it is not."""
+        """Neither reads nor keeps machine code from now on."""
         self._is_enabled = False
 
     def flush(self) -> None:
-        """Nothing: what is kept stays valid."""
+        """Does nothing: what is kept stays valid."""
 
     def _file(self, sig: Any, codegen: Any) -> str:
         types, _ = sigutils.normalize_signature(sig)
@@ -288,7 +296,7 @@ class _Kept(_Cache):
 
 
 def _read(file: Path) -> bytes | None:
-    """What `_write` wrote; None when it is not there, or damaged."""
+    """What `_write` wrote; None if the file is missing or damaged."""
     try:
         content = file.read_bytes()
     except FileNotFoundError:
@@ -298,13 +306,16 @@ def _read(file: Path) -> bytes | None:
         return None
     digest, content = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
     if hashlib.sha256(content).digest() != digest:
-        log.warning("the machine code in %s is damaged; it is compiled anew", file)
+        log.warning("the machine code in %s is damaged; it is compiled again", file)
         return None
     return content
 
 
 def _write(file: Path, content: bytes) -> None:
-    """Whole or not at all; not flushed to the disk: what a crash leaves of it fails the check."""
+    """Writes a file whole or not at all.
+
+    It is not flushed to the disk: what a crash leaves of it fails the check in `_read`.
+    """
     unfinished = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}")
     file.parent.mkdir(mode=0o755, exist_ok=True)
     try:

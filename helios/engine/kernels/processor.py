@@ -7,86 +7,50 @@ class, whose code can be compiled here but perhaps not run, or `host`: exactly t
 """
 
 import os
-from dataclasses import dataclass
 
 import llvmlite.binding
 from numba.core import config
 
+from helios.engine.kernels.processors.avx2 import AVX2
+from helios.engine.kernels.processors.avx512 import AVX512, AVX512_BF16, AVX512_VNNI
+from helios.engine.kernels.processors.target import Target
 from helios.errors import SettingsError
 
 VARIABLE = "HELIOS_KERNEL_TARGET"
 HOST = "host"
 
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A class of processors. cpu: LLVM's name for what it is based on; features: what it has beyond that."""
-
-    name: str
-    cpu: str
-    features: tuple[str, ...]
-    # What LLVM must find in a processor of the class.
-    needs: frozenset[str]
-
-
-# The psABI's levels of x86-64, as far as LLVM finds their features.
-_V3 = frozenset({"avx", "avx2", "bmi", "bmi2", "cx16", "f16c", "fma", "lzcnt", "movbe", "popcnt", "sahf"})
-_V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
-_VNNI, _BF16 = "avx512vnni", "avx512bf16"
-
 # The most able first: a processor belongs to the first whose needs it meets.
-TARGETS = (
-    Target("avx512-bf16", "x86-64-v4", (_VNNI, _BF16), _V4 | {_VNNI, _BF16}),
-    Target("avx512-vnni", "x86-64-v4", (_VNNI,), _V4 | {_VNNI}),
-    Target("avx512", "x86-64-v4", (), _V4),
-    Target("avx2", "x86-64-v3", (), _V3),
-)
+TARGETS = (AVX512_BF16, AVX512_VNNI, AVX512, AVX2)
+# For processors of no class: LLVM makes the best of the kernels for what it finds.
+_ANY = Target("any", "", (), frozenset(), block_rows=2)
 
 
-def _host_features() -> frozenset[str]:
-    features = llvmlite.binding.get_host_cpu_features()
-    return frozenset(name for name, is_there in features.items() if is_there)
+def check() -> None:
+    """Raises SettingsError when HELIOS_KERNEL_TARGET names no class."""
+    known = [*(target.name for target in TARGETS), HOST]
+    if _NAME and _NAME not in known:
+        raise SettingsError(f"{VARIABLE} is {_NAME!r}; use one of {', '.join(known)}")
 
 
-def _choose(name: str) -> Target | None:
-    """The class of that name; without one that of this machine, None if it is in no class.
+def has_byte_dot_product() -> bool:
+    """Whether kernels multiply and sum bytes in one instruction."""
+    return PROCESSOR.byte_dot_product is not None
 
-    Raises SettingsError for an unknown name.
-    """
-    if name == HOST:
-        return None
-    by_name = {target.name: target for target in TARGETS}
-    if name:
-        if name not in by_name:
-            raise SettingsError(f"{VARIABLE} is {name!r}; use one of {', '.join(by_name)}, {HOST}")
-        return by_name[name]
-    features = _host_features()
+
+def _class_of_host() -> Target | None:
+    """The class of this machine; None if it is in no class."""
+    features = {name for name, is_there in llvmlite.binding.get_host_cpu_features().items() if is_there}
     return next((target for target in TARGETS if target.needs <= features), None)
 
 
+# An unknown name is reported by `check`, where somebody can take the error.
+_NAME = os.environ.get(VARIABLE, "")
+_OF_HOST = _class_of_host()
 # None: exactly this processor, as Numba describes it.
-TARGET = _choose(os.environ.get(VARIABLE, ""))
-_FEATURES = _host_features() if TARGET is None else TARGET.needs
+TARGET = None if _NAME == HOST else next((one for one in TARGETS if one.name == _NAME), _OF_HOST)
+# What kernels are built of.
+PROCESSOR = TARGET or _OF_HOST or _ANY
 if TARGET is not None:
     # Numba reads them when it compiles for the first time.
     config.CPU_NAME = TARGET.cpu  # type: ignore[attr-defined]
     config.CPU_FEATURES = ",".join(f"+{feature}" for feature in TARGET.features)  # type: ignore[attr-defined]
-
-
-def has_long_registers() -> bool:
-    """Whether kernels find 32 registers of 16 lanes (AVX-512)."""
-    return _has("avx512f")
-
-
-def has_byte_dot_product() -> bool:
-    """Whether kernels multiply and sum bytes in one instruction (AVX-512 VNNI)."""
-    return _has(_VNNI)
-
-
-def has_bfloat16_dot_product() -> bool:
-    """Whether kernels multiply and sum bfloat16 in one instruction (AVX-512 BF16)."""
-    return _has(_BF16)
-
-
-def _has(feature: str) -> bool:
-    return {feature, "avx512f"} <= _FEATURES

@@ -1,4 +1,4 @@
-"""Tokens chosen from rows of logits, for compiled steps: penalty, temperature, top-k, nucleus, and the draw.
+"""Chooses tokens from rows of logits: penalty, temperature, top-k, nucleus, and the draw.
 
 A row's token depends on its logits, its parameters, its seed and its position alone, and all sums are taken
 in an order that no other row changes. `sampler.py` does the same in torch, for other devices.
@@ -6,12 +6,14 @@ in an order that no other row changes. `sampler.py` does the same in torch, for 
 
 import numpy as np
 
+from helios.engine.kernels.barrier import share
+from helios.engine.kernels.exponential import exponential
 from helios.engine.kernels.jit import compiled
+from helios.engine.kernels.layout import LOGPROB, NORMALIZER, SUMMARY
 from helios.engine.kernels.simd import (
     LANES,
     add,
     bits_of,
-    exponential,
     lanes_between,
     larger,
     largest,
@@ -31,21 +33,16 @@ from helios.engine.kernels.simd import (
     where_above,
 )
 
-# Numbers of a row's summary (`kernels.summarize`), and which of them a draw needs.
-SUMMARY = 4
-_NORMALIZER, _LOGPROB = 1, 2
-# Where a row's numbers lie in the arrays of `draw`.
-_SEED, _POSITION, _TOP_K = 0, 1, 2
-_TEMPERATURE, _TOP_P, _PENALTY = 0, 1, 2
-# A score from which on a weight is zero: float32 has nothing smaller.
+# Weights of lower scores are zero: float32 has no smaller normal number.
 _NOTHING = -87.0
-# The largest factor of scores.
+# The largest factor of scores, which stands for the smallest temperatures.
 _STEEPEST = 1e38
-# Weights whose sum is taken at once on the way to the one that is drawn.
+# Weights that are summed at once on the way to the one that is drawn.
 _CHUNK = 16 * LANES
-# A weight below which the least that is kept hardly ever is.
+# The smallest weight that is kept is hardly ever below this one.
 _UNLIKELY = 2.0**-20
-# As bits: between numbers that are no further apart few weights lie, which are looked at alone.
+# A distance in bits: few weights lie between two numbers that are no further apart, and only these are looked
+# at.
 _NEAR = 2 << 23
 
 
@@ -60,8 +57,8 @@ def uniform(seed, position):
 
 
 @compiled
-def room_numbers(width):
-    """float32 that a thread works on: weights, and some of them, both in whole registers."""
+def drawing_numbers(width):
+    """How many float32 a thread draws with: weights, and some of them, both in whole registers."""
     return 2 * _whole(width)
 
 
@@ -72,7 +69,7 @@ def _whole(width):
 
 @compiled
 def _peak(logits, width):
-    """The largest."""
+    """The largest logit."""
     peaks = spread_single(np.float32(-np.inf))
     whole = width - width % LANES
     for column in range(0, whole, LANES):
@@ -85,7 +82,7 @@ def _peak(logits, width):
 
 @compiled
 def _first(logits, width, value):
-    """The first place of a value; -1: it is nowhere."""
+    """The first place of a value, or -1."""
     for column in range(width):
         if load_single(logits, column) == value:
             return column
@@ -94,15 +91,15 @@ def _first(logits, width, value):
 
 @compiled
 def _penalize(logits, token, penalty, out):
-    """A token's logit behind the repetition penalty (Keskar et al. 2019), to its place in out."""
+    """Stores a token's logit with the repetition penalty (Keskar et al. 2019) in its place in out."""
     logit = load_single(logits, token)
     store_single(out, token, logit / penalty if logit > 0 else logit * penalty)
 
 
 @compiled
 def _weigh(logits, width, temperature, weights):
-    """exp((logit - largest) / temperature) of each; zeros behind them. weights may be logits."""
-    # Finite: nothing between the largest and itself stays nothing, however small the temperature.
+    """Stores exp((logit - largest) / temperature) of each, and zeros behind them. weights may be logits."""
+    # Finite, so that the largest logit minus itself stays zero, however small the temperature.
     factor = spread_single(np.float32(min(1 / temperature, _STEEPEST)))
     highest = spread_single(_peak(logits, width))
     nothing = spread_single(np.float32(_NOTHING))
@@ -115,7 +112,7 @@ def _weigh(logits, width, temperature, weights):
 
 @compiled
 def _above(weights, count, least, by_mass):
-    """The sum of the weights above `least`, or how many they are. count: of whole registers."""
+    """The sum of the weights above `least`, or their number. count: whole registers."""
     limit, one = spread_single(least), spread_single(np.float32(1))
     sums = no_singles()
     for column in range(0, count, LANES):
@@ -126,7 +123,7 @@ def _above(weights, count, least, by_mass):
 
 @compiled
 def _gather(weights, count, low, high, room):
-    """Puts the weights above low and up to high into room, with zeros up to a whole register; how many."""
+    """Stores the weights above low and up to high in room, then zeros. Returns how many numbers these are."""
     lowest, highest, found = spread_single(low), spread_single(high), 0
     for column in range(0, count, LANES):
         lanes, place = lanes_between(load_singles(weights, column), lowest, highest), column
@@ -145,7 +142,7 @@ def _gather(weights, count, low, high, room):
 def _least(weights, count, limit, by_mass, room):
     """The smallest weight for which those above it sum up to less than `limit`, or are fewer.
 
-    By halving the bits of what it may be: positive numbers have the order of their bits.
+    Found by bisection of bits: positive floats are ordered as their bits are.
     """
     if _above(weights, count, np.float32(0), by_mass) < limit:
         return np.float32(0)
@@ -167,7 +164,7 @@ def _least(weights, count, limit, by_mass, room):
 
 @compiled
 def _keep_from(weights, count, least):
-    """Weights below `least` become zero."""
+    """Sets weights below `least` to zero."""
     limit = spread_single(least)
     for column in range(0, count, LANES):
         value = load_singles(weights, column)
@@ -176,8 +173,10 @@ def _keep_from(weights, count, least):
 
 @compiled
 def _find(weights, width, number, room):
-    """The first place at which the sum of the weights up to it exceeds `number` times that of all; -1 if all
-    are zero or any is not a number."""
+    """The first place where the sum of the weights up to it exceeds `number` times that of all.
+
+    -1 if all are zero or any is NaN.
+    """
     count, mass = _whole(width), 0.0
     for start in range(0, count, _CHUNK):
         sums = no_singles()
@@ -190,7 +189,7 @@ def _find(weights, width, number, room):
     for start in range(0, count, _CHUNK):
         part = load_single(room, start // _CHUNK)
         if part > 0:
-            # Sums are rounded: where none exceeds it, the last one's chunk is that of the target.
+            # Sums are rounded: if none exceeds the target, it lies in the last chunk that has weights.
             last = start
             if before + part > target:
                 break
@@ -210,9 +209,9 @@ def _find(weights, width, number, room):
 
 @compiled
 def _choose(logits, width, temperature, top_k, top_p, number, room):
-    """A token of logits, float32 [width], by a number in [0, 1); -1 if they are no numbers.
+    """The token that a number in [0, 1) draws from logits, float32 [width]; -1 if they are NaN.
 
-    room: as `room_numbers` says; its beginning may be the logits.
+    room: `drawing_numbers` float32. The logits may be its beginning.
     """
     weights, count = room, _whole(width)
     rest = room + 4 * count
@@ -226,41 +225,37 @@ def _choose(logits, width, temperature, top_k, top_p, number, room):
 
 
 @compiled
-def draw(
-    thread, threads, _team, logits, rows, width, numbers, chances, history, ends, later, best, summaries, room
-):
-    """Puts the tokens of logits, float32 [rows, width], in the place of the likeliest: a thread's rows.
+def draw(thread, draws, later, outputs, rows, width, room):
+    """Draws tokens from a thread's rows of logits, [rows, width], in place of the most likely ones.
 
-    numbers: uint64 [rows, 3], seed, position and top-k (0: all). chances: float64 [rows, 3], temperature (0:
-    the likeliest), top-p and repetition penalty. history: int64, what came before each row that has a
-    penalty, one after the other; ends: int64 [rows], where it ends. later: steps behind the first one, whose
-    tokens came before, too: they lie before `best`, [rows] each. best and summaries: of `kernels.summarize`;
-    of the latter the log-probability becomes that of the token, before penalty and temperature. room: float32
-    [threads, `room_numbers`].
+    draws: `layout.Draws`; later: steps after the first one of a burst, whose tokens came before, too: they
+    lie before `outputs.best`, [rows] each; outputs: what `summarize` wrote. The summary's log-probability
+    becomes that of the token, without penalty and temperature. room: float32 [threads, `drawing_numbers`].
     """
-    own = room + 4 * thread * room_numbers(width)
-    for row in range(rows * thread // threads, rows * (thread + 1) // threads):
-        temperature, penalty = chances[row, _TEMPERATURE], np.float32(chances[row, _PENALTY])
+    best, summaries = outputs.best, outputs.summaries
+    own = room + 4 * thread.number * drawing_numbers(width)
+    start, end = share(thread, rows)
+    for row in range(start, end):
+        chosen = draws.rows[row]
+        temperature, penalty = chosen.temperature, np.float32(chosen.repetition_penalty)
         if temperature == 0 and penalty == 1:
             continue
-        of_row = logits + 4 * row * width
+        of_row = outputs.logits + 4 * row * width
         source = of_row
         if penalty != 1:
             source = own
             for column in range(0, width, LANES):
                 store_singles(own, column, load_some(of_row, column, width - column))
-            for place in range(ends[row - 1] if row else 0, ends[row]):
-                _penalize(of_row, history[place], penalty, own)
+            for place in range(draws.rows[row - 1].history_end if row else 0, chosen.history_end):
+                _penalize(of_row, draws.history[place], penalty, own)
             for before in range(1, later + 1):
                 _penalize(of_row, load_long(best, row - before * rows), penalty, own)
         if temperature == 0:
             token = _first(source, width, _peak(source, width))
         else:
-            number = uniform(numbers[row, _SEED], np.int64(numbers[row, _POSITION]) + later)
-            token = _choose(
-                source, width, temperature, np.int64(numbers[row, _TOP_K]), chances[row, _TOP_P], number, own
-            )
+            number = uniform(chosen.seed, chosen.position + later)
+            token = _choose(source, width, temperature, chosen.top_k, chosen.top_p, number, own)
         if token >= 0:
             store_long(best, row, token)
-            logprob = load_single(of_row, token) - load_single(summaries, SUMMARY * row + _NORMALIZER)
-            store_single(summaries, SUMMARY * row + _LOGPROB, logprob)
+            logprob = load_single(of_row, token) - load_single(summaries, SUMMARY * row + NORMALIZER)
+            store_single(summaries, SUMMARY * row + LOGPROB, logprob)

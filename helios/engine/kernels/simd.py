@@ -1,20 +1,16 @@
-"""Vectors of 16 lanes for kernels compiled by Numba: the few operations that these need, as LLVM code.
+"""Vectors of 16 lanes for kernels compiled by Numba: the few operations that kernels need, as LLVM code.
 
 Addresses are integers (`Tensor.data_ptr`), indices count elements, and nothing is checked: only kernels
 (`jit.compiled`) call these. LLVM splits the vectors on processors with narrower registers.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
-
-from helios.engine.kernels.jit import compiled
 
 LANES = 16
 
@@ -22,13 +18,9 @@ _BYTE, _SHORT, WORD, SINGLE = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.
 _HALF = ir.HalfType()
 WORDS, SINGLES = ir.VectorType(WORD, LANES), ir.VectorType(SINGLE, LANES)
 
-# What LLVM's prefetch is told: for reading, soon and more than once, data.
+# Arguments of LLVM's prefetch: for reading, keep in all caches, data.
 SOON = tuple(ir.Constant(WORD, value) for value in (0, 3, 1))
 _LINE_BYTES = 64
-
-_LOG2_E = math.log2(math.e)
-# 2**x on [0, 1): the Taylor series in x ln 2, as exact as float32 is.
-_EXP = tuple(math.log(2) ** power / math.factorial(power) for power in range(8))
 
 Builder = Any  # llvmlite's ir.IRBuilder, which is untyped
 Value = Any
@@ -55,7 +47,7 @@ singles = VectorType("singles16", SINGLES)  # float32
 def operation(
     result: types.Type, arguments: Sequence[types.Type], build: Callable[[Builder, Sequence[Value]], Value]
 ) -> Any:
-    """An intrinsic of fixed types out of the code that builds it."""
+    """An intrinsic of fixed types, made of the function that builds its code."""
     signature = result(*arguments)
 
     def generate(context: Any, builder: Builder, _: Any, values: Sequence[Value]) -> Value:
@@ -108,14 +100,14 @@ def _store(element: Any, kind: Any = None) -> Callable[[Builder, Sequence[Value]
 
 
 def build_spread(builder: Builder, value: Value, lanes: Any) -> Value:
-    """The same value in every lane."""
+    """Builds a vector with the same value in every lane."""
     nothing = ir.Constant(lanes, ir.Undefined)
     first = builder.insert_element(nothing, value, ir.Constant(WORD, 0))
     return builder.shuffle_vector(first, nothing, ir.Constant(WORDS, [0] * LANES))
 
 
 def build_call(name: str, result: Any) -> Callable[[Builder, Sequence[Value]], Value]:
-    """Calls an operation of LLVM by its name."""
+    """Builds a call of one of LLVM's operations, by its name."""
 
     def build(builder: Builder, values: Sequence[Value]) -> Value:
         kind = ir.FunctionType(result, [value.type for value in values])
@@ -125,14 +117,14 @@ def build_call(name: str, result: Any) -> Callable[[Builder, Sequence[Value]], V
 
 
 def _load_bfloat(builder: Builder, values: Sequence[Value]) -> Value:
-    """A bfloat16 as float32: its upper half."""
+    """Loads a bfloat16 as float32: its bits are the upper half."""
     short = builder.load(_at(builder, values[0], values[1], _SHORT), align=2)
     word = builder.shl(builder.zext(short, WORD), ir.Constant(WORD, 16))
     return builder.bitcast(word, SINGLE)
 
 
 def _sum(builder: Builder, values: Sequence[Value]) -> Value:
-    """All lanes added in a fixed order: halves onto each other."""
+    """Adds all lanes in a fixed order: one half to the other, until one lane is left."""
     vector = values[0]
     for half in (8, 4, 2, 1):
         order = [*range(half, 2 * half), *([0] * (LANES - half))]
@@ -179,7 +171,7 @@ spread_single = operation(singles, (types.float32,), lambda b, v: build_spread(b
 
 
 def _load_kept(_typing: Any, address: types.Type, _index: Any) -> Any:
-    """16 numbers of keys or values as float32; they are float16 where the address is unsigned."""
+    """Loads 16 numbers of keys or values as float32. They are float16 if the address is unsigned."""
     is_half = address == types.uintp
 
     def generate(_context: Any, builder: Builder, _: Any, values: Sequence[Value]) -> Value:
@@ -193,7 +185,7 @@ def _load_kept(_typing: Any, address: types.Type, _index: Any) -> Any:
 
 
 def _as_kept(builder: Builder, value: Value, *, is_half: bool) -> Value:
-    """Within what float16 holds, so that what is kept is never infinite; in float16 if that is how."""
+    """Limits lanes to the range of float16, so that nothing infinite is stored. Converts them if is_half."""
     for limit, operation in ((-65504.0, "maxnum"), (65504.0, "minnum")):
         limits = ir.Constant(SINGLES, [limit] * LANES)
         value = build_call(f"llvm.{operation}.v16f32", SINGLES)(builder, [value, limits])
@@ -203,7 +195,7 @@ def _as_kept(builder: Builder, value: Value, *, is_half: bool) -> Value:
 def _store_kept(
     _typing: Any, address: types.Type, _index: Any, _stride: Any, _count: Any, _value: Any
 ) -> Any:
-    """The first lanes as numbers of keys or values, `stride` apart, as `_load_kept` reads them."""
+    """Stores the first `count` lanes as numbers of keys or values, `stride` apart. See `_load_kept`."""
     is_half = address == types.uintp
     element, element_bytes = (_HALF, 2) if is_half else (SINGLE, 4)
 
@@ -232,7 +224,7 @@ def _store_kept(
 
 
 def _fetch_kept(_typing: Any, address: types.Type, _index: Any, _count: Any) -> Any:
-    """Asks for the cache lines of `count` numbers of keys or values, ahead of their use."""
+    """Prefetches the cache lines of `count` numbers of keys or values."""
     is_half = address == types.uintp
     element = _HALF if is_half else SINGLE
 
@@ -271,7 +263,7 @@ def _store_some(builder: Builder, values: Sequence[Value]) -> Value:
     return build_call("llvm.masked.store.v16f32.p0", ir.VoidType())(builder, arguments)
 
 
-# The first lanes from and to (address, index, count); the others are zero, or stay as they were.
+# The first `count` lanes from and to (address, index, count). Loads make the others zero, stores leave them.
 load_some = operation(singles, (types.intp, types.intp, types.intp), _load_some)
 store_some = operation(types.void, (types.intp, types.intp, types.intp, singles), _store_some)
 
@@ -282,12 +274,12 @@ def _store_low_bytes(builder: Builder, values: Sequence[Value]) -> Value:
 
 
 def _store_bytes(builder: Builder, values: Sequence[Value]) -> Value:
-    """Each lane, a whole number of -128 to 255, as a byte."""
+    """Stores each lane, a whole number from -128 to 255, as a byte."""
     return _store_low_bytes(builder, [values[0], values[1], builder.fptosi(values[2], WORDS)])
 
 
 def _store_bfloats(builder: Builder, values: Sequence[Value]) -> Value:
-    """Each lane's upper half, rounded to the nearest, ties to even."""
+    """Stores each lane as bfloat16: its upper half, rounded to nearest, ties to even."""
     bits = builder.bitcast(values[2], WORDS)
     one, half = ir.Constant(WORDS, [1] * LANES), ir.Constant(WORDS, [0x7FFF] * LANES)
     upper = ir.Constant(WORDS, [16] * LANES)
@@ -317,7 +309,7 @@ add = operation(singles, (singles, singles), lambda b, v: b.fadd(*v))
 subtract = operation(singles, (singles, singles), lambda b, v: b.fsub(*v))
 multiply = operation(singles, (singles, singles), lambda b, v: b.fmul(*v))
 multiply_add = operation(singles, (singles, singles, singles), build_call("llvm.fma.v16f32", SINGLES))
-# Of a number and none, the second: what one instruction does.
+# If either operand is NaN, returns the second, like x86 maxps.
 larger = operation(singles, (singles, singles), lambda b, v: _larger(b, *v))
 absolute = operation(singles, (singles,), build_call("llvm.fabs.v16f32", SINGLES))
 floor = operation(singles, (singles,), build_call("llvm.floor.v16f32", SINGLES))
@@ -351,15 +343,15 @@ def _lanes_between(builder: Builder, values: Sequence[Value]) -> Value:
     return builder.zext(builder.bitcast(inside, ir.IntType(LANES)), ir.IntType(64))
 
 
-# Of a, the lanes above b and up to c: a bit each, the first lane's the lowest.
+# Which lanes of a are above b and at most c: a bit each, the lowest for the first lane.
 lanes_between = operation(types.int64, (singles, singles, singles), _lanes_between)
-# A float32 as the whole number that its bits are, and back.
+# The bits of a float32 as an integer, and back.
 bits_of = operation(types.int64, (types.float32,), lambda b, v: b.zext(b.bitcast(v[0], WORD), ir.IntType(64)))
 single_of = operation(types.float32, (types.int64,), lambda b, v: b.bitcast(b.trunc(v[0], WORD), SINGLE))
 
 
 def _power_of_two(builder: Builder, values: Sequence[Value]) -> Value:
-    """2 to a whole number, out of the bits of a float's exponent."""
+    """2 to the power of whole numbers, built from the bits of a float's exponent."""
     number = builder.fptosi(values[0], WORDS)
     biased = builder.add(number, ir.Constant(WORDS, [127] * LANES))
     return builder.bitcast(builder.shl(biased, ir.Constant(WORDS, [23] * LANES)), SINGLES)
@@ -372,12 +364,12 @@ def _keep(_typing: Any, array: types.Type) -> Any:
     return types.void(array), lambda context, _builder, _signature, _values: context.get_dummy_value()
 
 
-# Keeps an array's memory until here. Numba frees it behind the last use of the array itself, which the use of
-# its address is not: a kernel that takes an address keeps the array at its end.
+# Keeps an array's memory until here. Numba frees it after the last use of the array itself, and does not
+# count the use of its address: a kernel that takes an address keeps the array at its end.
 keep: Any = intrinsic(_keep)
 
 
-# Counts that threads share, at (address, index).
+# Counters that threads share, at (address, index).
 _LONG = ir.IntType(64)
 load_shared = operation(
     types.int64,
@@ -389,26 +381,9 @@ store_shared = operation(
     (types.intp, types.intp, types.int64),
     lambda b, v: b.store_atomic(v[2], _at(b, v[0], v[1], _LONG), "release", 8),
 )
-# Returns what was there before.
+# Returns the value before the addition.
 add_shared = operation(
     types.int64,
     (types.intp, types.intp, types.int64),
     lambda b, v: b.atomic_rmw("add", _at(b, v[0], v[1], _LONG), v[2], "acq_rel"),
 )
-
-
-@compiled
-def exponential(x):
-    """e to the power of lanes that are not positive."""
-    power = multiply(larger(x, spread_single(np.float32(-87))), spread_single(np.float32(_LOG2_E)))
-    whole = floor(power)
-    part = subtract(power, whole)
-    value = spread_single(np.float32(_EXP[7]))
-    value = multiply_add(value, part, spread_single(np.float32(_EXP[6])))
-    value = multiply_add(value, part, spread_single(np.float32(_EXP[5])))
-    value = multiply_add(value, part, spread_single(np.float32(_EXP[4])))
-    value = multiply_add(value, part, spread_single(np.float32(_EXP[3])))
-    value = multiply_add(value, part, spread_single(np.float32(_EXP[2])))
-    value = multiply_add(value, part, spread_single(np.float32(_EXP[1])))
-    value = multiply_add(value, part, spread_single(np.float32(_EXP[0])))
-    return multiply(value, power_of_two(whole))

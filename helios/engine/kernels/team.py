@@ -1,7 +1,7 @@
 """Threads that compute one compiled call together.
 
-Not torch's OpenMP threads: what is compiled cannot reach them on every machine, and a team meets at
-barriers inside the call, so it is woken once a call instead of once a product.
+They are not torch's OpenMP threads: compiled code cannot reach those on every machine. A team meets at
+barriers inside the call, so it is woken once per call instead of once per product.
 """
 
 import threading
@@ -12,35 +12,37 @@ from typing import Any
 
 import numpy as np
 
+from helios.engine.kernels.layout import ALONE, Thread
+
 Kernel = Callable[..., None]
 
-# Multiply-adds of a call from which on several threads are faster than one that need not wake the others and
-# wait for them: what one thread does in half a millisecond.
+# With at least this many multiply-adds in a call, several threads are faster than one that need not wake the
+# others and wait for them. One thread does as many in half a millisecond.
 _WORTHWHILE = 32 << 20
 
 
 class Team:
-    """`threads` threads, the caller's own among them (`threads.lend`). One call at a time."""
+    """`threads` threads, one of which is the caller's (`threads.lend`). One call at a time."""
 
     def __init__(self) -> None:
         self.threads = 1
-        # Multiply-adds below which the caller's thread works alone. The results are the same.
+        # With fewer multiply-adds the caller's thread works alone. The results are the same.
         self.worthwhile = _WORTHWHILE
-        # That callers have spent in compiled calls.
+        # Seconds that callers have spent in compiled calls.
         self.seconds = 0.0
         self._lock = threading.Lock()
         self._members: list[_Member] = []
-        # Where the threads meet (`kernels._meet`): how many have come, and how often they met.
+        # Where the threads meet (`barrier.meet`): how many have come, and how often they met.
         self._meeting = np.zeros(2, dtype=np.int64)
 
     def run(self, kernel: Kernel, *arguments: Any, operations: int) -> None:
-        """Calls kernel(thread, threads, team, *arguments) on every thread; returns when all are done.
+        """Calls kernel(Thread(...), *arguments) on every thread. Returns when all are done.
 
-        operations: multiply-adds of the call, about.
+        operations: about how many multiply-adds the call has.
         """
         began, threads = time.perf_counter(), self.threads if operations >= self.worthwhile else 1
         if threads == 1:
-            kernel(0, 1, 0, *arguments)
+            kernel(ALONE, *arguments)
         else:
             self._run_together(kernel, threads, arguments)
         self.seconds += time.perf_counter() - began
@@ -49,10 +51,10 @@ class Team:
         with self._lock:
             while len(self._members) < threads - 1:
                 self._members.append(_Member(len(self._members) + 1))
-            team = self._meeting.ctypes.data
-            for member in self._members[: threads - 1]:
-                member.begin(kernel, threads, team, arguments)
-            kernel(0, threads, team, *arguments)
+            barrier = self._meeting.ctypes.data
+            for number, member in enumerate(self._members[: threads - 1], 1):
+                member.begin(kernel, Thread(number, threads, barrier), arguments)
+            kernel(Thread(0, threads, barrier), *arguments)
             for member in self._members[: threads - 1]:
                 member.done.get()
 
@@ -61,19 +63,18 @@ class _Member:
     """A thread that waits for its part of the next call."""
 
     def __init__(self, number: int) -> None:
-        self._number = number
-        self._calls: SimpleQueue[tuple[Kernel, int, int, tuple[Any, ...]]] = SimpleQueue()
+        self._calls: SimpleQueue[tuple[Kernel, Thread, tuple[Any, ...]]] = SimpleQueue()
         self.done: SimpleQueue[None] = SimpleQueue()
         threading.Thread(target=self._work, name=f"team-{number}", daemon=True).start()
 
-    def begin(self, kernel: Kernel, threads: int, team: int, arguments: tuple[Any, ...]) -> None:
-        """Hands over a call; `done` gets an entry at its end."""
-        self._calls.put((kernel, threads, team, arguments))
+    def begin(self, kernel: Kernel, thread: Thread, arguments: tuple[Any, ...]) -> None:
+        """Hands over a call. `done` gets an entry at its end."""
+        self._calls.put((kernel, thread, arguments))
 
     def _work(self) -> None:
         while True:
-            kernel, threads, team, arguments = self._calls.get()
-            kernel(self._number, threads, team, *arguments)
+            kernel, thread, arguments = self._calls.get()
+            kernel(thread, *arguments)
             self.done.put(None)
 
 

@@ -5,9 +5,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from helios.engine.scheduling.prompt_readings import PromptReadings
 from helios.engine.scheduling.sequence import Sequence
@@ -114,14 +112,11 @@ class Batch:
         """Tokens that each row sees, itself the last: [T]."""
         return self.positions + 1
 
-    @cached_property
-    def addresses(self) -> NDArray[np.int64]:
-        """Where compiled code finds token ids, positions, slots, row_tables, read_rows and tables; W."""
-        values, row = self.values, 8 * self.rows
-        start = values.data_ptr() if isinstance(values, torch.Tensor) else values.buffer_info()[0]
-        read_rows = start + 4 * row
-        parts = (start, start + row, start + 2 * row, start + 3 * row, read_rows, read_rows + 8 * self.reads)
-        return np.array([*parts, self.width], dtype=np.int64)
+    @property
+    def address(self) -> int:
+        """Where `values` lie, for compiled code."""
+        values = self.values
+        return values.data_ptr() if isinstance(values, torch.Tensor) else values.buffer_info()[0]
 
     @cached_property
     def decode_mask(self) -> torch.Tensor:

@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from helios.engine.kernels import step as kernels
-from helios.engine.kernels.inner_product import BFLOAT16, FLOAT32, INT8, STEP_BYTES, TILE
+from helios.engine.kernels.inner_product import TILE
+from helios.engine.kernels.layout import BFLOAT16, FLOAT32, INT8, LINEAR, NONE, record
+from helios.engine.kernels.product import product, product_scratch
 from helios.engine.kernels.team import TEAM
 from helios.engine.weights.checkpoint import LinearWeights
 
@@ -22,7 +23,9 @@ LAYOUT_VERSION = 4
 # Quantising goes through as many float32 numbers at a time as a core's cache holds.
 _CHUNK_ITEMS = 1 << 18
 _WORD_BYTES = 4
-_NUMBERS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.int8: INT8}
+_PRECISIONS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.int8: INT8}
+# The fields of LINEAR that the tensors of a PackedLinear are.
+_TENSORS = ("weights", "biases", "weight_sums", "scales")
 
 
 class Linear(Protocol):
@@ -62,29 +65,26 @@ class DenseLinear:
 
 
 class PackedLinear:
-    """In float32, bfloat16 or int8, by `kernels.product`: from float32 and to float32.
+    """In float32, bfloat16 or int8, by `product`: from float32 and to float32.
 
     bfloat16: the input is rounded. int8: the weights have a scale per output channel, the input has one per
     row. A row's result is the same to the bit whatever rows are beside it.
     """
 
-    def __init__(self, numbers: int, out_size: int, in_size: int, tensors: Sequence[torch.Tensor]) -> None:
-        """What `pack` made, from memory or from a file. numbers: one of `inner_product`'s."""
-        self.numbers, self.out_size, self.in_size = numbers, out_size, in_size
+    def __init__(self, precision: int, out_size: int, in_size: int, tensors: Sequence[torch.Tensor]) -> None:
+        """What `pack` made, from memory or from a file. precision: one of the codes in `kernels.layout`."""
+        self.precision, self.out_size, self.in_size = precision, out_size, in_size
         self.tensors = list(tensors)
-        self.addresses = np.zeros(kernels.PARTS, dtype=np.int64)
-        self.addresses[: len(tensors)] = [tensor.data_ptr() for tensor in tensors]
-        # From a tile to the next: of weights, and of what has a number a channel.
-        self._tile_bytes = np.full(kernels.PARTS, TILE * _WORD_BYTES)
-        self._tile_bytes[0] = self.tensors[0].shape[1] * STEP_BYTES
+        # LINEAR, as kernels take it.
+        self.record = self._record_from(0)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._from_tile(x, 0)
+        return self._multiply(x, self.record)
 
     def from_channel(self, x: torch.Tensor, first: int) -> torch.Tensor:
         """These are computed, and those before them in the same tile."""
         tile, offset = divmod(first, TILE)
-        return self._from_tile(x, tile)[:, offset:]
+        return self._multiply(x, self._record_from(tile))[:, offset:]
 
     def weights_of(self, channels: torch.Tensor) -> torch.Tensor:
         """Rows of the weight, in the type that it is kept in."""
@@ -92,25 +92,26 @@ class PackedLinear:
         rows = self.tensors[0][channels // TILE, :, channels % TILE]
         return rows.flatten(1)[:, : self.in_size]
 
-    def _from_tile(self, x: torch.Tensor, tile: int) -> torch.Tensor:
+    def _record_from(self, tile: int) -> np.void:
+        """LINEAR of the channels from a tile on."""
+        weights, *per_channel = self.tensors
+        parts = [weights[tile], *(tensor[tile * TILE :] for tensor in per_channel)]
+        addresses = {name: part.data_ptr() for name, part in zip(_TENSORS, parts, strict=False)}
+        return record(LINEAR, inputs=self.in_size, channels=self.out_size - tile * TILE, **addresses)
+
+    def _multiply(self, x: torch.Tensor, linear: np.void) -> torch.Tensor:
         x = x.float().contiguous()
-        rows, channels = len(x), self.out_size - tile * TILE
+        rows, channels = len(x), int(linear["channels"])
         out = x.new_empty(rows, channels)
-        size = kernels.product_scratch(self.numbers, rows, self.in_size)
-        scratch = torch.empty(size, dtype=torch.uint8)
+        scratch = torch.empty(product_scratch(self.precision, rows, self.in_size), dtype=torch.uint8)
         TEAM.run(
-            kernels.product,
-            self.numbers,
+            product,
+            self.precision,
+            linear,
             x.data_ptr(),
-            self.in_size,
             rows,
-            self.in_size,
-            self.addresses + tile * self._tile_bytes,
-            0,
-            channels,
             out.data_ptr(),
-            channels,
-            kernels.NONE,
+            NONE,
             0,
             scratch.data_ptr(),
             operations=rows * self.in_size * channels,
@@ -120,7 +121,7 @@ class PackedLinear:
 
 def linear(weights: LinearWeights) -> Linear:
     """The linear layer that applies these weights: packed where kernels compute in their type."""
-    packs = weights.weight.device.type == "cpu" and weights.weight.dtype in _NUMBERS
+    packs = weights.weight.device.type == "cpu" and weights.weight.dtype in _PRECISIONS
     return pack(weights) if packs else DenseLinear(weights)
 
 
@@ -167,7 +168,7 @@ def pack(weights: LinearWeights) -> PackedLinear:
         sums = [part.int().sum(1, dtype=torch.int32) for part in weights.weight.split(_rows(in_size))]
         tensors += [torch.cat(sums), weights.scales.float()]
     tensors[1:] = [F.pad(tensor, (0, tiles * TILE - out_size)) for tensor in tensors[1:]]
-    return PackedLinear(_NUMBERS[weights.weight.dtype], out_size, in_size, tensors)
+    return PackedLinear(_PRECISIONS[weights.weight.dtype], out_size, in_size, tensors)
 
 
 def _rows(in_size: int) -> int:

@@ -254,7 +254,7 @@ def _taken_apart(part: Part) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
             structure[name] = [named(f"{name}.weight", value.weight), named(f"{name}.bias", value.bias)]
         elif isinstance(value, PackedLinear):
             structure[name] = {
-                "numbers": value.numbers,
+                "numbers": value.precision,
                 "out_size": value.out_size,
                 "in_size": value.in_size,
                 "tensors": [named(f"{name}.{index}", one) for index, one in enumerate(value.tensors)],

@@ -1,0 +1,157 @@
+"""The decoder layers, and the keys and values of layers that a row skips."""
+
+from helios.engine.kernels.attention import attend, remember
+from helios.engine.kernels.barrier import meet, share
+from helios.engine.kernels.inner_product import TILE
+from helios.engine.kernels.jit import compiled
+from helios.engine.kernels.layout import ALONE, NONE, Attention
+from helios.engine.kernels.norm import norm
+from helios.engine.kernels.product import (
+    Result,
+    encode,
+    encoded_at,
+    multiply_tiles,
+    product,
+    product_scratch,
+    tiles_of,
+)
+
+# With at least this many rows per thread, each thread owns its rows and works in blocks of this size.
+OWN_ROWS = 64
+
+
+@compiled
+def run_layers(thread, model, layers, first, last, hidden, batch, cache, scratch):
+    """The decoder layers first..last, in place on hidden, float32 [rows, width]: one thread's part.
+
+    model: MODEL; layers: LAYER [all]; batch: `BatchAddresses`; cache: `CacheAddresses`; scratch:
+    `layers_scratch` bytes.
+    """
+    rows, width, ffn_width = batch.rows, model.width, model.ffn_width
+    x = scratch
+    qkv = x + 4 * rows * width
+    wide = qkv + 4 * rows * model.qkv_width
+    rest = wide + 4 * rows * ffn_width
+    # Few rows: all threads share each product, by its channels. Many: each thread takes blocks of its own
+    # rows through all products between two attentions, so that what is between the products stays in its
+    # cache.
+    start, end = share(thread, rows)
+    own = rows >= thread.threads * OWN_ROWS
+    own_wide = wide + 4 * start * ffn_width
+    own_rest = rest + product_scratch(model.precision, start, max(width, ffn_width))
+    for index in range(first, last):
+        layer = layers[index]
+        if own:
+            for row in range(start, end, OWN_ROWS):
+                _project(
+                    ALONE,
+                    model,
+                    layer,
+                    hidden + 4 * row * width,
+                    min(OWN_ROWS, end - row),
+                    x + 4 * row * width,
+                    qkv + 4 * row * model.qkv_width,
+                    own_rest,
+                )
+            meet(thread)
+        else:
+            _project(thread, model, layer, hidden, rows, x, qkv, rest)
+        attend(thread, model.precision, _attention(model, cache, index), batch, qkv, x)
+        if own:
+            for row in range(start, end, OWN_ROWS):
+                _feed(
+                    ALONE,
+                    model,
+                    layer,
+                    hidden + 4 * row * width,
+                    min(OWN_ROWS, end - row),
+                    x + 4 * row * width,
+                    own_wide,
+                    own_rest,
+                )
+        else:
+            _feed(thread, model, layer, hidden, rows, x, wide, rest)
+    if own:
+        meet(thread)
+
+
+@compiled
+def layers_scratch(model, rows):
+    """Bytes that `run_layers` works in: states, queries with keys and values, fc1's output, a product's."""
+    numbers = rows * (model.width + model.qkv_width + model.ffn_width)
+    return 4 * numbers + product_scratch(model.precision, rows, max(model.width, model.ffn_width))
+
+
+@compiled
+def propagate(thread, model, layers, first, last, hidden, rows, slots, cache, scratch):
+    """State propagation: keys and values of the layers first..last, all of hidden: one thread's part.
+
+    hidden: float32 [rows, width]; slots: int64 [rows]; scratch: `propagate_scratch` bytes; the rest as in
+    `run_layers`.
+    """
+    width, qkv_width, precision = model.width, model.qkv_width, model.precision
+    x = scratch
+    qkv = x + 4 * rows * width
+    encoded = encoded_at(qkv + 4 * rows * qkv_width, precision, rows, width)
+    start, end = share(thread, rows)
+    # Queries are not needed: only the tiles that hold keys and values.
+    skipped = model.heads * model.head_dim // TILE
+    first_tile, last_tile = share(thread, tiles_of(qkv_width) - skipped)
+    for index in range(first, last):
+        layer, source = layers[index], hidden
+        if model.norm_before:
+            norm(model, layer.attn_norm, hidden, start, end, x)
+            source = x
+        encode(thread, precision, source, width, encoded)
+        meet(thread)
+        result = Result(qkv, qkv_width, NONE, 0)
+        multiply_tiles(precision, layer.qkv, encoded, skipped + first_tile, skipped + last_tile, result)
+        meet(thread)
+        remember(thread, precision, _attention(model, cache, index), rows, slots, qkv)
+        meet(thread)
+
+
+@compiled
+def propagate_scratch(model, rows):
+    """Bytes that `propagate` works in: states, queries with keys and values, a product's."""
+    return 4 * rows * (model.width + model.qkv_width) + product_scratch(model.precision, rows, model.width)
+
+
+@compiled
+def _attention(model, cache, index):
+    """The attention of a layer."""
+    keys, values = cache.keys[index], cache.values[index]
+    return Attention(model.heads, model.kv_heads, model.head_dim, cache.block_tokens, keys, values)
+
+
+@compiled
+def _project(thread, model, layer, hidden, rows, x, qkv, scratch):
+    """Queries, keys and values of rows of hidden. x: space for as many states."""
+    source = hidden
+    if model.norm_before:
+        # The rows that a thread norms are those that it encodes next: no barrier between.
+        start, end = share(thread, rows)
+        norm(model, layer.attn_norm, hidden, start, end, x)
+        source = x
+    product(thread, model.precision, layer.qkv, source, rows, qkv, NONE, 0, scratch)
+
+
+@compiled
+def _feed(thread, model, layer, hidden, rows, x, wide, scratch):
+    """What follows attention: its projection out, and the feed-forward network.
+
+    x: the output of attention, then space for as many states; wide: space for float32 [rows, ffn_width].
+    """
+    precision = model.precision
+    start, end = share(thread, rows)
+    product(thread, precision, layer.out, x, rows, hidden, NONE, hidden, scratch)
+    source = hidden
+    if model.norm_before:
+        norm(model, layer.ffn_norm, hidden, start, end, x)
+        source = x
+    else:
+        norm(model, layer.attn_norm, hidden, start, end, hidden)
+    product(thread, precision, layer.fc1, source, rows, wide, model.activation, 0, scratch)
+    product(thread, precision, layer.fc2, wide, rows, hidden, NONE, hidden, scratch)
+    if not model.norm_before:
+        norm(model, layer.ffn_norm, hidden, start, end, hidden)

@@ -1,0 +1,58 @@
+"""Norms of rows of states."""
+
+import numpy as np
+
+from helios.engine.kernels.jit import compiled
+from helios.engine.kernels.simd import (
+    LANES,
+    add,
+    load_single,
+    load_singles,
+    multiply,
+    multiply_add,
+    no_singles,
+    spread_single,
+    store_single,
+    store_singles,
+    subtract,
+    total,
+)
+
+
+@compiled
+def norm(model, parameters, x, start, end, out):
+    """The model's norm of rows start..end of x, float32 [rows, model.width]. out may be x."""
+    _layer_norm(x, start, end, model.width, model.epsilon, parameters.weight, parameters.bias, out)
+
+
+@compiled
+def _layer_norm(x, start, end, width, epsilon, weight, bias, out):
+    """Layer norm (Ba et al. 2016)."""
+    whole = width - width % LANES
+    for row in range(start, end):
+        base = row * width
+        sums = no_singles()
+        for column in range(0, whole, LANES):
+            sums = add(sums, load_singles(x, base + column))
+        mean = total(sums)
+        for column in range(whole, width):
+            mean += load_single(x, base + column)
+        mean /= np.float32(width)
+        means = spread_single(mean)
+        sums = no_singles()
+        for column in range(0, whole, LANES):
+            difference = subtract(load_singles(x, base + column), means)
+            sums = multiply_add(difference, difference, sums)
+        variance = total(sums)
+        for column in range(whole, width):
+            single = load_single(x, base + column) - mean
+            variance += single * single
+        inverse = np.float32(1) / np.sqrt(variance / np.float32(width) + epsilon)
+        inverses = spread_single(inverse)
+        for column in range(0, whole, LANES):
+            value = multiply(subtract(load_singles(x, base + column), means), inverses)
+            value = multiply_add(value, load_singles(weight, column), load_singles(bias, column))
+            store_singles(out, base + column, value)
+        for column in range(whole, width):
+            scaled = (load_single(x, base + column) - mean) * inverse
+            store_single(out, base + column, scaled * load_single(weight, column) + load_single(bias, column))
