@@ -13,12 +13,12 @@ from bench import decode, held_out
 from bench.decode import Run
 from bench.report import Target
 from bench.subject import Subject
+from helios.calibration import DEFAULT_THRESHOLD
 from helios.catalog import ModelEntry
 from helios.engine import Engine, ExitMode
 from helios.engine.evaluation.trace import trace_dynamic, trace_exits
 
 # The paper's threshold of every exit.
-_PAPER_TH = 0.8
 _BOUNDS = (0.05, 0.01)
 
 
@@ -102,7 +102,7 @@ def _domain(subject: Subject, domain: str) -> dict[str, Any]:
     largest = subject.sizes.largest_batch
     plan = subject.plan(judge)
     calibrated = plan.thresholds
-    fixed = dict.fromkeys(calibrated, _PAPER_TH)
+    fixed = dict.fromkeys(calibrated, DEFAULT_THRESHOLD)
     by_calibrated = _forced_dynamic(subject, judge, domain, calibrated)
     by_fixed = _forced_dynamic(subject, judge, domain, fixed)
 
@@ -117,8 +117,8 @@ def _domain(subject: Subject, domain: str) -> dict[str, Any]:
         _Way("full", judge, last, _forced_greedy(subject, judge, last, domain), largest, ExitMode.FULL),
         dynamic("dynamic_1", 1, None),
         dynamic("dynamic_batched", largest, None),
-        dynamic("dynamic_1_th_0.8", 1, _PAPER_TH),
-        dynamic("dynamic_batched_th_0.8", largest, _PAPER_TH),
+        dynamic("dynamic_1_th_0.8", 1, DEFAULT_THRESHOLD),
+        dynamic("dynamic_batched_th_0.8", largest, DEFAULT_THRESHOLD),
         *(greedy(f"within_{bound * 100:.0f}", subject.fastest_within(domain, bound)) for bound in _BOUNDS),
         greedy("no_worse", _no_worse(subject, judge, domain, by_calibrated.perplexity)),
     ]
@@ -191,7 +191,7 @@ def _multiplied_weights(way: _Way, exit_layers: Sequence[int]) -> float:
     layer = config.step_parameters(1) - head
     mean = sum(exit_layers) / len(exit_layers)
     read = sum(bisect_right(way.model.exit_layers, left) for left in exit_layers) / len(exit_layers)
-    return mean * layer + read * head + (way.depth - mean) * 2 * config.hidden_size**2
+    return mean * layer + read * head + (way.depth - mean) * 2 * config.kv_size * config.hidden_size
 
 
 def _no_worse(subject: Subject, judge: ModelEntry, domain: str, perplexity: float) -> tuple[ModelEntry, int]:

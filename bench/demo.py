@@ -30,9 +30,9 @@ from helios.client import AsyncClient, error_from
 from helios.controller_client import ControllerClient, connect
 from helios.engine.evaluation.trace import trace_dynamic
 from helios.engine.threads import set_threads
-from helios.engine.weights.precision import Precision
 from helios.errors import SettingsError, UnavailableError
 from helios.hardware import available_memory
+from helios.modes import Precision
 from helios.rates import rates
 from helios.slo import Slo
 from helios.stack_state import StackState

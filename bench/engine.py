@@ -20,8 +20,10 @@ from bench.random_model import SHAPES, random_model
 from bench.report import Report
 from bench.roofline import Limits
 from helios import catalog
+from helios.architectures.registry import architecture_of
 from helios.catalog import ModelEntry
 from helios.errors import HeliosError, SettingsError
+from helios.footprint import kv_bytes_per_token
 
 BUNDLED = "bundled"
 _ALL = "all"
@@ -317,7 +319,7 @@ class _Bench:
         most = max(cell.batch * (cell.prompt_tokens + cell.output_tokens) for cell in cells)
         converted = self._cache_dir / "converted"
         converted.mkdir(parents=True, exist_ok=True)
-        kv_bytes = most * 2 * depth * config.hidden_size * 2
+        kv_bytes = most * kv_bytes_per_token(config, depth, "bfloat16")
         return Job(
             model=str(model.path),
             precision=one.precision,
@@ -386,8 +388,7 @@ def _facts(model: ModelEntry) -> dict[str, Any]:
         "name": model.name,
         "parameters": model.config.parameters(),
         "half_depth": model.num_layers // 2,
-        # As it comes back from a file.
-        "config": json.loads(json.dumps(asdict(model.config))),
+        "config": architecture_of(model.config).write(model.config),
     }
 
 

@@ -4,13 +4,15 @@ import random
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from bench import roofline
 from bench.contenders import CONTENDERS, Contender
 from bench.report import Target
 from bench.roofline import Limits
-from helios.model_config import ModelConfig
+from helios.architectures.registry import CONFIG_FILE, config_of
+from helios.architectures.spec import ModelConfig
 
 # Ids below are special in OPT's vocabularies.
 FIRST_TOKEN = 4
@@ -62,7 +64,7 @@ def summarise(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for cell, by_name in seconds.items():
         facts = results["shapes"][cell.shape]
-        config = ModelConfig(**facts["config"] | {"eos_token_ids": tuple(facts["config"]["eos_token_ids"])})
+        config = config_of(facts["config"], Path(cell.shape) / CONFIG_FILE)
         present = [one for one in CONTENDERS if one.name in by_name]
         least = {one.name: _least_seconds(one, cell, config, limits) for one in present}
         rows += [

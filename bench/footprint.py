@@ -3,37 +3,32 @@
 Nothing is allocated and no weights are read: a shape has bytes without having values.
 """
 
+from pathlib import Path
 from typing import Any
 
 from bench.report import Target
 from bench.subject import Subject
+from helios.architectures.registry import config_of
 from helios.engine.memory import MemoryPlan, share_memory
-from helios.engine.weights.precision import Precision
+from helios.engine.weights.precision import checkpoint_dtype
 from helios.errors import OutOfMemoryError
-from helios.model_config import ModelConfig
+from helios.modes import Precision
 
-# facebook/opt-1.3b
-OPT_1_3B = ModelConfig(
-    vocab_size=50272,
-    hidden_size=2048,
-    num_layers=24,
-    num_heads=32,
-    ffn_dim=8192,
-    context_tokens=2048,
-    embed_size=2048,
-    norm_before=True,
-    has_final_norm=True,
-    has_bias=True,
-    norm_affine=True,
-    tied_head=True,
-    activation="relu",
-    bos_token_id=2,
-    eos_token_ids=(2,),
-    pad_token_id=1,
-    dtype="float16",
+OPT_1_3B = config_of(
+    {
+        "model_type": "opt",
+        "vocab_size": 50272,
+        "hidden_size": 2048,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+        "ffn_dim": 8192,
+        "max_position_embeddings": 2048,
+        "torch_dtype": "float16",
+    },
+    Path("facebook/opt-1.3b/config.json"),
 )
 _DEPTH = 6
-_DTYPE = Precision.BFLOAT16.dtype
+_DTYPE = checkpoint_dtype(Precision.BFLOAT16)
 _BLOCK_TOKENS = 16
 _STEP_TOKEN_BUDGET = 2048
 # Far more than any budget here holds, so that memory alone limits the batch.

@@ -11,12 +11,11 @@ from numpy.typing import NDArray
 from bench import held_out
 from bench.report import Target
 from bench.subject import Subject
-from helios.calibration import TARGET_AGREEMENT, calibrated_threshold
+from helios.calibration import DEFAULT_THRESHOLD, TARGET_AGREEMENT, calibrated_threshold
 from helios.catalog import ModelEntry
 from helios.engine.evaluation.trace import ExitTrace
 from helios.history import CONFIDENCE_BINS
 
-_PAPER_TH = 0.8
 # RI of the paper, and shorter ones.
 _INTERVALS = (25, 50, 150)
 
@@ -55,7 +54,7 @@ def _sure(traces: Sequence[ExitTrace], depth: int, threshold: float) -> NDArray[
 
 def _thresholds(subject: Subject, model: ModelEntry) -> dict[str, dict[int, float]]:
     calibrated = dict(subject.plan(model).thresholds)
-    return {"calibrated": calibrated, "0.8": dict.fromkeys(calibrated, _PAPER_TH)}
+    return {"calibrated": calibrated, "0.8": dict.fromkeys(calibrated, DEFAULT_THRESHOLD)}
 
 
 def _exits(subject: Subject, model: ModelEntry, domain: str) -> dict[str, Any]:

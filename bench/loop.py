@@ -20,11 +20,13 @@ from bench.report import Target
 from bench.simulation import POOLED_REQUESTS, Scene, simulate
 from bench.subject import Subject
 from bench.traffic import Request
-from helios.calibration import TARGET_AGREEMENT
+from helios.calibration import DEFAULT_THRESHOLD, TARGET_AGREEMENT
 from helios.catalog import ModelEntry
 from helios.drift import pooled
 from helios.engine import Engine
-from helios.engine.evaluation.evaluate import Candidate, EvaluationSettings, evaluate, load_candidate
+from helios.engine.evaluation.candidate import Candidate, load_candidate
+from helios.engine.evaluation.evaluate import evaluate
+from helios.engine.evaluation.settings import EvaluationSettings
 from helios.engine.evaluation.trace import trace_dynamic
 from helios.history import ModelProfile
 from helios.slo import Slo
@@ -33,7 +35,6 @@ from services.controller.policy import Moves, decide
 from services.controller.situation import Plan, Situation, Trigger, WorkerView
 from services.profiler.settings import ProfilerSettings
 
-_PAPER_TH = 0.8
 # The paper's rule as it stands: the breach counter alone, and each reassessment takes place.
 _PAPER = {
     "detection": "window",
@@ -229,8 +230,8 @@ def targets(result: dict[str, Any]) -> list[Target]:
             slowest <= interval,
         ),
         Target(
-            f"throughput in the paper's own setting (TH {_PAPER_TH:g}), concurrency 1, against dynamic "
-            f"({_simulated(paper['helios']['traces'])})",
+            f"throughput in the paper's own setting (TH {DEFAULT_THRESHOLD:g}), concurrency 1, against "
+            f"dynamic ({_simulated(paper['helios']['traces'])})",
             f"at least {_PAPER_TARGET:g}x",
             f"{paper['ratio']:.2f}x of {paper['dynamic_model']}",
             paper["ratio"] >= _PAPER_TARGET,
@@ -364,8 +365,8 @@ def _dynamic_rate(traces: Sequence[Hindsight], model: str, threshold: float | No
 def _paper_setting(traces: Sequence[Hindsight], candidates: Sequence[ModelEntry]) -> dict[str, Any]:
     """TH 0.8, CBC 50 of 100, RI 150, one request at a time: against the faster of the models alone."""
     alone = [Hindsight(replace(one.scene, batch=1)) for one in traces]
-    helios = _row(alone, _settings(**_PAPER), threshold=_PAPER_TH)
-    rates = {model.name: _dynamic_rate(alone, model.name, _PAPER_TH) for model in candidates}
+    helios = _row(alone, _settings(**_PAPER), threshold=DEFAULT_THRESHOLD)
+    rates = {model.name: _dynamic_rate(alone, model.name, DEFAULT_THRESHOLD) for model in candidates}
     fastest = max(rates, key=lambda name: rates[name])
     return {
         "helios": helios,

@@ -19,10 +19,10 @@ from bench.report import Report, Target
 from bench.subject import CACHE_DIR, QUICK, Sizes, Subject
 from helios import catalog
 from helios.catalog import ModelEntry
-from helios.engine.evaluation.evaluate import EvaluationSettings
+from helios.engine.evaluation.settings import EvaluationSettings
 from helios.engine.threads import set_threads
-from helios.engine.weights.precision import Precision
 from helios.errors import SettingsError
+from helios.modes import Precision
 
 
 @dataclass(frozen=True, slots=True)

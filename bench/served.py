@@ -27,6 +27,7 @@ from bench.vllm_server import through_http, vllm_server
 from helios import catalog
 from helios.catalog import ModelEntry
 from helios.errors import HeliosError, SettingsError
+from helios.footprint import kv_bytes_per_token
 
 VLLM = "vllm"
 # As an operator sets it whose clients can wait for tokens as long as vLLM's do: a step with prompts takes at
@@ -149,7 +150,7 @@ def _vllm(
     logs.mkdir(parents=True, exist_ok=True)
     longest = max(one.prompt_tokens + one.output_tokens for one in trace)
     config = model.config
-    kv_bytes = streams * longest * 2 * config.num_layers * config.hidden_size * 2
+    kv_bytes = streams * longest * kv_bytes_per_token(config, config.num_layers, "bfloat16")
     memory = needed_bytes(Contender(VLLM, "bfloat16"), config, kv_bytes)
     share = memory / (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     log = logs / "vllm-serve.log"

@@ -11,7 +11,8 @@ from bench.subject import Subject
 from helios import catalog
 from helios.catalog import ModelEntry
 from helios.engine import Engine, ExitMode
-from helios.engine.weights.precision import Precision
+from helios.engine.weights.precision import checkpoint_dtype
+from helios.modes import Precision
 
 # Of an engine beyond its weights: activations, a context of KV, and the short sequences measured here.
 _ROOM_BYTES = 2 << 30
@@ -65,7 +66,7 @@ def targets(result: dict[str, Any]) -> list[Target]:
 
 def _engine(subject: Subject, model: ModelEntry, depth: int) -> Engine:
     settings = subject.settings(ExitMode.GREEDY, subject.sizes.shape_batches[-1])
-    dtype, config = subject.precision.dtype, model.config
+    dtype, config = checkpoint_dtype(subject.precision), model.config
     itemsize = 1 if subject.precision is Precision.INT8 else dtype.itemsize
     # Embeddings stay in the activations' type.
     weights = config.parameters(depth) * itemsize + config.vocab_size * config.embed_size * dtype.itemsize

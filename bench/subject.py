@@ -13,8 +13,8 @@ from helios.engine import Engine, EngineSettings, ExitMode
 from helios.engine.evaluation.trace import ExitTrace, trace_exits
 from helios.engine.plan import Plan, load_plan
 from helios.engine.tokenizer import load_tokenizer
-from helios.engine.weights.precision import Precision
 from helios.errors import SettingsError
+from helios.modes import Precision
 from helios.settings import SERVED_BURST_SECONDS
 
 CACHE_DIR = Path.home() / ".cache" / "helios"

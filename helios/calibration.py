@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+# The threshold of an exit that is neither calibrated nor set (TH in arXiv 2504.10724).
+DEFAULT_THRESHOLD = 0.8
 # Share of tokens that shall agree with the last layer, unless the operator says otherwise.
 TARGET_AGREEMENT = 0.9
 

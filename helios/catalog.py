@@ -2,14 +2,16 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
 import helios
+from helios.architectures.registry import read_config
+from helios.architectures.spec import ModelConfig
 from helios.errors import CheckpointError, SettingsError, UnknownDepthError, UnknownModelError
-from helios.model_config import ModelConfig, read_json_object
+from helios.json_object import read_json_object
 from helios.weight_map import WeightMap
 
 FACTS_FILE = "helios.json"
@@ -125,7 +127,7 @@ class EarlyExitFacts:
         )
 
     def has_own_head(self, exit_layer: int) -> bool:
-        """Whether it is not read out as the last layer is, which has the model's own read-out."""
+        """Whether an exit has a head of its own. The last layer never does: it has the model's final norm."""
         return self.exit_head != "shared" and exit_layer != self.num_layers
 
     def check_depth(self, depth: int, model: str) -> None:
@@ -139,6 +141,16 @@ class EarlyExitFacts:
             )
         depths = ", ".join(map(str, self.exit_layers))
         raise UnknownDepthError(f"{model} has no exit after layer {depth}; its depths are {depths}")
+
+    def check_exits(self, exits: Sequence[int], depth: int, model: str) -> None:
+        """Checks a depth, and the exits that are to be read out up to it.
+
+        Raises UnknownDepthError as `check_depth`, ValueError for an exit beyond the depth.
+        """
+        for layer in (depth, *exits):
+            self.check_depth(layer, model)
+        if any(layer > depth for layer in exits):
+            raise ValueError(f"exits {exits} reach beyond depth {depth}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +221,7 @@ def read_model(path: Path) -> ModelEntry:
 
     Raises CheckpointError naming the file that is missing or wrong.
     """
-    config = ModelConfig.read(path)
+    config = read_config(path)
     facts = EarlyExitFacts.read(path, config.num_layers)
     WeightMap.read(path)
     if facts.exit_head != "shared" and not (path / EXITS_FILE).is_file():

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from helios.errors import CheckpointError
-from helios.model_config import read_json_object
+from helios.json_object import read_json_object
 
 # In the order in which transformers looks for them.
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")

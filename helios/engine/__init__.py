@@ -6,10 +6,10 @@ for token in engine.generate("And the LORD said", SamplingParams(max_tokens=32))
     print(token.text, end="", flush=True)
 """
 
-from helios.engine.backends.exits import ExitMode
 from helios.engine.engine import Engine
 from helios.engine.scheduling.sequence import Finish, FinishReason, GeneratedToken, Output
 from helios.engine.settings import EngineSettings
+from helios.modes import ExitMode
 from helios.sampling import SamplingParams
 
 __all__ = [

@@ -16,7 +16,7 @@ import torch
 
 from helios.engine.backends.burst import ONE_STEP, Burst, Interrupt
 from helios.engine.backends.cuda_graphs import DecodeGraphs
-from helios.engine.backends.exits import ExitMode, run_dynamic, run_static
+from helios.engine.backends.exits import run_dynamic, run_static
 from helios.engine.backends.kv_cache import KVCache
 from helios.engine.backends.readout import Readout
 from helios.engine.backends.sampler import Row, Sampled, sample
@@ -44,6 +44,7 @@ from helios.errors import (
     SettingsError,
     UnavailableError,
 )
+from helios.modes import ExitMode
 from helios.sampling import SamplingParams
 
 log = logging.getLogger(__name__)

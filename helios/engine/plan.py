@@ -9,7 +9,7 @@ import torch
 from tokenizers import Tokenizer
 
 from helios import catalog
-from helios.engine.backends.exits import ExitMode
+from helios.calibration import DEFAULT_THRESHOLD
 from helios.engine.backends.kv_cache import KVCache
 from helios.engine.backends.model import Model
 from helios.engine.backends.sampler import Row, Sampled, sample
@@ -18,14 +18,12 @@ from helios.engine.scheduling.batch import Batch
 from helios.engine.settings import EngineSettings
 from helios.engine.threads import lend
 from helios.engine.tokenizer import load_tokenizer
-from helios.engine.weights.checkpoint import load_weights
 from helios.engine.weights.loader import Progress, load_packed
-from helios.engine.weights.precision import Precision
+from helios.engine.weights.part_reader import load_weights
+from helios.engine.weights.precision import precision_on
 from helios.errors import CheckpointError, SettingsError
+from helios.modes import ExitMode, Precision
 from helios.sampling import SamplingParams
-
-# The threshold of an exit that is not calibrated and not set (the paper's TH).
-DEFAULT_THRESHOLD = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +113,7 @@ def load_plan(
     if settings.exit_mode is ExitMode.DYNAMIC:
         exits = [layer for layer in entry.exit_layers if layer <= depth]
     device = torch.device(settings.device)
-    precision = Precision(settings.precision).on(device)
+    precision = precision_on(Precision(settings.precision), device)
     weights = load_packed(
         entry,
         depth,

@@ -17,7 +17,9 @@ from pathlib import Path
 
 from helios import catalog
 from helios.engine.engine import Engine
-from helios.engine.evaluation.evaluate import EvaluationSettings, evaluate, load_candidate
+from helios.engine.evaluation.candidate import load_candidate
+from helios.engine.evaluation.evaluate import evaluate
+from helios.engine.evaluation.settings import EvaluationSettings
 from helios.engine.kernels import jit, processor
 from helios.engine.settings import EngineSettings
 from helios.errors import HeliosError

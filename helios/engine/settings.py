@@ -4,10 +4,9 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from helios.engine.backends.exits import ExitMode
 from helios.engine.weights.packed_cache import DEFAULT_LIMIT_BYTES
-from helios.engine.weights.precision import Precision
 from helios.errors import SettingsError
+from helios.modes import ExitMode, Precision
 
 
 @dataclass(frozen=True, slots=True)

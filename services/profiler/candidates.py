@@ -4,7 +4,8 @@ import logging
 from collections.abc import Sequence
 
 from helios.catalog import ModelEntry, checkpoint_id
-from helios.engine.evaluation.evaluate import Candidate, EvaluationSettings, load_candidate, needed_bytes
+from helios.engine.evaluation.candidate import Candidate, load_candidate, needed_bytes
+from helios.engine.evaluation.settings import EvaluationSettings
 from helios.errors import OutOfMemoryError
 
 log = logging.getLogger(__name__)

@@ -20,8 +20,9 @@ from tokenizers import Tokenizer
 
 from helios import catalog, history, telemetry
 from helios.drift import pooled
-from helios.engine.evaluation.evaluate import EvaluationSettings, evaluate
+from helios.engine.evaluation.evaluate import evaluate
 from helios.engine.evaluation.pace import Pace
+from helios.engine.evaluation.settings import EvaluationSettings
 from helios.engine.threads import set_threads
 from helios.errors import (
     CheckpointError,
@@ -150,7 +151,7 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
             found.models,
             self._settings.objective,
             self._budget,
-            self._evaluation.weight_item_bytes,
+            self._evaluation.precision_here,
             self._settings.top_k,
         )
         for name, why in chosen.refused.items():

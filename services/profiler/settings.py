@@ -1,12 +1,13 @@
 """Settings of the profiler: environment HELIOS_PROFILER_*, or flags."""
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from helios.calibration import TARGET_AGREEMENT
+from helios.modes import Precision
 from helios.redis_url import RedisUrl
 from helios.settings import ListenAddress, ServiceSettings
 from helios.shortlist import TOP_K
@@ -72,8 +73,9 @@ class ProfilerSettings(ServiceSettings):
     )
 
     device: str = Field("cpu", description="torch device: cpu, cuda, cuda:1, ...")
-    precision: Literal["auto", "float32", "bfloat16", "float16", "int8"] = Field(
-        "auto", description="numbers computed in, as the workers do; auto: the fastest of the device"
+    precision: Precision = Field(
+        Precision.AUTO,
+        description="numbers computed in, as the workers do; auto: the fastest of the device",
     )
     threads: int = Field(1, ge=1, description="CPU threads of an evaluation")
     timing_threads: int | None = Field(

@@ -114,7 +114,7 @@ def test_a_changed_operation_runs_without_a_change_of_the_kernel_that_takes_it(c
 @pytest.mark.parametrize(
     ("file", "old", "new"),
     [
-        ("model_config.py", "POSITION_OFFSET = 2", "POSITION_OFFSET = 3"),
+        ("architectures/opt.py", "POSITION_OFFSET = 2", "POSITION_OFFSET = 3"),
         ("engine/kernels/inner_product.py", "TILE = 2 * LANES", "TILE = 4 * LANES"),
         ("engine/kernels/processor.py", '"x86-64-v3"', '"haswell"'),
         ("__init__.py", '__version__ = "', '__version__ = "9'),
@@ -131,7 +131,7 @@ def test_machine_code_is_kept_for_sources_constants_and_versions(
 def test_what_kernels_do_not_use_leaves_machine_code_as_it_is() -> None:
     names = {path.relative_to(PACKAGE).as_posix() for path in jit.SOURCES}
     kernels = (f"engine/kernels/{name}.py" for name in ("step", "simd", "sampling"))
-    assert names >= {"model_config.py", *kernels}
+    assert names >= {"architectures/opt.py", *kernels}
     assert not names & {"engine/engine.py", "engine/backends/compiled.py", "settings.py"}
 
 

@@ -18,8 +18,8 @@ from helios.engine.settings import EngineSettings
 from helios.engine.threads import loading_threads
 from helios.engine.weights.loader import load_packed
 from helios.engine.weights.packed_weights import PackedWeights
-from helios.engine.weights.precision import Precision
 from helios.errors import CheckpointError, OutOfMemoryError
+from helios.modes import Precision
 from helios.sampling import SamplingParams
 from tests.opt_variants import FORMS, Form, Head, save_variant
 
@@ -228,7 +228,7 @@ from pathlib import Path
 import torch
 from helios import catalog
 from helios.engine.weights import loader
-from helios.engine.weights.precision import Precision
+from helios.modes import Precision
 
 def memory(name):
     text = Path("/proc/self/status").read_text()

@@ -15,12 +15,13 @@ import pytest
 import torch
 
 from helios import catalog
-from helios.engine.weights.checkpoint import LinearWeights
-from helios.engine.weights.linear import LAYOUT_VERSION, linear, quantize
+from helios.engine.weights.linear import LAYOUT_VERSION, linear
 from helios.engine.weights.loader import load_packed
 from helios.engine.weights.packed_cache import default_directory
 from helios.engine.weights.packed_weights import PackedWeights, tensors_of
-from helios.engine.weights.precision import Precision
+from helios.engine.weights.parts import LinearWeights
+from helios.engine.weights.quantize import quantize
+from helios.modes import Precision
 from tests.opt_variants import VARIANTS, save_variant
 
 EXITS = (2, 4, 6)
@@ -271,7 +272,7 @@ import torch
 from helios import catalog
 from helios.engine.weights import loader
 from helios.engine.weights.packed_weights import tensors_of
-from helios.engine.weights.precision import Precision
+from helios.modes import Precision
 
 loader.MIN_CACHED_BYTES = 0
 entry = catalog.read_model(Path(sys.argv[1]))

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from helios.architectures.registry import config_of
 from helios.catalog import EarlyExitFacts, ModelEntry
-from helios.model_config import ModelConfig
 from helios.shortlist import offline_bits_per_byte, shortlist
 from helios.slo import Objective
 
@@ -27,7 +27,7 @@ def model(
         "ffn_dim": 4 * hidden,
         "max_position_embeddings": 256,
     }
-    config = ModelConfig.from_fields(fields, Path(name) / "config.json")
+    config = config_of(fields, Path(name) / "config.json")
     exits = tuple(sorted({first_exit, layers}))
     facts = EarlyExitFacts(exits, "shared", layers, training=training or {})
     return ModelEntry(name, Path(name), config, facts, "tokenizer")

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from helios.architectures.spec import ModelConfig
 from helios.engine.backends.burst import Burst
 from helios.engine.backends.kv_cache import KVCache
 from helios.engine.backends.readout import Readout
@@ -15,10 +16,9 @@ from helios.engine.kernels.inner_product import BFLOAT16, FLOAT32, TILE
 from helios.engine.kernels.sampling import SUMMARY, room_numbers
 from helios.engine.kernels.team import TEAM
 from helios.engine.scheduling.batch import Batch
-from helios.engine.weights.checkpoint import Norm
 from helios.engine.weights.linear import Linear, PackedLinear
 from helios.engine.weights.packed_weights import Ends, Head, Layer, PackedWeights
-from helios.model_config import ModelConfig
+from helios.engine.weights.parts import Norm
 
 # Numbers of what `kernels.step` is told of a model's ends.
 _ENDS = 20

@@ -1,6 +1,5 @@
 """How tokens leave the model: full, greedy, or dynamic."""
 
-import enum
 import itertools
 from collections.abc import Mapping
 
@@ -12,15 +11,6 @@ from helios.engine.backends.kv_cache import KVCache
 from helios.engine.backends.model import Model
 from helios.engine.backends.readout import Readout, read
 from helios.engine.scheduling.batch import Batch
-
-
-class ExitMode(enum.StrEnum):
-    """full: all layers. greedy: the first d layers, every token read out at d (the HELIOS way).
-    dynamic: all layers loaded, each token read out at its own exit (the baseline)."""
-
-    FULL = "full"
-    DYNAMIC = "dynamic"
-    GREEDY = "greedy"
 
 
 def run_static(

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from helios.engine.kernels.attention_int8 import LEAST, key_bytes, value_bytes
 from helios.engine.kernels.simd import LANES
-from helios.engine.weights.precision import Precision
+from helios.engine.weights.precision import checkpoint_dtype
+from helios.modes import Precision
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ def kv_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     reads a quarter or half of the bytes then.
     """
     if device.type != "cpu":
-        return precision.dtype
+        return checkpoint_dtype(precision)
     return _KEPT_BESIDE.get(precision, torch.float16)
 
 

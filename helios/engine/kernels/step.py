@@ -12,6 +12,7 @@ release the interpreter lock. docs/decisions/0009-compiled-kernels.md says why t
 import numpy as np
 from numba import types
 
+from helios.architectures.opt import POSITION_OFFSET
 from helios.engine.kernels import attention_float as attention
 from helios.engine.kernels import attention_int8 as byte_attention
 from helios.engine.kernels.inner_product import (
@@ -63,7 +64,6 @@ from helios.engine.kernels.simd import (
     total,
     where_greater,
 )
-from helios.model_config import POSITION_OFFSET
 
 _yield = types.ExternalFunction("sched_yield", types.int32())
 # Looks at a barrier before a thread lets others on its processor go first.
