@@ -1,4 +1,4 @@
-"""The models that a models directory holds, and what is known of their exits. Free of torch."""
+"""The models of a models directory, and what is known of their exits. Free of torch."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ from helios.weight_map import WeightMap
 FACTS_FILE = "helios.json"
 EXITS_FILE = "exits.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
-# What a checkpoint from the hub has instead of tokenizer.json.
+# A checkpoint from the hub may have these instead of tokenizer.json.
 SLOW_TOKENIZER_FILES = ("vocab.json", "merges.txt")
 TOKENIZER_FILES = (
     TOKENIZER_FILE,
@@ -35,11 +35,11 @@ _EXIT_HEAD_KINDS = ("shared", "norm", "linear")
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
-    """An exit in one precision against the same exit in float32, on text that is given, not generated."""
+    """An exit in one precision, compared with the same exit in float32 on given text."""
 
-    # A share: 0.01 is a perplexity 1 % higher.
+    # A share: at 0.01 the perplexity is 1 % higher.
     perplexity_increase: float
-    # Share of tokens after which the most likely next one is the same.
+    # Share of positions at which the most likely next token is the same.
     agreement: float
     tokens: int
 
@@ -48,10 +48,10 @@ class Fidelity:
 class EarlyExitFacts:
     """What helios.json says beside the weights (docs/early-exit-facts.md).
 
-    exit_layers: layers after which a token may be read out, ascending; the last is the model's last.
-    exit_head: shared, all exits through the model's final norm; norm, each through its own; linear, a
-    square projection after the own norm. thresholds: confidence that lets a token leave, by exit layer.
-    precisions: what `helios models measure` found, by precision and exit layer.
+    exit_layers: layers after which a token may be read out, ascending; the last one is the model's last.
+    exit_head: `shared`, all exits are read through the model's final norm; `norm`, each through its own norm;
+    `linear`, each through its own norm and a square matrix after it. thresholds: the confidence that lets a
+    token leave, by exit layer. precisions: what `helios models measure` found, by precision and exit layer.
     """
 
     exit_layers: tuple[int, ...]
@@ -161,7 +161,7 @@ class ModelEntry:
     path: Path
     config: ModelConfig
     facts: EarlyExitFacts
-    tokenizer_id: str | None  # SHA-256 of tokenizer.json; None: it has the slow files instead
+    tokenizer_id: str | None  # SHA-256 of tokenizer.json; None: it has the slow tokenizer files instead
 
     @property
     def num_layers(self) -> int:
@@ -232,7 +232,7 @@ def read_model(path: Path) -> ModelEntry:
 
 
 def read_catalog(models_dir: Path) -> Catalog:
-    """All models of a directory, and the directories in it that are none, with the reason.
+    """All models of a directory, and the directories in it that cannot be loaded, with the reason.
 
     Raises SettingsError when the directory does not exist.
     """
@@ -255,7 +255,7 @@ def find_model(models_dir: Path, name: str) -> ModelEntry:
 
     Raises UnknownModelError naming the available ones, CheckpointError when the model is broken.
     """
-    # Compared with what is there, never joined to a path: a name cannot reach outside.
+    # The name is compared with what is there and never joined to a path: it cannot reach outside.
     paths = {path.name: path for path in _model_paths(models_dir)}
     if name not in paths:
         available = ", ".join(paths) or "none; fetch one with `helios models pull`"
@@ -283,9 +283,10 @@ def find_models_dir(models_dir: Path | None = None) -> Path:
 
 
 def checkpoint_id(entry: ModelEntry) -> str:
-    """Another one whenever a file of the checkpoint is: from place, names, sizes and times, without reading.
+    """An id that differs whenever a file of the checkpoint does. No file is read.
 
-    The time of the last change to the inode is among them: copying tools keep that of the contents.
+    It is made from the files' place, names, sizes and times. The time of the last change to the inode is
+    among them, because copying tools keep the time of the contents.
     """
     digest = hashlib.sha256(f"{entry.path.resolve()}\n".encode())
     for file in sorted(path for path in entry.path.iterdir() if path.is_file()):

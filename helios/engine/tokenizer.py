@@ -22,7 +22,8 @@ class LoadedTokenizer(NamedTuple):
 def load_tokenizer(path: Path, facts: EarlyExitFacts) -> LoadedTokenizer:
     """The tokenizer of a checkpoint directory: tokenizer.json, else vocab.json with merges.txt.
 
-    Encoding puts `</s>` in front of a text, as OPT was trained. Nothing is truncated or padded.
+    What encoding puts in front of a text is tokenizer.json's own choice; without that file it is the model's
+    beginning of text. Nothing is truncated or padded.
 
     Raises CheckpointError when there is none, it is corrupt, or not the one that `facts` name.
     """

@@ -1,4 +1,4 @@
-"""Writing the first layers of a model as a checkpoint of its own, for other engines."""
+"""Writing the first layers of a model as their own checkpoint, for other engines."""
 
 import json
 import shutil
