@@ -1,16 +1,22 @@
-"""Bytes that a model takes: weights, keys and values, activations. By its config alone; free of torch.
+"""Bytes that a model takes: weights, keys and values, activations. Computed from its config; free of torch.
 
-Whoever asks whether a model fits asks here, so that all agree near a budget.
+Profiler, controller and engine ask here whether a model fits, so that they agree near a budget.
 """
 
 from collections.abc import Mapping
 
 from helios.architectures.spec import ModelConfig
 from helios.catalog import ModelEntry
+from helios.modes import Precision
 
-# Of a number of a product's weights, and of keys and values. A precision that is not known counts as the
-# widest: a newer worker may have one.
-_ITEM_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+# Of one number of a product's weights, and of a key or value beside it. A precision that is not known counts
+# as the widest: a newer worker may have one.
+_ITEM_BYTES: Mapping[str, int] = {
+    Precision.FLOAT32: 4,
+    Precision.BFLOAT16: 2,
+    Precision.FLOAT16: 2,
+    Precision.INT8: 1,
+}
 _WIDEST_BYTES = 4
 # Of norms and of what products add for each output channel: a bias; in int8 also a scale and a sum.
 _FLOAT32_BYTES = 4
@@ -20,16 +26,17 @@ _INT8_TABLE_BYTES = 2
 
 
 def weight_bytes(config: ModelConfig, precision: str, depth: int | None = None) -> int:
-    """Of the first `depth` layers (None: all) and what leads into them and out, as they are loaded.
+    """Of the first `depth` layers (None: all), the embeddings and the LM head, as they are loaded.
 
-    Padding to whole tiles is left out. precision: the name of what products are computed in, not `auto`.
+    Padding to whole tiles and the heads of exits are left out. precision: what products are computed in; a
+    concrete one, not `auto`.
     """
     layers = config.num_layers if depth is None else depth
     tables = config.position_rows * config.hidden_size
-    if precision == "int8" or not config.tied_head:
+    if precision == Precision.INT8 or not config.tied_head:
         # Or else embeddings are the LM head's own rows.
         tables += config.vocab_size * config.embed_size
-    table_bytes = _INT8_TABLE_BYTES if precision == "int8" else item_bytes(precision)
+    table_bytes = _INT8_TABLE_BYTES if precision == Precision.INT8 else item_bytes(precision)
     norms = 2 * layers + config.has_final_norm
     head = (config.vocab_size, config.embed_size)
     return (
@@ -55,7 +62,7 @@ def kv_bytes_per_token(config: ModelConfig, depth: int, precision: str) -> int:
 
     In int8 each key and each value of a head has a scale. Padding to whole registers is left out.
     """
-    scales = 2 * depth * config.num_kv_heads if precision == "int8" else 0
+    scales = 2 * depth * config.num_kv_heads if precision == Precision.INT8 else 0
     return config.kv_numbers(depth) * item_bytes(precision) + scales * _FLOAT32_BYTES
 
 
@@ -67,13 +74,13 @@ def activation_bytes(config: ModelConfig, itemsize: int, step_tokens: int, seque
 
 
 def item_bytes(precision: str) -> int:
-    """Of one number of a product's weights, and of a key or value beside it."""
+    """Of one number of a product's weights in `precision`, and of a key or value beside it."""
     return _ITEM_BYTES.get(precision, _WIDEST_BYTES)
 
 
 def _product_bytes(shapes: tuple[tuple[int, int], ...], precision: str) -> int:
     """shapes: [out, in] of matrices that inputs are multiplied by."""
-    channel_bytes = _INT8_CHANNEL_BYTES if precision == "int8" else _FLOAT32_BYTES
+    channel_bytes = _INT8_CHANNEL_BYTES if precision == Precision.INT8 else _FLOAT32_BYTES
     return sum(
         out_size * in_size * item_bytes(precision) + out_size * channel_bytes for out_size, in_size in shapes
     )

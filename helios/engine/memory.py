@@ -26,7 +26,7 @@ class MemoryPlan:
     activation_bytes: int
     kv_bytes_per_token: int
     num_blocks: int
-    # Blocks that fit into the whole budget: no weights of these layers can leave more.
+    # An upper bound for any plan of the model: blocks of one layer that fill the whole budget.
     most_blocks: int
 
 
