@@ -1,6 +1,7 @@
 """Exit modes and precisions: names that every part of Helios shares."""
 
 import enum
+from typing import Literal, TypeAlias
 
 
 class ExitMode(enum.StrEnum):
@@ -28,3 +29,8 @@ class Precision(enum.StrEnum):
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
     INT8 = "int8"
+
+
+# The same names for settings, whose help would show an enum's members in capitals.
+ExitModeName: TypeAlias = Literal["full", "dynamic", "greedy"]
+PrecisionName: TypeAlias = Literal["auto", "float32", "bfloat16", "float16", "int8"]

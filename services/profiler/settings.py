@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from pydantic_settings import SettingsConfigDict
 
 from helios.calibration import TARGET_AGREEMENT
-from helios.modes import Precision
+from helios.modes import PrecisionName
 from helios.redis_url import RedisUrl
 from helios.settings import ListenAddress, ServiceSettings
 from helios.shortlist import TOP_K
@@ -73,9 +73,8 @@ class ProfilerSettings(ServiceSettings):
     )
 
     device: str = Field("cpu", description="torch device: cpu, cuda, cuda:1, ...")
-    precision: Precision = Field(
-        Precision.AUTO,
-        description="numbers computed in, as the workers do; auto: the fastest of the device",
+    precision: PrecisionName = Field(
+        "auto", description="numbers computed in, as the workers do; auto: the fastest of the device"
     )
     threads: int = Field(1, ge=1, description="CPU threads of an evaluation")
     timing_threads: int | None = Field(

@@ -1,4 +1,4 @@
-"""What a precision is on a device, and in torch."""
+"""What a precision is on a device."""
 
 import torch
 
