@@ -37,7 +37,10 @@ class Candidate:
 
 
 def load_candidate(entry: ModelEntry, settings: EvaluationSettings) -> Candidate:
-    """Raises CheckpointError naming the file, OutOfMemoryError."""
+    """Loads a model whole, with every exit, and warms it up.
+
+    Raises CheckpointError naming the file, OutOfMemoryError.
+    """
     began, began_cpu = time.perf_counter(), time.process_time()
     device = torch.device(settings.device)
     weights = load_packed(

@@ -6,11 +6,11 @@ import torch
 
 from helios.engine.weights.parts import Norm
 
-# As many float32 numbers are quantised at a time as a core's cache holds.
+# Quantising works on so many float32 numbers at a time: as many as a core's cache holds.
 _CHUNK_ITEMS = 1 << 18
 # Rows of a weight that are scaled at a time, so that little more memory is needed.
 _ROWS_AT_ONCE = 64
-# Share of a norm's largest weight. What a smaller weight gives away is bounded by it.
+# A share of a norm's largest weight. Smaller weights move as if they were this large.
 _LEAST_SIZE = 1e-3
 
 
