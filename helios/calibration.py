@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 # The threshold of an exit that is neither calibrated nor set (TH in arXiv 2504.10724).
 DEFAULT_THRESHOLD = 0.8
-# Share of tokens that shall agree with the last layer, unless the operator says otherwise.
+# Share of tokens that have to agree with the last layer, unless the operator says otherwise.
 TARGET_AGREEMENT = 0.9
 
 
@@ -14,11 +14,11 @@ def calibrated_threshold(
     agreements: Sequence[int],
     target: float = TARGET_AGREEMENT,
 ) -> float:
-    """The lowest confidence from which on at least `target` of the tokens agree with the last layer.
+    """The lowest confidence at and above which at least `target` of the tokens agree with the last layer.
 
-    confidences: ascending, the levels of a histogram (a bin's lower edge) or single values. counts and
-    agreements: at each of them the tokens, and those whose top token is the last layer's. A level without
-    tokens is never the answer. 1.0 when there is no such confidence.
+    confidences: ascending; the lower edges of a histogram's bins, or single values. counts, agreements: at
+    each confidence the number of tokens, and of those whose top token is the last layer's. A level without
+    tokens is never the answer. Returns 1.0 when there is no such confidence.
     """
     threshold, tokens, agreeing = 1.0, 0, 0
     for confidence, count, agreement in zip(

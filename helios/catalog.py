@@ -1,21 +1,23 @@
-"""The models that a models directory holds, and what is known of their exits. Free of torch."""
+"""The models of a models directory, and what is known of their exits. Free of torch."""
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
 import helios
+from helios.architectures.registry import read_config
+from helios.architectures.spec import ModelConfig
 from helios.errors import CheckpointError, SettingsError, UnknownDepthError, UnknownModelError
-from helios.model_config import ModelConfig, read_json_object
+from helios.json_object import read_json_object
 from helios.weight_map import WeightMap
 
 FACTS_FILE = "helios.json"
 EXITS_FILE = "exits.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
-# What a checkpoint from the hub has instead of tokenizer.json.
+# A checkpoint from the hub may have these instead of tokenizer.json.
 SLOW_TOKENIZER_FILES = ("vocab.json", "merges.txt")
 TOKENIZER_FILES = (
     TOKENIZER_FILE,
@@ -33,11 +35,11 @@ _EXIT_HEAD_KINDS = ("shared", "norm", "linear")
 
 @dataclass(frozen=True, slots=True)
 class Fidelity:
-    """An exit in one precision against the same exit in float32, on text that is given, not generated."""
+    """An exit in one precision, compared with the same exit in float32 on given text."""
 
-    # A share: 0.01 is a perplexity 1 % higher.
+    # A share: at 0.01 the perplexity is 1 % higher.
     perplexity_increase: float
-    # Share of tokens after which the most likely next one is the same.
+    # Share of positions at which the most likely next token is the same.
     agreement: float
     tokens: int
 
@@ -46,10 +48,10 @@ class Fidelity:
 class EarlyExitFacts:
     """What helios.json says beside the weights (docs/early-exit-facts.md).
 
-    exit_layers: layers after which a token may be read out, ascending; the last is the model's last.
-    exit_head: shared, all exits through the model's final norm; norm, each through its own; linear, a
-    square projection after the own norm. thresholds: confidence that lets a token leave, by exit layer.
-    precisions: what `helios models measure` found, by precision and exit layer.
+    exit_layers: layers after which a token may be read out, ascending; the last one is the model's last.
+    exit_head: `shared`, all exits are read through the model's final norm; `norm`, each through its own norm;
+    `linear`, each through its own norm and a square matrix after it. thresholds: the confidence that lets a
+    token leave, by exit layer. precisions: what `helios models measure` found, by precision and exit layer.
     """
 
     exit_layers: tuple[int, ...]
@@ -125,7 +127,7 @@ class EarlyExitFacts:
         )
 
     def has_own_head(self, exit_layer: int) -> bool:
-        """Whether it is not read out as the last layer is, which has the model's own read-out."""
+        """Whether an exit has a head of its own. The last layer never does: it has the model's final norm."""
         return self.exit_head != "shared" and exit_layer != self.num_layers
 
     def check_depth(self, depth: int, model: str) -> None:
@@ -140,6 +142,16 @@ class EarlyExitFacts:
         depths = ", ".join(map(str, self.exit_layers))
         raise UnknownDepthError(f"{model} has no exit after layer {depth}; its depths are {depths}")
 
+    def check_exits(self, exits: Sequence[int], depth: int, model: str) -> None:
+        """Checks a depth, and the exits that are to be read out up to it.
+
+        Raises UnknownDepthError as `check_depth`, ValueError for an exit beyond the depth.
+        """
+        for layer in (depth, *exits):
+            self.check_depth(layer, model)
+        if any(layer > depth for layer in exits):
+            raise ValueError(f"exits {exits} reach beyond depth {depth}")
+
 
 @dataclass(frozen=True, slots=True)
 class ModelEntry:
@@ -149,7 +161,7 @@ class ModelEntry:
     path: Path
     config: ModelConfig
     facts: EarlyExitFacts
-    tokenizer_id: str | None  # SHA-256 of tokenizer.json; None: it has the slow files instead
+    tokenizer_id: str | None  # SHA-256 of tokenizer.json; None: it has the slow tokenizer files instead
 
     @property
     def num_layers(self) -> int:
@@ -209,7 +221,7 @@ def read_model(path: Path) -> ModelEntry:
 
     Raises CheckpointError naming the file that is missing or wrong.
     """
-    config = ModelConfig.read(path)
+    config = read_config(path)
     facts = EarlyExitFacts.read(path, config.num_layers)
     WeightMap.read(path)
     if facts.exit_head != "shared" and not (path / EXITS_FILE).is_file():
@@ -220,7 +232,7 @@ def read_model(path: Path) -> ModelEntry:
 
 
 def read_catalog(models_dir: Path) -> Catalog:
-    """All models of a directory, and the directories in it that are none, with the reason.
+    """All models of a directory, and the directories in it that cannot be loaded, with the reason.
 
     Raises SettingsError when the directory does not exist.
     """
@@ -243,7 +255,7 @@ def find_model(models_dir: Path, name: str) -> ModelEntry:
 
     Raises UnknownModelError naming the available ones, CheckpointError when the model is broken.
     """
-    # Compared with what is there, never joined to a path: a name cannot reach outside.
+    # The name is compared with what is there and never joined to a path: it cannot reach outside.
     paths = {path.name: path for path in _model_paths(models_dir)}
     if name not in paths:
         available = ", ".join(paths) or "none; fetch one with `helios models pull`"
@@ -271,9 +283,10 @@ def find_models_dir(models_dir: Path | None = None) -> Path:
 
 
 def checkpoint_id(entry: ModelEntry) -> str:
-    """Another one whenever a file of the checkpoint is: from place, names, sizes and times, without reading.
+    """An id that differs whenever a file of the checkpoint does. No file is read.
 
-    The time of the last change to the inode is among them: copying tools keep that of the contents.
+    It is made from the files' place, names, sizes and times. The time of the last change to the inode is
+    among them, because copying tools keep the time of the contents.
     """
     digest = hashlib.sha256(f"{entry.path.resolve()}\n".encode())
     for file in sorted(path for path in entry.path.iterdir() if path.is_file()):

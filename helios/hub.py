@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from helios.architectures.registry import CONFIG_FILE, GENERATION_FILE, read_config
 from helios.catalog import EXITS_FILE, FACTS_FILE, TOKENIZER_FILES, ModelEntry, find_model, read_model
 from helios.errors import (
     InvalidRequestError,
@@ -13,7 +14,6 @@ from helios.errors import (
     UnavailableError,
     UnknownModelError,
 )
-from helios.model_config import CONFIG_FILE, GENERATION_FILE, ModelConfig
 from helios.staging import check_free, staged
 from helios.weight_map import INDEX_SUFFIX, SINGLE_FILES, WeightMap, read_safetensors_header
 
@@ -119,7 +119,7 @@ def _download(repository: str, revision: str | None) -> Path:
         ) from error
     try:
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(_FACTS)))
-        ModelConfig.read(folder)
+        read_config(folder)
         for single in SINGLE_FILES:
             stem, suffix = single.split(".")
             patterns = [single, single + INDEX_SUFFIX, f"{stem}-*.{suffix}"]

@@ -1,4 +1,4 @@
-"""Which models are worth profiling (TopK in arXiv 2504.10724), from offline facts alone. Free of torch."""
+"""Which models are worth profiling (TopK in arXiv 2504.10724), by offline facts alone. Free of torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from helios.catalog import ModelEntry
+from helios.footprint import kv_bytes_per_token, model_bytes
 from helios.slo import Objective
 
 # The paper's TopK.
@@ -14,7 +15,7 @@ TOP_K = 3
 
 @dataclass(frozen=True, slots=True)
 class Shortlist:
-    """The candidates, best first, and why each other model is none."""
+    """The candidates, best first, and why each of the other models is not among them."""
 
     candidates: tuple[ModelEntry, ...]
     refused: Mapping[str, str]
@@ -24,23 +25,23 @@ def shortlist(
     models: Sequence[ModelEntry],
     objective: Objective,
     memory_bytes: int,
-    item_bytes: int,
+    precision: str,
     top_k: int = TOP_K,
 ) -> Shortlist:
-    """The `top_k` models for an objective that fit into memory whole, with KV of one context.
+    """The `top_k` models for an objective that fit into memory whole, with the KV of one context.
 
-    Offline facts are coarse: a model is taken to be as fast, and as cheap, as its first exit is small, and
-    as accurate as it is large; of two as large the one with fewer bits per byte in its training's
-    evaluation. The most accurate one is always among them, since bounds on quality are relative to it.
+    Offline facts are coarse. A model is taken to be as fast and as cheap as its first exit is small, and as
+    accurate as it is large. Of two equally large models the one with fewer bits per byte in its training's
+    evaluation counts as more accurate. The most accurate model is always among the candidates, since bounds
+    on quality are relative to it.
 
-    memory_bytes: of the device. item_bytes: of a weight as it is loaded.
+    memory_bytes: the budget for weights and KV. precision: the name of what products are computed in.
     """
     refused = {}
     fitting = []
     for model in models:
-        needed = item_bytes * (
-            model.parameters + 2 * model.num_layers * model.config.hidden_size * model.context_tokens
-        )
+        kv_bytes = model.context_tokens * kv_bytes_per_token(model.config, model.num_layers, precision)
+        needed = model_bytes(model, precision) + kv_bytes
         if needed <= memory_bytes:
             fitting.append(model)
         else:
@@ -59,7 +60,7 @@ def shortlist(
 
 
 def offline_bits_per_byte(model: ModelEntry) -> float | None:
-    """Mean over all domains that helios.json's training evaluation has for the last layer; None without."""
+    """The last layer's mean over all domains of the training evaluation in helios.json; None without one."""
     table = model.facts.training.get("evaluation")
     last = str(model.num_layers)
     domains = list(table.values()) if isinstance(table, dict) else []

@@ -1,6 +1,6 @@
 """Where a checkpoint's tensors lie: its weight files and, in safetensors, the bytes of each tensor.
 
-Nothing here reads a weight. Free of torch.
+Only headers and indexes are read, no weights. Free of torch.
 """
 
 import json
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from helios.errors import CheckpointError
-from helios.model_config import read_json_object
+from helios.json_object import read_json_object
 
 # In the order in which transformers looks for them.
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -46,7 +46,7 @@ class TensorSlot:
 
 @dataclass(frozen=True, slots=True)
 class WeightMap:
-    """A checkpoint's weight files. `file_of` maps tensor names to files; None: one file holds all."""
+    """A checkpoint's weight files. `file_of` maps tensor names to files; None: one file holds all tensors."""
 
     files: tuple[Path, ...]
     file_of: Mapping[str, Path] | None
@@ -100,7 +100,7 @@ def read_safetensors_header(file: Path) -> dict[str, TensorSlot]:
 
 
 def read_safetensors_header_and_metadata(file: Path) -> tuple[dict[str, TensorSlot], dict[str, Any]]:
-    """Its tensors, and what else its writer put in the header. Raises as `read_safetensors_header`."""
+    """A safetensors file's tensors, and its writer's own metadata. Raises as `read_safetensors_header`."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:

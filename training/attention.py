@@ -53,7 +53,7 @@ class _CausalAttention(torch.autograd.Function):
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """softmax(query key^T / sqrt(head_dim)) value, each position seeing itself and what is before it.
+    """softmax(query key^T / sqrt(head_dim)) value. Each position sees itself and those before it.
 
     All are [rows, length, head_dim] with rows = batch x heads; so is the result.
     """

@@ -15,9 +15,9 @@ DEPTH_TOLERANCE = 1.05  # of the last layer's perplexity
 
 
 def calibrate_threshold(confidence: Tensor, agrees: Tensor, target: float = TARGET_AGREEMENT) -> float:
-    """The lowest confidence from which on at least `target` of the tokens agree with the last layer.
+    """The lowest confidence at and above which at least `target` of the tokens agree with the last layer.
 
-    confidence: [tokens] in 0..1; agrees: [tokens] bool. 1.0 when there is no such confidence.
+    confidence: [tokens] in 0..1; agrees: [tokens] bool. Returns 1.0 when there is no such confidence.
     """
     levels, level_of = confidence.unique(return_inverse=True)
     counts = torch.bincount(level_of, minlength=len(levels))

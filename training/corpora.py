@@ -74,7 +74,7 @@ def _download(package: str, archives: Path) -> None:
         if done.returncode == 0:
             return
         reason = done.stderr.strip()
-        if attempt == 0:  # lists may be missing or old; a lock held by someone else passes
+        if attempt == 0:  # package lists may be missing or old; waits while another process holds the lock
             subprocess.run(["apt-get", "update"], check=False, capture_output=True)
         time.sleep(5 * attempt)
     raise UnavailableError(
@@ -89,7 +89,7 @@ def is_held_out(index: int) -> bool:
 
 
 def read_kjv(root: Path) -> Iterator[Document]:
-    """The King James Bible, a document a chapter, a verse a line, without numbers."""
+    """The King James Bible: one document per chapter, one verse per line, without numbers."""
     program = root / "bible-kjv/usr/bin/bible"
     data = root / "bible-kjv-text/usr/lib"
     done = subprocess.run(
@@ -149,7 +149,7 @@ class _PageText(html.parser.HTMLParser):
 
 
 def read_handbook(root: Path) -> Iterator[Document]:
-    """The Debian Administrator's Handbook in English, a document a page."""
+    """The Debian Administrator's Handbook in English, one document per page."""
     pages = root / "debian-handbook/usr/share/doc/debian-handbook/html/en-US"
     for path in sorted(pages.glob("*.html")):
         if path.stem == "index":
@@ -225,7 +225,7 @@ def clean_rst(source: str) -> str:
 
 
 def read_python(root: Path) -> Iterator[Document]:
-    """Python's documentation from its reStructuredText sources, a document a page."""
+    """Python's documentation from its reStructuredText sources, one document per page."""
     pages = root / "python3.11-doc/usr/share/doc/python3.11/html/_sources"
     for path in sorted(pages.rglob("*.txt")):
         if path.name not in (
@@ -292,7 +292,7 @@ def clean_roff(source: str) -> str:
 
 
 def read_man(root: Path) -> Iterator[Document]:
-    """The Linux manual pages, a document a page."""
+    """The Linux manual pages, one document per page."""
     paths = [path for package in ("manpages", "manpages-dev") for path in (root / package).rglob("man?/*.gz")]
     for path in sorted(paths, key=lambda path: path.name):
         if path.is_symlink():
@@ -329,7 +329,7 @@ def clean_pod(source: str) -> str:
 
 
 def _plain_pod(text: str) -> str:
-    for _ in range(6):  # codes nest: from the innermost outwards
+    for _ in range(6):  # codes nest, so the innermost goes first
         before = text
         text = re.sub(r"\b[XZ]<[^<>]*>", "", text)
         text = re.sub(r"\bL<(?:([^<>|]+)\|)?([^<>]*)>", lambda match: match[1] or match[2].strip("/"), text)
@@ -342,7 +342,7 @@ def _plain_pod(text: str) -> str:
 
 
 def read_perl(root: Path) -> Iterator[Document]:
-    """Perl's manual, a document a pod."""
+    """Perl's manual, one document per pod."""
     for path in sorted((root / "perl-doc/usr/share/perl").rglob("pod/*.pod")):
         if path.name not in ("perltoc.pod", "perluniprops.pod"):  # a list of headings; a table
             yield Document(path.name, clean_pod(path.read_text(encoding="utf-8", errors="replace")))

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from helios.architectures.registry import CONFIG_FILE
 from helios.catalog import EarlyExitFacts
 from helios.errors import HeliosError
 from helios.facts_file import write_facts
-from helios.model_config import CONFIG_FILE
 from helios.staging import check_free, staged
 from training.checkpoint import load_state
 from training.corpora import DEFAULT_DIRECTORY

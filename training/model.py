@@ -14,9 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from helios.architectures.opt import POSITION_OFFSET
 from training.attention import causal_attention
-
-POSITION_OFFSET = 2  # OPT keeps the first two rows of its position table unused
 
 
 @dataclass(frozen=True)
@@ -88,7 +87,7 @@ class EarlyExitOPT(nn.Module):
         layers, hidden, ffn = shape.num_layers, shape.hidden_size, shape.ffn_size
         self.embed_tokens = nn.Parameter(torch.randn(shape.vocab_size, hidden) * 0.02)
         self.embed_positions = nn.Parameter(torch.randn(shape.context + POSITION_OFFSET, hidden) * 0.02)
-        deep = 0.02 / math.sqrt(2 * layers)  # what is added to the residual stream starts small
+        deep = 0.02 / math.sqrt(2 * layers)  # matrices that write to the residual stream start small
         attention = torch.randn(layers, 4, hidden, hidden) * 0.02
         attention[:, 3] *= deep / 0.02
         self.attention = nn.Parameter(attention)  # q, k, v, out

@@ -48,7 +48,7 @@ def held_out_windows(stream: Tokens, length: int, limit: int | None = None) -> T
 class WindowStream:
     """Draws windows from weighted domains. All its state is `drawn`: windows so far by "domain/length".
 
-    Each length goes through a domain in passes of its own. A pass visits every window once, in an order and
+    Each length goes through a domain in its own passes. A pass visits every window once, in an order and
     at an offset that depend on (seed, domain, length, pass) only.
     """
 

@@ -1,6 +1,6 @@
 """The bundled models' tokenizer: byte-level BPE of 4,096 entries with OPT's special ids.
 
-`python -m training.tokenizer` trains it on the corpora and says what it makes of each domain.
+`python -m training.tokenizer` trains it on the corpora and prints how it encodes each domain.
 """
 
 from __future__ import annotations

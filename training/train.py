@@ -3,8 +3,8 @@
 Every step reads the last layer and some exits through the shared final norm and LM head (the joint loss of
 LayerSkip and EE-LLM, a random part of the exits at a time). The learning rate is constant, then falls to zero
 over the last part (warmup-stable-decay), so that a run can be lengthened or shortened while it is stable:
-change `--steps` and start again. A run resumes by itself from its state directory. `--start` trains an
-exported checkpoint on whose state is gone.
+change `--steps` and start again. A run resumes by itself from its state directory. `--start` goes on
+training an exported checkpoint whose state is gone.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def learning_rate_factor(
 ) -> float:
     """Warmup-stable-decay: what the peak learning rates are multiplied by at `step` of `steps`.
 
-    first_step: where the optimisers began with nothing; the rates warm up from there.
+    first_step: the step at which the optimisers began without a state; the rates warm up from there.
     """
     decay_steps = max(1, round(steps * decay_share))
     warmup = min(1.0, (step - first_step + 1) / max(1, warmup_steps))
@@ -138,7 +138,7 @@ class Training:
         self.log = LossLog(directory / "log.jsonl")
 
     def start_from(self, checkpoint: Path) -> None:
-        """Take the weights of an exported checkpoint, and the steps and hours they have behind them."""
+        """Take the weights of an exported checkpoint, and the steps and hours of its training."""
         facts = read_model(checkpoint).facts
         tensors, views = load_file(checkpoint / "model.safetensors"), self.model.hf_views()
         for name, view in views.items():

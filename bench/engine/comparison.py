@@ -1,6 +1,5 @@
 """Helios's engine against other engines: by turns, with the same weights, prompts and machine."""
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,8 +17,10 @@ from bench.results import Report, earlier
 from bench.systems.random_model import random_model
 from bench.systems.shapes import SHAPES
 from helios import catalog
+from helios.architectures.registry import architecture_of
 from helios.catalog import ModelEntry
 from helios.errors import HeliosError
+from helios.footprint import kv_bytes_per_token
 
 _SEED = 0
 # A contender's turn takes at least this long: the first run after a pause finds cold caches.
@@ -223,7 +224,7 @@ class _Comparison:
         most = max(cell.batch * (cell.prompt_tokens + cell.output_tokens) for cell in cells)
         converted = self._cache_dir / "converted"
         converted.mkdir(parents=True, exist_ok=True)
-        kv_bytes = most * 2 * depth * config.hidden_size * 2
+        kv_bytes = most * kv_bytes_per_token(config, depth, "bfloat16")
         return Job(
             model=str(model.path),
             precision=one.precision,
@@ -283,7 +284,7 @@ def _facts(model: ModelEntry) -> dict[str, Any]:
         "parameters": model.config.parameters(),
         "half_depth": model.num_layers // 2,
         # As it comes back from a file: lists instead of tuples.
-        "config": json.loads(json.dumps(asdict(model.config))),
+        "config": architecture_of(model.config).write(model.config),
     }
 
 

@@ -4,6 +4,7 @@ import random
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from bench.engine import roofline
@@ -11,7 +12,8 @@ from bench.engine.roofline import Limits
 from bench.peers.contenders import CONTENDERS, Contender
 from bench.results import Target
 from bench.systems.shapes import FIRST_TOKEN
-from helios.model_config import ModelConfig
+from helios.architectures.registry import CONFIG_FILE, config_of
+from helios.architectures.spec import ModelConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,7 @@ def summarise(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for cell, by_name in seconds.items():
         facts = results["shapes"][cell.shape]
-        config = ModelConfig(**facts["config"] | {"eos_token_ids": tuple(facts["config"]["eos_token_ids"])})
+        config = config_of(facts["config"], Path(cell.shape) / CONFIG_FILE)
         present = [one for one in CONTENDERS if one.name in by_name]
         least = {one.name: _least_seconds(one, cell, config, limits) for one in present}
         rows += [

@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+from helios.architectures.spec import ModelConfig
 from helios.errors import HeliosError
-from helios.model_config import ModelConfig
+from helios.footprint import kv_bytes_per_token
 from helios.tether import tethered
 
 # Far more than caches hold.
@@ -62,7 +63,7 @@ def bytes_per_step(config: ModelConfig, depth: int, weight_bytes: int, batch: in
 
     context: tokens of each sequence. Embeddings of single tokens do not count.
     """
-    kv = 2 * depth * config.hidden_size * 2 * batch * context
+    kv = kv_bytes_per_token(config, depth, "bfloat16") * batch * context
     return config.step_parameters(depth) * weight_bytes + kv
 
 
@@ -84,8 +85,8 @@ def least_seconds(
 
     head = config.vocab_size * config.embed_size
     layers = config.step_parameters(depth) - head
-    # A token attends to all tokens before it: products with keys and with values.
-    attended = 2 * 2 * depth * config.hidden_size
+    # A token attends to all before it: products with keys and with values.
+    attended = 2 * 2 * depth * config.query_size
     prefill = batch * (
         2 * layers * prompt_tokens + attended * prompt_tokens * (prompt_tokens + 1) / 2 + 2 * head
     )
@@ -101,8 +102,9 @@ def main() -> None:
     import torch  # noqa: PLC0415
 
     from helios.engine.kernels.team import TEAM  # noqa: PLC0415
-    from helios.engine.weights.checkpoint import LinearWeights  # noqa: PLC0415
-    from helios.engine.weights.linear import pack, quantize  # noqa: PLC0415
+    from helios.engine.weights.linear import pack  # noqa: PLC0415
+    from helios.engine.weights.parts import LinearWeights  # noqa: PLC0415
+    from helios.engine.weights.quantize import quantize  # noqa: PLC0415
 
     torch.set_num_threads(int(sys.argv[1]))
     source = torch.ones(_READ_BYTES // 4)

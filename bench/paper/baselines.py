@@ -191,7 +191,7 @@ def _multiplied_weights(way: _Way, exit_layers: Sequence[int]) -> float:
     layer = config.step_parameters(1) - head
     mean = sum(exit_layers) / len(exit_layers)
     read = sum(bisect_right(way.model.exit_layers, left) for left in exit_layers) / len(exit_layers)
-    return mean * layer + read * head + (way.depth - mean) * 2 * config.hidden_size**2
+    return mean * layer + read * head + (way.depth - mean) * 2 * config.kv_size * config.hidden_size
 
 
 def _no_worse(subject: Subject, judge: ModelEntry, domain: str, perplexity: float) -> tuple[ModelEntry, int]:

@@ -14,7 +14,7 @@ from bench.results import Report, earlier
 from bench.systems.subject import QUICK, Sizes, Subject
 from helios import catalog
 from helios.catalog import ModelEntry
-from helios.engine.evaluation.evaluate import EvaluationSettings
+from helios.engine.evaluation.settings import EvaluationSettings
 from helios.engine.threads import set_threads
 from helios.modes import Precision
 

@@ -16,9 +16,9 @@ from bench.peers import runner
 from bench.peers.environment import variables
 from bench.peers.leash import leashed
 from bench.peers.runner import Job
+from helios.architectures.spec import ModelConfig
 from helios.errors import HeliosError, OutOfMemoryError, UnavailableError
 from helios.hardware import available_memory
-from helios.model_config import ModelConfig
 from helios.supervisor import reason_of_end
 
 HELIOS = "helios"

@@ -23,6 +23,7 @@ from bench.systems.shapes import FIRST_TOKEN
 from helios import catalog
 from helios.catalog import ModelEntry
 from helios.errors import HeliosError
+from helios.footprint import kv_bytes_per_token
 
 VLLM = "vllm"
 # How many times as long as others a step with prompts may take. An operator would set this if clients can
@@ -110,7 +111,7 @@ def _vllm(
     logs.mkdir(parents=True, exist_ok=True)
     longest = max(one.prompt_tokens + one.output_tokens for one in trace)
     config = model.config
-    kv_bytes = streams * longest * 2 * config.num_layers * config.hidden_size * 2
+    kv_bytes = streams * longest * kv_bytes_per_token(config, config.num_layers, "bfloat16")
     memory = needed_bytes(Contender(VLLM, "bfloat16"), config, kv_bytes)
     share = memory / (os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     log = logs / "vllm-serve.log"

@@ -1,8 +1,8 @@
 """Checkpoints with seeded random weights: speed depends on the shape of a model, not on its weights."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,8 +10,9 @@ from safetensors import TensorSpec, serialize_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from bench.systems.shapes import SHAPES, TINY
+from helios.architectures.registry import CONFIG_FILE, architecture_of
+from helios.architectures.spec import ModelConfig
 from helios.catalog import FACTS_FILE, FORMAT_VERSION, TOKENIZER_FILE
-from helios.model_config import CONFIG_FILE, POSITION_OFFSET, ModelConfig
 from helios.staging import staged
 
 _SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
@@ -54,7 +55,9 @@ def write_random_model(config: ModelConfig, path: Path) -> None:
         for name, values in values_of.items()
     }
     serialize_file(tensors, path / "model.safetensors", {"format": "pt"})
-    (path / CONFIG_FILE).write_text(json.dumps(_config_fields(config), indent=2))
+    # No dropout: transformers' default is that of training.
+    fields = architecture_of(config).write(replace(config, dtype="bfloat16")) | {"dropout": 0.0}
+    (path / CONFIG_FILE).write_text(json.dumps(fields, indent=2))
     _tokenizer(config.vocab_size).save(str(path / TOKENIZER_FILE))
     (path / "tokenizer_config.json").write_text(json.dumps(_TOKENIZER_CONFIG))
     quarters = sorted({max(1, config.num_layers * part // 4) for part in (1, 2, 3, 4)})
@@ -83,7 +86,7 @@ def _tensor_shapes(config: ModelConfig) -> dict[str, list[int]]:
     hidden, ffn, decoder = config.hidden_size, config.ffn_dim, "model.decoder"
     shapes = {
         f"{decoder}.embed_tokens.weight": [config.vocab_size, hidden],
-        f"{decoder}.embed_positions.weight": [config.context_tokens + POSITION_OFFSET, hidden],
+        f"{decoder}.embed_positions.weight": [config.position_rows, hidden],
     }
     linears = {f"self_attn.{name}_proj": (hidden, hidden) for name in ("q", "k", "v", "out")}
     linears |= {"fc1": (ffn, hidden), "fc2": (hidden, ffn)}
@@ -102,30 +105,6 @@ def _tensor_shapes(config: ModelConfig) -> dict[str, list[int]]:
 def _bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     """float32 values as bfloat16: their upper halves, rounded to nearest, ties away from zero."""
     return ((values.view(np.uint32) + np.uint32(0x8000)) >> np.uint32(16)).astype("<u2")
-
-
-def _config_fields(config: ModelConfig) -> dict[str, Any]:
-    return {
-        "architectures": ["OPTForCausalLM"],
-        "model_type": "opt",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "ffn_dim": config.ffn_dim,
-        "max_position_embeddings": config.context_tokens,
-        "word_embed_proj_dim": config.embed_size,
-        "do_layer_norm_before": config.norm_before,
-        "enable_bias": config.has_bias,
-        "layer_norm_elementwise_affine": config.norm_affine,
-        "tie_word_embeddings": config.tied_head,
-        "activation_function": config.activation,
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_ids[0],
-        "pad_token_id": config.pad_token_id,
-        "dropout": 0.0,
-        "torch_dtype": "bfloat16",
-    }
 
 
 def _tokenizer(vocab_size: int) -> Tokenizer:

@@ -1,18 +1,19 @@
-"""The memory budget: weights + activations + KV pool, planned before anything is allocated."""
+"""The memory budget of an engine: weights + activations + KV pool, planned before anything is allocated."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from helios.architectures.spec import ModelConfig
 from helios.engine.backends.kv_cache import kv_bytes
 from helios.engine.backends.model import Model
 from helios.errors import OutOfMemoryError
+from helios.footprint import activation_bytes
 from helios.hardware import available_memory
-from helios.model_config import ModelConfig
 
-# Of the memory that is free when an engine starts; the rest is left to the system, to other workers and
-# to reloads, which hold the new weights beside the old ones for a moment.
+# Shares of the memory that is free when an engine starts. The rest is left to the system, to other workers
+# and to reloads, which hold the new weights beside the old ones for a moment.
 _CPU_SHARE = 0.4
 _GPU_SHARE = 0.9
 
@@ -25,7 +26,7 @@ class MemoryPlan:
     activation_bytes: int
     kv_bytes_per_token: int
     num_blocks: int
-    # What any plan of the model could have in this budget.
+    # An upper bound for any plan of the model: blocks of one layer that fill the whole budget.
     most_blocks: int
 
 
@@ -40,8 +41,8 @@ def plan_memory(
     """Fits a loaded model into `budget` bytes.
 
     The pool never exceeds what `max_running` sequences of full context can use.
-    Raises OutOfMemoryError when not even one such sequence fits, with the bytes that would do and the exit
-    layers of the same model that fit.
+    Raises OutOfMemoryError when not even one such sequence fits. The error names the bytes that would do, and
+    the exit layers of the same model that fit.
     """
 
     def share(depth: int) -> MemoryPlan:
@@ -83,14 +84,12 @@ def share_memory(
     step_token_budget: int,
     block_tokens: int,
 ) -> MemoryPlan:
-    """The same for a shape that is not loaded, of `weights` bytes. Raises OutOfMemoryError.
+    """The same for a model that need not be loaded, with `weights` bytes of weights. Raises OutOfMemoryError.
 
     dtype: of activations; kv: of keys and values.
     """
-    block_bytes = depth * kv_bytes(config.num_heads, config.head_dim, block_tokens, kv)
-    # The widest moment of a step: states, the fused projections or the feed-forward, and float32 logits.
-    widest = 4 * config.hidden_size + max(config.ffn_dim, 3 * config.hidden_size)
-    activations = step_token_budget * widest * dtype.itemsize + 3 * max_running * config.vocab_size * 4
+    block_bytes = depth * kv_bytes(config.num_kv_heads, config.head_dim, block_tokens, kv)
+    activations = activation_bytes(config, dtype.itemsize, step_token_budget, max_running)
     blocks_per_context = -(-config.context_tokens // block_tokens)
     contexts = max_running * blocks_per_context
     num_blocks = min((budget - weights - activations) // block_bytes, contexts)

@@ -18,8 +18,8 @@ from helios.engine.scheduling.batch import Batch
 from helios.engine.settings import EngineSettings
 from helios.engine.threads import lend
 from helios.engine.tokenizer import load_tokenizer
-from helios.engine.weights.checkpoint import load_weights
 from helios.engine.weights.loader import Progress, load_packed
+from helios.engine.weights.part_reader import load_weights
 from helios.engine.weights.precision import precision_on
 from helios.errors import CheckpointError, SettingsError
 from helios.modes import ExitMode, Precision

@@ -1,6 +1,6 @@
 """`python -m helios.engine.precompile` compiles the kernels that workers and profilers call, before they do.
 
-With `--all-targets` it compiles them for every class of processors, for images that must start on any of them.
+With `--all-targets` it compiles them for every class of processors, for images that start on any.
 Code of a class that this machine lacks is compiled and never run.
 """
 
@@ -17,7 +17,9 @@ from pathlib import Path
 
 from helios import catalog
 from helios.engine.engine import Engine
-from helios.engine.evaluation.evaluate import EvaluationSettings, evaluate, load_candidate
+from helios.engine.evaluation.candidate import load_candidate
+from helios.engine.evaluation.evaluate import evaluate
+from helios.engine.evaluation.settings import EvaluationSettings
 from helios.engine.kernels import jit, processor
 from helios.engine.settings import EngineSettings
 from helios.errors import HeliosError

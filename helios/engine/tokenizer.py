@@ -6,9 +6,9 @@ from typing import NamedTuple, cast
 
 from tokenizers import Tokenizer, processors
 
+from helios.architectures.registry import read_config
 from helios.catalog import FACTS_FILE, SLOW_TOKENIZER_FILES, TOKENIZER_FILE, EarlyExitFacts
 from helios.errors import CheckpointError
-from helios.model_config import ModelConfig
 
 
 class LoadedTokenizer(NamedTuple):
@@ -22,7 +22,8 @@ class LoadedTokenizer(NamedTuple):
 def load_tokenizer(path: Path, facts: EarlyExitFacts) -> LoadedTokenizer:
     """The tokenizer of a checkpoint directory: tokenizer.json, else vocab.json with merges.txt.
 
-    Encoding puts `</s>` in front of a text, as OPT was trained. Nothing is truncated or padded.
+    What encoding puts in front of a text is tokenizer.json's own choice; without that file it is the model's
+    beginning of text. Nothing is truncated or padded.
 
     Raises CheckpointError when there is none, it is corrupt, or not the one that `facts` name.
     """
@@ -64,7 +65,7 @@ def _convert(path: Path) -> Tokenizer:
             f"{path}: {' and '.join(SLOW_TOKENIZER_FILES)} are not a tokenizer ({error}); fetch them again"
         ) from error
     tokenizer = cast("Tokenizer", slow.backend_tokenizer)
-    start_id = ModelConfig.read(path).bos_token_id
+    start_id = read_config(path).bos_token_id
     if slow.bos_token_id != start_id:
         raise CheckpointError(
             f"{path}: the tokenizer starts texts with id {slow.bos_token_id}, config.json's bos_token_id is "

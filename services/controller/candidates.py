@@ -30,18 +30,16 @@ class Candidates:
             return tuple(sorted(loadable))
         if self._catalog is None:
             self._catalog = await asyncio.to_thread(catalog.list_models, self._models_dir)
-        served = serving[0].model
         # Sequences in flight can only move to a model with the same tokens.
-        tokenizers = (None, served.tokenizer_id)
+        tokenizers = (None, serving[0].model.tokenizer_id)
         movable = [
             entry for entry in self._catalog if entry.name in loadable and entry.tokenizer_id in tokenizers
         ]
-        numbers = [2 * one.config.hidden_size * served.depth for one in movable if one.name == served.name]
         chosen = shortlist(
             movable,
             objective,
             min(worker.memory_bytes for worker in serving),
-            served.kv_bytes_per_token // numbers[0] if numbers else 1,
+            serving[0].precision,
             self._top_k,
         )
         return tuple(entry.name for entry in chosen.candidates)

@@ -66,6 +66,11 @@ class Worker(WatchedWorker):
         return self._known()[1].memory_bytes
 
     @property
+    def precision(self) -> str:
+        """What its products are computed in. Raises ValueError until it has been heard."""
+        return self._known()[1].precision
+
+    @property
     def models(self) -> frozenset[str]:
         """Names of the models that it could load."""
         return frozenset(self.status.models) if self.status is not None else frozenset()

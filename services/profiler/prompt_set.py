@@ -21,7 +21,7 @@ from helios.redis_outage import reason
 log = logging.getLogger(__name__)
 
 _ignored = IgnoredEntries(log)
-# Of recent prompts at most; more would make an evaluation long.
+# Recent prompts are read up to this number; more would make an evaluation long.
 _MOST_RECENT = 256
 DEFAULT_PROMPTS = Path(__file__).parent / "default_prompts.json"
 
@@ -42,7 +42,7 @@ class Tokenizers:
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """Prompts that every candidate is evaluated on, as ids of one tokenizer or as text."""
+    """The prompts that every candidate is evaluated on, each as ids of its tokenizer or as text."""
 
     source: str
     prompts: tuple[RecentPrompt | str, ...]
@@ -56,7 +56,7 @@ class PromptSet:
     def ids_for(
         self, entry: ModelEntry, known: Mapping[str, Tokenizer], own: LoadedTokenizer
     ) -> list[list[int]]:
-        """The prompts as ids of a model's tokenizer, `own`. known: the recent prompts' tokenizers, by id."""
+        """The prompts as ids of `own`, a model's tokenizer. known: the recent prompts' tokenizers, by id."""
         found = []
         for prompt in self.prompts:
             if isinstance(prompt, str):
@@ -64,7 +64,7 @@ class PromptSet:
             elif prompt.tokenizer_id == own.tokenizer_id and max(prompt.ids) < entry.vocab_size:
                 ids = list(prompt.ids)
             else:
-                # The same text, so that models of several tokenizers can be compared per byte.
+                # The same text, so that models with different tokenizers can be compared per byte.
                 ids = own.tokenizer.encode(known[prompt.tokenizer_id].decode(list(prompt.ids))).ids
             found.append(ids)
         return found
@@ -77,10 +77,11 @@ async def choose(
     min_tokens: int,
     newest_seconds: float | None = None,
 ) -> PromptSet:
-    """The `count` newest prompts that hold text, and as many more as it takes to hold `min_tokens`.
+    """The `count` newest prompts that hold text, and more until they have `min_tokens` together.
 
-    Bundled prompts fill up what recent ones cannot. known: tokenizers by id; prompts of others cannot be
-    read. newest_seconds: none are older, nor bundled, and as few as there are will do; None: any.
+    Where recent prompts do not suffice, bundled ones fill up. known: tokenizers by id; prompts of other
+    tokenizers cannot be read. newest_seconds: only prompts that are at most this old, however few, and no
+    bundled ones; None: of any age.
     """
     recent = await _recent(redis, known, newest_seconds)
     if newest_seconds is not None:
@@ -101,7 +102,7 @@ async def choose(
     for text in _bundled():
         if tokens < min_tokens:
             chosen.append(text)
-            # Any tokenizer tells well enough how long it is.
+            # Any tokenizer tells the text's length well enough.
             tokens += len(next(iter(known.values())).encode(text).ids)
     return PromptSet("recent and bundled", tuple(chosen))
 

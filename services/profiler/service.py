@@ -1,4 +1,4 @@
-"""ProfilerService: evaluates candidates one after the other, and keeps what it measured in Redis."""
+"""ProfilerService: evaluates candidates one after the other, and keeps the results in Redis."""
 
 import asyncio
 import logging
@@ -20,8 +20,9 @@ from tokenizers import Tokenizer
 
 from helios import catalog, history, telemetry
 from helios.drift import pooled
-from helios.engine.evaluation.evaluate import EvaluationSettings, evaluate
+from helios.engine.evaluation.evaluate import evaluate
 from helios.engine.evaluation.pace import Pace
+from helios.engine.evaluation.settings import EvaluationSettings
 from helios.engine.threads import set_threads
 from helios.errors import (
     CheckpointError,
@@ -47,16 +48,16 @@ log = logging.getLogger(__name__)
 
 _Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
-# What one candidate can fail with while the others go on.
+# With these errors one candidate fails while the others go on.
 _CandidateErrors = (CheckpointError, OutOfMemoryError, InvalidRequestError)
-# How long prompts that are young enough are waited for, and between two looks.
+# How long to wait for prompts that are young enough, and between two looks for them.
 _YOUNG_PROMPTS_SECONDS, _LOOK_SECONDS = 1.0, 0.05
 # Retry hint while no evaluation has ended yet.
 _FIRST_RETRY_SECONDS = 5.0
 
 
 class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
-    """One evaluation at a time, in a thread of its own. `redis` None: nothing is kept."""
+    """Runs one evaluation at a time, in its own thread. Without `redis` no result is kept."""
 
     def __init__(self, settings: ProfilerSettings, models_dir: Path, redis: Redis | None) -> None:
         self._settings = settings
@@ -77,24 +78,24 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
             packed_cache_dir=settings.packed_cache_dir,
             packed_cache_bytes=settings.packed_cache_bytes,
         )
-        # One stands back behind serving; the other is for what cannot wait. One of them works at a time.
+        # One thread stands back behind serving, the other is for what cannot wait. One works at a time.
         self._thread, self._urgent_thread = (
             ThreadPoolExecutor(1, initializer=_begin_thread, initargs=(settings.threads, niceness))
             for niceness in (settings.niceness, 0)
         )
         self._tokenizers = Tokenizers()
-        # What is free now: later on, what is kept loaded counts as taken.
+        # Taken from what is free now: later, what is kept loaded counts as taken.
         self._budget = self._evaluation.budget
         self._candidates = Candidates(self._evaluation, self._budget)
         self._turn = asyncio.Lock()
         self._waiting = 0
         self._last_seconds = _FIRST_RETRY_SECONDS
-        # The last profile of each model, for when there is no Redis that holds it.
+        # The last profile of each model, for when Redis cannot be asked.
         self._last: dict[str, ModelProfile] = {}
         self._ignored = IgnoredEntries(log)
 
     def close(self) -> None:
-        """Waits for the thread, whose evaluation has been cancelled, to end."""
+        """Waits until the threads end. Their evaluation has been cancelled before."""
         self._thread.shutdown()
         self._urgent_thread.shutdown()
 
@@ -104,8 +105,8 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
         """Evaluates the named models, or the shortlist; results are sent and stored one by one.
 
         A model that cannot be evaluated does not stop the others: the call ends with its status when all
-        have had their turn. UNAVAILABLE after the results: they could not be stored. RESOURCE_EXHAUSTED:
-        too many evaluations wait.
+        have had their turn. UNAVAILABLE after results means that they could not be stored, RESOURCE_EXHAUSTED
+        that too many evaluations wait.
         """
         parent = telemetry.extract(context.invocation_metadata())
         with telemetry.span("Evaluate", parent, SpanKind.SERVER) as span:
@@ -119,7 +120,7 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
     async def GetHistory(
         self, request: profiler_pb2.GetHistoryRequest, context: _Context
     ) -> profiler_pb2.GetHistoryResponse:
-        """What Redis holds of the models of the models directory; the rest is ignored and logged."""
+        """The profiles in Redis of models that the models directory has. Others are ignored and logged."""
         try:
             profiles = await self._history()
         except HeliosError as error:
@@ -142,7 +143,7 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
         return {name: profile for name, profile in profiles.items() if name in known}
 
     def _shortlist(self) -> list[str]:
-        """Raises UnknownModelError when there is nothing to evaluate."""
+        """Names of the models that are worth profiling. Raises UnknownModelError when there are none."""
         found = catalog.read_catalog(self._models_dir)
         for model in found.broken:
             log.warning("%s cannot be evaluated: %s", model.name, model.reason)
@@ -150,7 +151,7 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
             found.models,
             self._settings.objective,
             self._budget,
-            self._evaluation.weight_item_bytes,
+            self._evaluation.precision_here,
             self._settings.top_k,
         )
         for name, why in chosen.refused.items():
@@ -168,12 +169,12 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
         try:
             catalog.find_model(self._models_dir, name)
         except CheckpointError:
-            # It is there; what is wrong with it is said in its turn.
+            # The model is there. What is wrong with it is said when its turn comes.
             return
 
     @asynccontextmanager
     async def _take_turn(self) -> AsyncIterator[None]:
-        """Raises OverloadedError when too many wait already."""
+        """Waits until no other evaluation runs. Raises OverloadedError when too many wait already."""
         if self._turn.locked() and self._waiting >= self._settings.max_waiting:
             raise OverloadedError(
                 f"an evaluation runs and {self._waiting} wait; come back later", self._last_seconds
@@ -217,7 +218,7 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
         newest_seconds = request.newest_seconds if request.HasField("newest_seconds") else None
         began = time.monotonic()
         prompts = await choose(self._redis, known, count, settings.min_tokens, newest_seconds)
-        # Of the traffic that has just begun more are on their way.
+        # The traffic has just begun, so more prompts are on their way.
         while newest_seconds is not None and len(prompts.prompts) < count:
             await asyncio.sleep(_LOOK_SECONDS)
             waited = time.monotonic() - began
@@ -260,7 +261,7 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
         context: _Context,
         request: profiler_pb2.EvaluateRequest,
     ) -> ModelProfile:
-        """One candidate, in the thread; what it reports is sent on. Cancelled when the call is."""
+        """Evaluates one candidate in the thread and sends its progress. Ends when the call is cancelled."""
         entry = catalog.find_model(self._models_dir, name)
         before = await self._before(name)
         loop = asyncio.get_running_loop()
@@ -298,7 +299,7 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
         finally:
             pace.stop()
             await asyncio.wait({task})
-        # Only recent requests are of the same traffic, and only of the same weights are they of one model.
+        # Requests are pooled only if they are of the same traffic and were read by the same weights.
         if before is not None and _is_poolable(before, profile):
             settings = self._settings
             target = settings.target_agreement if settings.threshold is None else None
@@ -310,7 +311,7 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
         return profile
 
     async def _before(self, name: str) -> ModelProfile | None:
-        """The model's last profile: what Redis holds, or what this process remembers without one."""
+        """The model's last profile: from Redis, or else from this process's memory."""
         if self._redis is None:
             return self._last.get(name)
         try:
@@ -320,7 +321,7 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
             return self._last.get(name)
 
     def _known_tokenizers(self) -> dict[str, Tokenizer]:
-        """Those of the models directory, by id: prompts of others cannot be read."""
+        """The tokenizers of the models directory, by id. Prompts of other tokenizers cannot be read."""
         found = {}
         for entry in catalog.list_models(self._models_dir):
             try:
@@ -333,7 +334,7 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
 
 
 def _begin_thread(threads: int, niceness: int) -> None:
-    """A thread of evaluations. torch's thread count, and on Linux the niceness, are a thread's own."""
+    """Sets up a thread of evaluations. Each thread has its own torch thread count and, on Linux, niceness."""
     set_threads(threads)
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + niceness)
 
@@ -345,7 +346,7 @@ def _is_poolable(before: ModelProfile, now: ModelProfile) -> bool:
 
 
 def _joined(failures: Sequence[HeliosError]) -> HeliosError:
-    """One status for all: the first's."""
+    """One error for all failures, with the status of the first."""
     if len(failures) == 1:
         return failures[0]
     return type(failures[0])("; ".join(error.message for error in failures))

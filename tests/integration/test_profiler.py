@@ -15,9 +15,11 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from redis.asyncio import Redis
 from tokenizers import Tokenizer
 
-from helios import history, prompts
+from helios import catalog, history, prompts
 from helios.client import AsyncClient, generate_request
-from helios.redis_schema import PROFILE_PREFIX, PROMPTS
+from helios.footprint import kv_bytes_per_token, model_bytes
+from helios.modes import Precision
+from helios.redis_schema import DECISIONS, PROFILE_PREFIX, PROMPTS
 from helios.v1 import generation_pb2, profiler_pb2, profiler_pb2_grpc
 from tests.opt_variants import byte_tokenizer, save_variant
 from tests.stack import EXIT_LAYERS, Process, Stack, free_port
@@ -123,6 +125,37 @@ async def test_without_names_the_shortlist_is_evaluated(stub: Stub, redis: Redis
     # The catalog cannot know that the weights of `broken` are cut off.
     assert error is not None
     assert {result.model for result in results} == {"tiny", "other"}
+
+
+@pytest.mark.parametrize("short_of", [0, 1])
+async def test_profiler_and_controller_shortlist_the_same_models_near_the_budget(
+    stack: Stack, short_of: int
+) -> None:
+    """short_of: bytes that the budget lacks for `long`, the model that needs the most."""
+    entry = catalog.read_model(stack.models_dir / "long")
+    kv_bytes = entry.context_tokens * kv_bytes_per_token(entry.config, entry.num_layers, Precision.INT8)
+    shared = {
+        "models_dir": stack.models_dir,
+        "precision": Precision.INT8.value,
+        "memory_bytes": model_bytes(entry, Precision.INT8) + kv_bytes - short_of,
+    }
+    stack.start_redis()
+    stack.start_worker(max_running=2, step_token_budget=64, **shared)
+    profiler = stack.start_profiler(**shared)
+    stack.start_controller(mode="advisory", profiler=profiler.address, models_dir=stack.models_dir)
+    expected = {"tiny", "other"} if short_of else {"tiny", "other", "long"}
+    async with Redis.from_url(stack.redis_url) as redis:
+
+        async def has_decided() -> bool:
+            return bool(await redis.exists(DECISIONS))
+
+        # It decides once the models that it has shortlisted are evaluated.
+        await until(has_decided, "the controller's first decision", seconds=60)
+        assert set((await history.read(redis))[0]) == expected
+    async with grpc.aio.insecure_channel(profiler.address) as channel:
+        _, results, error = await evaluate(Stub(channel), [], requests=1)
+    assert error is None
+    assert {result.model for result in results} == expected
 
 
 async def test_prompts_that_a_gateway_sampled_are_what_is_evaluated(

@@ -1,11 +1,10 @@
 """`helios bench engine`: what its figures are made of, and the processes that they come from."""
 
-import json
 import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from bench.peers.runner import Continuation, Job
 from bench.systems.random_model import random_model, write_random_model
 from bench.systems.shapes import OPT_1_3B, SHAPES
 from helios import catalog
+from helios.architectures.opt import OPT
 from helios.errors import OutOfMemoryError, UnavailableError
 from tests.opt_variants import save_variant
 
@@ -56,17 +56,17 @@ def job(model: Path, cache: Path, **changes: Any) -> Job:
 def test_random_models_are_those_that_transformers_and_helios_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = catalog.ModelConfig(
-        **asdict(OPT_1_3B)
-        | {
-            "vocab_size": 300,
-            "hidden_size": 16,
-            "embed_size": 16,
-            "num_layers": 4,
-            "num_heads": 2,
-            "ffn_dim": 32,
-        }
-        | {"context_tokens": 32, "eos_token_ids": (2,)}
+    small = replace(
+        OPT_1_3B,
+        vocab_size=300,
+        hidden_size=16,
+        embed_size=16,
+        num_layers=4,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=8,
+        ffn_dim=32,
+        context_tokens=32,
     )
     monkeypatch.setitem(SHAPES, "small", small)
     path = random_model("small", tmp_path)
@@ -315,7 +315,7 @@ def run_of(contender: str, number: int, seconds: float, cell: Cell = CELL) -> di
 
 
 def results_of(*runs: dict[str, Any]) -> dict[str, Any]:
-    config = json.loads(json.dumps(asdict(SHAPES["opt-125m"])))
+    config = OPT.write(SHAPES["opt-125m"])
     shapes = {
         shape: {"name": shape, "parameters": 1, "config": config}
         for shape in ("opt-125m", "opt-1.3b", "bundled")

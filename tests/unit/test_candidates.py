@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from helios.catalog import read_model
-from helios.engine.evaluation.evaluate import EvaluationSettings, load_candidate, needed_bytes
+from helios.engine.evaluation.candidate import load_candidate, needed_bytes
+from helios.engine.evaluation.settings import EvaluationSettings
 from helios.errors import OutOfMemoryError
 from services.profiler.candidates import Candidates
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from helios import catalog
+from helios.architectures.registry import read_config
 from helios.catalog import EarlyExitFacts
 from helios.errors import CheckpointError, SettingsError, UnknownDepthError, UnknownModelError
-from helios.model_config import ModelConfig
 from helios.weight_map import WeightMap
 from tests.opt_variants import FORMS, VARIANTS, Form, save_variant
 
@@ -219,7 +219,7 @@ def test_depth_without_an_exit_names_the_valid_ones(tmp_path: Path) -> None:
 def test_wrong_config_names_file_and_field(model: Path, field: str, value: object) -> None:
     rewrite(model / "config.json", **{field: value})
     with pytest.raises(CheckpointError, match=rf"config\.json: {field} "):
-        ModelConfig.read(model)
+        read_config(model)
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
@@ -227,7 +227,7 @@ def test_wrong_config_names_file_and_field(model: Path, field: str, value: objec
 def test_unreadable_config_is_named(model: Path, content: bytes, name: str) -> None:
     (model / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=rf"/{name}"):
-        ModelConfig.read(model)
+        read_config(model)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_ends_of_text_are_those_of_the_generation_config_or_else_of_the_config(
     rewrite(model / "config.json", eos_token_id=config)
     if generation is not None:
         (model / "generation_config.json").write_text(json.dumps(generation))
-    assert ModelConfig.read(model).eos_token_ids == ends
+    assert read_config(model).eos_token_ids == ends
     assert catalog.read_model(model).config.eos_token_ids == ends
 
 
@@ -258,7 +258,7 @@ def test_ends_of_text_are_those_of_the_generation_config_or_else_of_the_config(
 def test_wrong_ends_of_text_name_file_and_field(model: Path, ends: object) -> None:
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
     with pytest.raises(CheckpointError, match=r"/generation_config\.json: eos_token_id must be an id"):
-        ModelConfig.read(model)
+        read_config(model)
     assert "eos_token_id" in catalog.read_catalog(model.parent).broken[0].reason
 
 
@@ -270,12 +270,13 @@ def test_config_as_older_hub_checkpoints_write_it(model: Path) -> None:
         "tie_word_embeddings",
     )
     rewrite(model / "config.json", dtype=..., torch_dtype="float16", **dict.fromkeys(absent, ...))
-    config = ModelConfig.read(model)
+    config = read_config(model)
     assert config.dtype == "float16"
-    assert config.has_bias and config.norm_affine and config.has_final_norm and config.tied_head
+    assert config.qkv_bias and config.out_bias and config.ffn_bias
+    assert config.norm_affine and config.has_final_norm and config.tied_head
     assert config.eos_token_ids == (2,)
     rewrite(model / "config.json", eos_token_id=[2, 50], word_embed_proj_dim=None)
-    config = ModelConfig.read(model)
+    config = read_config(model)
     assert config.eos_token_ids == (2, 50)
     assert config.embed_size == config.hidden_size and not config.is_projected
 

@@ -15,10 +15,13 @@ from safetensors.torch import load_file, save_file
 from transformers import OPTForCausalLM
 
 from helios import catalog
+from helios.architectures.opt import OPT
+from helios.architectures.registry import read_config
 from helios.engine.tokenizer import load_tokenizer
-from helios.engine.weights.checkpoint import Checkpoint, ModelWeights, load_weights
+from helios.engine.weights.checkpoint import Checkpoint
+from helios.engine.weights.part_reader import load_weights
+from helios.engine.weights.parts import ModelWeights
 from helios.errors import CheckpointError, UnknownDepthError
-from helios.model_config import ModelConfig
 from helios.weight_map import WeightMap
 from tests.opt_variants import FORMS, VARIANTS, Form, byte_tokenizer, save_tensors, save_variant
 
@@ -238,7 +241,7 @@ def test_a_damaged_weight_file_is_named(tmp_path: Path, form: Form, damage: str)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_missing_weight_file_is_named(tmp_path: Path, form: Form) -> None:
     save_variant(tmp_path, "pre-norm", 1, form)
-    config = ModelConfig.read(tmp_path)
+    config = read_config(tmp_path)
     facts = catalog.EarlyExitFacts.read(tmp_path, 6)
     file = WeightMap.read(tmp_path).files[-1]
     file.unlink()
@@ -354,7 +357,7 @@ def test_loaded_tensors_live_on_without_the_file(tmp_path: Path, form: Form) -> 
 
 def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> None:
     save_variant(tmp_path, "pre-norm", 1)
-    with Checkpoint(tmp_path) as checkpoint:
+    with Checkpoint(tmp_path, OPT.names.prefixes) as checkpoint:
         (tmp_path / "model.safetensors").write_bytes(b"")
         with pytest.raises(CheckpointError, match=r"model\.safetensors ends inside .*embed_tokens\.weight"):
             checkpoint.tensor("embed_tokens.weight", (264, 32), torch.float32)
@@ -366,7 +369,7 @@ import os, sys
 from pathlib import Path
 import torch
 from helios import catalog
-from helios.engine.weights.checkpoint import load_weights
+from helios.engine.weights.part_reader import load_weights
 
 def anonymous():
     lines = Path("/proc/self/status").read_text().splitlines()

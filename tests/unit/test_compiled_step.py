@@ -17,7 +17,6 @@ from numba import njit
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from helios.engine.backends.exits import ExitMode
 from helios.engine.backends.kv_cache import KVCache
 from helios.engine.backends.paged_attention import attend
 from helios.engine.backends.readout import read
@@ -35,12 +34,13 @@ from helios.engine.scheduling.detokenizer import Detokenizer
 from helios.engine.scheduling.sequence import GeneratedToken, Output, Sequence
 from helios.engine.settings import EngineSettings
 from helios.engine.threads import get_threads, lend, set_threads
-from helios.engine.weights import checkpoint
-from helios.engine.weights.checkpoint import LinearWeights
-from helios.engine.weights.linear import PackedLinear, pack, quantize
+from helios.engine.weights import part_reader
+from helios.engine.weights.linear import PackedLinear, pack
+from helios.engine.weights.parts import LinearWeights
 from helios.engine.weights.precision import precision_on
+from helios.engine.weights.quantize import quantize
 from helios.errors import SettingsError
-from helios.modes import Precision
+from helios.modes import ExitMode, Precision
 from helios.sampling import SamplingParams
 from tests.opt_variants import VARIANTS, Head, save_variant
 
@@ -348,7 +348,7 @@ def test_a_large_channel_of_a_norm_leaves_the_others_their_bits(
             tensors[f"{name}{product}.weight"][:, 5] /= 64
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     evened = error_of(tmp_path, "int8")
-    monkeypatch.setattr(checkpoint, "_evened", lambda norm: (norm, None))
+    monkeypatch.setattr(part_reader, "migrate_gammas", lambda norm: (norm, None))
     assert evened < 0.5 * error_of(tmp_path, "int8")
 
 

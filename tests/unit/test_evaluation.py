@@ -14,9 +14,11 @@ from pydantic import ValidationError
 
 from helios.calibration import calibrated_threshold
 from helios.catalog import read_model
-from helios.engine.evaluation.evaluate import Candidate, EvaluationSettings, evaluate, load_candidate
+from helios.engine.evaluation.candidate import Candidate, load_candidate
+from helios.engine.evaluation.evaluate import evaluate
 from helios.engine.evaluation.pace import Pace
-from helios.engine.evaluation.timing import Speed, fit_speeds, timed_depths
+from helios.engine.evaluation.settings import EvaluationSettings
+from helios.engine.evaluation.speed import Speed, fit_speeds, timed_depths
 from helios.engine.weights.loader import load_packed
 from helios.errors import CancelledError, InvalidRequestError, SettingsError
 from helios.history import CONFIDENCE_BINS, ModelProfile

@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, OPTForCausalLM
 
 from helios import catalog
-from helios.engine.weights.checkpoint import load_weights
 from helios.engine.weights.export import export
+from helios.engine.weights.part_reader import load_weights
 from helios.errors import CheckpointError, UnknownDepthError
 from tests.opt_variants import FORMS, VARIANTS, Form, Head, save_variant, truncated
 

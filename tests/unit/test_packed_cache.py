@@ -15,11 +15,13 @@ import pytest
 import torch
 
 from helios import catalog
-from helios.engine.weights.checkpoint import LinearWeights
-from helios.engine.weights.linear import LAYOUT_VERSION, linear, quantize
+from helios.engine.weights.linear import LAYOUT_VERSION, linear
 from helios.engine.weights.loader import load_packed
 from helios.engine.weights.packed_cache import default_directory
 from helios.engine.weights.packed_weights import PackedWeights, tensors_of
+from helios.engine.weights.parts import LinearWeights
+from helios.engine.weights.quantize import quantize
+from helios.footprint import weight_bytes
 from helios.modes import Precision
 from tests.opt_variants import VARIANTS, save_variant
 
@@ -178,9 +180,9 @@ def test_a_file_that_cannot_be_finished_leaves_nothing(
 def test_half_of_the_free_space_is_left_to_others(
     model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    parameters = catalog.read_model(model).parameters
+    needed = weight_bytes(catalog.read_model(model).config, Precision.INT8)
     usage = shutil.disk_usage(model)
-    for free, kept in ((2 * parameters - 1, False), (2 * parameters, True)):
+    for free, kept in ((2 * needed - 1, False), (2 * needed, True)):
         monkeypatch.setattr("shutil.disk_usage", lambda _, free=free: usage._replace(free=free))
         load(model, cache)
         assert bool(list(cache.glob("*/*"))) == kept
@@ -221,10 +223,10 @@ def test_the_models_used_longest_ago_go_beyond_the_limit(tmp_path: Path, cache: 
 def test_a_model_beyond_the_limit_and_a_small_one_are_not_kept(
     model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    parameters = catalog.read_model(model).parameters
-    load(model, cache, limit=parameters - 1)
+    needed = weight_bytes(catalog.read_model(model).config, Precision.INT8)
+    load(model, cache, limit=needed - 1)
     assert not cache.exists()
-    monkeypatch.setattr("helios.engine.weights.loader.MIN_CACHED_BYTES", parameters + 1)
+    monkeypatch.setattr("helios.engine.weights.loader.MIN_CACHED_BYTES", needed + 1)
     load(model, cache)
     assert not cache.exists()
 

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
+from helios.architectures.registry import config_of
 from helios.catalog import EarlyExitFacts, ModelEntry
-from helios.model_config import ModelConfig
+from helios.footprint import kv_bytes_per_token, model_bytes
+from helios.modes import Precision
 from helios.shortlist import offline_bits_per_byte, shortlist
 from helios.slo import Objective
 
-FLOAT = 4
 PLENTY = 1 << 50
 
 
@@ -27,7 +28,7 @@ def model(
         "ffn_dim": 4 * hidden,
         "max_position_embeddings": 256,
     }
-    config = ModelConfig.from_fields(fields, Path(name) / "config.json")
+    config = config_of(fields, Path(name) / "config.json")
     exits = tuple(sorted({first_exit, layers}))
     facts = EarlyExitFacts(exits, "shared", layers, training=training or {})
     return ModelEntry(name, Path(name), config, facts, "tokenizer")
@@ -37,7 +38,7 @@ SIZES = [model("huge", 512), model("small", 64), model("middle", 128), model("la
 
 
 def names(models: list[ModelEntry], objective: Objective, memory: int = PLENTY, top_k: int = 3) -> list[str]:
-    return [entry.name for entry in shortlist(models, objective, memory, FLOAT, top_k).candidates]
+    return [entry.name for entry in shortlist(models, objective, memory, Precision.FLOAT32, top_k).candidates]
 
 
 @pytest.mark.parametrize("objective", [Objective.THROUGHPUT, Objective.LATENCY, Objective.ENERGY])
@@ -55,11 +56,19 @@ def test_a_shallow_exit_makes_a_large_model_fast() -> None:
 
 
 def test_a_model_that_does_not_fit_whole_is_refused_with_the_figures() -> None:
-    whole = SIZES[0].parameters * FLOAT
-    found = shortlist(SIZES, Objective.ACCURACY, whole, FLOAT, 2)
+    whole = model_bytes(SIZES[0], Precision.FLOAT32)
+    found = shortlist(SIZES, Objective.ACCURACY, whole, Precision.FLOAT32, 2)
     assert [entry.name for entry in found.candidates] == ["large", "middle"]
     assert f"the budget is {whole:,}" in found.refused["huge"]
     assert "objective accuracy" in found.refused["small"]
+
+
+@pytest.mark.parametrize("precision", [one for one in Precision if one is not Precision.AUTO])
+def test_a_model_fits_to_the_byte_with_the_kv_of_one_context(precision: Precision) -> None:
+    one = model("one", 64)
+    needed = model_bytes(one, precision) + 256 * kv_bytes_per_token(one.config, 8, precision)
+    assert shortlist([one], Objective.ENERGY, needed, precision).candidates == (one,)
+    assert shortlist([one], Objective.ENERGY, needed - 1, precision).candidates == ()
 
 
 def test_of_two_as_large_the_one_with_fewer_bits_per_byte_is_the_more_accurate() -> None:

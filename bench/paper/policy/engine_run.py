@@ -12,7 +12,8 @@ from bench.texts import held_out
 from helios.calibration import TARGET_AGREEMENT
 from helios.drift import pooled
 from helios.engine import Engine
-from helios.engine.evaluation.evaluate import Candidate, evaluate
+from helios.engine.evaluation.candidate import Candidate
+from helios.engine.evaluation.evaluate import evaluate
 from helios.history import ModelProfile
 from helios.served import ServedPlan
 from helios.slo import Slo

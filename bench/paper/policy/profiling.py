@@ -5,7 +5,9 @@ from dataclasses import replace
 
 from bench.paper.policy.traffic import Request
 from bench.systems.subject import Subject
-from helios.engine.evaluation.evaluate import Candidate, EvaluationSettings, evaluate
+from helios.engine.evaluation.candidate import Candidate
+from helios.engine.evaluation.evaluate import evaluate
+from helios.engine.evaluation.settings import EvaluationSettings
 from helios.history import ModelProfile
 from services.profiler.settings import ProfilerSettings
 

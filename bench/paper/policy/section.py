@@ -12,7 +12,7 @@ from bench.paper.policy.paper_setting import dynamic_steps, paper_setting
 from bench.paper.policy.profiling import evaluation_settings, profile
 from bench.paper.policy.simulation import Scene, simulate
 from bench.systems.subject import Subject
-from helios.engine.evaluation.evaluate import load_candidate
+from helios.engine.evaluation.candidate import load_candidate
 from helios.served import ServedPlan
 from services.controller.agenda import AgendaSettings
 

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from helios.architectures.spec import ModelConfig
 from helios.engine.backends.burst import Burst
 from helios.engine.backends.kv_cache import KVCache
 from helios.engine.backends.paged_attention import addresses_of
@@ -36,13 +37,10 @@ from helios.engine.kernels.sampling import drawing_numbers
 from helios.engine.kernels.step import run_burst, step_scratch
 from helios.engine.kernels.team import TEAM
 from helios.engine.scheduling.batch import Batch
-from helios.engine.weights.checkpoint import Norm
 from helios.engine.weights.linear import Linear, PackedLinear
 from helios.engine.weights.packed_weights import Ends, Head, Layer, PackedWeights
-from helios.model_config import POSITION_OFFSET, ModelConfig
+from helios.engine.weights.parts import Norm
 
-# Of OPT's layer norms.
-_EPSILON = 1e-5
 # Sizes of steps whose readouts are kept.
 _KEPT_READOUTS = 256
 _PRECISIONS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
@@ -257,21 +255,21 @@ def _model_record(config: ModelConfig, precision: int, ends: Ends) -> np.void:
         MODEL,
         precision=precision,
         width=config.hidden_size,
-        qkv_width=3 * config.hidden_size,
+        qkv_width=config.query_size + 2 * config.kv_size,
         ffn_width=config.ffn_dim,
         heads=config.num_heads,
-        kv_heads=config.num_heads,
+        kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         vocabulary=config.vocab_size,
         norm_before=config.norm_before,
-        epsilon=_EPSILON,
+        epsilon=config.norm_epsilon,
         activation=RELU,
         embedding=_embedding_record(ends),
         positions=record(
             POSITIONS,
             table=positions.data_ptr(),
             precision=_PRECISIONS[positions.dtype],
-            offset=POSITION_OFFSET,
+            offset=config.positions.offset,
         ),
         project_in=_linear_record(ends.project_in),
         project_out=_linear_record(ends.project_out),

@@ -1,25 +1,20 @@
-"""The first layers of an OPT model (Zhang et al. 2022), over paged KV.
-
-All variants: norm before each block, or after it without a final norm (opt-350m); embeddings of another
-width projected in and out; with and without biases; tied and untied LM heads. Which precision its linears
-have, the model does not know.
-"""
+"""The first layers of a model over paged KV, in the form that its config describes."""
 
 from collections.abc import Callable, Mapping
 
 import torch
 from torch.nn import functional as F
 
+from helios.architectures.spec import ModelConfig
 from helios.engine.backends.burst import ONE_STEP, Burst
 from helios.engine.backends.compiled import CompiledModel
 from helios.engine.backends.kv_cache import KVCache, kv_dtype
 from helios.engine.backends.paged_attention import attend, reads_in_place
 from helios.engine.backends.readout import Readout, read
 from helios.engine.scheduling.batch import Batch
-from helios.engine.weights.checkpoint import Norm
 from helios.engine.weights.linear import PackedLinear
 from helios.engine.weights.packed_weights import Head, PackedWeights
-from helios.model_config import POSITION_OFFSET, ModelConfig
+from helios.engine.weights.parts import Norm
 from helios.modes import Precision
 
 _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"relu": F.relu, "gelu": F.gelu}
@@ -94,7 +89,7 @@ class Model:
             hidden = F.embedding(token_ids, self._embed_tokens).to(self.dtype)
         if self._project_in is not None:
             hidden = self._project_in(hidden)
-        return hidden + F.embedding(positions + POSITION_OFFSET, self._embed_positions)
+        return hidden + F.embedding(positions + self.config.positions.offset, self._embed_positions)
 
     def layers(
         self, first: int, last: int, hidden: torch.Tensor, batch: Batch, cache: KVCache

@@ -1,1 +1,1 @@
-"""What a candidate would give: agreement, perplexity and time at every exit."""
+"""What a candidate would give at every exit: agreement, perplexity, time and energy."""

@@ -15,7 +15,7 @@ from helios.modes import ExitMode, Precision
 
 
 def cut(entry: ModelEntry, texts: Sequence[str], windows: int) -> list[list[int]]:
-    """At most `windows` stretches of a model's whole context, evenly spread over the texts; ids.
+    """Token ids of at most `windows` stretches of the texts, evenly spread, each as long as the context.
 
     Each begins as a served sequence does, with what the tokenizer puts before a text.
 

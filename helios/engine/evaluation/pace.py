@@ -1,4 +1,4 @@
-"""Work that lets others go first: it rests after each piece, and stops when it is told to."""
+"""The pace of work that lets others go first: it rests after each piece, and stops when told to."""
 
 import threading
 import time

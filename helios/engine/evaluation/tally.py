@@ -1,4 +1,4 @@
-"""Every exit of a model on one text: how sure it is, whether it agrees with the last layer, what it costs."""
+"""Every exit of a model on one text: how sure it is, whether it agrees with the last layer, its nats."""
 
 import itertools
 from collections.abc import Iterable, Mapping
@@ -28,7 +28,7 @@ class ExitTally:
 
     counts: torch.Tensor = field(default_factory=_bins)
     agreements: torch.Tensor = field(default_factory=_bins)
-    # Of the prompts' own next tokens; what the model generated is not counted.
+    # Of the prompts' own next tokens. What the model generated is not counted.
     nats: float = 0.0
 
     def add(self, logits: torch.Tensor, last_top: torch.Tensor, targets: torch.Tensor | None) -> None:
@@ -84,8 +84,8 @@ def tally_continuations(
 ) -> None:
     """Decodes sequences greedily by the last layer, in one batch, and counts what every exit says.
 
-    sequences: each with one token to compute, and blocks for `steps` tokens more. One that ends its text
-    leaves the batch.
+    sequences: each with one token to compute, and blocks for `steps` more tokens. A sequence that ends its
+    text leaves the batch.
     """
     for _ in range(steps):
         eos = model.config.eos_token_ids

@@ -1,165 +1,137 @@
-"""How fast a model runs at a depth: the engine's own steps, timed."""
+"""How fast a candidate runs at every exit, and what that costs: timed at some exits, fitted for all."""
 
-import statistics
+import math
+import socket
 import time
-from collections.abc import Callable, Mapping
-from collections.abc import Sequence as Seq
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import combinations
 
 import torch
 
+import helios
+from helios.catalog import ModelEntry
 from helios.engine.backends.kv_cache import KVCache
 from helios.engine.backends.model import Model
-from helios.engine.backends.sampler import sample
+from helios.engine.evaluation.candidate import Candidate
+from helios.engine.evaluation.energy import measured_power
 from helios.engine.evaluation.pace import Pace
-from helios.engine.scheduling.batch import build_batch
-from helios.engine.scheduling.sequence import Sequence
-from helios.engine.threads import get_threads
+from helios.engine.evaluation.settings import EvaluationSettings
+from helios.engine.evaluation.space import TIMED_PROMPTS, Space
+from helios.engine.evaluation.speed import Clock, Speed, fit_speeds, measure_speed, timed_depths
+from helios.engine.threads import get_threads, lend, set_threads
+from helios.hardware import cpu_name
+from helios.history import ModelProfile
 
-# From five depths on, one wild timing does not move a Theil-Sen slope out of the others' range.
-_TIMED_DEPTHS = 5
-# Steps are repeated until this many seconds were timed: short ones suffer most from cold caches.
-_LEAST_TIMED_SECONDS = 2e-3
-# Least seconds of a layer, as a share of the median step: noise never makes a layer free.
-_LEAST_LAYER_SHARE = 1e-3
+# What speeds depend on, and how they were measured: names in a profile's provenance.
+_STEP_FACTS = ("hardware", "device", "precision", "threads", "checkpoint", "helios", "torch")
+_TIMING_FACTS = ("timed_at", "clock", "power")
 
 
 @dataclass(frozen=True, slots=True)
-class Clock:
-    """What steps are timed with. A step of one CPU thread is timed by what that thread computed, so that
-    the load of others, whom the profiler lets go first, does not count."""
+class Timing:
+    """What was timed, by depth: speeds, joules per token at the largest timed batch, seconds of a load."""
 
-    name: str
-    read: Callable[[], float]
-    # One figure from several: on a clock that others' load adds to, the least disturbed one.
-    choose: Callable[[Seq[float]], float] = min
+    speeds: Mapping[int, Speed]
+    joules: Mapping[int, float | None]
+    load_seconds: Mapping[int, float]
+    # How it was measured.
+    provenance: Mapping[str, str]
 
     @classmethod
-    def of(cls, device: torch.device) -> "Clock":
-        """The clock for steps on `device` with the threads that torch has now."""
-        if device.type == "cuda":
-
-            def synchronized() -> float:
-                torch.cuda.synchronize(device)
-                return time.perf_counter()
-
-            return cls("wall, synchronized", synchronized)
-        if get_threads() == 1:
-            return cls("cpu time of the thread", time.thread_time, statistics.median)
-        return cls("wall", time.perf_counter)
-
-
-@dataclass(frozen=True, slots=True)
-class Speed:
-    """Seconds of a model's steps at one depth."""
-
-    # Of a decode step, by batch size.
-    decode: dict[int, float]
-    # Per token of prompts in one batch.
-    prefill_per_token: float
-
-    def first_token(self, prompt_tokens: int) -> float:
-        """Seconds of the prefill of one prompt: a step, which any number of tokens takes, and the others."""
-        return self.decode[min(self.decode)] + (prompt_tokens - 1) * self.prefill_per_token
-
-
-def timed_depths(depths: Seq[int]) -> list[int]:
-    """Which of these ascending depths to time: the first, the last, and up to three between them."""
-    gap = (depths[-1] - depths[0]) / (_TIMED_DEPTHS - 1)
-    targets = [depths[0] + index * gap for index in range(_TIMED_DEPTHS)]
-    return sorted({min(depths, key=lambda depth: abs(depth - target)) for target in targets})
-
-
-def fit_speeds(timed: Mapping[int, Speed], depths: Seq[int]) -> dict[int, Speed]:
-    """The speed at each of these ascending depths, fitted to what was timed at some of them.
-
-    All layers of a model are alike, so seconds are linear in depth. They grow with the depth and do not fall
-    with the batch size, whatever was timed.
-    """
-    first, last = depths[0], depths[-1]
-    batches = sorted(next(iter(timed.values())).decode)
-    lines = [_fit_line({depth: speed.decode[batch] for depth, speed in timed.items()}) for batch in batches]
-    prefill = _fit_line({depth: speed.prefill_per_token for depth, speed in timed.items()})
-    # Isotonic regression keeps inequalities between its inputs, and so the order of the two ends.
-    low = _isotonic([fixed + first * per_layer for fixed, per_layer in lines])
-    high = _isotonic([fixed + last * per_layer for fixed, per_layer in lines])
-
-    def decode(depth: int) -> dict[int, float]:
-        share = (depth - first) / max(last - first, 1)
-        ends = zip(batches, low, high, strict=True)
-        return {batch: (1 - share) * shallow + share * deep for batch, shallow, deep in ends}
-
-    return {depth: Speed(decode(depth), prefill[0] + depth * prefill[1]) for depth in depths}
-
-
-def _fit_line(seconds: Mapping[int, float]) -> tuple[float, float]:
-    """Fixed seconds, at least 0, and seconds per layer, above 0, for seconds by depth.
-
-    The estimator is that of Theil and Sen (doi:10.1080/01621459.1968.10480934), the median slope of all
-    pairs.
-    """
-    slopes = [
-        (seconds[deep] - seconds[shallow]) / (deep - shallow)
-        for shallow, deep in combinations(sorted(seconds), 2)
-    ]
-    if slopes:
-        least = _LEAST_LAYER_SHARE * statistics.median(seconds.values())
-        per_layer = max(statistics.median(slopes), least)
-        fixed = statistics.median(taken - depth * per_layer for depth, taken in seconds.items())
-        if fixed >= 0:
-            return fixed, per_layer
-    # One depth does not tell the two apart; a negative fixed part is noise.
-    return 0.0, statistics.median(taken / depth for depth, taken in seconds.items())
-
-
-def _isotonic(values: Seq[float]) -> list[float]:
-    """The nearest sequence (least squares) that does not fall: isotonic regression by its max-min formula."""
-    count = len(values)
-    return [
-        max(
-            min(statistics.fmean(values[start : end + 1]) for end in range(index, count))
-            for start in range(index + 1)
+    def of(cls, profile: ModelProfile) -> "Timing":
+        """What an earlier profile measured."""
+        exits = profile.exits
+        speeds = {
+            one.depth: Speed(
+                {speed.batch: speed.step_seconds for speed in one.decode},
+                1 / one.prefill_tokens_per_second,
+            )
+            for one in exits
+        }
+        return cls(
+            speeds,
+            {one.depth: one.joules_per_token for one in exits},
+            {one.depth: one.load_seconds for one in exits},
+            {name: profile.provenance[name] for name in _TIMING_FACTS},
         )
-        for index in range(count)
-    ]
 
 
-@torch.inference_mode()
-def measure_speed(
-    model: Model,
-    cache: KVCache,
-    depth: int,
-    decoding: Seq[Sequence],
-    prompts: Seq[Sequence],
-    batches: Seq[int],
-    repetitions: int,
-    block_tokens: int,
-    pace: Pace,
-) -> Speed:
-    """From at least `repetitions` steps of each kind after one that warms up, as the clock chooses.
-
-    decoding: sequences with blocks of their own and one token to compute, as many as the largest batch;
-    prompts: sequences with blocks, nothing computed.
-    """
-    clock = Clock.of(model.device)
-
-    def seconds(sequences: Seq[Sequence]) -> float:
-        taken: list[float] = []
-        while len(taken) <= repetitions or sum(taken[1:]) < _LEAST_TIMED_SECONDS:
-            began = clock.read()
-            _step(model, cache, depth, sequences, block_tokens)
-            taken.append(clock.read() - began)
-        # Not in between: a rest would let the caches go cold.
-        pace.rest()
-        return clock.choose(taken[1:])
-
-    decode = {batch: seconds(decoding[:batch]) for batch in batches}
-    return Speed(decode, seconds(prompts) / sum(prompt.pending for prompt in prompts))
+def facts_of(candidate: Candidate, settings: EvaluationSettings) -> dict[str, str]:
+    """Where a candidate is evaluated and in what form, for the provenance of its profile."""
+    device = candidate.model.device
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    return {
+        "host": socket.gethostname(),
+        "hardware": hardware,
+        "device": settings.device,
+        "precision": settings.precision_here.value,
+        "threads": str(settings.timing_threads or get_threads()),
+        "checkpoint": candidate.checkpoint,
+        "helios": helios.__version__,
+        "torch": torch.__version__,
+    }
 
 
-def _step(model: Model, cache: KVCache, depth: int, sequences: Seq[Sequence], block_tokens: int) -> None:
-    """An engine's step without its scheduling and detokenizing."""
-    scheduled = [(sequence, sequence.pending) for sequence in sequences]
-    batch, _ = build_batch(scheduled, block_tokens, model.device)
-    sample(model.step(batch, cache, depth), {})
+def has_same_steps(
+    timed: ModelProfile, entry: ModelEntry, settings: EvaluationSettings, facts: Mapping[str, str]
+) -> bool:
+    """Whether an earlier profile timed what would be timed now. facts: `facts_of` the candidate."""
+    return (
+        tuple(one.depth for one in timed.exits) == entry.exit_layers
+        and all(tuple(speed.batch for speed in one.decode) == settings.batches for one in timed.exits)
+        and all(timed.provenance.get(name) == facts[name] for name in _STEP_FACTS)
+        and all(name in timed.provenance for name in _TIMING_FACTS)
+    )
+
+
+def time_steps(
+    candidate: Candidate, cache: KVCache, space: Space, settings: EvaluationSettings, pace: Pace
+) -> Timing:
+    """Times steps at some exits, and fits the speeds of all. Raises CancelledError once `pace` is stopped."""
+    model, exit_layers = candidate.model, candidate.entry.exit_layers
+    # Which tokens they are makes no difference to the time.
+    context = [index % candidate.entry.vocab_size for index in range(space.timed_context)]
+    decoding = space.sequences(candidate.tokenizer, [context] * settings.batches[-1])
+    for sequence in decoding:
+        sequence.prompt_tokens = sequence.computed = len(context) - 1
+    prompts = space.sequences(candidate.tokenizer, [context] * TIMED_PROMPTS)
+    depths = timed_depths(exit_layers)
+    repetitions = math.ceil(settings.repetitions / len(depths))
+
+    def measure(depth: int) -> Speed:
+        return measure_speed(
+            model,
+            cache,
+            depth,
+            decoding,
+            prompts,
+            settings.batches,
+            repetitions,
+            settings.block_tokens,
+            pace,
+        )
+
+    threads = get_threads()
+    with measured_power(settings.device, settings.power_watts) as power:
+        _use(settings.timing_threads or threads, model)
+        try:
+            clock = Clock.of(model.device).name
+            timed = {depth: measure(depth) for depth in depths}
+        finally:
+            _use(threads, model)
+    speeds = fit_speeds(timed, exit_layers)
+    batch = settings.batches[-1]
+    joules = {
+        depth: None if power.watts is None else power.watts * speed.decode[batch] / batch
+        for depth, speed in speeds.items()
+    }
+    # A load's time is proportional to the bytes that it reads.
+    seconds_per_byte = candidate.load_seconds / candidate.weight_bytes[model.depth]
+    load_seconds = {depth: size * seconds_per_byte for depth, size in candidate.weight_bytes.items()}
+    facts = (str(time.time()), clock, power.source)
+    return Timing(speeds, joules, load_seconds, dict(zip(_TIMING_FACTS, facts, strict=True)))
+
+
+def _use(threads: int, model: Model) -> None:
+    set_threads(threads)
+    lend(compiled=model.compiled)

@@ -1,7 +1,7 @@
-"""What every exit of a model says at each position of given texts: the ground of all quality figures.
+"""What every exit of a model says at each position of given texts. All figures of quality rest on it.
 
-The last layer's view is exact for `full`, and the view at depth d for `greedy`, since every token walks the
-same layers. `dynamic` has skipped layers' KV propagated, so it is run for itself.
+In `full` and `greedy` every token walks the same layers, so the last layer's view and the view at depth d are
+exact. In `dynamic` the KV of skipped layers is propagated, so that mode is run for itself.
 """
 
 import itertools
@@ -14,12 +14,10 @@ from numpy.typing import NDArray
 
 from helios.engine.backends.exits import run_dynamic
 from helios.engine.backends.kv_cache import KVCache
+from helios.engine.evaluation.space import kv_cache, sequence_of
 from helios.engine.plan import Plan
 from helios.engine.scheduling.batch import build_batch
 from helios.engine.scheduling.block_pool import BlockPool
-from helios.engine.scheduling.detokenizer import Detokenizer
-from helios.engine.scheduling.sequence import Sequence as EngineSequence
-from helios.sampling import SamplingParams
 
 _BLOCK_TOKENS = 16
 # Positions whose logits are held at a time.
@@ -30,7 +28,7 @@ _GROUP = 32
 
 @dataclass(frozen=True, slots=True)
 class ExitTrace:
-    """Every exit on one text of n tokens, [exits, n - 1]: the position p is followed by the token p + 1."""
+    """Every exit on one text of n tokens, [exits, n - 1]: at position p the next token is token p + 1."""
 
     exit_layers: tuple[int, ...]
     top_ids: NDArray[np.int32]
@@ -39,7 +37,7 @@ class ExitTrace:
     nats: NDArray[np.float32]
 
     def index(self, depth: int) -> int:
-        """The row of an exit layer. Raises ValueError when it is none."""
+        """The row of an exit layer. Raises ValueError for a layer that is no exit."""
         return self.exit_layers.index(depth)
 
     def agrees(self, depth: int) -> NDArray[np.bool_]:
@@ -49,7 +47,7 @@ class ExitTrace:
 
 @dataclass(frozen=True, slots=True)
 class DynamicTrace:
-    """Dynamic exits on texts from their token `prefix` on; all [texts, n - prefix]."""
+    """Dynamic exits on texts, from token `prefix` of each on. All are [texts, n - prefix]."""
 
     exit_layers: NDArray[np.int32]
     top_ids: NDArray[np.int32]
@@ -58,12 +56,13 @@ class DynamicTrace:
 
 @torch.inference_mode()
 def trace_exits(plan: Plan, texts: Sequence[Sequence[int]]) -> list[ExitTrace]:
-    """Runs each text through all layers of `plan`, loaded with every exit (exit mode dynamic)."""
+    """Runs each text through all layers of `plan`, which is loaded with every exit (exit mode dynamic)."""
     model, exit_layers = plan.model, plan.entry.exit_layers
     cache, pool = _space(plan, max(map(len, texts)))
     traces = []
     for text in texts:
-        sequence = _sequence(plan, text, pool)
+        blocks = pool.allocate(pool.blocks_for(len(text)))
+        sequence = sequence_of(plan.tokenizer, text, blocks)
         batch, _ = build_batch([(sequence, len(text))], _BLOCK_TOKENS, model.device)
         hidden, targets = model.embed(batch.token_ids, batch.positions), batch.token_ids[1:]
         columns = []
@@ -84,8 +83,10 @@ def trace_exits(plan: Plan, texts: Sequence[Sequence[int]]) -> list[ExitTrace]:
 def trace_dynamic(
     plan: Plan, texts: Sequence[Sequence[int]], prefix: int, thresholds: Mapping[int, float]
 ) -> DynamicTrace:
-    """Walks texts of one length token by token, each token leaving at its own exit, as the engine serves
-    them; the first `prefix` tokens are the prompt, which walks all layers."""
+    """Walks texts of one length token by token, as the engine serves them: each token leaves at its own exit.
+
+    The first `prefix` tokens are the prompt, which walks all layers.
+    """
     groups = [
         _walk(plan, texts[first : first + _GROUP], prefix, thresholds)
         for first in range(0, len(texts), _GROUP)
@@ -100,7 +101,9 @@ def _walk(
     """One batch of `trace_dynamic`."""
     length = len(texts[0])
     cache, pool = _space(plan, (length + _BLOCK_TOKENS) * len(texts))
-    sequences = [_sequence(plan, text[:prefix], pool, room=length) for text in texts]
+    sequences = [
+        sequence_of(plan.tokenizer, text[:prefix], pool.allocate(pool.blocks_for(length))) for text in texts
+    ]
     exits, top_ids, nats = [], [], []
     for position in range(prefix, length):
         scheduled = [(sequence, sequence.pending) for sequence in sequences]
@@ -128,27 +131,6 @@ def _read(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 def _space(plan: Plan, tokens: int) -> tuple[KVCache, BlockPool]:
+    """KV for so many tokens, and the blocks that it has."""
     num_blocks = -(-tokens // _BLOCK_TOKENS)
-    model, config = plan.model, plan.model.config
-    cache = KVCache(
-        model.depth,
-        num_blocks,
-        _BLOCK_TOKENS,
-        config.num_heads,
-        config.head_dim,
-        model.kv_dtype,
-        model.device,
-    )
-    return cache, BlockPool(num_blocks, _BLOCK_TOKENS)
-
-
-def _sequence(plan: Plan, text: Sequence[int], pool: BlockPool, room: int = 0) -> EngineSequence:
-    return EngineSequence(
-        request_id="",
-        token_ids=list(text),
-        prompt_tokens=len(text),
-        sampling=SamplingParams(),
-        detokenizer=Detokenizer(plan.tokenizer, ()),
-        sink=lambda _: None,
-        blocks=pool.allocate(pool.blocks_for(max(len(text), room))),
-    )
+    return kv_cache(plan.model, num_blocks, _BLOCK_TOKENS), BlockPool(num_blocks, _BLOCK_TOKENS)

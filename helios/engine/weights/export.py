@@ -1,23 +1,26 @@
-"""Writing the first layers of a model as an OPT checkpoint of its own, for other engines."""
+"""Writing the first layers of a model as their own checkpoint, for other engines."""
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from helios.architectures.architecture import TensorNames
+from helios.architectures.registry import CONFIG_FILE, GENERATION_FILE, architecture_of
+from helios.architectures.spec import ModelConfig
 from helios.catalog import FACTS_FILE, TOKENIZER_FILES, read_model
-from helios.engine.weights.checkpoint import ExitHead, LinearWeights, ModelWeights, Norm, load_weights
+from helios.engine.weights.part_reader import load_weights
+from helios.engine.weights.parts import ExitHead, LinearWeights, ModelWeights, Norm
 from helios.errors import CheckpointError
-from helios.model_config import CONFIG_FILE, GENERATION_FILE, read_json_object
+from helios.json_object import read_json_object
 from helios.staging import staged
 from helios.weight_map import SINGLE_FILES
-
-_DECODER = "model.decoder"
-_LM_HEAD = "lm_head.weight"
 
 
 def export(
@@ -35,7 +38,7 @@ def export(
     type. progress: called with the layers read and the layers in all.
 
     Raises UnknownDepthError, CheckpointError when a file is corrupt, `target` exists and not `force`, or
-    transformers' OPT has no place for the exit's norm.
+    the architecture has no place for the exit's norm.
     """
     entry = read_model(source)
     config = entry.config
@@ -45,16 +48,18 @@ def export(
         head = weights.exits.get(depth)
         if head is not None and not (config.norm_before and config.norm_affine):
             raise CheckpointError(
-                f"{source / FACTS_FILE}: exit {depth} has a norm of its own, and an OPT checkpoint without "
-                "final norm parameters has no place for it; export the whole model instead"
+                f"{source / FACTS_FILE}: exit {depth} has a norm of its own, and a checkpoint without final "
+                "norm parameters has no place for it; export the whole model instead"
             )
-        tensors = _tensors(weights, head)
-        fields = read_json_object(source / CONFIG_FILE) | {
-            "architectures": ["OPTForCausalLM"],
-            "num_hidden_layers": depth,
-            "tie_word_embeddings": _LM_HEAD not in tensors,
-            "_remove_final_layer_norm": config.norm_before and not config.has_final_norm and head is None,
-        }
+        names = architecture_of(config).names
+        tensors = dict(_tensors(weights, head, names))
+        exported = replace(
+            config,
+            num_layers=depth,
+            has_final_norm=config.has_final_norm or head is not None,
+            tied_head=_stored(names.lm_head, "weight") not in tensors,
+        )
+        fields = read_json_object(source / CONFIG_FILE) | _changed_fields(config, exported)
         (staging / CONFIG_FILE).write_text(json.dumps(fields, indent=2) + "\n")
         for name in (*TOKENIZER_FILES, GENERATION_FILE):
             if (source / name).is_file():
@@ -69,39 +74,47 @@ def export(
     return target
 
 
-def _tensors(weights: ModelWeights, head: ExitHead | None) -> dict[str, torch.Tensor]:
-    """A partial model's tensors under the names of transformers' OPTForCausalLM."""
+def _changed_fields(config: ModelConfig, exported: ModelConfig) -> dict[str, Any]:
+    """The fields of config.json that the export changes. The source's others stay."""
+    architecture = architecture_of(config)
+    before, after = architecture.write(config), architecture.write(exported)
+    changed = {name: value for name, value in after.items() if value != before[name]}
+    # The source may be an export of the bare model.
+    return {"architectures": [architecture.class_name], **changed}
+
+
+def _tensors(
+    weights: ModelWeights, head: ExitHead | None, names: TensorNames
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """A partial model's tensors under the names that transformers' class for language models has."""
     project_out, lm_head = weights.project_out, weights.lm_head
     if head is not None and head.linear is not None:
         if project_out is not None:
             project_out = LinearWeights(_product(project_out.weight, head.linear.weight), None)
         else:
             lm_head = _product(lm_head, head.linear.weight)
-    norms: dict[str, Norm | None] = {"final_layer_norm": weights.final_norm if head is None else head.norm}
-    linears: dict[str, LinearWeights | None] = {"project_in": weights.project_in, "project_out": project_out}
-    for index, layer in enumerate(weights.layers):
-        name = f"layers.{index}"
-        norms[f"{name}.self_attn_layer_norm"] = layer.attn_norm
-        norms[f"{name}.final_layer_norm"] = layer.ffn_norm
-        linears[f"{name}.self_attn.q_proj"] = layer.q
-        linears[f"{name}.self_attn.k_proj"] = layer.k
-        linears[f"{name}.self_attn.v_proj"] = layer.v
-        linears[f"{name}.self_attn.out_proj"] = layer.out
-        linears[f"{name}.fc1"] = layer.fc1
-        linears[f"{name}.fc2"] = layer.fc2
-    tensors = {
-        f"{_DECODER}.embed_tokens.weight": weights.embed_tokens,
-        f"{_DECODER}.embed_positions.weight": weights.embed_positions,
+    parts: dict[str, Norm | LinearWeights | None] = {
+        names.final_norm: weights.final_norm if head is None else head.norm,
+        names.project_in: weights.project_in,
+        names.project_out: project_out,
     }
-    for name, part in (norms | linears).items():
-        if part is None:
-            continue
-        for kind, tensor in (("weight", part.weight), ("bias", part.bias)):
+    for index, layer in enumerate(weights.layers):
+        for part in ("attn_norm", "q", "k", "v", "out", "ffn_norm", "gate", "fc1", "fc2"):
+            parts[getattr(names, part).format(index)] = getattr(layer, part)
+    decoder = names.prefixes[0]
+    yield decoder + _stored(names.embed_tokens, "weight"), weights.embed_tokens
+    yield decoder + _stored(names.embed_positions, "weight"), weights.embed_positions
+    for name, found in parts.items():
+        for kind in ("weight", "bias"):
+            tensor = getattr(found, kind, None)
             if tensor is not None:
-                tensors[f"{_DECODER}.{name}.{kind}"] = tensor
+                yield decoder + _stored(name, kind), tensor
     if lm_head is not weights.embed_tokens:
-        tensors[_LM_HEAD] = lm_head
-    return tensors
+        yield _stored(names.lm_head, "weight"), lm_head
+
+
+def _stored(name: str, kind: str) -> str:
+    return f"{name}.{kind}"
 
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,10 @@
-"""Linear layers as the model applies them: packed for compiled products on a CPU, or torch's own.
+"""Linear layers as a model applies them: packed for compiled products on a CPU, or torch's own.
 
-The model does not know which, nor in what precision: another one swaps its linears and nothing else.
+Both are called alike, so layers that torch runs one by one take either. A whole step in compiled code reads
+the addresses of packed ones instead (`backends/compiled.py`).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
@@ -14,14 +15,13 @@ from helios.engine.kernels.inner_product import TILE
 from helios.engine.kernels.layout import BFLOAT16, FLOAT32, INT8, LINEAR, NONE, record
 from helios.engine.kernels.product import product, product_scratch
 from helios.engine.kernels.team import TEAM
-from helios.engine.weights.checkpoint import LinearWeights
+from helios.engine.weights.parts import LinearWeights
+from helios.engine.weights.quantize import chunk_rows
 
-# Of what a PackedLinear keeps: changes whenever the same tensors would mean something else, or what was kept
-# before may be wrong. From 4 on all numbers are known to be finite.
+# Version of what a PackedLinear keeps. Raise it whenever the same tensors would mean something else, or what
+# earlier versions kept may be wrong. From 4 on all numbers are known to be finite.
 LAYOUT_VERSION = 4
 
-# Quantising goes through as many float32 numbers at a time as a core's cache holds.
-_CHUNK_ITEMS = 1 << 18
 _WORD_BYTES = 4
 _PRECISIONS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.int8: INT8}
 # The fields of LINEAR that the tensors of a PackedLinear are.
@@ -46,7 +46,7 @@ class Linear(Protocol):
 
 
 class DenseLinear:
-    """In the type of its weight, by torch."""
+    """Computed by torch, in the type of its weight."""
 
     def __init__(self, weights: LinearWeights) -> None:
         self._weight, self._bias = weights.weight, weights.bias
@@ -56,7 +56,7 @@ class DenseLinear:
         return F.linear(x, self._weight, self._bias)
 
     def from_channel(self, x: torch.Tensor, first: int) -> torch.Tensor:
-        """Only these are computed."""
+        """Only these channels are computed."""
         return F.linear(x, self._weight[first:], None if self._bias is None else self._bias[first:])
 
     def weights_of(self, channels: torch.Tensor) -> torch.Tensor:
@@ -65,10 +65,10 @@ class DenseLinear:
 
 
 class PackedLinear:
-    """In float32, bfloat16 or int8, by `product`: from float32 and to float32.
+    """Computed by `product` in float32, bfloat16 or int8. Input and output are float32.
 
-    bfloat16: the input is rounded. int8: the weights have a scale per output channel, the input has one per
-    row. A row's result is the same to the bit whatever rows are beside it.
+    In bfloat16 the input is rounded. In int8 the weights have a scale per output channel, the input has one
+    per row. A row's result is the same to the bit whatever rows are beside it.
     """
 
     def __init__(self, precision: int, out_size: int, in_size: int, tensors: Sequence[torch.Tensor]) -> None:
@@ -82,7 +82,7 @@ class PackedLinear:
         return self._multiply(x, self.record)
 
     def from_channel(self, x: torch.Tensor, first: int) -> torch.Tensor:
-        """These are computed, and those before them in the same tile."""
+        """The channels before `first` in the same tile are computed too."""
         tile, offset = divmod(first, TILE)
         return self._multiply(x, self._record_from(tile))[:, offset:]
 
@@ -120,37 +120,18 @@ class PackedLinear:
 
 
 def linear(weights: LinearWeights) -> Linear:
-    """The linear layer that applies these weights: packed where kernels compute in their type."""
+    """The linear layer that applies these weights: packed if kernels compute in their type, else torch's."""
     packs = weights.weight.device.type == "cpu" and weights.weight.dtype in _PRECISIONS
     return pack(weights) if packs else DenseLinear(weights)
-
-
-def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight [out, in] as int8 and the scale of each row [out], symmetric: weight = int8 * scale."""
-    return quantize_blocks([weight], *weight.shape)
-
-
-def quantize_blocks(
-    blocks: Iterable[torch.Tensor], out_size: int, in_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same of a weight that comes in blocks of rows, [rows, in] each."""
-    values, scales = torch.empty(out_size, in_size, dtype=torch.int8), torch.empty(out_size)
-    row = 0
-    for block in blocks:
-        for part in block.split(_rows(in_size)):
-            numbers, own = part.float(), slice(row, row + len(part))
-            scales[own] = numbers.abs().amax(dim=1).clamp_min_(torch.finfo(torch.float32).tiny) / 127
-            values[own] = (numbers / scales[own, None]).round_()
-            row += len(part)
-    return values, scales
 
 
 def pack(weights: LinearWeights) -> PackedLinear:
     """The weights [out, in] in the order in which a tile's sums take them, zero-padded.
 
     What one step multiplies lies side by side in words of 32 bits: float32 [out / 32, in, 32, 1], bfloat16
-    [out / 32, in / 2, 32, 2], int8 [out / 32, in / 4, 32, 4]. Behind it the biases and, of int8, the
-    sums of each channel's weights, since the kernel's input is unsigned, and the scales: [out] each.
+    [out / 32, in / 2, 32, 2], int8 [out / 32, in / 4, 32, 4]. Then come the biases, [out]. In int8 the scales
+    and the sums of each channel's weights follow, [out] each; the kernel needs the sums because its input is
+    unsigned.
     """
     out_size, in_size = weights.weight.shape
     together = _WORD_BYTES // weights.weight.itemsize
@@ -165,11 +146,7 @@ def pack(weights: LinearWeights) -> PackedLinear:
         torch.zeros(out_size) if weights.bias is None else weights.bias.float(),
     ]
     if weights.scales is not None:
-        sums = [part.int().sum(1, dtype=torch.int32) for part in weights.weight.split(_rows(in_size))]
+        sums = [part.int().sum(1, dtype=torch.int32) for part in weights.weight.split(chunk_rows(in_size))]
         tensors += [torch.cat(sums), weights.scales.float()]
     tensors[1:] = [F.pad(tensor, (0, tiles * TILE - out_size)) for tensor in tensors[1:]]
     return PackedLinear(_PRECISIONS[weights.weight.dtype], out_size, in_size, tensors)
-
-
-def _rows(in_size: int) -> int:
-    return max(1, _CHUNK_ITEMS // in_size)

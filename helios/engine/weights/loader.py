@@ -10,10 +10,11 @@ from typing import Self, TypeVar
 
 import torch
 
+from helios.architectures.registry import architecture_of
 from helios.catalog import ModelEntry, checkpoint_id
 from helios.engine.threads import loading_threads
-from helios.engine.weights.checkpoint import Checkpoint, LinearWeights, PartReader, check_depths
-from helios.engine.weights.linear import LAYOUT_VERSION, linear, quantize, quantize_blocks
+from helios.engine.weights.checkpoint import Checkpoint
+from helios.engine.weights.linear import LAYOUT_VERSION, linear
 from helios.engine.weights.packed_cache import PackedCache, default_directory
 from helios.engine.weights.packed_weights import (
     Ends,
@@ -25,12 +26,16 @@ from helios.engine.weights.packed_weights import (
     pack_norm,
     pack_optional,
 )
+from helios.engine.weights.part_reader import PartReader
+from helios.engine.weights.parts import LinearWeights
 from helios.engine.weights.precision import checkpoint_dtype
+from helios.engine.weights.quantize import quantize
+from helios.footprint import weight_bytes
 from helios.modes import Precision
 
 Progress = Callable[[int, int], None]  # layers loaded, layers in all
 
-# Mapping takes a third of the time of packing, or less; smaller models would not save a tenth of a second.
+# Mapping takes at most a third of the time of packing. It saves smaller models less than a tenth of a second.
 MIN_CACHED_BYTES = 64 << 20
 
 _Part = TypeVar("_Part", bound=Part)
@@ -51,15 +56,18 @@ def load_packed(
 ) -> PackedWeights:
     """The first `depth` layers, ready to compute in `precision`, with what reads out at `exits`.
 
-    What `running` has of the same weights is taken as it is. The rest comes from the packed weights in
-    `cache_dir` (None: `packed_cache.default_directory`), which holds at most `cache_bytes` of all models
-    (0: nothing), or else from the checkpoint, and of that no byte more. beside_serving: with one thread that
-    stands back, instead of one for each core. progress: told in the caller's thread after each layer.
+    Each part comes from its fastest source: the running plan, the packed cache, or the checkpoint. No other
+    part of the checkpoint is read.
+
+    running: parts of the same weights are shared with it. cache_dir: of packed weights; None means
+    `packed_cache.default_directory`. cache_bytes: what all models may take there; 0 means that nothing is
+    kept. beside_serving: load with one thread that stands back, instead of one for each core. progress:
+    called in the caller's thread after each layer.
 
     Raises UnknownDepthError naming the valid depths, CheckpointError naming file and tensor,
     OutOfMemoryError.
     """
-    check_depths(entry.facts, depth, exits, entry.name)
+    entry.facts.check_exits(exits, depth, entry.name)
     with (
         _Source(entry, precision, device, running, cache_dir, cache_bytes) as source,
         loading_threads(beside_serving) as threads,
@@ -87,13 +95,13 @@ def load_packed(
 
 
 def weights_id(entry: ModelEntry, checkpoint: str, precision: Precision, device: torch.device) -> str:
-    """Another one whenever the checkpoint, the precision, the device or the way of packing is."""
+    """An id that differs whenever the checkpoint, the precision, the device or the form of packing does."""
     facts = f"{checkpoint} {device} {LAYOUT_VERSION}"
     return f"{entry.name}-{precision}-{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
 
 
 class _Source:
-    """The parts of a model, from where they are had soonest. Its threads may use it at once."""
+    """The parts of a model, each from its fastest source. Several threads may use it at once."""
 
     def __init__(
         self,
@@ -105,15 +113,14 @@ class _Source:
         cache_bytes: int,
     ) -> None:
         self._entry, self._precision, self._device = entry, precision, device
-        # Before anything is read: files that change meanwhile are another checkpoint.
+        # Taken before anything is read: if files change meanwhile, the checkpoint is another one.
         self.checkpoint_id = checkpoint_id(entry)
         self.id = weights_id(entry, self.checkpoint_id, precision, device)
         self._running = running if running is not None and running.id == self.id else None
-        item_bytes = 1 if precision is Precision.INT8 else checkpoint_dtype(precision).itemsize
-        packed_bytes = entry.parameters * item_bytes
+        packed_bytes = weight_bytes(entry.config, precision)
         self._cache = None
         directory = cache_dir or default_directory()
-        # Elsewhere, and in float16, nothing is packed.
+        # On other devices, and in float16, nothing is packed.
         is_packed = device.type == "cpu" and precision is not Precision.FLOAT16
         if is_packed and directory is not None and MIN_CACHED_BYTES <= packed_bytes <= cache_bytes:
             self._cache = PackedCache(directory, cache_bytes, self.id, packed_bytes)
@@ -136,7 +143,7 @@ class _Source:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of weights read so far, of the checkpoint or packed."""
+        """Bytes of weights read so far, from the checkpoint and from the packed cache."""
         read = 0 if self._opened is None else self._opened.checkpoint.bytes_read
         return read + (0 if self._cache is None else self._cache.bytes_read)
 
@@ -194,15 +201,18 @@ class _Source:
         return found
 
     def _reader(self) -> PartReader:
-        """Opens the checkpoint when something of it is needed."""
+        """Opens the checkpoint when the first part of it is needed."""
         with self._lock:
             if self._opened is None:
+                config = self._entry.config
+                names = architecture_of(config).names
                 self._opened = PartReader(
-                    Checkpoint(self._entry.path),
-                    self._entry.config,
+                    Checkpoint(self._entry.path, names.prefixes),
+                    config,
+                    names,
                     checkpoint_dtype(self._precision),
                     self._device,
-                    quantize_blocks if self._precision is Precision.INT8 else None,
+                    is_quantized=self._precision is Precision.INT8,
                 )
             return self._opened
 
@@ -214,9 +224,9 @@ class _Source:
 
 
 def _give_back_memory() -> None:
-    """What was freed while packing goes back to the system.
+    """Gives back to the system what was freed while packing.
 
-    glibc keeps it where weights that stay lie between: a fifth of what these take.
+    glibc would keep it wherever weights that stay lie in between: a fifth of what the weights take.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

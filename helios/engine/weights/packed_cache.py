@@ -1,8 +1,8 @@
-"""Packed weights on disk, so that they are quantised once a machine and then mapped.
+"""Packed weights on disk: each machine quantises a model once and maps it from then on.
 
-A directory for each model in each precision, a safetensors file for each of its parts. Files are mapped and
-never changed: they appear by renaming, and go by unlinking, which leaves the mappings of others as they are.
-docs/decisions/0013-packed-weights.md says why.
+Each model has a directory for each precision, and in it a safetensors file for each of its parts. Files are
+mapped and never changed. They appear by renaming and go by unlinking, which leaves the mappings of others as
+they are. docs/decisions/0013-packed-weights.md says why.
 """
 
 import errno
@@ -22,9 +22,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from helios.engine.weights.checkpoint import Norm
 from helios.engine.weights.linear import PackedLinear
 from helios.engine.weights.packed_weights import Part
+from helios.engine.weights.parts import Norm
 from helios.errors import CheckpointError
 from helios.user_cache import user_cache
 from helios.weight_map import read_safetensors_header_and_metadata
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 DEFAULT_LIMIT_BYTES = 16 << 30
 
 _SUFFIX = ".safetensors"
-# Of a model's directory: nothing else beside it is ever removed.
+# Directories with this suffix are the cache's own. It never removes anything else.
 _MODEL_SUFFIX = ".packed"
 _DTYPES = {
     "F32": torch.float32,
@@ -47,7 +47,7 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 # Tensors begin at a cache line of their own, as torch allocates them.
 _LINE_BYTES = 64
-# A file that was not finished by then belongs to a process that is gone.
+# An unfinished file older than this belongs to a process that is gone.
 _UNFINISHED_SECONDS = 3600.0
 
 _Part = TypeVar("_Part", bound=Part)
@@ -59,15 +59,15 @@ def default_directory() -> Path | None:
 
 
 class PackedCache:
-    """The parts of one model's packed weights. For one load, whose threads may all use it.
+    """The parts of one model's packed weights. Made for one load, whose threads may all use it.
 
-    What is missing or damaged in it is packed anew; where nothing can be written, nothing is kept. Both are
-    logged and are no errors.
+    A damaged part is logged and reads as missing. Where nothing can be written, that is logged and nothing is
+    kept. Neither is an error.
     """
 
     def __init__(self, directory: Path, limit_bytes: int, weights_id: str, model_bytes: int) -> None:
-        """directory: of all models. weights_id: names this one (`loader.weights_id`). model_bytes: about what
-        it takes."""
+        """directory: of all models. limit_bytes: what they may take together. weights_id: names this model
+        (`loader.weights_id`). model_bytes: about what it takes."""
         self._directory = directory
         self._limit_bytes = limit_bytes
         self._own = directory / (weights_id + _MODEL_SUFFIX)
@@ -89,7 +89,7 @@ class PackedCache:
         except OSError as error:
             self._give_up(error)
             return None
-        # Whatever a file may hold instead, in its bytes or in what describes them.
+        # A damaged file can hold anything, in its bytes or in what describes them.
         except (CheckpointError, ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("the packed weights in %s are damaged (%s); they are made anew", file, error)
             return None
@@ -98,8 +98,8 @@ class PackedCache:
         return part
 
     def write(self, name: str, part: _Part) -> _Part:
-        """Stores a part. Returns it mapped, so that its memory is shared with whoever loads it later; or as
-        it was when it cannot be stored."""
+        """Stores a part and returns it mapped, so that later loads share its memory. A part that cannot be
+        stored is returned as it was."""
         if not self._is_usable:
             return part
         file = self._own / (name + _SUFFIX)
@@ -114,7 +114,7 @@ class PackedCache:
         return mapped
 
     def _give_up(self, error: OSError) -> None:
-        """For this load; said once."""
+        """Uses the cache no more in this load, and logs why, once."""
         with self._lock:
             if self._is_usable:
                 self._is_usable = False
@@ -127,14 +127,15 @@ class PackedCache:
 
     def _make_directory(self) -> None:
         self._own.mkdir(parents=True, exist_ok=True)
-        # A cache leaves to others what they need: a full disk fails more than a load.
+        # A cache leaves room to others: a full disk fails more than a load.
         if not self._has_grown and shutil.disk_usage(self._own).free < 2 * self._model_bytes:
             raise OSError(errno.ENOSPC, "the model would take more than half of the free space")
 
     def finish(self, *, is_valid: bool) -> None:
-        """Ends the load. The models used longest ago go when this one has brought all beyond the limit.
+        """Ends the load. If all models now exceed the limit, those used longest ago are removed.
 
-        is_valid: the checkpoint is still what it was when its id was taken; else what was kept of it goes.
+        is_valid: the checkpoint is still what it was when its id was taken. If not, what this load stored of
+        it is removed.
         """
         try:
             if self._has_grown and not is_valid:
@@ -147,13 +148,13 @@ class PackedCache:
             log.debug("nothing is tidied in %s: %s", self._directory, error)
 
     def _trim(self) -> None:
-        # The newest first, and this one is.
+        # Newest first. This load's model is the newest.
         models = sorted(_models(self._directory), key=lambda model: model.used, reverse=True)
         total = 0
         for model in models:
             total += model.size
             if total > self._limit_bytes and model.path != self._own:
-                # Also while another process loads it: what it has mapped stays, what it misses it packs.
+                # Another process may be loading it: what it has mapped stays, and it packs what it misses.
                 shutil.rmtree(model.path, ignore_errors=True)
                 log.info("%s went: packed weights may take %d bytes", model.path, self._limit_bytes)
 
@@ -177,15 +178,15 @@ def _models(directory: Path) -> Iterator[_Model]:
                     size += facts.st_size
                 else:
                     file.unlink()
-        except OSError:  # Another process was faster.
+        except OSError:  # Another process has removed it.
             continue
         yield _Model(path, size, used)
 
 
 def _write(file: Path, part: Part) -> None:
-    """Writes a part as safetensors, whole or not at all."""
+    """Writes a part as safetensors. Either the whole file appears or none."""
     structure, tensors = _taken_apart(part)
-    # Those that fill cache lines first, so that each of them begins with one.
+    # Tensors that fill whole cache lines come first, so that each begins at one.
     names = sorted(tensors, key=lambda name: (tensors[name].nbytes % _LINE_BYTES, -tensors[name].itemsize))
     described = json.dumps(structure)
     check, offset, header = zlib.crc32(described.encode()), 0, dict[str, Any]()
@@ -198,7 +199,7 @@ def _write(file: Path, part: Part) -> None:
         offset = end
     text = json.dumps({"__metadata__": {"structure": described, "crc32": str(check)}} | header).encode()
     text += b" " * (-(len(text) + 8) % _LINE_BYTES)
-    # Not flushed to the disk: what a crash leaves of it fails the check.
+    # It is not flushed to the disk: a file that a crash cut short fails the checksum.
     unfinished = file.with_name(f"{file.stem}-{uuid.uuid4().hex[:8]}.part")
     try:
         with unfinished.open("wb") as stream:
@@ -211,12 +212,13 @@ def _write(file: Path, part: Part) -> None:
 
 
 def _map(file: Path, kind: type[_Part], *, check: bool = True) -> tuple[_Part, int]:
-    """A part of a file, and the file's size. Raises what `read` takes for damage."""
+    """Maps a part of a model from its file; returns it and the file's size. Raises what `read` takes for
+    damage."""
     with file.open("rb") as stream:
         slots, metadata = read_safetensors_header_and_metadata(file)
-        # Copies of pages are made on writing, which nobody does; torch asks for writable memory.
+        # torch asks for writable memory. Pages are copied when somebody writes, which nobody does.
         mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-    # All of it, read ahead of the first use.
+    # Has all of it read ahead of its first use.
     mapped.madvise(mmap.MADV_WILLNEED)
     described = metadata["structure"]
     tensors, actual = {}, zlib.crc32(described.encode())
@@ -236,7 +238,7 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def _taken_apart(part: Part) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """What the part is made of, for JSON, and its tensors by the names that this uses."""
+    """A part's structure as JSON, and its tensors by the names that the structure uses."""
     tensors: dict[str, torch.Tensor] = {}
 
     def named(name: str, tensor: torch.Tensor | None) -> str | None:

@@ -6,8 +6,8 @@ from typing import TypeAlias
 
 import torch
 
-from helios.engine.weights.checkpoint import LayerWeights, LinearWeights, Norm
 from helios.engine.weights.linear import Linear, PackedLinear, linear
+from helios.engine.weights.parts import LayerWeights, LinearWeights, Norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +15,7 @@ class Ends:
     """What every depth has: the way into the layers and, after an exit's head, out of them."""
 
     embed_tokens: torch.Tensor | None  # [vocabulary, embed]; None: the rows of the LM head
-    embed_positions: torch.Tensor  # [context + 2, hidden]
+    embed_positions: torch.Tensor  # [offset + context, hidden]
     project_in: Linear | None
     project_out: Linear | None
     lm_head: Linear
@@ -23,7 +23,11 @@ class Ends:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A layer's weights as the step uses them: query, key and value in one product."""
+    """A layer's weights as the step uses them: query, key and value in one product, gate and fc1 in another.
+
+    qkv: [query heads + 2 * KV heads, each of head_dim, hidden]. fc1: [ffn, hidden], or [2 * ffn, hidden] with
+    the gate's rows first.
+    """
 
     attn_norm: Norm
     qkv: Linear
@@ -35,7 +39,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What an exit has of its own; a model's last layer, and exits without, have its final norm."""
+    """What reads out an exit before the LM head: its own head, or the model's final norm."""
 
     norm: Norm | None
     linear: Linear | None
@@ -46,35 +50,35 @@ Part: TypeAlias = Ends | Layer | Head
 
 @dataclass(frozen=True, slots=True)
 class PackedWeights:
-    """The first `len(layers)` layers and what reads tokens out of them. Never changed: models share parts."""
+    """The first `len(layers)` layers and what reads tokens out of them. Models share parts: none changes."""
 
     # Equal for the same checkpoint packed in the same way (`loader.weights_id`).
     id: str
     # Equal for the same files in the same place (`catalog.checkpoint_id`).
     checkpoint_id: str
-    # Numbers that products are computed in.
+    # What products are computed in.
     precision: str
     ends: Ends
     layers: Sequence[Layer]
-    # None when every exit loaded has its own head.
+    # None when every loaded exit has its own head.
     final: Head | None
     # By exit layer, those that are not read out through `final`.
     exits: Mapping[int, Head]
-    # To load them: of the checkpoint's files, or of their packed form.
+    # Read to load them, from the checkpoint's files or from their packed form.
     bytes_read: int
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all, shared ones once."""
+        """Bytes of all parts. Tensors that several parts share count once."""
         return tensor_bytes((self.ends, *self.layers, self.final, *self.exits.values()))
 
     def bytes_at(self, depth: int) -> int:
-        """Bytes of a model that is loaded to an exit layer of this one."""
+        """Bytes of the same model loaded only up to an exit layer of this one."""
         return tensor_bytes((self.ends, *self.layers[:depth], self.exits.get(depth, self.final)))
 
 
 def tensor_bytes(parts: Iterable[Part | None]) -> int:
-    """Bytes of the parts' tensors, those that several have once."""
+    """Bytes of the parts' tensors. One that several parts share counts once."""
     found = (tensor for part in parts if part is not None for tensor in tensors_of(part))
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in found}.values())
 
@@ -92,27 +96,32 @@ def tensors_of(part: Part) -> Iterator[torch.Tensor]:
 
 
 def pack_layer(layer: LayerWeights) -> Layer:
-    """Query, key and value become one product; norms are in the type of activations."""
-    parts = (layer.q, layer.k, layer.v)
-    biases = [part.bias for part in parts if part.bias is not None]
-    scales = [part.scales for part in parts if part.scales is not None]
-    qkv = LinearWeights(
-        torch.cat([part.weight for part in parts]),
-        torch.cat(biases) if biases else None,
-        torch.cat(scales) if scales else None,
-    )
-    out, fc1, fc2 = linear(layer.out), linear(layer.fc1), linear(layer.fc2)
+    """Products that read the same input become one; norms get the type of activations."""
+    qkv = linear(_joined(layer.q, layer.k, layer.v))
+    fc1 = linear(layer.fc1 if layer.gate is None else _joined(layer.gate, layer.fc1))
+    out, fc2 = linear(layer.out), linear(layer.fc2)
     attn_norm, ffn_norm = (pack_norm(norm, out) for norm in (layer.attn_norm, layer.ffn_norm))
-    return Layer(attn_norm, linear(qkv), out, ffn_norm, fc1, fc2)
+    return Layer(attn_norm, qkv, out, ffn_norm, fc1, fc2)
 
 
 def pack_norm(norm: Norm, beside: Linear) -> Norm:
-    """In the type of the activations of a model that has the linear `beside`."""
+    """A norm in the type of activations: float32 where the linear beside it is packed."""
     if not isinstance(beside, PackedLinear):
         return norm
     return Norm(*(None if part is None else part.float() for part in (norm.weight, norm.bias)))
 
 
 def pack_optional(weights: LinearWeights | None) -> Linear | None:
-    """None where there are none."""
+    """The linear layer of weights that a model may lack."""
     return None if weights is None else linear(weights)
+
+
+def _joined(*parts: LinearWeights) -> LinearWeights:
+    """One product for several that read the same input, their rows one below the other."""
+    biases = [part.bias for part in parts if part.bias is not None]
+    scales = [part.scales for part in parts if part.scales is not None]
+    return LinearWeights(
+        torch.cat([part.weight for part in parts]),
+        torch.cat(biases) if biases else None,
+        torch.cat(scales) if scales else None,
+    )

@@ -1,0 +1,1 @@
+"""The architectures that Helios serves, each a description in one file. Free of torch."""

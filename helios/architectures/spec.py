@@ -1,0 +1,126 @@
+"""What a model is, as data: its sizes, and the choices that its architecture makes.
+
+All that Helios knows of a model's form is here, whatever the model's config.json calls it.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Activation = Literal["relu", "gelu"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+# layer: mean and variance, with a bias. rms: the root mean square alone, without a bias.
+NormKind = Literal["layer", "rms"]
+
+
+@dataclass(frozen=True, slots=True)
+class LearnedPositions:
+    """A table with a vector for each position. Its first `offset` rows are unused."""
+
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The form of one model."""
+
+    model_type: str  # its architecture (`registry.ARCHITECTURES`)
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int  # of queries
+    num_kv_heads: int  # each serves a run of neighbouring query heads
+    head_dim: int
+    ffn_dim: int
+    context_tokens: int
+    embed_size: int  # width of the token embedding and the LM head
+    positions: LearnedPositions
+    norm: NormKind
+    norm_epsilon: float
+    norm_before: bool  # before each block, or else after it
+    norm_affine: bool  # norms have weights
+    has_final_norm: bool
+    activation: Activation  # gelu is the exact one (erf)
+    is_gated: bool  # the feed-forward is fc2(activation(gate(x)) * fc1(x)), or else fc2(activation(fc1(x)))
+    qkv_bias: bool
+    out_bias: bool  # of the attention's output projection
+    ffn_bias: bool
+    tied_head: bool  # the LM head is the token embedding
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]  # each ends a text
+    pad_token_id: int | None
+    dtype: Dtype  # of the stored weights
+
+    @property
+    def query_size(self) -> int:
+        """Width of all query heads together."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of all key heads together, and of all value heads."""
+        return self.num_kv_heads * self.head_dim
+
+    @property
+    def is_projected(self) -> bool:
+        """Whether embeddings are projected to the hidden size, and hidden states back."""
+        return self.embed_size != self.hidden_size
+
+    @property
+    def has_norm_bias(self) -> bool:
+        """Whether norms have a bias beside their weight."""
+        return self.norm_affine and self.norm == "layer"
+
+    @property
+    def position_rows(self) -> int:
+        """Rows of the table of positions."""
+        return self.positions.offset + self.context_tokens
+
+    @property
+    def layer_products(self) -> tuple[tuple[int, int], ...]:
+        """Shapes [out, in] of a layer's matrices: query, key and value; output; into and out of the
+        feed-forward."""
+        hidden, ffn = self.hidden_size, self.ffn_dim
+        return (
+            (self.query_size + 2 * self.kv_size, hidden),
+            (hidden, self.query_size),
+            (2 * ffn if self.is_gated else ffn, hidden),
+            (hidden, ffn),
+        )
+
+    @property
+    def projections(self) -> tuple[tuple[int, int], ...]:
+        """Shapes [out, in] of the matrices between embeddings and layers; none if the widths are equal."""
+        hidden, embed = self.hidden_size, self.embed_size
+        return ((hidden, embed), (embed, hidden)) if self.is_projected else ()
+
+    @property
+    def norm_parameters(self) -> int:
+        """Parameters of one norm."""
+        return self.hidden_size * (self.norm_affine + self.has_norm_bias)
+
+    def parameters(self, num_layers: int | None = None) -> int:
+        """Parameters with the first `num_layers` layers (default: all), tied weights counted once."""
+        qkv, out, into_ffn, out_of_ffn = (channels for channels, _ in self.layer_products)
+        biases = self.qkv_bias * qkv + self.out_bias * out + self.ffn_bias * (into_ffn + out_of_ffn)
+        layer = _total(self.layer_products) + biases + 2 * self.norm_parameters
+        embeddings = self.vocab_size * self.embed_size
+        return (
+            embeddings * (1 if self.tied_head else 2)
+            + self.position_rows * self.hidden_size
+            + _total(self.projections)
+            + (self.num_layers if num_layers is None else num_layers) * layer
+            + self.has_final_norm * self.norm_parameters
+        )
+
+    def step_parameters(self, num_layers: int) -> int:
+        """Parameters that a decode step reads: the first `num_layers` layers and the LM head."""
+        untied = 0 if self.tied_head else self.vocab_size * self.embed_size
+        return self.parameters(num_layers) - self.position_rows * self.hidden_size - untied
+
+    def kv_numbers(self, num_layers: int) -> int:
+        """Numbers that the keys and values of one token hold in the first `num_layers` layers."""
+        return 2 * num_layers * self.kv_size
+
+
+def _total(shapes: tuple[tuple[int, int], ...]) -> int:
+    return sum(out_size * in_size for out_size, in_size in shapes)

@@ -1,0 +1,81 @@
+"""A candidate: a model that is loaded to be evaluated."""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer
+
+from helios.catalog import ModelEntry
+from helios.engine.backends.kv_cache import kv_bytes
+from helios.engine.backends.model import Model
+from helios.engine.evaluation.prompt import fit_prompt
+from helios.engine.evaluation.settings import EvaluationSettings
+from helios.engine.evaluation.space import Space
+from helios.engine.plan import warm_up
+from helios.engine.tokenizer import load_tokenizer
+from helios.engine.weights.loader import load_packed
+from helios.footprint import model_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A model loaded whole, with every exit. It is evaluated again and again while it is kept."""
+
+    entry: ModelEntry
+    model: Model
+    tokenizer: Tokenizer
+    tokenizer_id: str
+    # Of a model loaded to each exit layer.
+    weight_bytes: Mapping[int, int]
+    # What loading took, in seconds of wall clock and of CPU.
+    load_seconds: float
+    load_cpu_seconds: float
+    # Changes with the files that it was loaded from (`catalog.checkpoint_id`).
+    checkpoint: str
+
+
+def load_candidate(entry: ModelEntry, settings: EvaluationSettings) -> Candidate:
+    """Loads a model whole, with every exit, and warms it up.
+
+    Raises CheckpointError naming the file, OutOfMemoryError.
+    """
+    began, began_cpu = time.perf_counter(), time.process_time()
+    device = torch.device(settings.device)
+    weights = load_packed(
+        entry,
+        entry.num_layers,
+        entry.exit_layers,
+        settings.precision_here,
+        device,
+        cache_dir=settings.packed_cache_dir,
+        cache_bytes=settings.packed_cache_bytes,
+        beside_serving=True,
+    )
+    model = Model(entry.config, weights)
+    # Without the warm-up: on a machine that has no kernels yet it compiles them, which no later load does.
+    seconds = time.perf_counter() - began
+    warm_up(model, settings.block_tokens)
+    loaded = load_tokenizer(entry.path, entry.facts)
+    return Candidate(
+        entry=entry,
+        model=model,
+        tokenizer=loaded.tokenizer,
+        tokenizer_id=loaded.tokenizer_id,
+        weight_bytes={depth: weights.bytes_at(depth) for depth in entry.exit_layers},
+        load_seconds=seconds,
+        load_cpu_seconds=time.process_time() - began_cpu,
+        checkpoint=weights.checkpoint_id,
+    )
+
+
+def needed_bytes(entry: ModelEntry, prompts: Sequence[Sequence[int]], settings: EvaluationSettings) -> int:
+    """Bytes that evaluating a model takes: its weights, and KV for the prompts and for the steps' timing.
+
+    Raises InvalidRequestError for prompts that the model cannot run.
+    """
+    config = entry.config
+    space = Space.plan(entry, [fit_prompt(prompt, entry, settings) for prompt in prompts], settings)
+    block = kv_bytes(config.num_kv_heads, config.head_dim, settings.block_tokens, settings.kv_dtype)
+    return model_bytes(entry, settings.precision_here) + space.num_blocks * entry.num_layers * block

@@ -1,0 +1,66 @@
+"""How candidates are evaluated."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from helios.calibration import TARGET_AGREEMENT
+from helios.engine.backends.kv_cache import kv_dtype
+from helios.engine.memory import device_budget
+from helios.engine.weights.packed_cache import DEFAULT_LIMIT_BYTES
+from helios.engine.weights.precision import precision_on
+from helios.errors import SettingsError
+from helios.modes import Precision
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationSettings:
+    """How candidates are evaluated. Tokens and sequences are counts, memory is bytes, power is watts."""
+
+    target_agreement: float = TARGET_AGREEMENT
+    # One confidence for every exit; None: calibrated on the prompts.
+    threshold: float | None = None
+    # Longer prompts are cut to their first tokens.
+    max_prompt_tokens: int = 256
+    generated_tokens: int = 32
+    batches: tuple[int, ...] = (1, 8, 32)
+    # Timed steps of each kind, shared out among the exits that are timed; short steps are timed more often.
+    repetitions: int = 5
+    device: str = "cpu"
+    precision: str = Precision.FLOAT32
+    # For weights and KV. None: a share of what the device has free.
+    memory_bytes: int | None = None
+    # Power while decoding, for machines without a readable meter. None: energy is unknown there.
+    power_watts: float | None = None
+    # CPU threads with which steps are timed. None: those of the evaluation.
+    timing_threads: int | None = None
+    block_tokens: int = 16
+    # Where packed weights are kept, as in EngineSettings.
+    packed_cache_dir: Path | None = None
+    packed_cache_bytes: int = DEFAULT_LIMIT_BYTES
+
+    def __post_init__(self) -> None:
+        """Raises SettingsError naming the setting that is out of range."""
+        for name in ("max_prompt_tokens", "generated_tokens", "repetitions", "block_tokens"):
+            if getattr(self, name) < 1:
+                raise SettingsError(f"{name} must be at least 1")
+        if not self.batches or self.batches[0] < 1 or list(self.batches) != sorted(set(self.batches)):
+            raise SettingsError(f"batches must ascend from at least 1, not {self.batches}")
+        if self.precision not in list(Precision):
+            raise SettingsError(f"precision {self.precision} is unknown; use one of {', '.join(Precision)}")
+
+    @property
+    def budget(self) -> int:
+        """Bytes that an evaluation may take now."""
+        return self.memory_bytes or device_budget(torch.device(self.device))
+
+    @property
+    def precision_here(self) -> Precision:
+        """What the device computes in. Raises SettingsError when it cannot compute in `precision`."""
+        return precision_on(Precision(self.precision), torch.device(self.device))
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """Of keys and values."""
+        return kv_dtype(self.precision_here, torch.device(self.device))

@@ -1,0 +1,65 @@
+"""The parts of a model's weights, as a checkpoint has them."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class LinearWeights:
+    """y = x @ weight.T + bias. weight: [out, in], bias: [out].
+
+    scales: [out], where the weight is int8; its rows are to be multiplied by them.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    scales: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """A norm's weight and bias, [hidden] each; None where it has none."""
+
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One decoder layer. gate: None where the feed-forward has none."""
+
+    attn_norm: Norm
+    q: LinearWeights  # [query heads * head_dim, hidden]
+    k: LinearWeights  # [KV heads * head_dim, hidden]
+    v: LinearWeights  # [KV heads * head_dim, hidden]
+    out: LinearWeights  # [hidden, query heads * head_dim]
+    ffn_norm: Norm
+    gate: LinearWeights | None  # [ffn, hidden]
+    fc1: LinearWeights  # [ffn, hidden]
+    fc2: LinearWeights  # [hidden, ffn]
+
+
+@dataclass(frozen=True, slots=True)
+class ExitHead:
+    """An exit's own read-out, before project_out and the LM head. linear: [hidden, hidden], no bias."""
+
+    norm: Norm
+    linear: LinearWeights | None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelWeights:
+    """The first `len(layers)` layers of a model, and what reads tokens out of them."""
+
+    embed_tokens: torch.Tensor  # [vocabulary, embed]
+    embed_positions: torch.Tensor  # [offset + context, hidden]
+    project_in: LinearWeights | None  # [hidden, embed]
+    project_out: LinearWeights | None  # [embed, hidden]
+    layers: list[LayerWeights]
+    # None when the model has none, or every loaded exit has its own.
+    final_norm: Norm | None
+    # By exit layer. An exit that is not among them is read out through final_norm.
+    exits: dict[int, ExitHead]
+    lm_head: torch.Tensor  # [vocabulary, embed]; the object embed_tokens when tied
+    bytes_read: int  # of the checkpoint's files
