@@ -25,7 +25,7 @@ from helios.engine.plan import warm_up
 from helios.engine.scheduling.block_pool import BlockPool
 from helios.engine.scheduling.detokenizer import Detokenizer
 from helios.engine.scheduling.sequence import Sequence
-from helios.engine.threads import get_threads, lend, set_threads
+from helios.engine.threads import get_threads, set_threads
 from helios.engine.tokenizer import load_tokenizer
 from helios.engine.weights.loader import load_packed
 from helios.engine.weights.packed_cache import DEFAULT_LIMIT_BYTES
@@ -35,6 +35,7 @@ from helios.hardware import cpu_name
 from helios.history import CONFIDENCE_BINS, DecodeSpeed, ExitProfile, ModelProfile, RequestSample
 from helios.power_meter import power_meter
 from helios.sampling import SamplingParams
+from helios.served import ServedPlan
 
 Progress = Callable[[int, int], None]  # requests done, requests in all
 
@@ -134,10 +135,10 @@ def load_candidate(entry: ModelEntry, settings: EvaluationSettings) -> Candidate
         cache_bytes=settings.packed_cache_bytes,
         beside_serving=True,
     )
-    model = Model(entry.config, weights)
+    model = Model(entry.config, weights, settings.block_tokens)
     # Without the warm-up, which compiles kernels on a machine that has none yet: no later load does.
     seconds = time.perf_counter() - began
-    warm_up(model, settings.block_tokens)
+    warm_up(model)
     loaded = load_tokenizer(entry.path, entry.facts)
     return Candidate(
         entry=entry,
@@ -270,6 +271,8 @@ class _Space:
     num_blocks: int
     block_tokens: int
     timed_context: int
+    # The model whole.
+    served: ServedPlan
 
     @classmethod
     def plan(
@@ -283,19 +286,13 @@ class _Space:
         if timing:
             sequences = max(settings.batches[-1], _TIMED_PROMPTS)
             num_blocks = max(num_blocks, sequences * pool.blocks_for(timed_context))
-        return cls(num_blocks, settings.block_tokens, timed_context)
+        served = ServedPlan(model=entry.name, depth=entry.num_layers)
+        return cls(num_blocks, settings.block_tokens, timed_context, served)
 
     def cache(self, model: Model) -> KVCache:
         """The KV of all layers."""
-        config = model.config
-        return KVCache(
-            model.depth,
-            self.num_blocks,
-            self.block_tokens,
-            config.num_heads,
-            config.head_dim,
-            model.kv_dtype,
-            model.device,
+        return KVCache.of(
+            model.config, model.depth, self.num_blocks, self.block_tokens, model.kv_dtype, model.device
         )
 
     def sequences(self, tokenizer: Tokenizer, ids: Seq[Seq[int]], room: int = 0) -> list[Sequence]:
@@ -309,6 +306,7 @@ class _Space:
                 sampling=SamplingParams(),
                 detokenizer=Detokenizer(tokenizer, ()),
                 sink=lambda _: None,
+                plan=self.served,
                 blocks=pool.allocate(pool.blocks_for(len(one) + room)),
             )
             for one in ids
@@ -364,11 +362,6 @@ class _Timing:
         )
 
 
-def _use(threads: int, model: Model) -> None:
-    set_threads(threads)
-    lend(compiled=model.compiled)
-
-
 def _time_steps(
     candidate: Candidate, cache: KVCache, space: _Space, settings: EvaluationSettings, pace: Pace
 ) -> _Timing:
@@ -399,12 +392,12 @@ def _time_steps(
     meter = power_meter(settings.device)
     began, before = time.perf_counter(), meter.read() if meter is not None else ()
     threads = get_threads()
-    _use(settings.timing_threads or threads, model)
+    set_threads(settings.timing_threads or threads, settings.precision, settings.device)
     try:
         clock = Clock.of(model.device).name
         timed = {depth: measure(depth) for depth in depths}
     finally:
-        _use(threads, model)
+        set_threads(threads, settings.precision, settings.device)
     watts, source = settings.power_watts, "unknown" if settings.power_watts is None else "configured"
     if meter is not None:
         watts, source = meter.joules_since(before) / (time.perf_counter() - began), meter.name

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from helios.catalog import Fidelity, ModelEntry
-from helios.engine.backends.exits import ExitMode
 from helios.engine.evaluation.trace import trace_exits
 from helios.engine.plan import load_plan
 from helios.engine.settings import EngineSettings
 from helios.engine.tokenizer import load_tokenizer
 from helios.engine.weights.precision import Precision
 from helios.errors import InvalidRequestError
+from helios.modes import ExitMode
 
 
 def cut(entry: ModelEntry, texts: Sequence[str], windows: int) -> list[list[int]]:
