@@ -1,4 +1,4 @@
-"""A plan: which model an engine serves, how deep, and how its memory is shared out."""
+"""A loaded plan: a model at a depth, what runs its steps, and how memory is divided for it."""
 
 import math
 from collections.abc import Sequence
@@ -10,34 +10,44 @@ from tokenizers import Tokenizer
 
 from helios import catalog
 from helios.calibration import DEFAULT_THRESHOLD
+from helios.engine.backends.burst import ONE_STEP
 from helios.engine.backends.kv_cache import KVCache
 from helios.engine.backends.model import Model
+from helios.engine.backends.runner import Runner, choose_runner
 from helios.engine.backends.sampler import Row, Sampled, sample
+from helios.engine.interface import Progress
 from helios.engine.memory import MemoryPlan, device_budget, plan_memory
 from helios.engine.scheduling.batch import Batch
 from helios.engine.settings import EngineSettings
-from helios.engine.threads import lend
 from helios.engine.tokenizer import load_tokenizer
-from helios.engine.weights.loader import Progress, load_packed
+from helios.engine.weights.loader import load_packed
 from helios.engine.weights.part_reader import load_weights
 from helios.engine.weights.precision import precision_on
 from helios.errors import CheckpointError, SettingsError
 from helios.modes import ExitMode, Precision
 from helios.sampling import SamplingParams
+from helios.served import ServedPlan
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What an engine serves: a loaded partial model with its facts and its share of the memory."""
+    """A loaded partial model with what runs it, its facts and its memory."""
 
     entry: catalog.ModelEntry
     model: Model
+    runner: Runner
     tokenizer: Tokenizer
     tokenizer_id: str
-    # What tokenizer_id is the SHA-256 of.
+    # tokenizer_id is its SHA-256.
     tokenizer_json: bytes
     memory: MemoryPlan
+    # The confidence below which a token is unsure, by exit layer; none for the model's last layer.
     thresholds: dict[int, float]
+
+    @property
+    def served(self) -> ServedPlan:
+        """The name under which sequences refer to it."""
+        return ServedPlan(model=self.entry.name, depth=self.depth)
 
     @property
     def depth(self) -> int:
@@ -46,7 +56,7 @@ class Plan:
 
     @property
     def bytes_read(self) -> int:
-        """To load the weights; those shared with the plan before were not read again."""
+        """Bytes read to load the weights; those shared with the plan before were not read again."""
         return self.model.weights.bytes_read
 
     @property
@@ -55,7 +65,7 @@ class Plan:
         return self.model.weights.checkpoint_id
 
     def not_finite(self, exit_layers: Sequence[int], confidences: Sequence[float]) -> CheckpointError:
-        """What ends a sequence whose probabilities are not all finite. exit_layers, confidences: by token."""
+        """The error of a sequence whose probabilities are not finite. exit_layers, confidences: by token."""
         pairs = zip(exit_layers, confidences, strict=False)
         layer = next((layer for layer, found in pairs if not math.isfinite(found)), exit_layers[-1])
         return _not_finite(self.entry.name, layer, self.model.weights.precision)
@@ -97,8 +107,8 @@ def load_plan(
 ) -> Plan:
     """Loads a partial model and plans its memory. `threshold` overrides the settings' own.
 
-    running: the plan that is served meanwhile. Loading stands back behind it unless it is `urgent`. Of a
-    model that both have, the weights are shared.
+    running: the plan that is served meanwhile. Loading gives way to it unless `urgent`. If both are of the
+    same checkpoint, they share weights.
 
     Raises CheckpointError, UnknownDepthError, OutOfMemoryError, SettingsError.
     """
@@ -126,8 +136,8 @@ def load_plan(
         beside_serving=running is not None and not urgent,
         progress=progress,
     )
-    model = Model(entry.config, weights)
-    warm = warm_up(model, settings.block_tokens)
+    model = Model(entry.config, weights, settings.block_tokens)
+    warm = warm_up(model)
     if not math.isfinite(warm.confidences[0]):
         raise _not_finite(entry.name, depth, precision)
     if threshold is None:
@@ -139,9 +149,16 @@ def load_plan(
         if layer < entry.num_layers
     }
     loaded = load_tokenizer(path, entry.facts)
+    is_dynamic = settings.exit_mode is ExitMode.DYNAMIC
     return Plan(
         entry=entry,
         model=model,
+        runner=choose_runner(
+            model,
+            thresholds if is_dynamic else None,
+            cuda_graphs=settings.cuda_graphs,
+            most_rows=settings.max_running,
+        ),
         tokenizer=loaded.tokenizer,
         tokenizer_id=loaded.tokenizer_id,
         tokenizer_json=loaded.tokenizer_json,
@@ -158,16 +175,13 @@ def load_plan(
 
 
 @torch.inference_mode()
-def warm_up(model: Model, block_tokens: int) -> Sampled:
-    """Runs a token through model and sampler, so that no request waits for what first use sets up.
+def warm_up(model: Model) -> Sampled:
+    """Computes a token and samples from it, so that no request waits for what the first use sets up.
 
-    Returns what came of it.
+    Returns the token that was sampled.
     """
-    lend(compiled=model.compiled)
-    config = model.config
-    cache = KVCache(
-        model.depth, 1, block_tokens, config.num_heads, config.head_dim, model.kv_dtype, model.device
-    )
+    cache = KVCache.of(model.config, model.depth, 1, model.block_tokens, model.kv_dtype, model.device)
     zero = torch.zeros(1, dtype=torch.int64, device=model.device)
-    batch = Batch.of(zero, zero, zero, zero[None], zero, 1, block_tokens, (), zero)
-    return sample(model.step(batch, cache, model.depth), {0: Row(SamplingParams(temperature=1.0), 1, [0])})
+    batch = Batch.of(zero, zero, zero, zero[None], zero, 1, model.block_tokens, (), zero)
+    found = model.backend.step(batch, cache, model.depth, ONE_STEP)
+    return sample(found, {0: Row(SamplingParams(temperature=1.0), 1, [0])})

@@ -80,7 +80,7 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
         )
         # One thread stands back behind serving, the other is for what cannot wait. One works at a time.
         self._thread, self._urgent_thread = (
-            ThreadPoolExecutor(1, initializer=_begin_thread, initargs=(settings.threads, niceness))
+            ThreadPoolExecutor(1, initializer=_begin_thread, initargs=(settings, niceness))
             for niceness in (settings.niceness, 0)
         )
         self._tokenizers = Tokenizers()
@@ -333,9 +333,9 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
         return found
 
 
-def _begin_thread(threads: int, niceness: int) -> None:
+def _begin_thread(settings: ProfilerSettings, niceness: int) -> None:
     """Sets up a thread of evaluations. Each thread has its own torch thread count and, on Linux, niceness."""
-    set_threads(threads)
+    set_threads(settings.threads, settings.precision, settings.device)
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + niceness)
 
 

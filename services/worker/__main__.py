@@ -7,15 +7,14 @@ import sys
 from pathlib import Path
 
 from helios import catalog, redis_client, registry, service_process
-from helios.engine import Engine, EngineSettings, ExitMode
-from helios.engine.kernels import jit
-from helios.engine.threads import set_threads
+from helios.engine.interface import ServingEngine
 from helios.errors import SettingsError
 from helios.orders import EVERY_WORKER
 from helios.served import ServedPlan
 from helios.server import Server
 from helios.v1 import worker_pb2_grpc
 from services.worker import first_plan
+from services.worker.engines import ENGINES, OWN
 from services.worker.first_plan import PlanFile
 from services.worker.lease import keep_announced
 from services.worker.service import WorkerService
@@ -23,7 +22,7 @@ from services.worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
 
-# How often the process looks whether its engine's loop lives, seconds.
+# Seconds between two looks at whether the engine still runs.
 _WATCH_SECONDS = 0.5
 
 
@@ -44,10 +43,7 @@ async def _serve(settings: WorkerSettings) -> int:
     if depth is None:
         depth = entry.default_depth if settings.exit_mode == "greedy" else entry.num_layers
     plan_file = PlanFile(settings.plan_file, ServedPlan(model=entry.name, depth=depth))
-    set_threads(settings.threads)
-    log.info("%s", jit.describe())
     engine = await _load(settings, models_dir, entry, depth, plan_file)
-    log.info("loaded %s depth %d, %s", engine.plan.entry.name, engine.plan.depth, engine.plan.memory)
 
     server = Server(["helios.v1.WorkerService"])
     port = server.bind(settings.address)
@@ -85,22 +81,22 @@ async def _load(
     entry: catalog.ModelEntry,
     depth: int,
     plan_file: PlanFile,
-) -> Engine:
+) -> ServingEngine:
     """An engine with the plan to start with (first_plan.py); the flags say `entry` at `depth`."""
-    engine_settings = _engine_settings(settings)
+    load = ENGINES[OWN]
     port = settings.address.rpartition(":")[2]
     has_port = port.isdecimal() and int(port) > 0
-    # Without a name and a port of its own it is another worker each time.
+    # Without a name and a fixed port it is another worker at each start.
     worker_id = settings.worker_id or (_advertised(settings, int(port)) if has_port else EVERY_WORKER)
     first = await first_plan.find(settings.redis_url, worker_id, plan_file)
     if first is not None:
         try:
             other = catalog.find_model(models_dir, first.plan.model)
             if len({other.tokenizer_id, entry.tokenizer_id} - {None}) > 1:
-                # As a reload refuses it.
+                # A reload would refuse it as well.
                 raise SettingsError(f"{other.name} has another tokenizer than {entry.name}")
-            engine = Engine.load(other.path, first.plan.depth, engine_settings, first.threshold)
-        # Whatever is wrong with it, the worker can serve what its flags say.
+            engine = load(settings, other.path, first.plan.depth, first.threshold)
+        # Whatever is wrong with that plan, the worker can serve what its flags say.
         except Exception as error:
             log.warning(
                 "%s, which %s, cannot be loaded, starting with %s at depth %d as the flags say: %s",
@@ -114,11 +110,11 @@ async def _load(
             log.info("starting with %s, which %s", first.plan, first.why)
             plan_file.write(first.plan, first.threshold)
             return engine
-    return Engine.load(entry.path, depth, engine_settings)
+    return load(settings, entry.path, depth)
 
 
-async def _watch(engine: Engine) -> None:
-    """Returns when the engine's loop has died, so that the process ends and can be started anew."""
+async def _watch(engine: ServingEngine) -> None:
+    """Returns when the engine has failed, so that the process ends and can be started anew."""
     while engine.running:
         await asyncio.sleep(_WATCH_SECONDS)
 
@@ -130,27 +126,6 @@ def _choose(models_dir: Path, name: str | None) -> catalog.ModelEntry:
     if not models:
         raise SettingsError(f"no model in {models_dir}; fetch one with `helios models pull`")
     return models[0]
-
-
-def _engine_settings(settings: WorkerSettings) -> EngineSettings:
-    return EngineSettings(
-        exit_mode=ExitMode(settings.exit_mode),
-        threshold=settings.threshold,
-        device=settings.device,
-        precision=settings.precision,
-        memory_bytes=settings.memory_bytes,
-        max_running=settings.max_running,
-        max_waiting=settings.max_waiting,
-        step_token_budget=settings.step_token_budget,
-        prefill_stretch=settings.prefill_stretch,
-        burst_seconds=settings.burst_seconds,
-        prompt_readings=settings.prompt_readings,
-        block_tokens=settings.block_tokens,
-        prefix_cache=settings.prefix_cache,
-        cuda_graphs=settings.cuda_graphs,
-        packed_cache_dir=settings.packed_cache_dir,
-        packed_cache_bytes=settings.packed_cache_bytes,
-    )
 
 
 def _advertised(settings: WorkerSettings, port: int) -> str:

@@ -14,7 +14,7 @@ from helios.served import ServedPlan
 
 log = logging.getLogger(__name__)
 
-# A worker whose Redis is away starts this much later.
+# A worker that cannot reach its Redis starts this much later.
 _REDIS_SECONDS = 2.0
 
 
@@ -28,7 +28,7 @@ class FirstPlan:
 
 
 class _Kept(BaseModel):
-    """What a plan file holds: the plan served last, and that of the flags of the worker which served it."""
+    """What a plan file holds: the plan served last, and the plan that the flags of that worker said."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -38,15 +38,15 @@ class _Kept(BaseModel):
 
 
 class PlanFile:
-    """Where a worker keeps what it serves, for the process that replaces it; without a path, nowhere."""
+    """The file in which a worker keeps what it serves, for the process that replaces it. No path: no file."""
 
     def __init__(self, path: Path | None, flags: ServedPlan) -> None:
-        """`flags` is the plan of this process's flags: one with others does not go on with what is kept."""
+        """flags: the plan that this process's flags say. A plan kept under other flags is ignored."""
         self._path = path
         self._flags = flags
 
     def read(self) -> FirstPlan | None:
-        """What was kept under the same flags, or None."""
+        """The plan that was kept under the same flags, or None."""
         if self._path is None:
             return None
         try:
@@ -74,9 +74,9 @@ class PlanFile:
 
 
 async def find(redis_url: str | None, worker_id: str, plan_file: PlanFile) -> FirstPlan | None:
-    """What this worker is to serve from its start on; None: what its flags say.
+    """What this worker is to serve first; None: what its flags say.
 
-    Never raises and takes a few seconds at most: what is wrong with Redis or the file is logged.
+    Never raises, and takes a few seconds at most: faults of Redis or of the file are logged.
     """
     ordered = None if redis_url is None else await _ordered(redis_url, worker_id)
     return ordered or plan_file.read()
@@ -88,7 +88,7 @@ async def _ordered(redis_url: str, worker_id: str) -> FirstPlan | None:
             plan = (await orders.read(redis)).wanted(worker_id)
             if plan is None:
                 return None
-            # As the controller sends it with a reload.
+            # The controller sends the same threshold with a reload.
             profile = await history.find(redis, plan.model)
             exits = () if profile is None else profile.exits
             threshold = next((one.threshold for one in exits if one.depth == plan.depth), None)

@@ -7,9 +7,8 @@ from opentelemetry.metrics import CallbackOptions, Observation
 from opentelemetry.util.types import AttributeValue
 
 from helios import telemetry
-from helios.engine import Engine
-from helios.engine.engine import Telemetry
-from helios.engine.scheduling.sequence import PhaseTimes
+from helios.engine.interface import PhaseTimes, ServingEngine, Telemetry
+from helios.served import ServedPlan
 
 _NANOSECONDS = 1e9
 # Bounds of the histograms' buckets, seconds.
@@ -19,7 +18,7 @@ _TPOT_BOUNDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 
 
 @dataclass(frozen=True, slots=True)
 class _Figure:
-    """One figure of the load, under its name after `helios.worker.`; `unit` counts things, as in UCUM."""
+    """One figure of the load. Its metric is `helios.worker.` and the name; the unit is UCUM's."""
 
     name: str
     unit: str
@@ -61,8 +60,8 @@ _COUNTERS = (
 )
 
 
-def observe_load(engine: Engine, worker_id: str) -> None:
-    """Has the engine's load read whenever metrics are sent; never, when none are."""
+def observe_load(engine: ServingEngine, worker_id: str) -> None:
+    """Reports the engine's load, which is read whenever metrics are sent: never, if none are."""
     meter = telemetry.meter()
     worker: dict[str, AttributeValue] = {"helios.worker": worker_id}
 
@@ -71,7 +70,7 @@ def observe_load(engine: Engine, worker_id: str) -> None:
 
     def depth(_: CallbackOptions) -> list[Observation]:
         load = engine.telemetry()
-        return [Observation(load.depth, worker | {"helios.model": load.model})]
+        return [Observation(load.plan.depth, worker | {"helios.model": load.plan.model})]
 
     meter.create_observable_gauge("helios.worker.depth", [depth], "{layer}", "Layers loaded of the model")
     for one in _GAUGES:
@@ -100,11 +99,11 @@ class Latency:
             explicit_bucket_boundaries_advisory=_TPOT_BOUNDS,
         )
 
-    def record(self, times: PhaseTimes, tokens: int, model: str, depth: int) -> None:
-        """Takes in a sequence that came to its end here after `tokens` tokens; others do not count."""
+    def record(self, times: PhaseTimes, tokens: int, served: ServedPlan) -> None:
+        """Notes a sequence that ended after `tokens` tokens, under a plan. One without any does not count."""
         if not times.first_token or not times.finished:
             return
-        plan: dict[str, AttributeValue] = {"helios.model": model, "helios.depth": depth}
+        plan: dict[str, AttributeValue] = {"helios.model": served.model, "helios.depth": served.depth}
         self._ttft.record((times.first_token - times.submitted) / _NANOSECONDS, plan)
         if tokens > 1:
             self._tpot.record((times.finished - times.first_token) / _NANOSECONDS / (tokens - 1), plan)

@@ -1,16 +1,16 @@
-"""The way of outputs from the engine's thread to the calls that wait for them on the event loop."""
+"""How outputs get from the engine's thread to the calls that wait for them on the event loop."""
 
 import asyncio
 from collections import deque
 
-from helios.engine import Output
+from helios.engine.interface import Output
 
 
 class Outbox:
     """What the engine has produced for one call and the call has not sent yet.
 
-    A call's sequences go by the caller's numbers. Bounded by the requests' max_tokens: the tokens of a slow
-    caller gather here and leave in one message, so it slows only itself.
+    Sequences have the numbers that the caller gave them. The requests' max_tokens bound what gathers here:
+    the tokens of a slow caller leave in one message, so it slows only itself.
     """
 
     def __init__(self) -> None:
@@ -23,7 +23,7 @@ class Outbox:
         self._filled.set()
 
     async def take(self) -> list[tuple[int, Output]]:
-        """Everything there is, in order; waits while there is nothing."""
+        """Takes everything there is, in order; waits while there is nothing."""
         await self._filled.wait()
         self._filled.clear()
         outputs, self._outputs = self._outputs, []
@@ -31,10 +31,10 @@ class Outbox:
 
 
 class Delivery:
-    """Carries outputs from the engine's thread to the event loop, which a step's last output wakes.
+    """Carries outputs from the engine's thread to the event loop, which only a step's last output wakes.
 
-    Woken by the first, the loop and the engine would compete for the interpreter's lock, and a busy machine
-    would send a step in two parts.
+    If the first one woke it, the loop and the engine would compete for the interpreter's lock, and a busy
+    machine would send a step in two parts.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class Delivery:
             self._loop.call_soon_threadsafe(self._deliver)
 
     def _deliver(self) -> None:
-        # Cleared first: what is appended from now on either is taken below or wakes the loop again.
+        # Cleared first: an output that is appended from now on is either taken below or wakes the loop again.
         self._due = False
         while self._outputs:
             outbox, sequence, output = self._outputs.popleft()

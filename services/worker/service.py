@@ -17,10 +17,9 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Span, SpanKind, StatusCode
 
 from helios import catalog, telemetry
-from helios.engine import Engine, Finish, FinishReason, Output, SamplingParams
-from helios.engine.move import Reloaded
-from helios.engine.scheduling.sequence import PhaseTimes
+from helios.engine.interface import Finish, FinishReason, Output, PhaseTimes, Reloaded, ServingEngine
 from helios.errors import HeliosError, InvalidRequestError, UnavailableError, UnknownModelError, status_of
+from helios.sampling import SamplingParams
 from helios.served import ServedPlan
 from helios.server import abort
 from helios.v1 import generation_pb2, worker_pb2, worker_pb2_grpc
@@ -44,11 +43,11 @@ _DEFAULT_DRAIN_SECONDS = 30.0
 
 
 class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
-    """Serves `engine`, whose loop runs in its own thread. Made on the event loop."""
+    """Serves `engine`, which runs in its own thread. Made on the event loop."""
 
     def __init__(
         self,
-        engine: Engine,
+        engine: ServingEngine,
         settings: WorkerSettings,
         models_dir: Path,
         worker_id: str,
@@ -65,7 +64,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         self._idle = asyncio.Event()
         self._idle.set()
         self._draining = False
-        # Set, and made anew, when what others go by has changed: the plan, or that it drains.
+        # Set, and replaced by a new event, when the plan has changed or draining has begun.
         self._changed = asyncio.Event()
         self._latency = Latency()
         observe_load(engine, worker_id)
@@ -100,7 +99,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
     async def GenerateMany(  # type: ignore[override]  # as Generate
         self, request_iterator: AsyncIterator[worker_pb2.GenerateManyRequest], context: _Context
     ) -> None:
-        """Many sequences, of which those that go on in a step get their tokens in one message."""
+        """Many sequences; what one step generates for all of them leaves in one message."""
         outbox = Outbox()
         ends: dict[int, asyncio.Future[HeliosError | None]] = {}
         async with asyncio.TaskGroup() as writing:
@@ -172,7 +171,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
     ) -> Iterator[None]:
         if self._draining:
             raise UnavailableError(f"worker {self._worker_id} is draining; send the request to another")
-        served = self._engine.plan.entry.name
+        served = self._engine.served.plan.model
         if request.model and request.model != served:
             raise UnknownModelError(f"model {request.model!r} is not served here; {served!r} is")
         if not request.sampling.HasField("max_tokens") or not request.sampling.HasField("seed"):
@@ -195,21 +194,21 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         try:
             yield
         finally:
-            # A client that went away or a deadline reaches this too; the engine frees the KV at once.
+            # Reached also when the client went away or the deadline passed: the engine frees the KV at once.
             self._engine.cancel(name)
             self._streams.discard(name)
             if not self._streams:
                 self._idle.set()
             _record_phases(sequence.times, sequence.preemptions)
             tokens = sequence.completion_tokens - len(request.emitted_ids)
-            self._latency.record(sequence.times, tokens, served, self._engine.plan.depth)
+            self._latency.record(sequence.times, tokens, sequence.plan)
             span.set_attributes(
                 {
                     "helios.prompt_tokens": sequence.prompt_tokens,
                     "helios.emitted_before": len(request.emitted_ids),
                     "helios.completion_tokens": sequence.completion_tokens,
-                    "helios.model": served,
-                    "helios.depth": self._engine.plan.depth,
+                    "helios.model": sequence.plan.model,
+                    "helios.depth": sequence.plan.depth,
                 }
             )
             log.info(
@@ -264,7 +263,8 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         except HeliosError as error:
             log.warning("reload to %s depth %d failed: %s", request.model, request.depth, error)
             await abort(context, error)
-        log.info("serving %s depth %d", self._engine.plan.entry.name, self._engine.plan.depth)
+        served = self._engine.served.plan
+        log.info("serving %s depth %d", served.model, served.depth)
         yield worker_pb2.ReloadResponse(
             stage=worker_pb2.RELOAD_STAGE_DONE,
             layers_loaded=loaded,
@@ -279,41 +279,40 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         self, request: worker_pb2.GetStatusRequest, context: _Context
     ) -> worker_pb2.GetStatusResponse:
         """The plan, the limits and the load."""
-        plan, settings = self._engine.plan, self._engine.settings
-        config = plan.model.config
+        served, limits = self._engine.served, self._engine.limits
         models = await asyncio.to_thread(catalog.list_models, self._models_dir)
         return worker_pb2.GetStatusResponse(
             telemetry=self._telemetry(),
             model=worker_pb2.ModelInfo(
-                name=plan.entry.name,
-                depth=plan.depth,
-                num_layers=config.num_layers,
-                exit_layers=plan.entry.exit_layers,
-                vocab_size=config.vocab_size,
-                context_tokens=config.context_tokens,
-                tokenizer_id=plan.tokenizer_id,
-                weight_bytes=plan.memory.weight_bytes,
-                kv_bytes_per_token=plan.memory.kv_bytes_per_token,
-                threshold=plan.thresholds.get(plan.depth),
+                name=served.plan.model,
+                depth=served.plan.depth,
+                num_layers=served.num_layers,
+                exit_layers=served.exit_layers,
+                vocab_size=served.vocab_size,
+                context_tokens=served.context_tokens,
+                tokenizer_id=served.tokenizer_id,
+                weight_bytes=served.weight_bytes,
+                kv_bytes_per_token=served.kv_bytes_per_token,
+                threshold=served.threshold,
             ),
-            exit_mode=settings.exit_mode.value,
+            exit_mode=limits.exit_mode.value,
             models=[entry.name for entry in models],
-            max_running=settings.max_running,
-            max_waiting=settings.max_waiting,
-            step_token_budget=settings.step_token_budget,
-            block_tokens=settings.block_tokens,
-            device=settings.device,
-            precision=plan.model.precision,
+            max_running=limits.max_running,
+            max_waiting=limits.max_waiting,
+            step_token_budget=limits.step_token_budget,
+            block_tokens=limits.block_tokens,
+            device=limits.device,
+            precision=served.precision,
             threads=self._settings.threads,
-            bytes_read=plan.bytes_read,
+            bytes_read=served.bytes_read,
             resident_bytes=_resident_bytes(),
-            memory_bytes=(settings.memory_bytes or 0) - plan.memory.activation_bytes,
+            memory_bytes=served.memory_bytes,
         )
 
     async def WatchTelemetry(
         self, request: worker_pb2.WatchTelemetryRequest, context: _Context
     ) -> AsyncIterator[worker_pb2.WatchTelemetryResponse]:
-        """The load, at an interval and at once when the plan changes, until the caller goes away."""
+        """The load, at an interval and whenever the plan changes, until the caller goes away."""
         interval = _DEFAULT_TELEMETRY_SECONDS
         if request.HasField("interval_seconds"):
             interval = request.interval_seconds
@@ -331,9 +330,9 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         self, request: worker_pb2.GetTokenizerRequest, context: _Context
     ) -> worker_pb2.GetTokenizerResponse:
         """The tokenizer of the plan, for gateways."""
-        plan = self._engine.plan
+        served = self._engine.served
         return worker_pb2.GetTokenizerResponse(
-            tokenizer_id=plan.tokenizer_id, tokenizer_json=plan.tokenizer_json
+            tokenizer_id=served.tokenizer_id, tokenizer_json=served.tokenizer_json
         )
 
     async def Drain(self, request: worker_pb2.DrainRequest, context: _Context) -> worker_pb2.DrainResponse:
@@ -365,7 +364,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         return streams - len(handed_back), len(handed_back)
 
     def _announce(self) -> None:
-        """Sends telemetry to whoever watches, without waiting for the interval."""
+        """Sends telemetry to those who watch, without waiting for their interval."""
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -373,8 +372,8 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         load = self._engine.telemetry()
         return worker_pb2.Telemetry(
             worker_id=self._worker_id,
-            model=load.model,
-            depth=load.depth,
+            model=load.plan.model,
+            depth=load.plan.depth,
             running=load.running,
             waiting=load.waiting,
             blocks_total=load.blocks_total,
@@ -400,7 +399,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
 async def _write(
     outbox: Outbox, ends: "dict[int, asyncio.Future[HeliosError | None]]", context: _Context
 ) -> None:
-    """Sends what comes of a call's sequences, and resolves a sequence's future when its end is sent."""
+    """Sends the outputs of a call's sequences, and resolves a sequence's future when its end is sent."""
     while True:
         response = worker_pb2.GenerateManyResponse()
         ended: list[tuple[asyncio.Future[HeliosError | None], HeliosError | None]] = []
@@ -421,7 +420,7 @@ async def _write(
             if response.outputs:
                 await context.write(response)
         except grpc.aio.InternalError:
-            # A caller that is gone; gRPC cancels the call.
+            # The caller is gone; gRPC cancels the call.
             return
         for end, error in ended:
             end.set_result(error)
@@ -452,7 +451,7 @@ def _finish(finish: Finish) -> worker_pb2.WorkerServiceGenerateResponse:
 
 
 def _record_phases(times: PhaseTimes, preemptions: int) -> None:
-    """The phases of a sequence that are over, as spans: three per request, none per token."""
+    """Records a sequence's phases that are over as spans: three per request, none per token."""
     now = times.finished or time.time_ns()
     telemetry.record_span("queue", None, times.submitted, times.scheduled or now)
     if times.scheduled:

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from helios.engine import Engine, EngineSettings, ExitMode, FinishReason, Output, SamplingParams
+from helios.engine.backends.burst import Burst, Interrupt
 from helios.engine.kernels.team import TEAM
 from helios.errors import SettingsError
 from tests.opt_variants import save_variant
+from tests.runners import hooked_engine
 
 EXITS = (1, 2, 4, 6)
 PROMPTS = [[2, *range(10 + 9 * index, 20 + 12 * index)] for index in range(5)]
@@ -29,15 +31,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=[1, 2])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before, worthwhile = TEAM.threads, TEAM.worthwhile
-    TEAM.worthwhile = 0
+    TEAM.threads, TEAM.worthwhile = request.param, 0
     yield request.param
     TEAM.threads, TEAM.worthwhile = before, worthwhile
 
 
-def load(
-    path: Path, burst_seconds: float, mode: ExitMode = ExitMode.GREEDY, memory: int = 64 << 20
-) -> Engine:
-    settings = EngineSettings(
+def settings_of(
+    burst_seconds: float, mode: ExitMode = ExitMode.GREEDY, memory: int = 64 << 20
+) -> EngineSettings:
+    return EngineSettings(
         exit_mode=mode,
         threshold=0.05 if mode is ExitMode.DYNAMIC else None,
         memory_bytes=memory,
@@ -45,7 +47,12 @@ def load(
         max_running=8,
         step_token_budget=64,
     )
-    return Engine.load(path, settings=settings)
+
+
+def load(
+    path: Path, burst_seconds: float, mode: ExitMode = ExitMode.GREEDY, memory: int = 64 << 20
+) -> Engine:
+    return Engine.load(path, settings=settings_of(burst_seconds, mode, memory))
 
 
 def serve(engine: Engine, samplings: list[SamplingParams]) -> list[list[Output]]:
@@ -69,7 +76,6 @@ def told(said: list[Output]) -> tuple[object, ...]:
 @pytest.mark.parametrize("mode", [ExitMode.GREEDY, ExitMode.DYNAMIC])
 def test_bursts_say_the_same_in_fewer_outputs(model: Path, mode: ExitMode, threads: int) -> None:
     plain = load(model, 0, mode)
-    TEAM.threads = threads  # loading lent them anew
     first = serve(plain, [SamplingParams(max_tokens=40, ignore_eos=True)] * 5)
     text = first[1][-1].finish
     assert text is not None
@@ -83,7 +89,6 @@ def test_bursts_say_the_same_in_fewer_outputs(model: Path, mode: ExitMode, threa
     ]
     expected = serve(plain, samplings)
     bursting = load(model, BURST, mode)
-    TEAM.threads = threads
     got = serve(bursting, samplings)
     assert [told(said) for said in got] == [told(said) for said in expected]
     assert got[1][-1].finish is not None
@@ -107,7 +112,6 @@ def test_bursts_draw_what_is_drawn_step_by_step(model: Path, mode: ExitMode, thr
     said = []
     for burst_seconds in (0, BURST):
         engine = load(model, burst_seconds, mode)
-        TEAM.threads = threads  # loading lent them anew
         said.append(serve(engine, samplings))
     one_by_one, at_once = said
     assert [told(one) for one in at_once] == [told(one) for one in one_by_one]
@@ -126,20 +130,18 @@ def test_a_penalty_is_for_all_that_came_before_within_a_burst_too(model: Path) -
     assert len({*ids, *PROMPTS[0]}) == 100 + len(PROMPTS[0])
 
 
-def test_a_burst_that_is_interrupted_goes_on_in_the_next_one(
-    model: Path, monkeypatch: pytest.MonkeyPatch, threads: int
-) -> None:
+def test_a_burst_that_is_interrupted_goes_on_in_the_next_one(model: Path, threads: int) -> None:
     sampling = SamplingParams(max_tokens=100, ignore_eos=True, temperature=0.8, seed=3)
     (expected,) = serve(load(model, 0), [sampling])
-    engine, said = load(model, BURST), list[Output]()
-    TEAM.threads = threads  # loading lent them anew
+    said = list[Output]()
+
+    def interrupt(burst: Burst) -> None:
+        # In the third call, once it has taken in what came before it.
+        if len(said) == 2 and burst.interrupt is not None:
+            burst.interrupt.ask()
+
+    engine = hooked_engine(model, None, settings_of(BURST), before=interrupt)
     engine.submit("0", PROMPTS[0], sampling, said.append)
-    while len(said) < 2:
-        engine.step()
-    with monkeypatch.context() as patch:
-        # As soon as a step has taken in what came before it.
-        patch.setattr(engine, "_expire", engine._interrupt.ask)
-        engine.step()
     while engine.step():
         pass
     assert [len(output.tokens) for output in said] == [1, 1, 1, 97]
@@ -157,7 +159,6 @@ def test_a_burst_ends_with_the_end_of_a_text(model: Path, tmp_path: Path, thread
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"eos_token_id": [2, last]}))
     engine = load(path, BURST)
-    TEAM.threads = threads  # loading lent them anew
     (ended,) = serve(engine, [replace(sampling, ignore_eos=False)])
     assert ended[-1].finish is not None
     assert ended[-1].finish.reason is FinishReason.EOS
@@ -171,7 +172,7 @@ def test_a_burst_ends_with_the_end_of_a_text(model: Path, tmp_path: Path, thread
 
 def test_whoever_wants_something_interrupts_a_burst(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, asked = load(model, BURST), list[str]()
-    monkeypatch.setattr(engine._interrupt, "ask", lambda: asked.append("asked"))
+    monkeypatch.setattr(Interrupt, "ask", lambda _: asked.append("asked"))
     engine.submit("0", PROMPTS[0], SamplingParams(max_tokens=100), lambda _: None)
     engine.cancel("0")
     engine.reload(model, 2)

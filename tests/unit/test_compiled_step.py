@@ -17,10 +17,13 @@ from numba import njit
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from helios.engine.backends.burst import ONE_STEP
+from helios.engine.backends.eager import EagerModel
 from helios.engine.backends.kv_cache import KVCache
 from helios.engine.backends.paged_attention import attend
 from helios.engine.backends.readout import read
 from helios.engine.engine import Engine
+from helios.engine.interface import GeneratedToken, Output
 from helios.engine.kernels import inner_product as inner_product_module
 from helios.engine.kernels.inner_product import TILE, inner_product
 from helios.engine.kernels.layer import OWN_ROWS
@@ -31,9 +34,9 @@ from helios.engine.kernels.team import TEAM
 from helios.engine.plan import load_plan
 from helios.engine.scheduling.batch import Batch, build_batch
 from helios.engine.scheduling.detokenizer import Detokenizer
-from helios.engine.scheduling.sequence import GeneratedToken, Output, Sequence
+from helios.engine.scheduling.sequence import Sequence
 from helios.engine.settings import EngineSettings
-from helios.engine.threads import get_threads, lend, set_threads
+from helios.engine.threads import get_threads, set_threads
 from helios.engine.weights import part_reader
 from helios.engine.weights.linear import PackedLinear, pack
 from helios.engine.weights.parts import LinearWeights
@@ -42,9 +45,11 @@ from helios.engine.weights.quantize import quantize
 from helios.errors import SettingsError
 from helios.modes import ExitMode, Precision
 from helios.sampling import SamplingParams
+from helios.served import ServedPlan
 from tests.opt_variants import VARIANTS, Head, save_variant
 
 MEMORY = 64 << 20
+PLAN = ServedPlan(model="random", depth=1)
 PRECISIONS = ("float32", "bfloat16", "int8")
 
 
@@ -196,9 +201,9 @@ def test_paged_attention_sees_each_rows_own_context(
     numbers = iter(torch.randperm(20).tolist())
     scheduled, states = [], {}
     for before, added in zip(computed, count, strict=True):
-        sequence = Sequence(
-            "", [5] * (before + added), 1, SamplingParams(), Detokenizer.__new__(Detokenizer), lambda _: None
-        )
+        detokenizer = Detokenizer.__new__(Detokenizer)
+        ids = [5] * (before + added)
+        sequence = Sequence("", ids, 1, SamplingParams(), detokenizer, lambda _: None, PLAN)
         sequence.computed = before
         sequence.blocks = [next(numbers) for _ in range(-(-(before + added) // block_tokens))]
         states[sequence.arrival] = torch.randn(before + added, 3, heads, head_dim)
@@ -300,7 +305,6 @@ def test_many_rows_at_once_are_the_same_to_the_bit_as_a_few_at_a_time(
             precision=precision, memory_bytes=MEMORY, step_token_budget=budget, max_running=3
         )
         engine = Engine.load(tmp_path, 4, settings)
-        TEAM.threads = threads  # loading lent them anew
         tokens = generate(engine, prompts, [[], [], []], 4)
         told.append([[(one.token_id, one.logprob, one.confidence) for one in stream] for stream in tokens])
     assert told[0] == told[1]
@@ -311,12 +315,15 @@ def logits_of(path: Path, precision: str) -> torch.Tensor:
     settings = EngineSettings(precision=precision, memory_bytes=MEMORY, packed_cache_bytes=0)
     engine = Engine.load(path, 6, settings)
     model, detokenizer = engine.plan.model, Detokenizer(engine.plan.tokenizer, ())
-    sequence = Sequence("", [2, *range(20, 80)], 1, SamplingParams(), detokenizer, lambda _: None)
+    ids = [2, *range(20, 80)]
+    sequence = Sequence("", ids, 1, SamplingParams(), detokenizer, lambda _: None, engine.plan.served)
     sequence.blocks = [0, 1, 2, 3]
     batch, _ = build_batch([(sequence, 61)], 16, model.device)
-    cache = KVCache(6, 4, 16, model.config.num_heads, model.config.head_dim, model.dtype, model.device)
+    cache = KVCache.of(model.config, 6, 4, 16, model.dtype, model.device)
+    # Keys and values that are as exact as activations: the products' precision alone is looked at.
+    eager = EagerModel(model.config, model.weights, 16)
     with torch.inference_mode():
-        return model.step(batch, cache, 6).logits.clone()
+        return eager.step(batch, cache, 6).logits.clone()
 
 
 def error_of(path: Path, precision: str) -> float:
@@ -377,7 +384,6 @@ def test_one_call_computes_what_the_layers_one_by_one_do(
     for block_tokens in (8, 16):
         settings = EngineSettings(precision=precision, memory_bytes=MEMORY, block_tokens=block_tokens)
         engine = Engine.load(tmp_path, 4, settings)
-        TEAM.threads = threads  # loading lent them anew
         told.append(generate(engine, prompts, [[], []], 1))
     for one, other in zip(*told, strict=True):
         assert one[0].token_id == other[0].token_id
@@ -408,7 +414,6 @@ def test_tokens_leave_the_one_call_where_they_leave_the_layers_one_by_one(
             max_running=8,
         )
         engine = Engine.load(tmp_path, settings=settings)
-        TEAM.threads = threads  # loading lent them anew
         told.append(generate(engine, prompts, [[] for _ in prompts], 30))
     for one, other in zip(*told, strict=True):
         assert [(t.token_id, t.exit_layer) for t in one] == [(t.token_id, t.exit_layer) for t in other]
@@ -451,22 +456,19 @@ def test_skipped_layers_remember_what_they_would_have_of_the_same_input(
     """To the bit, also where a tile holds the last queries and the first keys."""
     save_variant(tmp_path, name, seed=5, hidden_size=48)
     model = load_plan(tmp_path, None, EngineSettings(precision=precision, memory_bytes=MEMORY)).model
-    TEAM.threads = threads  # loading lent them anew
     positions, blocks = torch.tensor([0, 1, 9]), torch.arange(3)
     slots = 16 * blocks + positions
     ids = torch.tensor([5, 70, 200])
     batch = Batch.of(ids, positions, slots, blocks[:, None], blocks, 3, 16, (), blocks)
     skipped, walked = (
-        KVCache(model.depth, 3, 16, model.config.num_heads, model.config.head_dim, model.kv_dtype, ids.device)
-        for _ in range(2)
+        KVCache.of(model.config, model.depth, 3, 16, model.kv_dtype, ids.device) for _ in range(2)
     )
     with torch.inference_mode():
-        left = model.step_dynamic(batch, skipped, {2: 0.0})
+        _, left = model.backend.step_dynamic(batch, skipped, {2: 0.0}, ONE_STEP)
         hidden = model.layers(0, 2, model.embed(ids, positions), batch, walked)
         for index in range(2, model.depth):
             model.layers(index, index + 1, hidden, batch, walked)
-    assert left is not None
-    assert left[1] == [2, 2, 2]
+    assert left == [2, 2, 2]
     for kept, expected in ((skipped.keys, walked.keys), (skipped.values, walked.values)):
         assert all(layer.any() for layer in kept)
         assert all(torch.equal(one, other) for one, other in zip(kept, expected, strict=True))
@@ -511,9 +513,8 @@ def test_threads_belong_to_torch_or_to_the_team() -> None:
     before = get_threads()
     try:
         set_threads(2)
-        lend(compiled=True)
         assert (torch.get_num_threads(), TEAM.threads, get_threads()) == (1, 2, 2)
-        lend(compiled=False)
+        set_threads(2, "float16")
         assert (torch.get_num_threads(), TEAM.threads, get_threads()) == (2, 1, 2)
     finally:
         set_threads(before)

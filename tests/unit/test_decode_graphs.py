@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from helios.engine.backends.burst import ONE_STEP
 from helios.engine.backends.cuda_graphs import PaddedDecode
-from helios.engine.backends.exits import run_static
 from helios.engine.backends.kv_cache import KVCache
 from helios.engine.plan import load_plan
 from helios.engine.scheduling.batch import Batch, build_batch
@@ -14,9 +14,11 @@ from helios.engine.scheduling.detokenizer import Detokenizer
 from helios.engine.scheduling.sequence import Sequence
 from helios.engine.settings import EngineSettings
 from helios.sampling import SamplingParams
+from helios.served import ServedPlan
 from tests.opt_variants import VARIANTS, byte_tokenizer, save_variant
 
 BLOCK_TOKENS, BLOCKS = 4, 16
+PLAN = ServedPlan(model="random", depth=6)
 
 
 def decodes(lengths: list[int], seed: int) -> Batch:
@@ -26,9 +28,8 @@ def decodes(lengths: list[int], seed: int) -> Batch:
     scheduled = []
     for length in lengths:
         ids = torch.randint(4, 99, (length,), generator=generator).tolist()
-        sequence = Sequence(
-            "", ids, length - 1, SamplingParams(), Detokenizer(byte_tokenizer(), ()), lambda _: None
-        )
+        detokenizer = Detokenizer(byte_tokenizer(), ())
+        sequence = Sequence("", ids, length - 1, SamplingParams(), detokenizer, lambda _: None, PLAN)
         sequence.blocks = [next(free) for _ in range(-(-length // BLOCK_TOKENS))]
         sequence.computed = length - 1
         scheduled.append((sequence, 1))
@@ -39,18 +40,11 @@ def decodes(lengths: list[int], seed: int) -> Batch:
 @torch.inference_mode()
 def test_padding_changes_neither_logits_nor_the_blocks_of_others(tmp_path: Path, variant: str) -> None:
     save_variant(tmp_path, variant, 3)
-    plan = load_plan(tmp_path, None, EngineSettings(memory_bytes=64 << 20))
-    config = plan.model.config
+    plan = load_plan(tmp_path, None, EngineSettings(memory_bytes=64 << 20, block_tokens=BLOCK_TOKENS))
     torch.manual_seed(0)
     caches = [
-        KVCache(
-            plan.depth,
-            BLOCKS + 1,
-            BLOCK_TOKENS,
-            config.num_heads,
-            config.head_dim,
-            torch.float32,
-            torch.device("cpu"),
+        KVCache.of(
+            plan.model.config, plan.depth, BLOCKS + 1, BLOCK_TOKENS, torch.float32, torch.device("cpu")
         )
         for _ in range(2)
     ]
@@ -66,7 +60,7 @@ def test_padding_changes_neither_logits_nor_the_blocks_of_others(tmp_path: Path,
         padded.fill(batch)
         # Of the same model, whose next step writes where this one did.
         logits = padded.compute().logits[: len(lengths)].clone()
-        expected, _ = run_static(plan.model, batch, caches[1])
+        expected, _ = plan.runner.run(batch, caches[1], ONE_STEP)
         torch.testing.assert_close(logits, expected.logits, rtol=1e-4, atol=1e-4)
         for own, other in zip(
             (*caches[0].keys, *caches[0].values), (*caches[1].keys, *caches[1].values), strict=True

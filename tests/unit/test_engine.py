@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models
 
 from helios.engine import Engine, EngineSettings, ExitMode, Finish, FinishReason, Output, SamplingParams
-from helios.engine.plan import Plan
-from helios.engine.scheduling.sequence import GeneratedToken, Sequence
+from helios.engine.backends.burst import Burst
+from helios.engine.interface import GeneratedToken
+from helios.engine.scheduling.sequence import Sequence
 from helios.errors import (
     CancelledError,
     CheckpointError,
@@ -29,6 +30,7 @@ from helios.errors import (
     UnknownDepthError,
 )
 from tests.opt_variants import SPECIAL_TOKENS, save_variant
+from tests.runners import hooked_engine
 
 EXITS = (1, 2, 4, 6)
 MEMORY = 64 << 20
@@ -431,27 +433,24 @@ def test_unsure_tokens_are_those_of_the_plan_in_force(model: Path, exit_mode: Ex
     assert engine.telemetry().counters.high_exit_tokens == before
 
 
-def test_a_reload_ends_when_the_engine_stops_before_all_have_moved(
-    model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_reload_ends_when_the_engine_stops_before_all_have_moved(model: Path) -> None:
     # Next to nothing is computed of prompts beside eight that decode: they move one token a step.
     settings = EngineSettings(memory_bytes=MEMORY, max_running=8, step_token_budget=8)
-    engine = Engine.load(model, 2, settings)
     streams, moving, refused = [Stream() for _ in range(8)], threading.Event(), list[HeliosError]()
-    by_plan = engine._by_plan
 
-    def slowly(scheduled: list[tuple[Sequence, int]]) -> list[tuple[Plan, list[tuple[Sequence, int]]]]:
+    def slowly(burst: Burst) -> None:
         time.sleep(0.01)
-        if engine._moving is not None:
+        # The new plan is in force, and some are still computed under the one before.
+        if engine.served.plan.depth == 6:
             moving.set()
-        return by_plan(scheduled)
+
+    engine = hooked_engine(model, 2, settings, before=slowly)
 
     def reload() -> None:
         with pytest.raises(UnavailableError) as stopped:
             engine.reload(model, 6)
         refused.append(stopped.value)
 
-    monkeypatch.setattr(engine, "_by_plan", slowly)
     engine.start()
     for number, stream in enumerate(streams):
         engine.submit(str(number), [2] * 20, SamplingParams(max_tokens=200, ignore_eos=True), stream)
@@ -635,12 +634,10 @@ def test_emitted_ids_without_a_text_are_refused(engine: Engine, monkeypatch: pyt
 def test_a_failing_step_fails_its_streams_and_ends_the_loop(
     model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = Engine.load(model, 2, EngineSettings(memory_bytes=MEMORY))
-
-    def explode(*args: object) -> None:
+    def explode(burst: Burst) -> None:
         raise RuntimeError("boom")
 
-    monkeypatch.setattr(engine.plan.model, "step", explode)
+    engine = hooked_engine(model, 2, EngineSettings(memory_bytes=MEMORY), before=explode)
     monkeypatch.setattr("threading.excepthook", lambda args: None)
     engine.start()
     stream = Stream()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from helios import catalog
 from helios.engine.engine import Engine
-from helios.engine.scheduling.sequence import GeneratedToken
+from helios.engine.interface import GeneratedToken
 from helios.engine.settings import EngineSettings
 from helios.engine.threads import loading_threads
 from helios.engine.weights.loader import load_packed

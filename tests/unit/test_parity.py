@@ -12,11 +12,11 @@ import torch
 from transformers import OPTForCausalLM
 
 from helios.engine import Engine, EngineSettings, ExitMode, Output, SamplingParams
-from helios.engine.backends.exits import run_static
-from helios.engine.scheduling.batch import build_batch
-from helios.engine.scheduling.sequence import GeneratedToken
+from helios.engine.backends.readout import Readout
+from helios.engine.interface import GeneratedToken
 from helios.errors import HeliosError, OutOfMemoryError
 from tests.opt_variants import VARIANTS, save_variant, truncated
+from tests.runners import hooked_engine
 
 EXITS = (1, 2, 4, 6)
 PROMPTS = [[2, 10, 20, 30], [2], [2, *range(50, 120)], [7, 7, 7, 7, 7, 7, 7, 7, 9, 250], [2, 100]]
@@ -103,19 +103,16 @@ def test_logits_equal_transformers_whatever_the_chunks(tmp_path: Path, variant: 
     reference = save_variant(path, variant, 6)
     prompt = [2, *range(30, 90)]
     settings = EngineSettings(memory_bytes=64 << 20, step_token_budget=budget, max_running=1, block_tokens=4)
-    engine = Engine.load(path, settings=settings)
+    logits: list[torch.Tensor] = []
+
+    def keep(found: Readout) -> None:
+        logits.extend(found.logits.clone())
+
+    engine = hooked_engine(path, None, settings, after=keep)
     engine.submit("one", prompt, SamplingParams(), [].append)
-    engine._take_inbox()
-    scheduler = engine._scheduler
-    logits = torch.empty(0)
+    while not logits:
+        engine.step()
     with torch.inference_mode():
-        while not len(logits):
-            scheduled = scheduler.schedule()
-            batch, _ = build_batch(scheduled, settings.block_tokens, torch.device("cpu"))
-            found, _ = run_static(engine.plan.model, batch, engine._cache)
-            logits = found.logits
-            for sequence, count in scheduled:
-                sequence.computed += count
         expected = reference(torch.tensor([prompt])).logits[0, -1]
     torch.testing.assert_close(logits[0], expected, atol=2e-4, rtol=1e-4)
 

@@ -7,7 +7,7 @@ import torch
 from transformers import OPTForCausalLM
 
 from helios.engine import Engine, EngineSettings, ExitMode, SamplingParams
-from helios.engine.engine import Counters
+from helios.engine.interface import Counters
 from tests.opt_variants import save_variant
 
 READINGS = 3

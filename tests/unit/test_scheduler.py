@@ -7,12 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from helios.engine.move import Move
 from helios.engine.scheduling.block_pool import BlockPool
 from helios.engine.scheduling.chunk_budget import ChunkBudget
 from helios.engine.scheduling.detokenizer import Detokenizer
 from helios.engine.scheduling.scheduler import Scheduler
 from helios.engine.scheduling.sequence import Sequence, SequenceState
 from helios.sampling import SamplingParams
+from helios.served import ServedPlan
 from tests.opt_variants import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -20,7 +22,12 @@ BLOCK_TOKENS = 4
 CONTEXT = 32
 
 
-def make_sequence(name: str, prompt: int, output: int) -> Sequence:
+def plan(number: int) -> ServedPlan:
+    """The plans that sequences move to, one after the other."""
+    return ServedPlan(model=f"model-{number}", depth=4)
+
+
+def make_sequence(name: str, prompt: int, output: int, served: ServedPlan | None = None) -> Sequence:
     return Sequence(
         request_id=name,
         token_ids=list(range(prompt)),
@@ -28,6 +35,7 @@ def make_sequence(name: str, prompt: int, output: int) -> Sequence:
         sampling=SamplingParams(max_tokens=output),
         detokenizer=Detokenizer(TOKENIZER, ()),
         sink=[].append,
+        plan=served or plan(0),
     )
 
 
@@ -35,8 +43,7 @@ class Cache:
     """What each slot of the blocks holds: the plan that wrote it, and the tokens up to and with its own."""
 
     def __init__(self) -> None:
-        self.plan = 0
-        self.slots: dict[tuple[int, int], tuple[int, list[int]]] = {}
+        self.slots: dict[tuple[int, int], tuple[ServedPlan, list[int]]] = {}
 
     def copy(self, source: int, target: int) -> None:
         for offset in range(BLOCK_TOKENS):
@@ -52,8 +59,8 @@ class Cache:
             slot = (sequence.blocks[position // BLOCK_TOKENS], position % BLOCK_TOKENS)
             assert self.slots[slot] == self._content(sequence, position)
 
-    def _content(self, sequence: Sequence, position: int) -> tuple[int, list[int]]:
-        return self.plan - sequence.outdated, sequence.token_ids[: position + 1]
+    def _content(self, sequence: Sequence, position: int) -> tuple[ServedPlan, list[int]]:
+        return sequence.plan, sequence.token_ids[: position + 1]
 
 
 def advance(scheduler: Scheduler, scheduled: list[tuple[Sequence, int]], cache: Cache | None = None) -> None:
@@ -91,12 +98,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.cache = Cache()
         copy = self.cache.copy if sharing else None
         self.scheduler = Scheduler(self.pool, running, budget, self.new_chunks(), copy)
+        self.plans = 0
+        self.move: Move | None = None
         self.all: list[Sequence] = []
 
     @rule(prompt=st.integers(1, CONTEXT - 1), data=st.data())
     def submit(self, prompt: int, data: st.DataObject) -> None:
         output = data.draw(st.integers(1, CONTEXT - prompt))
-        sequence = make_sequence(str(len(self.all)), prompt, output)
+        sequence = make_sequence(str(len(self.all)), prompt, output, plan(self.plans))
         self.all.append(sequence)
         self.scheduler.add(sequence)
 
@@ -113,30 +122,33 @@ class SchedulerMachine(RuleBasedStateMachine):
     def new_chunks(self) -> ChunkBudget:
         return ChunkBudget(self.stretch, BLOCK_TOKENS, self.budget)
 
-    @precondition(lambda self: not self.scheduler.moving)
+    @precondition(lambda self: self.move is None)
     @rule(data=st.data())
-    def move(self, data: st.DataObject) -> None:
+    def begin_move(self, data: st.DataObject) -> None:
         """To a plan that may have room for fewer blocks."""
         blocks = data.draw(st.integers(CONTEXT // BLOCK_TOKENS, self.pool.num_blocks))
-        self.scheduler.outdate(blocks, self.new_chunks())
-        self.cache.plan += 1
+        self.move = Move(self.scheduler, plan(self.plans), plan(self.plans + 1), self.budget, last_step=0.0)
+        self.move.begin(blocks, self.new_chunks())
+        self.plans += 1
 
-    def end_move(self) -> None:
-        if not self.scheduler.moving and self.pool.num_blocks < self.blocks:
+    def schedule(self) -> list[tuple[Sequence, int]]:
+        scheduled = self.scheduler.schedule(0 if self.move is None else self.move.send_back())
+        if self.move is not None and not self.move.is_leaving:
+            self.move = None
             self.pool.grow(self.blocks)
+        return scheduled
 
     @rule()
     def step(self) -> None:
         living = list(self.scheduler)
         oldest = min(living, key=lambda sequence: sequence.arrival) if living else None
-        scheduled = self.scheduler.schedule()
-        self.end_move()
+        scheduled = self.schedule()
         assert sum(count for _, count in scheduled) <= self.budget
         assert len({id(sequence) for sequence, _ in scheduled}) == len(scheduled)
         for sequence, count in scheduled:
             assert sequence.state is SequenceState.RUNNING
             assert 1 <= count <= sequence.pending
-            assert sequence.is_decoding or not sequence.outdated
+            assert sequence.is_decoding or sequence.next_plan is None
             assert len(sequence.blocks) * BLOCK_TOKENS >= sequence.computed + count
         if oldest is not None:
             assert oldest in [sequence for sequence, _ in scheduled], "the oldest always moves"
@@ -174,8 +186,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         for _ in range(work * len(self.all)):
             if not list(self.scheduler):
                 break
-            advance(self.scheduler, self.scheduler.schedule(), self.cache)
-        assert not any(sequence.outdated for sequence in self.scheduler)
+            advance(self.scheduler, self.schedule(), self.cache)
+        assert self.move is None or not list(self.scheduler)
         assert all(sequence.state is SequenceState.FINISHED for sequence in self.all), "every sequence ends"
         assert self.pool.free_blocks == self.pool.num_blocks
 
@@ -184,7 +196,7 @@ TestScheduler = SchedulerMachine.TestCase
 TestScheduler.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
-def moving(prompts: list[int], room: int) -> tuple[Scheduler, list[Sequence]]:
+def moving(prompts: list[int], room: int) -> tuple[Scheduler, Move, list[Sequence]]:
     """Sequences that decode, and shall move by `room` prompt tokens a step."""
     budget = room + len(prompts)
     scheduler = Scheduler(BlockPool(64, 8), 16, budget, ChunkBudget(math.inf, 8, budget), None)
@@ -193,21 +205,27 @@ def moving(prompts: list[int], room: int) -> tuple[Scheduler, list[Sequence]]:
         scheduler.add(sequence)
     while not all(sequence.is_decoding for sequence in sequences):
         advance(scheduler, scheduler.schedule())
-    scheduler.outdate(64, ChunkBudget(math.inf, 8, budget))
-    return scheduler, sequences
+    move = Move(scheduler, plan(0), plan(1), budget, last_step=0.0)
+    move.begin(64, ChunkBudget(math.inf, 8, budget))
+    return scheduler, move, sequences
+
+
+def is_leaving(sequence: Sequence) -> bool:
+    """Whether it is still under the plan before."""
+    return sequence.plan == plan(0)
 
 
 def test_sequences_move_few_at_a_time_and_the_others_go_on() -> None:
-    scheduler, sequences = moving([20] * 6, room=50)
+    scheduler, move, sequences = moving([20] * 6, room=50)
     stood_still = Counter[str]()
     steps = 0
-    while any(sequence.outdated for sequence in sequences):
+    while any(map(is_leaving, sequences)):
         before = {sequence.request_id: sequence.completion_tokens for sequence in sequences}
-        advance(scheduler, scheduler.schedule())
+        advance(scheduler, scheduler.schedule(move.send_back()))
         steps += 1
         for sequence in sequences:
             stood_still[sequence.request_id] += sequence.completion_tokens == before[sequence.request_id]
-    assert not scheduler.moving
+    assert not move.is_leaving
     assert steps >= 3, "two fit into a step"
     # What a step has room for is computed anew in that step.
     assert max(stood_still.values()) == 0
@@ -215,15 +233,15 @@ def test_sequences_move_few_at_a_time_and_the_others_go_on() -> None:
 
 
 def test_nobody_is_sent_back_behind_a_long_sequence_that_moves() -> None:
-    scheduler, (first, *others) = moving([100, 20, 20], room=30)
+    scheduler, move, (first, *others) = moving([100, 20, 20], room=30)
     stood_still = steps = 0
-    while any(sequence.outdated for sequence in (first, *others)):
+    while any(map(is_leaving, (first, *others))):
         before = first.completion_tokens
-        advance(scheduler, scheduler.schedule())
+        advance(scheduler, scheduler.schedule(move.send_back()))
         steps += 1
         if first.completion_tokens == before:
             stood_still += 1
-            assert all(other.outdated for other in others)
+            assert all(map(is_leaving, others))
     assert stood_still == 3, "of its prefill's four steps the last gave it a token"
     # It went on until there had been room for all of it.
     assert steps > 6
@@ -231,32 +249,37 @@ def test_nobody_is_sent_back_behind_a_long_sequence_that_moves() -> None:
 
 
 def test_a_long_prefill_earns_nobody_a_longer_stall() -> None:
-    scheduler, (first, *others) = moving([100, *[20] * 8], room=40)
-    while first.outdated or first.pending > 1:
-        advance(scheduler, scheduler.schedule())
-    while any(sequence.outdated for sequence in others):
+    scheduler, move, (first, *others) = moving([100, *[20] * 8], room=40)
+    while is_leaving(first) or first.pending > 1:
+        advance(scheduler, scheduler.schedule(move.send_back()))
+    while any(map(is_leaving, others)):
         before = [sequence.completion_tokens for sequence in others]
-        advance(scheduler, scheduler.schedule())
+        advance(scheduler, scheduler.schedule(move.send_back()))
         assert all(sequence.completion_tokens > had for sequence, had in zip(others, before, strict=True))
 
 
 def test_new_prompts_have_their_share_while_others_move() -> None:
-    scheduler, sequences = moving([20] * 8, room=64)
-    new = make_sequence("new", 120, 9)
+    scheduler, move, sequences = moving([20] * 8, room=64)
+    new = make_sequence("new", 120, 9, plan(1))
     scheduler.add(new)
     steps = 0
     while not new.completion_tokens:
-        advance(scheduler, scheduler.schedule())
+        advance(scheduler, scheduler.schedule(move.send_back()))
         steps += 1
     assert steps <= 5
-    assert any(sequence.outdated for sequence in sequences)
+    assert any(map(is_leaving, sequences))
 
 
 def test_what_does_not_fit_into_a_smaller_pool_is_sent_back_at_once() -> None:
-    scheduler, sequences = moving([20] * 4, room=50)
+    scheduler = Scheduler(BlockPool(64, 8), 16, 54, ChunkBudget(math.inf, 8, 54), None)
+    sequences = [make_sequence(f"{number}", 20, 40) for number in range(4)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    while not all(sequence.is_decoding for sequence in sequences):
+        advance(scheduler, scheduler.schedule())
     kept = max(sequences[1].blocks) + 1
-    scheduler.outdate(kept, scheduler.chunks)
-    assert [sequence.outdated for sequence in sequences] == [True, True, False, False]
+    Move(scheduler, plan(0), plan(1), 54, last_step=0.0).begin(kept, scheduler.chunks)
+    assert list(map(is_leaving, sequences)) == [True, True, False, False]
     assert list(scheduler.waiting) == sequences[2:]
     assert scheduler.pool.num_blocks == kept
 
@@ -272,8 +295,8 @@ def test_sequences_that_a_reload_moved_are_computed_before_new_ones_are_in_small
         scheduler.add(sequence)
     while any(sequence.pending > 1 for sequence in sequences[:4]):
         advance(scheduler, scheduler.schedule())
-    scheduler.moved_until = scheduler.preempt_all()
-    assert scheduler.moved_until == sequences[3].arrival
+    scheduler.unbounded_until = scheduler.preempt_all()
+    assert scheduler.unbounded_until == sequences[3].arrival
     for sequence in sequences[4:]:
         scheduler.add(sequence)
     sizes = []

@@ -1,4 +1,4 @@
-"""What a compiled call does beside a step: how often, how it chooses tokens, and when it is to stop early."""
+"""What a compiled call does besides a step: how many, how it chooses tokens, and when it stops early."""
 
 from collections.abc import Sequence as Seq
 from typing import Any, NamedTuple, Self
@@ -42,15 +42,15 @@ def draws_of(rows: Seq[Row]) -> Draws:
 
 
 class Interrupt:
-    """Ends a burst at the edge between two of its steps. Any thread may ask for it."""
+    """Ends a burst between two of its steps. Any thread may ask for it."""
 
     def __init__(self) -> None:
-        # Whether it was asked for, and how many steps a burst that was ended had taken.
+        # Whether somebody asked, and how many steps the burst that was ended had taken.
         self._words: NDArray[Any] = np.zeros(2, dtype=np.int64)
         self.address: int = self._words.ctypes.data
 
     def ask(self) -> None:
-        """Ends the burst that runs or, if none does, the next one after its first step."""
+        """Ends the burst that runs; if none does, the next one after its first step."""
         self._words[0] = 1
 
     def clear(self) -> None:
@@ -66,12 +66,12 @@ NO_LAST_TOKENS: NDArray[np.int64] = np.empty((0, 0), dtype=np.int64)
 
 
 class Burst(NamedTuple):
-    """`steps` steps: one, or several of decodes alone, each of the tokens of the one before."""
+    """`steps` steps: one, or several of decodes alone. Each computes the tokens that the last one chose."""
 
     steps: int = 1
     draws: Draws = NO_DRAWS
     interrupt: Interrupt | None = None
-    # Tokens that end each row, and the burst with it, -1: none; int64 [reads, any], or no rows.
+    # Tokens that end a row's text, and with it the burst: int64 [reads, any], -1 for none; or no rows.
     last_tokens: NDArray[np.int64] = NO_LAST_TOKENS
 
     @classmethod
@@ -83,7 +83,7 @@ class Burst(NamedTuple):
         interrupt: Interrupt,
         others: int = 0,
     ) -> Self:
-        """For the sequences that get a token. others: rows that are read behind theirs."""
+        """For the sequences that get a token. others: number of rows that are read after theirs."""
         last_tokens = NO_LAST_TOKENS
         if steps > 1 and not all(seq.sampling.ignore_eos for seq in readers):
             none = (-1,) * len(eos_token_ids)

@@ -1,11 +1,14 @@
 """Decode steps of fixed shapes, which a CUDA device runs as captured graphs: one launch, not hundreds."""
 
 import logging
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
+from helios.engine.backends.burst import ONE_STEP, Burst
 from helios.engine.backends.kv_cache import KVCache
 from helios.engine.backends.model import Model
 from helios.engine.backends.readout import Readout
@@ -65,48 +68,66 @@ class PaddedDecode:
         mine.tables[rows:] = spare
 
     def compute(self) -> Readout:
-        """What all rows read out. Writes their KV."""
-        # The batch's masks hang on its positions: they are computed anew, in the graph.
+        """The readout of all rows. Writes their KV."""
+        # The batch's masks depend on its positions, so they are computed anew, in the graph.
         batch = replace(self.batch)
-        return self.model.step(batch, self.cache, self.model.depth)
+        return self.model.backend.step(batch, self.cache, self.model.depth, ONE_STEP)
 
 
-@dataclass
-class DecodeGraphs:
-    """Graphs of `PaddedDecode`, by the powers of two that rows and blocks fit into; captured at first use.
+class GraphRunner:
+    """Runs decode steps as graphs of `PaddedDecode`, and all other steps as the model's backend does.
 
-    Valid for as long as model and cache keep their tensors.
+    Graphs are captured at first use, by the powers of two that rows and blocks fit into. They are valid for
+    as long as the cache keeps its tensors. Padding goes to the cache's last block.
     """
 
-    model: Model
-    cache: KVCache
-    spare_block: int
-    most_rows: int
-    _graphs: dict[tuple[int, int], tuple[PaddedDecode, torch.cuda.CUDAGraph, Readout]] = field(
-        default_factory=dict
-    )
+    has_bursts = False
+    spare_blocks = 1
 
-    def run(self, batch: Batch) -> Readout | None:
-        """What a step of decodes alone reads out, valid until the next call; else None."""
+    def __init__(self, model: Model, most_rows: int) -> None:
+        """most_rows: of steps that are captured."""
+        self._model, self._most_rows = model, most_rows
+        self._graphs: dict[tuple[int, int], tuple[PaddedDecode, torch.cuda.CUDAGraph, Readout]] = {}
+        # Of the cache that the graphs were captured on.
+        self._addresses: tuple[NDArray[Any], NDArray[Any]] | None = None
+
+    def run(self, batch: Batch, cache: KVCache, burst: Burst) -> tuple[Readout, list[int]]:
+        """As `Runner` says."""
+        if batch.chunks or batch.rows > self._most_rows:
+            found = self._model.backend.step(batch, cache, self._model.depth, burst)
+        else:
+            found = self._replayed(batch, cache)
+        return found, [self._model.depth] * len(found.best)
+
+    def release(self) -> None:
+        """Frees all graphs, and what they have allocated."""
+        self._graphs.clear()
+        self._addresses = None
+
+    def _replayed(self, batch: Batch, cache: KVCache) -> Readout:
+        if self._addresses is not cache.addresses:
+            self.release()
+            self._addresses = cache.addresses
         rows = batch.rows
-        if batch.chunks or rows > self.most_rows:
-            return None
         key = _at_least(rows), _at_least(batch.width)
         if key not in self._graphs:
-            self._graphs[key] = self._captured(*key)
+            self._graphs[key] = self._captured(cache, *key)
         step, graph, found = self._graphs[key]
         step.fill(batch)
         graph.replay()
         return found.rows(slice(rows))
 
-    def _captured(self, rows: int, blocks: int) -> tuple[PaddedDecode, torch.cuda.CUDAGraph, Readout]:
-        step = PaddedDecode(self.model, self.cache, rows, blocks, self.spare_block)
-        stream = torch.cuda.Stream(self.model.device)
-        stream.wait_stream(torch.cuda.current_stream(self.model.device))
+    def _captured(
+        self, cache: KVCache, rows: int, blocks: int
+    ) -> tuple[PaddedDecode, torch.cuda.CUDAGraph, Readout]:
+        step = PaddedDecode(self._model, cache, rows, blocks, spare_block=cache.num_blocks - 1)
+        device = self._model.device
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             for _ in range(_WARM_UPS):
                 step.compute()
-        torch.cuda.current_stream(self.model.device).wait_stream(stream)
+        torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # All graphs share their memory, as one runs at a time; a reload in another thread may allocate.
         pool = next((graph.pool() for _, graph, _ in self._graphs.values()), None)
@@ -117,5 +138,5 @@ class DecodeGraphs:
 
 
 def _at_least(count: int) -> int:
-    """The smallest power of two from `count` on."""
+    """The smallest power of two that is at least `count`."""
     return 1 << (count - 1).bit_length()

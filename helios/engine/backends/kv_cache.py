@@ -3,13 +3,14 @@
 import logging
 import math
 import mmap
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
+from helios.architectures.spec import ModelConfig
 from helios.engine.kernels.attention_int8 import LEAST, key_bytes, value_bytes
 from helios.engine.kernels.simd import LANES
 from helios.engine.weights.precision import checkpoint_dtype
@@ -17,20 +18,20 @@ from helios.modes import Precision
 
 log = logging.getLogger(__name__)
 
-# Compiled code reads whole registers of a head's values, the last ones beyond their end: readable memory.
+# Compiled code reads a head's values in whole registers, and so beyond their end, which must be readable.
 _SPARE_BYTES = 2 * LANES * 4
-# Memory is given back in parts, between which other threads go on.
+# Memory is given back in parts of so many bytes; between them other threads can run.
 _RELEASED_BYTES = 4 << 20
-# Address space is not memory yet (mmap(2); Python's module lacks the name until 3.13).
+# Reserves no memory for the address space (mmap(2); Python's module has no name for it before 3.13).
 _MAP_NORESERVE = 0x4000
 _KEPT_BESIDE = {Precision.FLOAT32: torch.float32, Precision.INT8: torch.int8}
 
 
 def kv_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """Of keys and values beside products in `precision`.
+    """The type of keys and values beside products in `precision`.
 
     On a CPU int8 beside int8, and float16 beside bfloat16, which is coarser: attention waits for memory, and
-    reads a quarter or half of the bytes then.
+    reads a quarter or half of the bytes this way.
     """
     if device.type != "cpu":
         return checkpoint_dtype(precision)
@@ -43,7 +44,7 @@ def kv_bytes(num_heads: int, head_dim: int, block_tokens: int, dtype: torch.dtyp
 
 
 def _slabs(head_dim: int, block_tokens: int, dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shapes of what a head has in a block: keys, values."""
+    """Shapes of a head's keys and of its values in a block."""
     if dtype == torch.int8:
         keys, values = key_bytes(head_dim, block_tokens), value_bytes(head_dim, block_tokens)
         return (keys,), (values,)
@@ -54,17 +55,17 @@ class KVCache:
     """Keys and values of every slot; slot = block * block_tokens + offset in the block.
 
     Keys of a block lie side by side in each dimension of a head, [blocks, heads, head_dim, block_tokens], so
-    that a query meets as many of them at once as a register has lanes; values [blocks, heads, block_tokens,
-    head_dim], as their weighted sum takes them.
+    that a query meets as many of them at once as a register has lanes. Values are [blocks, heads,
+    block_tokens, head_dim], as their weighted sum takes them.
 
-    In int8 four numbers lie together that a product takes at once: of a key's dimensions, [blocks, heads,
-    head_dim / 4, block_tokens, 4], around 128; of tokens, [blocks, heads, block_tokens / 4, head_dim, 4], the
-    dimensions padded to whole registers. Behind a head's keys are the scales of its keys and of its values,
-    float32 [2, block_tokens].
+    In int8 the four numbers that one instruction multiplies lie together: four dimensions of a key, [blocks,
+    heads, head_dim / 4, block_tokens, 4], stored with 128 added; the values of four tokens, [blocks, heads,
+    block_tokens / 4, head_dim, 4], the dimensions padded to whole registers. Behind a head's keys are the
+    scales of its keys and of its values, float32 [2, block_tokens].
 
-    Layers and blocks can become more and fewer while sequences hold blocks (`resize`). On a CPU each layer
-    has address space for the most blocks there may ever be and nothing moves: the system gives memory page by
-    page, at the first use, and gets it back when somebody has time for it (`give_back`).
+    The numbers of layers and of blocks can change while sequences hold blocks (`resize`). On a CPU each layer
+    has address space for the most blocks there may ever be, so nothing moves: the system gives memory page by
+    page, at the first use, and gets it back when somebody has time for that (`give_back`).
     """
 
     def __init__(
@@ -80,10 +81,10 @@ class KVCache:
         most_blocks: int = 0,
         commit: bool = True,
     ) -> None:
-        """most_blocks: what `resize` may ask for, if that is more than num_blocks.
+        """most_blocks: the most that `resize` may ask for, if that is more than num_blocks.
 
-        commit: the system gives the memory of all blocks now, ahead of serving.
-        Raises RuntimeError, MemoryError or OSError when there is none.
+        commit: the system gives the memory of all blocks now, before serving.
+        Raises RuntimeError, MemoryError or OSError when there is no memory.
         """
         self.block_tokens, self.dtype, self.device = block_tokens, dtype, device
         self.num_heads, self.head_dim = num_heads, head_dim
@@ -94,16 +95,49 @@ class KVCache:
         # Of each layer.
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
-        self.addresses: tuple[NDArray[Any], NDArray[Any]]
+        # Where each layer's keys and values lie; another object when anything moved (`resize`).
+        self.addresses: tuple[NDArray[Any], NDArray[Any]] = self._locate()
         self.resize(num_layers, num_blocks)
         if commit and device.type == "cpu":
             for tensor in (*self.keys, *self.values):
                 tensor.zero_()
 
+    @classmethod
+    def of(
+        cls,
+        config: ModelConfig,
+        depth: int,
+        num_blocks: int,
+        block_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        most_blocks: int = 0,
+        commit: bool = True,
+    ) -> Self:
+        """The cache of the first `depth` layers of a model."""
+        heads, head_dim = config.num_kv_heads, config.head_dim
+        return cls(
+            depth,
+            num_blocks,
+            block_tokens,
+            heads,
+            head_dim,
+            dtype,
+            device,
+            most_blocks=most_blocks,
+            commit=commit,
+        )
+
     @property
     def num_blocks(self) -> int:
         """Blocks that all layers have."""
         return min(map(len, (*self.keys, *self.values)), default=0)
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether `resize` moves nothing, and shrinks as well as grows."""
+        return self.device.type == "cpu"
 
     def has_room_for(self, num_blocks: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> bool:
         """Whether `resize` can make this cache one of such blocks."""
@@ -111,21 +145,23 @@ class KVCache:
         return same and num_blocks <= self._most_blocks
 
     def resize(self, num_layers: int, num_blocks: int) -> None:
-        """Has the first `num_layers` layers and `num_blocks` blocks from now on.
+        """Changes the cache to the first `num_layers` layers and to `num_blocks` blocks.
 
-        What layers and blocks that stay hold is kept. On a GPU layers keep as many blocks as they have where
-        there is no memory for more; then `num_blocks` is less. Raises RuntimeError, MemoryError or OSError
-        when there is no room for another layer, which leaves the cache with fewer.
+        Layers and blocks that stay keep their content. On a GPU without memory for more blocks, layers keep
+        those that they have; then `self.num_blocks` is less. Raises RuntimeError, MemoryError or OSError if
+        there is no memory for another layer, which leaves the cache with fewer.
         """
         del self.keys[num_layers:], self.values[num_layers:]
         try:
             for layer in range(num_layers):
                 self._resize_layer(layer, num_blocks)
         finally:
-            self.addresses = self._locate()
+            found = self._locate()
+            if not all(map(np.array_equal, found, self.addresses)):
+                self.addresses = found
 
     def give_back(self) -> None:
-        """Gives back to the system what fell away since the last time. Others may use the cache meanwhile."""
+        """Returns memory of layers and blocks that went to the system. Others may use the cache meanwhile."""
         for layer, rooms in enumerate(self._rooms):
             for room, tensors in zip(rooms, (self.keys, self.values), strict=True):
                 room.give_back(tensors[layer].nbytes if layer < len(tensors) else 0)
@@ -182,7 +218,7 @@ class KVCache:
         return keys, values
 
     def _bytes_of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A layer's numbers, four together, and scales, as the class says they lie."""
+        """A layer's keys and values, four numbers together, and scales, laid out as the class describes."""
         keys, tokens = self.keys[layer], self.block_tokens
         scales = keys[..., -8 * tokens :].view(torch.float32).unflatten(2, (2, tokens))
         numbers = keys[..., : -8 * tokens].view(torch.uint8).unflatten(2, (-1, tokens, 4))
@@ -214,7 +250,7 @@ class KVCache:
                 tensors[layer] = grown
 
     def _locate(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Where each layer's keys and values lie, for compiled code: unsigned where they are float16."""
+        """The addresses of each layer's keys and values, for compiled code: unsigned if they are float16."""
         kind = np.uint64 if self.dtype == torch.float16 else np.int64
         keys, values = (
             np.array([tensor.data_ptr() for tensor in tensors], dtype=kind)
@@ -224,7 +260,7 @@ class KVCache:
 
 
 def _rounded(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `byte_attention.remember` rounds: [tokens, heads, head_dim] whole ones, [tokens, heads] scales."""
+    """Whole numbers [tokens, heads, head_dim] and scales [tokens, heads], as `attention_int8` rounds them."""
     peaks = numbers.abs().amax(dim=2)
     inverses = torch.where(peaks > LEAST, 127 / peaks, 0)
     return (numbers * inverses[..., None]).round(), peaks / 127
@@ -238,17 +274,17 @@ class _Room:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         self._map = mmap.mmap(-1, size, flags=flags)
         self._numbers = torch.frombuffer(self._map, dtype=dtype)
-        # Bytes from the start that may have memory.
+        # So many bytes from the start may have memory.
         self._used = 0
 
     def tensor(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """Its first numbers."""
+        """A tensor of this shape over its first numbers."""
         found = self._numbers[: math.prod(shape)].view(shape)
         self._used = max(self._used, found.nbytes)
         return found
 
     def give_back(self, kept: int) -> None:
-        """Gives back all memory but that of the first `kept` bytes."""
+        """Returns all memory except that of the first `kept` bytes to the system."""
         start = -(-kept // mmap.PAGESIZE) * mmap.PAGESIZE
         for at in range(start, self._used, _RELEASED_BYTES):
             self._map.madvise(mmap.MADV_DONTNEED, at, min(_RELEASED_BYTES, self._used - at))

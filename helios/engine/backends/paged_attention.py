@@ -13,14 +13,9 @@ from helios.engine.scheduling.batch import Batch
 _PRECISIONS = {torch.float32: FLOAT32, torch.float16: BFLOAT16, torch.int8: INT8}
 
 
-def reads_in_place(cache: KVCache) -> bool:
-    """Whether `attend` can read this cache: on a CPU, dimensions in fours, blocks of whole registers."""
-    return (
-        cache.device.type == "cpu"
-        and cache.dtype in _PRECISIONS
-        and cache.head_dim % 4 == 0
-        and cache.block_tokens % LANES == 0
-    )
+def attends_in_place(device: torch.device, head_dim: int, block_tokens: int) -> bool:
+    """Whether `attend` can work on such caches: on a CPU, dimensions in fours, blocks of whole registers."""
+    return device.type == "cpu" and head_dim % 4 == 0 and block_tokens % LANES == 0
 
 
 def addresses_of(batch: Batch) -> BatchAddresses:

@@ -1,5 +1,6 @@
 """Logits, and what sampling needs first of each row."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -39,6 +40,16 @@ class Readout:
             host = self.host[0][chosen], self.host[1][chosen]
         return Readout(self.logits[chosen], self.best[chosen], self.summaries[chosen], host)
 
+    def nats(self, targets: Sequence[int]) -> float:
+        """Sum of the negative log-probabilities of one token for each row.
+
+        Infinite or NaN if the model computes no probabilities.
+        """
+        chosen = (float(self.logits[row, target]) for row, target in enumerate(targets))
+        return math.fsum(
+            normalizer - logit for normalizer, logit in zip(self.normalizers.tolist(), chosen, strict=True)
+        )
+
     def likeliest(self) -> tuple[list[int], list[float], list[float]]:
         """The likeliest token of each row, its natural log-probability and its probability."""
         if self.host is not None:
@@ -65,15 +76,18 @@ class Readout:
         return self.summaries[:, CONFIDENCE]
 
 
-def read(logits: torch.Tensor) -> Readout:
-    """Summarizes logits [rows, vocabulary]."""
+def read_on_device(logits: torch.Tensor) -> Readout:
+    """Summarizes logits [rows, vocabulary] with torch, where they are."""
     logits = logits.float()
-    if logits.device.type != "cpu":
-        peaks, best = logits.max(dim=-1)
-        normalizers = logits.logsumexp(dim=-1)
-        logprobs = peaks - normalizers
-        return Readout(logits, best, torch.stack([peaks, normalizers, logprobs, logprobs.exp()], dim=1))
-    logits = logits.contiguous()
+    peaks, best = logits.max(dim=-1)
+    normalizers = logits.logsumexp(dim=-1)
+    logprobs = peaks - normalizers
+    return Readout(logits, best, torch.stack([peaks, normalizers, logprobs, logprobs.exp()], dim=1))
+
+
+def read(logits: torch.Tensor) -> Readout:
+    """Summarizes logits [rows, vocabulary] on a CPU, with a kernel."""
+    logits = logits.float().contiguous()
     rows, width = logits.shape
     best, summaries = torch.empty(rows, dtype=torch.int64), torch.empty(rows, SUMMARY)
     TEAM.run(

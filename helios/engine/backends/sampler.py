@@ -1,8 +1,8 @@
 """The next token of every row of a batch.
 
 Compiled steps choose tokens themselves, in the same way (`kernels/sampling.py`); this is for all others. A
-row's draw depends on its logits and on (seed, position) alone: not on the batch, nor on history (but for the
-repetition penalty, which is defined by it). So a resumed stream goes on as it would have.
+row's draw depends on its logits and on (seed, position) alone: not on the batch, and not on history, except
+for the repetition penalty, which is defined by it. So a resumed stream goes on as it would have.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from helios.engine.kernels.sampling import uniform
 from helios.engine.scheduling.sequence import Sequence
 from helios.sampling import SamplingParams
 
-# A nucleus is looked for among this many top tokens before the whole vocabulary is sorted.
+# A nucleus is searched among this many top tokens before the whole vocabulary is sorted.
 _NUCLEUS_CANDIDATES = 1024
 
 
@@ -30,7 +30,7 @@ class Row(NamedTuple):
 
     @classmethod
     def of(cls, sequence: Sequence) -> Self:
-        """Of a sequence's next token."""
+        """For a sequence's next token."""
         return cls(sequence.sampling, len(sequence.token_ids), sequence.token_ids)
 
 
@@ -43,21 +43,21 @@ class Sampled(NamedTuple):
 
 
 def sample(found: Readout, rows: Mapping[int, Row]) -> Sampled:
-    """Chooses a token for each row of what was read out: the likeliest, if it is not among `rows`."""
+    """Chooses a token for each row of a readout: as `rows` says, and for all other rows the likeliest."""
     if not rows:
         return Sampled(*found.likeliest())
     index = torch.tensor(list(rows), device=found.best.device)
     logits = found.logits[index]
     chosen = _choose(logits, found.best[index], list(rows.values()))
     chances = logits.gather(1, chosen[:, None])[:, 0] - found.normalizers[index]
-    # Into copies: what was read out stays as it is.
+    # Written into copies: the readout stays as it is.
     summaries = found.summaries.clone()
     summaries[index, 2] = chances
     return Sampled(*Readout(found.logits, found.best.index_copy(0, index, chosen), summaries).likeliest())
 
 
 def _choose(logits: torch.Tensor, best: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
-    """Token ids [rows] from logits [rows, vocabulary], whose likeliest are `best`."""
+    """Token ids [rows] from logits [rows, vocabulary]; `best` are the likeliest."""
     scores = _penalized(logits, rows)
     chosen = best if scores is logits else scores.argmax(dim=-1)
     drawn = [index for index, row in enumerate(rows) if row.sampling.temperature > 0]
@@ -88,7 +88,7 @@ def _draw(scores: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
     """
     device = scores.device
     temperature = torch.tensor([row.sampling.temperature for row in rows], device=device)
-    # The maximum is taken off first, so that a tiny temperature cannot overflow.
+    # The maximum is subtracted first, so that a tiny temperature cannot overflow.
     scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature[:, None]
     scores = _limited(scores, rows)
     cumulative = scores.double().softmax(dim=-1).cumsum(dim=-1)

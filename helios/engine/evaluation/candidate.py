@@ -53,10 +53,10 @@ def load_candidate(entry: ModelEntry, settings: EvaluationSettings) -> Candidate
         cache_bytes=settings.packed_cache_bytes,
         beside_serving=True,
     )
-    model = Model(entry.config, weights)
+    model = Model(entry.config, weights, settings.block_tokens)
     # Without the warm-up: on a machine that has no kernels yet it compiles them, which no later load does.
     seconds = time.perf_counter() - began
-    warm_up(model, settings.block_tokens)
+    warm_up(model)
     loaded = load_tokenizer(entry.path, entry.facts)
     return Candidate(
         entry=entry,

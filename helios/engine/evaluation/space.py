@@ -13,6 +13,7 @@ from helios.engine.scheduling.block_pool import BlockPool
 from helios.engine.scheduling.detokenizer import Detokenizer
 from helios.engine.scheduling.sequence import Sequence
 from helios.sampling import SamplingParams
+from helios.served import ServedPlan
 
 # Requests that are continued in one batch.
 GROUP = 8
@@ -29,6 +30,8 @@ class Space:
     block_tokens: int
     # Tokens of the sequences that are timed.
     timed_context: int
+    # The model whole.
+    served: ServedPlan
 
     @classmethod
     def plan(
@@ -42,33 +45,25 @@ class Space:
         if timing:
             sequences = max(settings.batches[-1], TIMED_PROMPTS)
             num_blocks = max(num_blocks, sequences * pool.blocks_for(timed_context))
-        return cls(num_blocks, settings.block_tokens, timed_context)
+        served = ServedPlan(model=entry.name, depth=entry.num_layers)
+        return cls(num_blocks, settings.block_tokens, timed_context, served)
 
     def cache(self, model: Model) -> KVCache:
         """The KV of all layers."""
-        return kv_cache(model, self.num_blocks, self.block_tokens)
+        return KVCache.of(
+            model.config, model.depth, self.num_blocks, self.block_tokens, model.kv_dtype, model.device
+        )
 
     def sequences(self, tokenizer: Tokenizer, ids: Seq[Seq[int]], room: int = 0) -> list[Sequence]:
         """Sequences of these tokens with blocks for them and `room` more; they own the whole cache."""
         pool = BlockPool(self.num_blocks, self.block_tokens)
-        return [sequence_of(tokenizer, one, pool.allocate(pool.blocks_for(len(one) + room))) for one in ids]
+        return [
+            sequence_of(self.served, tokenizer, one, pool.allocate(pool.blocks_for(len(one) + room)))
+            for one in ids
+        ]
 
 
-def kv_cache(model: Model, num_blocks: int, block_tokens: int) -> KVCache:
-    """KV blocks for all layers of a model."""
-    config = model.config
-    return KVCache(
-        model.depth,
-        num_blocks,
-        block_tokens,
-        config.num_kv_heads,
-        config.head_dim,
-        model.kv_dtype,
-        model.device,
-    )
-
-
-def sequence_of(tokenizer: Tokenizer, ids: Seq[int], blocks: list[int]) -> Sequence:
+def sequence_of(plan: ServedPlan, tokenizer: Tokenizer, ids: Seq[int], blocks: list[int]) -> Sequence:
     """A sequence that nobody waits for: tokens, and blocks for them. Nothing of it is computed."""
     return Sequence(
         request_id="",
@@ -77,5 +72,6 @@ def sequence_of(tokenizer: Tokenizer, ids: Seq[int], blocks: list[int]) -> Seque
         sampling=SamplingParams(),
         detokenizer=Detokenizer(tokenizer, ()),
         sink=lambda _: None,
+        plan=plan,
         blocks=blocks,
     )

@@ -9,6 +9,7 @@ from itertools import combinations
 
 import torch
 
+from helios.engine.backends.burst import ONE_STEP
 from helios.engine.backends.kv_cache import KVCache
 from helios.engine.backends.model import Model
 from helios.engine.backends.sampler import sample
@@ -165,4 +166,4 @@ def _step(model: Model, cache: KVCache, depth: int, sequences: Seq[Sequence], bl
     """An engine's step without its scheduling and detokenizing."""
     scheduled = [(sequence, sequence.pending) for sequence in sequences]
     batch, _ = build_batch(scheduled, block_tokens, model.device)
-    sample(model.step(batch, cache, depth), {})
+    sample(model.backend.step(batch, cache, depth, ONE_STEP), {})

@@ -11,14 +11,13 @@ import torch
 import helios
 from helios.catalog import ModelEntry
 from helios.engine.backends.kv_cache import KVCache
-from helios.engine.backends.model import Model
 from helios.engine.evaluation.candidate import Candidate
 from helios.engine.evaluation.energy import measured_power
 from helios.engine.evaluation.pace import Pace
 from helios.engine.evaluation.settings import EvaluationSettings
 from helios.engine.evaluation.space import TIMED_PROMPTS, Space
 from helios.engine.evaluation.speed import Clock, Speed, fit_speeds, measure_speed, timed_depths
-from helios.engine.threads import get_threads, lend, set_threads
+from helios.engine.threads import get_threads, set_threads
 from helios.hardware import cpu_name
 from helios.history import ModelProfile
 
@@ -113,12 +112,12 @@ def time_steps(
 
     threads = get_threads()
     with measured_power(settings.device, settings.power_watts) as power:
-        _use(settings.timing_threads or threads, model)
+        set_threads(settings.timing_threads or threads, settings.precision, settings.device)
         try:
             clock = Clock.of(model.device).name
             timed = {depth: measure(depth) for depth in depths}
         finally:
-            _use(threads, model)
+            set_threads(threads, settings.precision, settings.device)
     speeds = fit_speeds(timed, exit_layers)
     batch = settings.batches[-1]
     joules = {
@@ -130,8 +129,3 @@ def time_steps(
     load_seconds = {depth: size * seconds_per_byte for depth, size in candidate.weight_bytes.items()}
     facts = (str(time.time()), clock, power.source)
     return Timing(speeds, joules, load_seconds, dict(zip(_TIMING_FACTS, facts, strict=True)))
-
-
-def _use(threads: int, model: Model) -> None:
-    set_threads(threads)
-    lend(compiled=model.compiled)

@@ -12,14 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from helios.engine.backends.exits import run_dynamic
+from helios.engine.backends.burst import ONE_STEP
 from helios.engine.backends.kv_cache import KVCache
-from helios.engine.evaluation.space import kv_cache, sequence_of
+from helios.engine.evaluation.space import sequence_of
 from helios.engine.plan import Plan
 from helios.engine.scheduling.batch import build_batch
 from helios.engine.scheduling.block_pool import BlockPool
 
-_BLOCK_TOKENS = 16
 # Positions whose logits are held at a time.
 _ROWS = 64
 # Texts that walk dynamically in one batch.
@@ -62,8 +61,8 @@ def trace_exits(plan: Plan, texts: Sequence[Sequence[int]]) -> list[ExitTrace]:
     traces = []
     for text in texts:
         blocks = pool.allocate(pool.blocks_for(len(text)))
-        sequence = sequence_of(plan.tokenizer, text, blocks)
-        batch, _ = build_batch([(sequence, len(text))], _BLOCK_TOKENS, model.device)
+        sequence = sequence_of(plan.served, plan.tokenizer, text, blocks)
+        batch, _ = build_batch([(sequence, len(text))], model.block_tokens, model.device)
         hidden, targets = model.embed(batch.token_ids, batch.positions), batch.token_ids[1:]
         columns = []
         for first, last in itertools.pairwise((0, *exit_layers)):
@@ -100,15 +99,17 @@ def _walk(
 ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.float32]]:
     """One batch of `trace_dynamic`."""
     length = len(texts[0])
-    cache, pool = _space(plan, (length + _BLOCK_TOKENS) * len(texts))
+    block_tokens = plan.model.block_tokens
+    cache, pool = _space(plan, (length + block_tokens) * len(texts))
     sequences = [
-        sequence_of(plan.tokenizer, text[:prefix], pool.allocate(pool.blocks_for(length))) for text in texts
+        sequence_of(plan.served, plan.tokenizer, text[:prefix], pool.allocate(pool.blocks_for(length)))
+        for text in texts
     ]
     exits, top_ids, nats = [], [], []
     for position in range(prefix, length):
         scheduled = [(sequence, sequence.pending) for sequence in sequences]
-        batch, _ = build_batch(scheduled, _BLOCK_TOKENS, plan.model.device)
-        found, exit_layers = run_dynamic(plan.model, batch, cache, thresholds)
+        batch, _ = build_batch(scheduled, block_tokens, plan.model.device)
+        found, exit_layers = plan.model.backend.step_dynamic(batch, cache, thresholds, ONE_STEP)
         top, _, cost = _read(found.logits, torch.tensor([text[position] for text in texts]))
         exits.append(exit_layers)
         top_ids.append(top.numpy())
@@ -132,5 +133,7 @@ def _read(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, to
 
 def _space(plan: Plan, tokens: int) -> tuple[KVCache, BlockPool]:
     """KV for so many tokens, and the blocks that it has."""
-    num_blocks = -(-tokens // _BLOCK_TOKENS)
-    return kv_cache(plan.model, num_blocks, _BLOCK_TOKENS), BlockPool(num_blocks, _BLOCK_TOKENS)
+    model, block_tokens = plan.model, plan.model.block_tokens
+    num_blocks = -(-tokens // block_tokens)
+    cache = KVCache.of(model.config, model.depth, num_blocks, block_tokens, model.kv_dtype, model.device)
+    return cache, BlockPool(num_blocks, block_tokens)

@@ -17,20 +17,20 @@ class PrefillChunk:
 
     start: int
     end: int
-    # Blocks of all the sequence's tokens up to and with this chunk. [1, blocks]
+    # Blocks of all the sequence's tokens up to the end of this chunk. [1, blocks]
     context_blocks: torch.Tensor
-    # Which of their slots each row may see; None: the chunk is the whole context, plainly causal.
+    # Which slots of these blocks each row may see; None: the chunk is the whole context, plainly causal.
     # [rows, blocks * block_tokens]
     mask: torch.Tensor | None
 
 
-# Not frozen: one is made for each step, and that would take twice as long.
+# Not frozen: one is made for each step, and freezing makes that twice as slow.
 @dataclass(eq=False)
 class Batch:
-    """One step. T rows of S sequences; the first `decode_rows` are single tokens of as many sequences."""
+    """One step: T rows of S sequences. The first `decode_rows` are single tokens of as many sequences."""
 
-    # All that has a number a row or a block: token ids, positions, slots and row_tables, [T] each; read_rows,
-    # [R]; tables, [S, W]. An array of 64 bits each is on its way to the device.
+    # All integers of the step, one after the other: token ids, positions, slots and row_tables, [T] each;
+    # read_rows, [R]; tables, [S, W]. Built in host memory as an array of 64 bits each.
     values: "torch.Tensor | array[int]"
     device: torch.device
     rows: int
@@ -38,7 +38,7 @@ class Batch:
     sequences: int
     decode_rows: int
     block_tokens: int
-    # Rows start..end of each prefill, and whether they are its whole context.
+    # (start, end, whole) of each prefill: its rows, and whether they are its whole context.
     chunks: tuple[tuple[int, int, bool], ...]
 
     @classmethod
@@ -54,14 +54,14 @@ class Batch:
         chunks: tuple[tuple[int, int, bool], ...],
         read_rows: torch.Tensor,
     ) -> "Batch":
-        """A batch of its parts, int64."""
+        """A batch from its parts, int64 each."""
         numbers = torch.cat([token_ids, positions, slots, row_tables, read_rows, tables.flatten()])
         sizes = len(token_ids), len(read_rows), len(tables)
         return cls(numbers, numbers.device, *sizes, decode_rows, block_tokens, chunks)
 
     @cached_property
     def numbers(self) -> torch.Tensor:
-        """`values` on the device, in one transfer. Compiled code needs no tensor of them."""
+        """`values` on the device, in one transfer. Compiled code reads `addresses` instead."""
         if isinstance(self.values, torch.Tensor):
             return self.values
         return torch.frombuffer(self.values, dtype=torch.int64).to(self.device)
@@ -83,7 +83,7 @@ class Batch:
 
     @property
     def slots(self) -> torch.Tensor:
-        """Where each row's keys and values go. [T]"""
+        """The slot that each row's keys and values are written to. [T]"""
         return self._parts[2]
 
     @property
@@ -93,7 +93,7 @@ class Batch:
 
     @property
     def read_rows(self) -> torch.Tensor:
-        """Rows that a token is read from, in the order of the sequences that get one. [R]"""
+        """Rows from which a token is read, in the order of the sequences that get one. [R]"""
         return self._parts[4]
 
     @property
@@ -109,7 +109,7 @@ class Batch:
 
     @cached_property
     def lengths(self) -> torch.Tensor:
-        """Tokens that each row sees, itself the last: [T]."""
+        """Tokens that each row sees, itself included: [T]."""
         return self.positions + 1
 
     @property
@@ -120,7 +120,7 @@ class Batch:
 
     @cached_property
     def decode_mask(self) -> torch.Tensor:
-        """True where a decode row may look: [decode_rows, 1, 1, blocks * block_tokens]."""
+        """True where a decode row may attend to: [decode_rows, 1, 1, blocks * block_tokens]."""
         lengths = self.lengths[: self.decode_rows, None]
         return self._slots_seen < lengths[:, None, None]
 
@@ -131,7 +131,7 @@ class Batch:
 
     @cached_property
     def prefills(self) -> tuple[PrefillChunk, ...]:
-        """The chunks with what their attention needs."""
+        """The chunks, with the blocks and masks of their attention."""
         found = []
         for start, end, whole in self.chunks:
             table = self.tables[self.row_tables[start : start + 1]]
@@ -173,8 +173,8 @@ def build_batch(
 ) -> tuple[Batch, list[Sequence]]:
     """The batch of scheduled (sequence, tokens), and the sequences that get a token from it.
 
-    A sequence gets a token when its last known token is among the rows. Behind their rows those of `readings`
-    are read, which notes what they are to predict.
+    A sequence gets a token when its last known token is among the rows. The rows of `readings` are read after
+    theirs; `readings` notes the tokens that follow them.
     """
     decodes: list[Sequence] = []
     prefills: list[tuple[Sequence, int]] = []
@@ -183,8 +183,8 @@ def build_batch(
             decodes.append(seq)
         else:
             prefills.append((seq, count))
-    # Each decode row is the last token of its sequence, and read. What a sequence has lies scattered: it is
-    # gone through once.
+    # Each decode row is the last token of its sequence, and is read. Sequences lie scattered in memory, so
+    # there is one pass over them.
     token_ids, positions, slots, tables = [], [], [], []
     for seq in decodes:
         position, blocks = seq.computed, seq.blocks
@@ -211,7 +211,7 @@ def build_batch(
     if readings is not None:
         read_rows += readings.rows
     rows, width = len(token_ids), max(map(len, tables))
-    # One conversion for all.
+    # All in one list, so that it is converted once.
     numbers = token_ids + positions + slots + row_tables + read_rows
     for table in tables:
         numbers += table

@@ -1,4 +1,4 @@
-"""The blocks of the paged KV: who holds which, and which hold the beginning of a text that may come again."""
+"""The blocks of the paged KV: who holds which, and which keep the beginning of a text that may come again."""
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -10,15 +10,16 @@ class BlockPool:
     """Hands out block numbers. A block may have several holders; each frees it exactly once.
 
     A full block can be published under the digest of all tokens up to its end (`Sequence.digests`). Others
-    may then read it, and it keeps its content when nobody holds it any more, until its place is needed: the
-    one that was freed longest ago goes first (as in vLLM, Kwon et al. 2023).
+    may then read it. When nobody holds it any more it keeps its content until its place is needed: the block
+    that was freed longest ago goes first (as in vLLM, Kwon et al. 2023).
     """
 
     def __init__(self, num_blocks: int, block_tokens: int) -> None:
         self.num_blocks = num_blocks
         self.block_tokens = block_tokens
         self._holders = [0] * num_blocks
-        # Held by nobody: with nothing worth keeping, and published, the one freed longest ago first.
+        # Blocks that nobody holds: those with nothing worth keeping, and the published ones, the one freed
+        # longest ago first.
         self._empty = list(range(num_blocks - 1, -1, -1))
         self._kept: OrderedDict[int, None] = OrderedDict()
         self._published: dict[bytes, int] = {}
@@ -40,13 +41,13 @@ class BlockPool:
         return [self._take_one() for _ in range(count)]
 
     def grow(self, num_blocks: int) -> None:
-        """Adds blocks up to `num_blocks` in all; those handed out stay as they are."""
+        """Adds blocks until there are `num_blocks`; those handed out stay as they are."""
         self._empty.extend(range(num_blocks - 1, self.num_blocks - 1, -1))
         self._holders += [0] * (num_blocks - self.num_blocks)
         self.num_blocks = num_blocks
 
     def renew(self, num_blocks: int) -> None:
-        """Has `num_blocks` blocks from now on, all that are held among them, and nothing published."""
+        """Withdraws all that is published and changes the number of blocks. All held blocks must remain."""
         self._published.clear()
         self._digest_of.clear()
         self._kept.clear()
@@ -57,7 +58,7 @@ class BlockPool:
 
     def free(self, blocks: Sequence[int]) -> None:
         """Gives blocks back. Raises ValueError for a block that is not held."""
-        # The end of a text is the first to go: its beginning may serve other texts.
+        # The end of a text goes first: its beginning may serve other texts.
         for block in reversed(blocks):
             if not self._holders[block]:
                 raise ValueError(f"KV block {block} is freed but was not held")
@@ -70,7 +71,7 @@ class BlockPool:
                 self._empty.append(block)
 
     def publish(self, block: int, digest: bytes) -> None:
-        """Lets a full block be found by its digest, unless another one is. Nobody may write to it again."""
+        """Lets a full block be found by its digest, unless another block is. Nobody may write to it again."""
         if digest not in self._published:
             self._published[digest] = block
             self._digest_of[block] = digest

@@ -6,9 +6,6 @@ blocks for all its tokens. When a running one needs a block and none is free, th
 sequence is preempted: its blocks are freed, and it waits to be recomputed (Kwon et al. 2023, section 4.5).
 The oldest is never preempted for a younger one, so every sequence ends.
 
-After a reload whose plan needs other keys and values, sequences go on under the plan before and are sent
-back to be recomputed a few at a time, oldest first: none stands still for longer than its own prefill takes.
-
 What this or an earlier sequence has computed of the same beginning is not computed again: its full blocks
 are shared (`BlockPool`).
 """
@@ -40,13 +37,11 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest arrival first
         self.preemptions = 0
-        # Tokens that need not be computed because others have.
+        # Tokens that were not computed, because a sequence with the same beginning had been.
         self.cached_tokens = 0
-        # Up to this arrival sequences were under way when a reload had all computed anew at once.
-        self.moved_until = -1
-        # Whether some that run are outdated, and how many tokens of them may be computed anew by now.
-        self.moving = False
-        self._credit = 0
+        # Prefills of sequences that arrived up to here take all that is left of a step, not only a chunk: a
+        # reload has made them stand still.
+        self.unbounded_until = -1
         self._block_tokens = pool.block_tokens
         self._max_running = max_running
         self._step_token_budget = step_token_budget
@@ -61,10 +56,12 @@ class Scheduler:
         """Queues a sequence behind those that arrived before it."""
         self.waiting.append(sequence)
 
-    def schedule(self) -> list[tuple[Sequence, int]]:
-        """(sequence, tokens to compute) of the next step; empty when there is nothing to do."""
+    def schedule(self, least: int = 0) -> list[tuple[Sequence, int]]:
+        """(sequence, tokens to compute) of the next step; empty when there is nothing to do.
+
+        least: prompt tokens that the step may take beside decodes, even if that is more than a chunk.
+        """
         self._secure_blocks()
-        least = self._send_back() if self.moving else 0
         self._make_room()
         budget = self._step_token_budget
         scheduled: list[tuple[Sequence, int]] = []
@@ -78,17 +75,16 @@ class Scheduler:
         if not waiting:
             return scheduled
         budget -= decoding
-        # Who was sent back is older than prompts that are under way.
+        # A sequence that was sent back can be older than prompts that are under way.
         while prefills and self.waiting and self.waiting[0].arrival < prefills[-1].arrival:
             if (admitted := self._admit()) is None:
                 break
             insort(prefills, admitted, key=lambda seq: seq.arrival)
         first = prefills[0] if prefills else self.waiting[0]
         if scheduled and first.arrival < scheduled[-1][0].arrival:
-            # Whoever is older than one that decodes does not wait for a step that tells what such steps take.
+            # A sequence older than one that decodes does not wait until the time of such steps is known.
             least = max(least, self._block_tokens)
-        # Those that a reload has made stand still go first: chunks as for new prompts would keep them longer.
-        if first.arrival > self.moved_until:
+        if first.arrival > self.unbounded_until:
             budget = min(budget, max(least, self.chunks.tokens(decoding, waiting)))
         for seq in prefills:
             budget = self._chunk(seq, budget, scheduled)
@@ -97,9 +93,9 @@ class Scheduler:
         return scheduled
 
     def reserve(self, sequences: Iterable[Sequence], tokens: int) -> bool:
-        """Gives each of these running sequences blocks for so many tokens more.
+        """Gives each of these running sequences blocks for `tokens` more tokens.
 
-        False, and none, if too few are free: nobody is preempted for them.
+        Gives none and returns False if too few are free: nobody is preempted for them.
         """
         wanted = [(seq, missing) for seq in sequences if (missing := self._missing(seq, tokens))]
         if wanted and sum(missing for _, missing in wanted) > self.pool.free_blocks:
@@ -109,11 +105,14 @@ class Scheduler:
         return True
 
     def advance(self, seq: Sequence, count: int) -> None:
-        """Notes that keys and values of a sequence's next `count` tokens are in its blocks."""
+        """Notes that keys and values of a sequence's next `count` tokens are in its blocks.
+
+        Full blocks are published, unless the sequence is about to leave its plan: no new one is under that.
+        """
         before = seq.computed // self.pool.block_tokens
         seq.computed += count
         full = seq.computed // self.pool.block_tokens
-        if self._copy_block is not None and full > before and not seq.outdated:
+        if self._copy_block is not None and full > before and seq.next_plan is None:
             digests = seq.digests(self.pool.block_tokens)
             for index in range(before, full):
                 self.pool.publish(seq.blocks[index], digests[index])
@@ -127,65 +126,38 @@ class Scheduler:
         self._release(sequence)
         sequence.state = SequenceState.FINISHED
 
-    def outdate(self, num_blocks: int, chunks: ChunkBudget) -> None:
-        """Begins to move all sequences to another plan, for which nothing that is in the blocks holds.
-
-        Those that decode go on under the plan before until `schedule` sends them back; the others are sent
-        back here. The pool has `num_blocks` blocks from now on.
-        """
-        for seq in reversed(self.running.copy()):
-            seq.outdated = seq.is_decoding and max(seq.blocks) < num_blocks
-            if not seq.outdated:
-                self._preempt(seq)
-        self.moving = bool(self.running)
-        self._credit = 0
-        self.pool.renew(num_blocks)
-        self.chunks = chunks
+    def preempt(self, seq: Sequence) -> None:
+        """Sends a running sequence back to the queue, to be recomputed under its next plan, if it has one."""
+        self.running.remove(seq)
+        self._release(seq)
+        seq.state = SequenceState.WAITING
+        if seq.next_plan is not None:
+            seq.plan, seq.next_plan = seq.next_plan, None
+        seq.preemptions += 1
+        self.preemptions += 1
+        insort(self.waiting, seq, key=lambda waiting: waiting.arrival)
 
     def preempt_all(self) -> int:
-        """Sends every running sequence back to the queue, to be recomputed. The last one's arrival."""
+        """Preempts every running sequence. Returns the arrival of the youngest, -1 if there was none."""
         last = self.running[-1].arrival if self.running else -1
         while self.running:
-            self._preempt(self.running[-1])
+            self.preempt(self.running[-1])
         return last
 
-    def _send_back(self) -> int:
-        """Sends outdated sequences back to the queue, oldest first, as fast as steps have room for them.
-
-        Half of the room, where others wait as well; none while one that was sent is not done. Returns how
-        many tokens of them the step is to compute: what does not quite fit is computed whole all the same.
-        """
-        outdated = deque(seq for seq in self.running if seq.outdated)
-        if not outdated:
-            self.moving = False
-            return 0
-        decoding = sum(seq.pending == 1 for seq in self.running)
-        room = max(1, min(self.chunks.tokens(decoding), self._step_token_budget - decoding))
-        prefills = [seq for seq in (*self.running, *self.waiting) if seq.pending > 1]
-        earned = -(-room // 2) if prefills else room
-        # Saved up for one sequence, not for many at once.
-        self._credit = min(self._credit + earned, max(room, len(outdated[0].token_ids)))
-        sent = 0
-        if not any(seq.arrival < outdated[0].arrival for seq in prefills):
-            while outdated and (tokens := len(outdated[0].token_ids)) <= self._credit:
-                self._credit -= tokens
-                sent += tokens
-                self._preempt(outdated.popleft())
-        self.moving = bool(outdated)
-        return sent if sent <= 2 * room else 0
-
     def _make_room(self) -> None:
-        """Preempts the youngest for the first in the queue where that one is older: it was sent back, and
-        blocks that it shared are not free yet."""
+        """Preempts the youngest for the first in the queue, if that one is older.
+
+        It was sent back, and the blocks that it shared with others are not free.
+        """
         if not (self.waiting and self.running):
             return
         first = self.waiting[0]
         needed = self.pool.blocks_for(len(first.token_ids))
         while self.running and self.running[-1].arrival > first.arrival and needed > self.pool.free_blocks:
-            self._preempt(self.running[-1])
+            self.preempt(self.running[-1])
 
     def _admit(self) -> Sequence | None:
-        """Takes the first of the queue into the batch; None where there is no place or no memory for it."""
+        """Takes the first of the queue into the batch; None if there is no place or no memory for it."""
         # First come, first served: nobody overtakes it.
         if not self.waiting or len(self.running) >= self._max_running:
             return None
@@ -204,12 +176,12 @@ class Scheduler:
         return budget - max(count, 0)
 
     def _give_blocks(self, seq: Sequence) -> bool:
-        """Blocks for all tokens of a sequence that has none; False, and none, when too few are free."""
+        """Gives a sequence without blocks those for all its tokens; False, and none, if too few are free."""
         pool, tokens = self.pool, len(seq.token_ids)
         shared = [] if self._copy_block is None else pool.reuse(seq.digests(pool.block_tokens))
         computed = len(shared) * pool.block_tokens
         if self._copy_block is not None and computed == tokens:
-            # The last token is computed in any case, for what comes after it, but not where others read.
+            # The last token must be computed, for the token after it, but not in a block that others read.
             source = shared.pop()
             computed -= pool.block_tokens
             if pool.free_blocks:
@@ -233,25 +205,16 @@ class Scheduler:
             seq = self.running[index]
             if missing := self._missing(seq):
                 if missing > self.pool.free_blocks:
-                    self._preempt(self.running[-1])
+                    self.preempt(self.running[-1])
                     continue
                 seq.blocks += self.pool.allocate(missing)
             index += 1
 
     def _missing(self, seq: Sequence, more: int = 0) -> int:
-        """Blocks that a sequence lacks for its tokens and so many more."""
-        # Asked of each sequence in each step, which mostly lacks none: of no other object.
+        """Blocks that a sequence lacks for its tokens and `more` of them."""
+        # Called for each sequence in each step, most of which lack none, so no other object is asked.
         tokens = len(seq.token_ids) + more - len(seq.blocks) * self._block_tokens
         return -(-tokens // self._block_tokens) if tokens > 0 else 0
-
-    def _preempt(self, seq: Sequence) -> None:
-        self.running.remove(seq)
-        self._release(seq)
-        seq.state = SequenceState.WAITING
-        seq.outdated = False
-        seq.preemptions += 1
-        self.preemptions += 1
-        insort(self.waiting, seq, key=lambda waiting: waiting.arrival)
 
     def _release(self, seq: Sequence) -> None:
         self.pool.free(seq.blocks)

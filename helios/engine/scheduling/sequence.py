@@ -2,26 +2,17 @@
 
 import enum
 import itertools
-import time
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import NamedTuple
 
+from helios.engine.interface import Finish, FinishReason, Output, PhaseTimes
 from helios.engine.scheduling.detokenizer import Detokenizer
-from helios.errors import HeliosError
 from helios.sampling import SamplingParams
+from helios.served import ServedPlan
 
 _arrivals = itertools.count()
-
-
-class FinishReason(enum.Enum):
-    """Why a sequence ended by itself."""
-
-    LENGTH = "length"
-    EOS = "eos"
-    STOP = "stop"
 
 
 class SequenceState(enum.Enum):
@@ -30,54 +21,6 @@ class SequenceState(enum.Enum):
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
-
-
-# Not frozen: one is made for each token, and that would take four times as long.
-@dataclass(slots=True)
-class GeneratedToken:
-    """One token as it leaves the engine.
-
-    `index` counts generated tokens from 0; `logprob` is natural, before temperature and penalties;
-    `confidence` is the top probability at the exit; `exit_layer` the layers that computed it.
-    """
-
-    index: int
-    token_id: int
-    text: str
-    logprob: float
-    confidence: float
-    exit_layer: int
-    model: str
-
-
-@dataclass(frozen=True, slots=True)
-class Finish:
-    """The end of a sequence. `text` is the whole generated text, emitted tokens included."""
-
-    reason: FinishReason
-    text: str
-    prompt_tokens: int
-    completion_tokens: int
-
-
-class Output(NamedTuple):
-    """What one step did for one sequence: tokens, then its end or its failure if there was one."""
-
-    tokens: tuple[GeneratedToken, ...] = ()
-    finish: Finish | None = None
-    error: HeliosError | None = None
-    # Another sequence's output of the same step follows at once: whoever waits need not be woken yet.
-    more: bool = False
-
-
-@dataclass(slots=True)
-class PhaseTimes:
-    """When a sequence passed each phase, nanoseconds since the Unix epoch; 0: not yet."""
-
-    submitted: int = field(default_factory=time.time_ns)
-    scheduled: int = 0
-    first_token: int = 0
-    finished: int = 0
 
 
 @dataclass(eq=False, slots=True)
@@ -90,15 +33,17 @@ class Sequence:
     sampling: SamplingParams
     detokenizer: Detokenizer
     sink: Callable[[Output], None]
+    # The plan that computes it. Its keys and values are of this plan.
+    plan: ServedPlan
     # On the clock of time.monotonic.
     deadline: float | None = None
     arrival: int = field(default_factory=lambda: next(_arrivals))
     state: SequenceState = SequenceState.WAITING
     blocks: list[int] = field(default_factory=list)
-    # Tokens whose KV is in the cache.
+    # Tokens whose keys and values are in the blocks.
     computed: int = 0
-    # Its KV is of the plan before the one in force: it goes on under that one until it is computed anew.
-    outdated: bool = False
+    # The plan that it changes to when its blocks are given up next; None: it stays under its own.
+    next_plan: ServedPlan | None = None
     preemptions: int = 0
     # Prompt tokens up to here have been sampled (`PromptReadings`); prefilled again, they are not read again.
     read_until: int = 0
@@ -113,7 +58,7 @@ class Sequence:
 
     @property
     def completion_tokens(self) -> int:
-        """Tokens generated so far, those emitted before a resume included."""
+        """Tokens generated so far, including those emitted before a resume."""
         return len(self.token_ids) - self.prompt_tokens
 
     @property
@@ -131,11 +76,11 @@ class Sequence:
         return self.computed + 1 == len(self.token_ids) > self.prompt_tokens
 
     def digests(self, block_tokens: int) -> list[bytes]:
-        """Of each full block of its tokens, a digest of all tokens up to the block's end."""
+        """For each full block of its tokens, a digest of all tokens up to the block's end."""
         while (end := (len(self._digests) + 1) * block_tokens) <= len(self.token_ids):
             before = self._digests[-1] if self._digests else b""
             tokens = array("q", self.token_ids[end - block_tokens : end]).tobytes()
-            # Cryptographic: nobody can make a prompt that is taken for another one's beginning.
+            # Cryptographic: nobody can make a prompt that is taken for the beginning of another one.
             self._digests.append(blake2b(before + tokens, digest_size=16).digest())
         return self._digests
 

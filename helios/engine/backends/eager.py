@@ -1,0 +1,199 @@
+"""The first layers of a model over paged KV, one torch operation after the other, in the form of its config.
+
+Linear layers compute in their own precision, which does not show here.
+"""
+
+import itertools
+from collections.abc import Callable, Mapping
+
+import torch
+from torch.nn import functional as F
+
+from helios.architectures.spec import ModelConfig
+from helios.engine.backends.burst import ONE_STEP, Burst
+from helios.engine.backends.kv_cache import KVCache
+from helios.engine.backends.paged_attention import attend, attends_in_place
+from helios.engine.backends.readout import Readout, read, read_on_device
+from helios.engine.scheduling.batch import Batch
+from helios.engine.weights.linear import PackedLinear
+from helios.engine.weights.packed_weights import Head, PackedWeights
+from helios.engine.weights.parts import Norm
+
+_ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"relu": F.relu, "gelu": F.gelu}
+
+
+class EagerModel:
+    """Computes embeddings, layers and exit heads with torch; packed linear layers by their kernel."""
+
+    def __init__(self, config: ModelConfig, weights: PackedWeights, block_tokens: int) -> None:
+        """block_tokens: of the caches that it will work on."""
+        self._config, self._layers = config, weights.layers
+        ends = weights.ends
+        device = ends.embed_positions.device
+        # Beside packed products everything is in float32.
+        is_packed = isinstance(ends.lm_head, PackedLinear)
+        # Of activations.
+        self.dtype = torch.float32 if is_packed else ends.embed_positions.dtype
+        # None: the rows of the LM head.
+        self._embed_tokens, self._embed_positions = ends.embed_tokens, ends.embed_positions
+        self._project_in, self._project_out, self._lm_head = ends.project_in, ends.project_out, ends.lm_head
+        self._final = weights.final or Head(None, None)
+        self._exits = weights.exits
+        self._activation = _ACTIVATIONS[config.activation]
+        in_place = attends_in_place(device, config.head_dim, block_tokens)
+        self._attention = _attend_in_place if in_place else _attend_to_gathered
+        self._read = read if device.type == "cpu" else read_on_device
+
+    def step(self, batch: Batch, cache: KVCache, depth: int, _burst: Burst = ONE_STEP) -> Readout:
+        """The readout of the batch's read rows after the first `depth` layers; writes the KV of all rows.
+
+        Takes one step and draws no tokens: it is given no other burst.
+        """
+        hidden = self.layers(self.embed(batch.token_ids, batch.positions), batch, cache, 0, depth)
+        # Rows are read in order, so if as many are read as there are, all are.
+        if batch.reads < batch.rows:
+            hidden = hidden[batch.read_rows]
+        return self._read(self.read_out(hidden, depth))
+
+    def step_dynamic(
+        self, batch: Batch, cache: KVCache, thresholds: Mapping[int, float], _burst: Burst = ONE_STEP
+    ) -> tuple[Readout, list[int]]:
+        """Each decode row leaves at its first confident exit; the batch goes on for the others.
+
+        Prefill rows walk all layers. The KV of layers that a row skips is computed from its state at the
+        exit (state propagation, EE-LLM, Chen et al. 2024). `thresholds` maps the exits before the last to
+        the confidence they ask for. Returns the readout of the read rows, and the exit layer of each. Takes
+        one step, as `step`.
+        """
+        depth = len(self._layers)
+        hidden = self.embed(batch.token_ids, batch.positions)
+        # Decode rows still in the model; `hidden` and `running` have these and the prefill rows behind them.
+        active = torch.arange(batch.decode_rows, device=hidden.device)
+        running = batch
+        exit_layers = torch.full((len(batch.read_rows),), depth, device=hidden.device)
+        exited: list[tuple[torch.Tensor, Readout]] = []  # (rows, their readout)
+        stops = sorted(layer for layer in thresholds if layer < depth)
+        for first, last in itertools.pairwise((0, *stops, depth)):
+            hidden = self.layers(hidden, running, cache, first, last)
+            if last == depth or not len(active):
+                continue
+            found = self._read(self.read_out(hidden[: len(active)], last))
+            leaves = found.confidences >= thresholds[last]
+            if not bool(leaves.any()):
+                continue
+            rows = active[leaves]
+            exited.append((rows, found.rows(leaves)))
+            exit_layers[rows] = last
+            self._propagate(last, hidden[: len(active)][leaves], batch.slots[rows], cache)
+            hidden = torch.cat([hidden[: len(active)][~leaves], hidden[len(active) :]])
+            active = active[~leaves]
+            if not len(hidden):
+                break
+            running = batch.with_decode_rows(active)
+        # Decode rows come first and each is read, so row i of them is also the i-th that is read.
+        remaining = (exit_layers == depth).nonzero()[:, 0]
+        if len(remaining) or not exited:
+            prefilled = batch.read_rows[batch.decode_rows :] - (batch.decode_rows - len(active))
+            at = torch.cat([torch.arange(len(active), device=hidden.device), prefilled])
+            exited.append((remaining, self._read(self.read_out(hidden[at], depth))))
+        order = torch.cat([rows for rows, _ in exited]).argsort()
+        return Readout.joined([found for _, found in exited], order), exit_layers.tolist()
+
+    def embed(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Hidden states before the first layer: [T] -> [T, hidden]."""
+        if self._embed_tokens is None:
+            hidden = self._lm_head.weights_of(token_ids).to(self.dtype)
+        else:
+            hidden = F.embedding(token_ids, self._embed_tokens).to(self.dtype)
+        if self._project_in is not None:
+            hidden = self._project_in(hidden)
+        return hidden + F.embedding(positions + self._config.positions.offset, self._embed_positions)
+
+    def layers(
+        self, hidden: torch.Tensor, batch: Batch, cache: KVCache, first: int, last: int
+    ) -> torch.Tensor:
+        """The layers first..last: [T, hidden] -> [T, hidden]. Writes the rows' KV."""
+        for index in range(first, last):
+            hidden = self._layer(index, hidden, batch, cache)
+        return hidden
+
+    def read_out(self, hidden: torch.Tensor, exit_layer: int) -> torch.Tensor:
+        """Logits at the exit after `exit_layer` layers: [rows, hidden] -> [rows, vocabulary]."""
+        head = self._exits.get(exit_layer, self._final)
+        if head.norm is not None:
+            hidden = _norm(hidden, head.norm)
+        if head.linear is not None:
+            hidden = head.linear(hidden)
+        if self._project_out is not None:
+            hidden = self._project_out(hidden)
+        return self._lm_head(hidden)
+
+    def _layer(self, index: int, hidden: torch.Tensor, batch: Batch, cache: KVCache) -> torch.Tensor:
+        layer = self._layers[index]
+        before = self._config.norm_before
+        x = _norm(hidden, layer.attn_norm) if before else hidden
+        hidden = hidden + layer.out(self._attention(layer.qkv(x), batch, cache, index))
+        if not before:
+            hidden = _norm(hidden, layer.attn_norm)
+        x = _norm(hidden, layer.ffn_norm) if before else hidden
+        hidden = hidden + layer.fc2(self._activation(layer.fc1(x)))
+        return hidden if before else _norm(hidden, layer.ffn_norm)
+
+    def _propagate(self, first: int, hidden: torch.Tensor, slots: torch.Tensor, cache: KVCache) -> None:
+        """State propagation (Elbayad et al. 2020): KV of the layers from `first` on, which exited rows skip.
+
+        hidden: their states where they exited, [rows, hidden]; slots: [rows].
+        """
+        for index in range(first, len(self._layers)):
+            layer = self._layers[index]
+            x = _norm(hidden, layer.attn_norm) if self._config.norm_before else hidden
+            key_value = layer.qkv.from_channel(x, self._config.hidden_size)
+            key, value = key_value.view(len(x), 2, self._config.num_heads, -1).unbind(1)
+            cache.write(index, slots, key, value)
+
+
+def _norm(x: torch.Tensor, part: Norm) -> torch.Tensor:
+    return F.layer_norm(x, x.shape[-1:], part.weight, part.bias)
+
+
+def _attend_in_place(qkv: torch.Tensor, batch: Batch, cache: KVCache, layer: int) -> torch.Tensor:
+    """`paged_attention.attend` for activations of any type: [T, 3 * hidden] -> [T, hidden]."""
+    return attend(qkv.float(), batch, cache, layer).to(qkv.dtype)
+
+
+def _attend_to_gathered(qkv: torch.Tensor, batch: Batch, cache: KVCache, layer: int) -> torch.Tensor:
+    """Stores the rows' KV; each row attends to a copy of its context: [T, 3 * hidden] -> [T, hidden]."""
+    # three times [T, heads, head_dim]
+    query, key, value = qkv.view(len(qkv), 3, cache.num_heads, -1).unbind(1)
+    cache.write(layer, batch.slots, key, value)
+    parts = []
+    if batch.decode_rows:
+        decode = slice(batch.decode_rows)
+        # [rows, heads, context, head_dim]
+        context_keys, context_values = (
+            part.to(qkv.dtype) for part in cache.gather(layer, batch.decode_blocks)
+        )
+        attended = F.scaled_dot_product_attention(
+            query[decode, :, None], context_keys, context_values, attn_mask=batch.decode_mask
+        )
+        parts.append(attended[:, :, 0])
+    for chunk in batch.prefills:
+        rows = slice(chunk.start, chunk.end)
+        # [1, heads, rows or context, head_dim]
+        if chunk.mask is None and cache.dtype == qkv.dtype:
+            chunk_keys, chunk_values = key[rows].transpose(0, 1)[None], value[rows].transpose(0, 1)[None]
+        else:
+            # As the cache keeps them: a chunk sees of itself what later chunks will see of it.
+            chunk_keys, chunk_values = (
+                part.to(qkv.dtype) for part in cache.gather(layer, chunk.context_blocks)
+            )
+        attended = F.scaled_dot_product_attention(
+            query[rows].transpose(0, 1)[None],
+            chunk_keys,
+            chunk_values,
+            attn_mask=chunk.mask,
+            is_causal=chunk.mask is None,
+        )[0]
+        parts.append(attended.transpose(0, 1))
+    # [T, heads, head_dim] -> [T, hidden]
+    return (parts[0] if len(parts) == 1 else torch.cat(parts)).flatten(1)

@@ -1,0 +1,152 @@
+"""What becomes of the tokens of a step: ids to text, reasons to stop, counters, and what sinks are told."""
+
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+
+from helios.engine.backends.readout import Readout
+from helios.engine.backends.sampler import Sampled
+from helios.engine.interface import Counters, FinishReason, GeneratedToken, Output
+from helios.engine.plan import Plan
+from helios.engine.scheduling.prompt_readings import PromptReadings
+from helios.engine.scheduling.scheduler import Scheduler
+from helios.engine.scheduling.sequence import Sequence
+from helios.errors import HeliosError, SequenceFailedError
+
+log = logging.getLogger(__name__)
+
+
+class Delivery:
+    """Gives tokens to the sinks of their sequences, ends sequences, and counts both.
+
+    What fails for one sequence alone, its sink too, ends this sequence with an error; all others go on.
+    """
+
+    def __init__(self, scheduler: Scheduler, forget: Callable[[Sequence], None]) -> None:
+        """forget: called with each sequence that has ended, before its sink hears of it."""
+        self.counters = Counters()
+        self._scheduler, self._forget = scheduler, forget
+
+    def deliver(
+        self, plan: Plan, readers: Seq[Sequence], sampled: Sampled, exits: Seq[int], *, in_force: bool
+    ) -> None:
+        """Hands out the tokens of `readers`, sampled under `plan`.
+
+        sampled, exits: the tokens of all readers in a step, then those of the next step of the same burst.
+        in_force: whether new sequences are under this plan. Unsure tokens count against no other.
+        """
+        outputs = self._outputs(plan, readers, sampled, exits, in_force=in_force)
+        # Sinks are called together, after the last output is ready: detokenizing releases the interpreter's
+        # lock, and those who wait would run in between.
+        for seq, output in zip(readers, outputs, strict=True):
+            if output.finish is not None or output.error is not None:
+                self.end(seq, output)
+                continue
+            try:
+                seq.sink(output)
+            except Exception as error:
+                self.end(seq, Output(error=failure(seq, error)))
+
+    def end(self, seq: Sequence, output: Output) -> None:
+        """Ends a sequence with its last output."""
+        self._scheduler.finish(seq)
+        seq.times.finished = time.time_ns()
+        self._forget(seq)
+        self.counters.finished_sequences += 1
+        self._tell(seq, output)
+
+    def note_readings(self, readings: PromptReadings, found: Readout) -> None:
+        """Counts a sample of prompt tokens. found: the readout of these rows alone."""
+        nats = found.nats(readings.targets)
+        if math.isfinite(nats):
+            self.counters.prompts_read += readings.prompts
+            self.counters.prompt_tokens_read += len(readings.rows)
+            self.counters.prompt_nats += nats
+
+    def _outputs(
+        self, plan: Plan, readers: Seq[Sequence], sampled: Sampled, exits: Seq[int], *, in_force: bool
+    ) -> list[Output]:
+        now, names, count = time.time_ns(), itertools.repeat(plan.entry.name), len(readers)
+        eos_token_ids, threshold_of = plan.model.config.eos_token_ids, plan.thresholds.get
+        outputs, generated, high_exits, doubts = list[Output](), 0, 0, 0.0
+        for index, seq in enumerate(readers):
+            ids, layers, first = sampled.token_ids[index::count], exits[index::count], seq.completion_tokens
+            logprobs, confidences = (part[index::count] for part in (sampled.logprobs, sampled.confidences))
+            try:
+                # The sum is NaN if any of them is.
+                if not math.isfinite(sum(confidences, sum(logprobs))):
+                    raise plan.not_finite(layers, confidences)
+                texts, reason = take(seq, ids, first, eos_token_ids)
+            except Exception as error:
+                outputs.append(Output(error=failure(seq, error), more=index + 1 < count))
+                continue
+            made = len(texts)
+            seq.token_ids += ids[:made]
+            finish = None if reason is None else seq.finish(reason)
+            numbers = range(first, first + made)
+            # As many tokens as there are texts.
+            tokens = tuple(map(GeneratedToken, numbers, ids, texts, logprobs, confidences, layers, names))
+            found = zip(confidences[:made], layers, strict=False)
+            doubts += sum(map(math.log, confidences[:made]))
+            high_exits += sum(confidence < threshold_of(layer, 0.0) for confidence, layer in found)
+            if not seq.times.first_token:
+                seq.times.first_token = now
+            if made > 1:
+                # Each step of a burst wrote the keys and values of the token before it.
+                self._scheduler.advance(seq, made - 1)
+            generated += made
+            outputs.append(Output(tokens, finish, more=index + 1 < count))
+        self.counters.generated_tokens += generated
+        if in_force:
+            self.counters.high_exit_tokens += high_exits
+            self.counters.confidence_tokens += generated
+            self.counters.confidence_nats -= doubts
+        return outputs
+
+    def _tell(self, seq: Sequence, output: Output) -> None:
+        """Gives a sequence's last output to its sink; if that fails, an error instead."""
+        try:
+            seq.sink(output)
+        except Exception as error:
+            found = failure(seq, error)
+            if output.error is None:
+                self._tell(seq, Output(error=found))
+
+
+def take(
+    seq: Sequence, ids: list[int], before: int, eos_token_ids: Seq[int]
+) -> tuple[list[str], FinishReason | None]:
+    """The texts of a sequence's next tokens, up to the one that ends it, and the reason if one does.
+
+    before: tokens generated earlier. The text of the last token includes all that was held back. The end of a
+    text has no text of its own, whatever the tokenizer says.
+    """
+    reason, left = None, seq.sampling.max_tokens - before
+    if len(ids) >= left:
+        ids, reason = ids[:left], FinishReason.LENGTH
+    if not seq.sampling.ignore_eos:
+        for eos in eos_token_ids:
+            if eos in ids:
+                ids, reason = ids[: ids.index(eos) + 1], FinishReason.EOS
+    detokenizer = seq.detokenizer
+    texts = detokenizer.push_all(ids if reason is not FinishReason.EOS else ids[:-1])
+    if detokenizer.stopped:
+        return texts, FinishReason.STOP
+    if reason is FinishReason.EOS:
+        texts.append("")
+    if reason is not None:
+        texts[-1] += detokenizer.flush()
+    return texts, reason
+
+
+def failure(seq: Sequence, error: Exception) -> HeliosError:
+    """The error with which a sequence ends that failed by itself; the log gets the cause."""
+    log.error("sequence %s failed", seq.request_id, exc_info=error)
+    if isinstance(error, HeliosError):
+        return error
+    return SequenceFailedError(
+        f"the sequence failed: {type(error).__name__}: {error}; the worker's log has the cause"
+    )
