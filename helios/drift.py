@@ -15,28 +15,38 @@ from helios.history import CONFIDENCE_BINS, ExitProfile, ModelProfile, RequestSa
 # The traffic has drifted when the means of old and new requests are this many standard errors apart. With
 # five new requests a false alarm comes about once in fifty evaluations. It only costs the pool.
 DRIFT_SIGMAS = 3.5
+# The same once the controller has noticed a drift, which is then the likelier case. The few requests at the
+# start of a phase vary so much that a higher limit would hide the drift.
+NOTICED_DRIFT_SIGMAS = 2.0
 _EDGES = [index / CONFIDENCE_BINS for index in range(CONFIDENCE_BINS)]
 
 
-def has_drifted(before: Sequence[RequestSample], now: Sequence[RequestSample]) -> bool:
+def has_drifted(
+    before: Sequence[RequestSample], now: Sequence[RequestSample], sigmas: float = DRIFT_SIGMAS
+) -> bool:
     """Whether requests differ by more than chance: in the last layer's nats, or in what any exit loses to it.
 
-    With fewer than two requests on either side nothing can be told, and they count as drifted.
+    sigmas: standard errors between their means that are a drift. With fewer than two requests on either side
+    nothing can be told, and they count as drifted.
     """
     if len(before) < 2 or len(now) < 2:
         return True
-    return any(
-        _sigmas(old, new) > DRIFT_SIGMAS for old, new in zip(_series(before), _series(now), strict=True)
-    )
+    return any(_sigmas(old, new) > sigmas for old, new in zip(_series(before), _series(now), strict=True))
 
 
 def pooled(
-    before: ModelProfile | None, now: ModelProfile, keep: int, target_agreement: float | None
+    before: ModelProfile | None,
+    now: ModelProfile,
+    keep: int,
+    target_agreement: float | None,
+    *,
+    is_noticed: bool = False,
 ) -> ModelProfile:
     """The profile `now`, pooled with the newest requests of `before` up to `keep` requests in all.
 
     Only `now` counts when the traffic has drifted or `before` has other exits. Speeds, sizes and cost are
     taken from `now`. target_agreement: what thresholds are calibrated to; None: they are taken from `now`.
+    is_noticed: the controller asks because it has noticed a drift.
     """
     if before is None or [one.depth for one in before.exits] != [one.depth for one in now.exits]:
         return now
@@ -44,7 +54,8 @@ def pooled(
     others = [sample for sample in before.samples if sample.id not in newest]
     room = max(0, keep - len(now.samples))
     kept = others[len(others) - min(room, len(others)) :]
-    if not kept or has_drifted(kept, now.samples):
+    sigmas = NOTICED_DRIFT_SIGMAS if is_noticed else DRIFT_SIGMAS
+    if not kept or has_drifted(kept, now.samples, sigmas):
         return now
     samples = (*kept, *now.samples)
     # Histograms are not kept per request, so dropped requests are assumed to be like those that stay.

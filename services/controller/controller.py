@@ -206,7 +206,8 @@ class Controller:
         """One decision, and what follows from it. Raises what DecisionMaker.make raises."""
         async with self._deciding:
             decision = await self._decisions.make(trigger, bar, self._agenda)
-            self._rollout.begin(urgent=trigger in (Trigger.DRIFT, Trigger.RETREAT))
+            # A decision that keeps the plan leaves the way to it as it was.
+            self._rollout.begin(urgent=decision.urgent if decision.moves else self._rollout.progress.urgent)
             self._agenda.decided(trigger, decision, self._outlook())
 
     async def _decide_for_operator(self, trigger: Trigger) -> None:

@@ -1,13 +1,16 @@
 """The decision: which plan the workers are to serve, and why."""
 
 from collections import Counter
+from collections.abc import Sequence
 
 from helios.served import ServedPlan
 from services.controller.decision import Decision, WorkerPlan
 from services.controller.policy.choice import answer_breach, best_by_slo, excuse, retreat, undecided
-from services.controller.policy.options import weigh
+from services.controller.policy.options import Weighed, weigh
 from services.controller.policy.settings import PolicySettings
 from services.controller.situation import Situation, Trigger
+
+_AFTER_A_DRIFT = (Trigger.DRIFT, Trigger.RETREAT)
 
 
 def decide(situation: Situation, settings: PolicySettings) -> Decision:
@@ -49,6 +52,7 @@ def decide(situation: Situation, settings: PolicySettings) -> Decision:
         reason=reason,
         again_after_requests=next((one.dwell_left for one in weighed if one.dwell_left is not None), None),
         undecided=undecided(weighed, plan, situation.slo, settings),
+        urgent=plan != before and (_is_out(weighed, before) or situation.trigger in _AFTER_A_DRIFT),
     )
 
 
@@ -65,6 +69,11 @@ def contradiction(situation: Situation, settings: PolicySettings) -> str | None:
         f"no option satisfies all bounds: of {len(weighed)}, {named}; {nearest.option.plan} breaks the "
         f"fewest ({'; '.join(nearest.refusals.values())}); loosen one"
     )
+
+
+def _is_out(weighed: Sequence[Weighed], plan: ServedPlan | None) -> bool:
+    """Whether the plan breaks a bound."""
+    return any(one.refusals for one in weighed if one.option.plan == plan)
 
 
 def _in_force(situation: Situation) -> ServedPlan | None:
