@@ -15,8 +15,8 @@ from helios.history import CONFIDENCE_BINS, ExitProfile, ModelProfile, RequestSa
 # The traffic has drifted when the means of old and new requests are this many standard errors apart. With
 # five new requests a false alarm comes about once in fifty evaluations. It only costs the pool.
 DRIFT_SIGMAS = 3.5
-# The same once the controller has noticed a drift. A drift is then likely, and the first few requests after
-# it vary so much that the stricter test would pool them with those before.
+# The same once the controller has noticed a drift, which is then the likelier case. The few requests at the
+# start of a phase vary so much that a higher limit would hide the drift.
 NOTICED_DRIFT_SIGMAS = 2.0
 _EDGES = [index / CONFIDENCE_BINS for index in range(CONFIDENCE_BINS)]
 
@@ -26,8 +26,8 @@ def has_drifted(
 ) -> bool:
     """Whether requests differ by more than chance: in the last layer's nats, or in what any exit loses to it.
 
-    More than chance: their means are more than `sigmas` standard errors apart.
-    With fewer than two requests on either side nothing can be told, and they count as drifted.
+    sigmas: standard errors between their means that are a drift. With fewer than two requests on either side
+    nothing can be told, and they count as drifted.
     """
     if len(before) < 2 or len(now) < 2:
         return True
@@ -46,7 +46,7 @@ def pooled(
 
     Only `now` counts when the traffic has drifted or `before` has other exits. Speeds, sizes and cost are
     taken from `now`. target_agreement: what thresholds are calibrated to; None: they are taken from `now`.
-    is_noticed: the controller has noticed a drift.
+    is_noticed: the controller asks because it has noticed a drift.
     """
     if before is None or [one.depth for one in before.exits] != [one.depth for one in now.exits]:
         return now

@@ -207,8 +207,7 @@ class Controller:
         async with self._deciding:
             decision = await self._decisions.make(trigger, bar, self._agenda)
             # A decision that keeps the plan leaves the way to it as it was.
-            is_urgent = decision.urgent if decision.moves else self._rollout.progress.urgent
-            self._rollout.begin(urgent=is_urgent)
+            self._rollout.begin(urgent=decision.urgent if decision.moves else self._rollout.progress.urgent)
             self._agenda.decided(trigger, decision, self._outlook())
 
     async def _decide_for_operator(self, trigger: Trigger) -> None:
