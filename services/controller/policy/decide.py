@@ -71,11 +71,6 @@ def contradiction(situation: Situation, settings: PolicySettings) -> str | None:
     )
 
 
-def _is_out(weighed: Sequence[Weighed], plan: ServedPlan | None) -> bool:
-    """Whether the plan breaks a bound."""
-    return any(one.refusals for one in weighed if one.option.plan == plan)
-
-
 def _in_force(situation: Situation) -> ServedPlan | None:
     """The plan chosen last, unless it failed to load; else the one that most free workers serve."""
     chosen = situation.plan
