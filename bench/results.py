@@ -79,14 +79,14 @@ def earlier(
     if path is None or not path.exists():
         return dict(empty)
     try:
-        found = {**empty, **json.loads(path.read_text())["results"]}
-        before, settings = dict(found["settings"]), empty["settings"]
+        results = json.loads(path.read_text())["results"]
+        before, settings = dict(results["settings"]), empty["settings"]
     except (ValueError, KeyError, TypeError) as error:
         raise SettingsError(f"{path} holds no results of this bench; {remedy}") from error
     if before != settings:
         changed = ", ".join(name for name in settings if before.get(name) != settings[name])
         raise SettingsError(f"{path} was measured with other {changed}; {remedy}")
-    return found
+    return {**empty, **results}
 
 
 def machine() -> dict[str, Any]:

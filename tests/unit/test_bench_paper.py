@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench.paper import baselines, curve, footprint
+from bench.paper import SECTION_NAMES, baselines, curve, footprint
 from bench.paper.policy import targets as policy_targets
 from bench.paper.policy import traffic
 from bench.paper.policy.hindsight import Hindsight, summary
 from bench.paper.policy.simulation import Run, Scene, simulate
 from bench.paper.policy.traffic import Record, Request
+from bench.paper.sections import SECTIONS
 from bench.systems.shapes import OPT_1_3B
 from bench.systems.subject import QUICK, Subject
 from bench.texts import held_out
@@ -29,6 +30,10 @@ from tests.profiles import exit_profile, model_profile
 
 MEMORY = 64 << 20
 PROMPT = "In the beginning"
+
+
+def test_the_command_line_names_the_sections_in_their_order() -> None:
+    assert tuple(SECTIONS) == SECTION_NAMES
 
 
 @pytest.fixture(scope="module")
