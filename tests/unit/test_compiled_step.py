@@ -17,7 +17,6 @@ from numba import njit
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from helios.engine.backends.exits import ExitMode
 from helios.engine.backends.kv_cache import KVCache
 from helios.engine.backends.paged_attention import attend
 from helios.engine.backends.readout import read
@@ -41,7 +40,7 @@ from helios.engine.weights.checkpoint import LinearWeights
 from helios.engine.weights.linear import PackedLinear, pack, quantize
 from helios.engine.weights.precision import precision_on
 from helios.errors import SettingsError
-from helios.modes import Precision
+from helios.modes import ExitMode, Precision
 from helios.sampling import SamplingParams
 from tests.opt_variants import VARIANTS, Head, save_variant
 
