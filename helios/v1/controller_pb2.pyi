@@ -43,7 +43,7 @@ Global___Objective: _TypeAlias = Objective  # noqa: Y015
 
 @_typing.final
 class Slo(_message.Message):
-    """The service level objective: an objective and bounds on the rest. An unset bound does not bind."""
+    """The service level objective: an objective, and bounds on everything else. A bound that is not set does not apply."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -106,7 +106,7 @@ class WorkerPlan(_message.Message):
     model: _builtins.str
     depth: _builtins.int
     pinned: _builtins.bool
-    """An operator holds it."""
+    """Whether an operator holds this plan."""
     def __init__(
         self,
         *,
@@ -149,18 +149,18 @@ class GetPlanResponse(_message.Message):
     LEADING_FIELD_NUMBER: _builtins.int
     NEXT_ASSESSMENT_FIELD_NUMBER: _builtins.int
     mode: _builtins.str
-    """active, advisory (decides and records, changes nothing) or off."""
+    """active, advisory (decides and records, but changes nothing) or off."""
     leading: _builtins.bool
-    """Whether this replica decides; another one is passive until the leader is gone."""
+    """Whether this replica decides. Other replicas are passive until the leader is gone."""
     next_assessment: _builtins.str
-    """When the candidates are evaluated again, in words; empty without a profiler."""
+    """When the candidates are evaluated again, in words. Empty without a profiler."""
     @_builtins.property
     def plans(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerPlan]: ...
     @_builtins.property
     def slo(self) -> Global___Slo: ...
     @_builtins.property
     def problems(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What the controller cannot reach at the moment, in words; empty when all is well."""
+        """What is wrong at the moment, in words. Empty when all is well."""
 
     def __init__(
         self,
@@ -313,7 +313,7 @@ class WatchDecisionsRequest(_message.Message):
     HISTORY_FIELD_NUMBER: _builtins.int
     ONCE_FIELD_NUMBER: _builtins.int
     history: _builtins.int
-    """Decisions from the record before the new ones. Unset: 10."""
+    """How many decisions from the record come before the new ones. Unset: 10."""
     once: _builtins.bool
     """End after the decisions from the record."""
     def __init__(
@@ -366,7 +366,7 @@ class Decision(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     OUTCOME_FIELD_NUMBER: _builtins.int
     number: _builtins.int
-    """Order in the record."""
+    """Position in the record."""
     time: _builtins.float
     """Seconds since the Unix epoch."""
     trigger: _builtins.str
@@ -406,7 +406,7 @@ Global___Decision: _TypeAlias = Decision  # noqa: Y015
 
 @_typing.final
 class Outcome(_message.Message):
-    """What became of a decision."""
+    """What came of a decision."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -422,16 +422,16 @@ class Outcome(_message.Message):
     """Seconds and finished requests over which it was measured."""
     requests: _builtins.int
     tokens_per_second: _builtins.float
-    """Tokens a second of one worker, mean, and the share of tokens that were unsure (high-exit tokens)."""
+    """Mean tokens a second of one worker, and the share of tokens that were unsure (high-exit tokens)."""
     high_exit_share: _builtins.float
     reload_seconds: _builtins.float
-    """Of the reloads: seconds of all, the longest that a stream went without a token, sequences that went on under
-    the new plan.
+    """The reloads: their seconds together, the longest time that a stream went without a token in seconds, and the
+    number of sequences that went on under the new plan.
     """
     stall_seconds: _builtins.float
     sequences_moved: _builtins.int
     halted: _builtins.str
-    """Where and why the rollout halted; empty when it did not."""
+    """Where and why the rollout halted. Empty when it did not."""
     def __init__(
         self,
         *,
@@ -474,9 +474,9 @@ class Option(_message.Message):
     perplexity_increase: _builtins.float
     cost_seconds: _builtins.float
     refused: _builtins.str
-    """Why it was refused; empty when it was eligible."""
+    """Why it was refused. Empty when it was eligible."""
     perplexity_increase_error: _builtins.float
-    """Standard error of perplexity_increase (a share). Unset: measured on too few requests to tell."""
+    """Standard error of perplexity_increase (a share). Unset: too few requests were measured to tell."""
     def __init__(
         self,
         *,

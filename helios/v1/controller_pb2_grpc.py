@@ -67,7 +67,7 @@ class ControllerServiceServicer:
     """
 
     def GetPlan(self, request, context):
-        """What each worker serves, the objective, and what is amiss.
+        """What each worker serves, the objective, and what is wrong.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -95,8 +95,8 @@ class ControllerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def WatchDecisions(self, request, context):
-        """Decisions from the record, then new ones as they are made. A decision comes again, with its outcome,
-        once that is measured.
+        """Decisions from the record, then new ones as they are made. A decision is sent again with its outcome,
+        once the outcome is measured.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

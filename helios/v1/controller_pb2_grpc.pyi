@@ -34,7 +34,7 @@ class ControllerServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ControllerServiceAsyncStub: ...
     GetPlan: _grpc.UnaryUnaryMultiCallable[_controller_pb2.GetPlanRequest, _controller_pb2.GetPlanResponse]
-    """What each worker serves, the objective, and what is amiss."""
+    """What each worker serves, the objective, and what is wrong."""
     SetSlo: _grpc.UnaryUnaryMultiCallable[_controller_pb2.SetSloRequest, _controller_pb2.SetSloResponse]
     """Changes the objective. INVALID_ARGUMENT names bounds that contradict each other."""
     Pin: _grpc.UnaryUnaryMultiCallable[_controller_pb2.PinRequest, _controller_pb2.PinResponse]
@@ -42,8 +42,8 @@ class ControllerServiceStub:
     Unpin: _grpc.UnaryUnaryMultiCallable[_controller_pb2.UnpinRequest, _controller_pb2.UnpinResponse]
     """Gives the plan back to the policy."""
     WatchDecisions: _grpc.UnaryStreamMultiCallable[_controller_pb2.WatchDecisionsRequest, _controller_pb2.WatchDecisionsResponse]
-    """Decisions from the record, then new ones as they are made. A decision comes again, with its outcome,
-    once that is measured.
+    """Decisions from the record, then new ones as they are made. A decision is sent again with its outcome,
+    once the outcome is measured.
     """
 
 @_typing.type_check_only
@@ -52,7 +52,7 @@ class ControllerServiceAsyncStub(ControllerServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     GetPlan: _aio.UnaryUnaryMultiCallable[_controller_pb2.GetPlanRequest, _controller_pb2.GetPlanResponse]  # type: ignore[assignment]
-    """What each worker serves, the objective, and what is amiss."""
+    """What each worker serves, the objective, and what is wrong."""
     SetSlo: _aio.UnaryUnaryMultiCallable[_controller_pb2.SetSloRequest, _controller_pb2.SetSloResponse]  # type: ignore[assignment]
     """Changes the objective. INVALID_ARGUMENT names bounds that contradict each other."""
     Pin: _aio.UnaryUnaryMultiCallable[_controller_pb2.PinRequest, _controller_pb2.PinResponse]  # type: ignore[assignment]
@@ -60,8 +60,8 @@ class ControllerServiceAsyncStub(ControllerServiceStub):
     Unpin: _aio.UnaryUnaryMultiCallable[_controller_pb2.UnpinRequest, _controller_pb2.UnpinResponse]  # type: ignore[assignment]
     """Gives the plan back to the policy."""
     WatchDecisions: _aio.UnaryStreamMultiCallable[_controller_pb2.WatchDecisionsRequest, _controller_pb2.WatchDecisionsResponse]  # type: ignore[assignment]
-    """Decisions from the record, then new ones as they are made. A decision comes again, with its outcome,
-    once that is measured.
+    """Decisions from the record, then new ones as they are made. A decision is sent again with its outcome,
+    once the outcome is measured.
     """
 
 class ControllerServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -73,7 +73,7 @@ class ControllerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _controller_pb2.GetPlanRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_controller_pb2.GetPlanResponse, _abc.Awaitable[_controller_pb2.GetPlanResponse]]:
-        """What each worker serves, the objective, and what is amiss."""
+        """What each worker serves, the objective, and what is wrong."""
 
     @_abc_1.abstractmethod
     def SetSlo(
@@ -105,8 +105,8 @@ class ControllerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _controller_pb2.WatchDecisionsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_controller_pb2.WatchDecisionsResponse], _abc.AsyncIterator[_controller_pb2.WatchDecisionsResponse]]:
-        """Decisions from the record, then new ones as they are made. A decision comes again, with its outcome,
-        once that is measured.
+        """Decisions from the record, then new ones as they are made. A decision is sent again with its outcome,
+        once the outcome is measured.
         """
 
 def add_ControllerServiceServicer_to_server(servicer: ControllerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -84,9 +84,9 @@ class SamplingParams(_message.Message):
     STOP_FIELD_NUMBER: _builtins.int
     IGNORE_EOS_FIELD_NUMBER: _builtins.int
     max_tokens: _builtins.int
-    """Tokens to generate at most. Unset: the gateway's default (128). 0 is an error."""
+    """Most tokens to generate. Unset: the gateway's default (128). 0 is an error."""
     temperature: _builtins.float
-    """0 or unset is greedy; otherwise logits are divided by it. Finite and not negative."""
+    """0 or unset is greedy. Otherwise logits are divided by it. Finite and not negative."""
     top_k: _builtins.int
     """Sample among the k most likely tokens. 0 or unset: no limit."""
     top_p: _builtins.float
@@ -196,7 +196,7 @@ Global___Token: _TypeAlias = Token  # noqa: Y015
 
 @_typing.final
 class Chunk(_message.Message):
-    """Tokens in order; more than one when the client is behind."""
+    """Tokens in order. More than one when several were ready, for example because the client is slow to read."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -235,7 +235,7 @@ class Finish(_message.Message):
     completion_tokens: _builtins.int
     """Tokens generated."""
     resumed: _builtins.int
-    """Times the stream went on with another worker after it had lost one."""
+    """How often the stream went on with another worker after it had lost one."""
     def __init__(
         self,
         *,

@@ -32,9 +32,9 @@ class GenerateRequest(_message.Message):
     request_id: _builtins.str
     """Names the request in logs and traces. At most 128 characters. Unset: the gateway makes one."""
     text: _builtins.str
-    """Text in UTF-8; the model's tokenizer adds its start token."""
+    """Text in UTF-8. The model's tokenizer adds its start token."""
     model: _builtins.str
-    """Serve with this model. At most 256 characters. Empty: any model that is being served."""
+    """The model to serve with. At most 256 characters. Empty: any model that is being served."""
     @_builtins.property
     def token_ids(self) -> _generation_pb2.TokenIds:
         """Token ids, taken as they are."""
@@ -124,7 +124,7 @@ class GetServingStatusResponse(_message.Message):
 
     @_builtins.property
     def problems(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """What the gateway cannot reach at the moment, in words; empty when all is well."""
+        """What is wrong at the moment, in words. Empty when all is well."""
 
     def __init__(
         self,
@@ -159,7 +159,7 @@ class WorkerState(_message.Message):
     address: _builtins.str
     """host:port"""
     ready: _builtins.bool
-    """False: no telemetry within the gateway's worker timeout, or the worker is draining."""
+    """False: no telemetry came within the gateway's worker timeout, or the worker is draining."""
     reason: _builtins.str
     """Why it is not ready, in words."""
     open_streams: _builtins.int

@@ -29,18 +29,18 @@ class EvaluateRequest(_message.Message):
     NEWEST_SECONDS_FIELD_NUMBER: _builtins.int
     PROMPTS_ONLY_FIELD_NUMBER: _builtins.int
     requests: _builtins.int
-    """Recent requests to run through each. Unset: the profiler's default (5)."""
+    """How many recent requests to run through each model. Unset: the profiler's default (5)."""
     remeasure: _builtins.bool
-    """Measure speeds anew, though they are known for this model, hardware, precision and thread count."""
+    """Measure speeds again, even if they are known for this model, hardware, precision and thread count."""
     fresh: _builtins.bool
-    """The traffic seems to have changed: of earlier requests only the last few count, and none where these differ from
-    them by more than chance. It does not stand back behind other work, since what is served may be out of its
-    bounds meanwhile.
+    """The traffic seems to have changed. Of earlier requests only the last few count, and none if the new ones differ
+    from them by more than chance. This evaluation has normal priority, because the plan that is served meanwhile
+    may be beyond its bounds.
     """
     newest_seconds: _builtins.float
-    """Evaluate only on requests of the last so many seconds. Unset: of any age."""
+    """Evaluate only on requests that are at most so many seconds old. Unset: of any age."""
     prompts_only: _builtins.bool
-    """Do not continue the prompts. Perplexity is of the prompts alone, and continuing them is half of the work."""
+    """Do not generate a continuation of the prompts, which is half of the work. Perplexity needs only the prompts."""
     @_builtins.property
     def models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of the models to evaluate. Empty: the shortlist."""
@@ -105,7 +105,7 @@ class EvaluationProgress(_message.Message):
     REQUESTS_TOTAL_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     requests_done: _builtins.int
-    """Requests run so far through this model, and in all."""
+    """Requests that ran through this model so far, and that will run in all."""
     requests_total: _builtins.int
     def __init__(
         self,
@@ -204,8 +204,8 @@ class ModelProfile(_message.Message):
     SAMPLES_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     time: _builtins.float
-    """When it was measured, seconds since the Unix epoch, and on how many requests and tokens: the last ones,
-    and those of earlier evaluations for as long as the traffic has not drifted.
+    """When it was measured (seconds since the Unix epoch), and on how many requests and tokens. Requests of earlier
+    evaluations count too, as long as the traffic has not drifted.
     """
     requests: _builtins.int
     tokens: _builtins.int
@@ -217,10 +217,10 @@ class ModelProfile(_message.Message):
     bytes_per_token: _builtins.float
     """Bytes of text per token on these requests."""
     once_cpu_seconds: _builtins.float
-    """Of cpu_seconds, what the next evaluation does not cost again: loading the model, timing its steps."""
+    """The part of cpu_seconds that the next evaluation does not cost again: loading the model, timing its steps."""
     @_builtins.property
     def exits(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExitProfile]:
-        """One entry per exit layer, ascending; the last is the full model."""
+        """One entry per exit layer, ascending. The last one is the full model."""
 
     @_builtins.property
     def provenance(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
@@ -264,7 +264,7 @@ class RequestSample(_message.Message):
     TEXT_BYTES_FIELD_NUMBER: _builtins.int
     NATS_FIELD_NUMBER: _builtins.int
     id: _builtins.str
-    """Of the prompt; the same for every candidate."""
+    """Identifies the prompt. The same for every candidate."""
     text_bytes: _builtins.int
     """Bytes of its text that were predicted."""
     @_builtins.property
@@ -308,12 +308,12 @@ class ExitProfile(_message.Message):
     depth: _builtins.int
     """Layers up to this exit."""
     threshold: _builtins.float
-    """The lowest confidence from which tokens agree with the last layer at the operator's rate."""
+    """The lowest confidence from which tokens agree with the last layer at the rate that the operator set."""
     perplexity: _builtins.float
     """Perplexity per token, and negative log-likelihood per byte of text in nats."""
     nats_per_byte: _builtins.float
     prefill_tokens_per_second: _builtins.float
-    """Speed of prefill, and from these speeds the time to the first token of the median request at batch 1."""
+    """Speed of prefill. From these speeds follows the time to the first token of the median request at batch 1."""
     ttft_seconds: _builtins.float
     weight_bytes: _builtins.int
     """Bytes of weights at this depth, and of KV per token."""
@@ -324,9 +324,7 @@ class ExitProfile(_message.Message):
     """Joules per generated token. Unset: no power meter is readable here and no figure is configured."""
     @_builtins.property
     def confidence_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Tokens by confidence, and of these the ones that agree with the last layer. The bins are equal parts
-        of [0, 1].
-        """
+        """Tokens by confidence, and those of them that agree with the last layer. The bins are equal parts of [0, 1]."""
 
     @_builtins.property
     def agreement_counts(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...

@@ -34,13 +34,14 @@ class ProfilerServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> ProfilerServiceAsyncStub: ...
     Evaluate: _grpc.UnaryStreamMultiCallable[_profiler_pb2.EvaluateRequest, _profiler_pb2.EvaluateResponse]
-    """Evaluates candidates one after the other; streams progress, and each candidate's result when it is there.
-    Results are kept in Redis as they come. The call ends with OK when every candidate was evaluated and
-    kept; else, after all have had their turn, with the status of the first that was not: FAILED_PRECONDITION
-    (its checkpoint is broken), RESOURCE_EXHAUSTED (it does not fit into memory), INVALID_ARGUMENT (no text to
-    evaluate on), UNAVAILABLE (its result was sent, but Redis did not take it). Before any result:
-    NOT_FOUND for an unknown model, RESOURCE_EXHAUSTED with `retry-after-ms` while too many calls wait.
-    Cancelling the call ends the evaluation; what was already sent stays.
+    """Evaluates candidates one after the other. Streams progress, and each candidate's result when it is ready.
+    Results are stored in Redis as they come. The call ends with OK when every candidate was evaluated and
+    stored. Otherwise it ends, after all candidates had their turn, with the status of the first that failed:
+    FAILED_PRECONDITION (its checkpoint is broken), RESOURCE_EXHAUSTED (it does not fit into memory),
+    INVALID_ARGUMENT (no text to evaluate on), UNAVAILABLE (its result was sent, but Redis did not take it).
+    Before any result the call can end with NOT_FOUND for an unknown model, or with RESOURCE_EXHAUSTED and
+    `retry-after-ms` while too many calls wait.
+    Cancelling the call ends the evaluation. Results that were already sent stay.
     """
     GetHistory: _grpc.UnaryUnaryMultiCallable[_profiler_pb2.GetHistoryRequest, _profiler_pb2.GetHistoryResponse]
     """The performance history table: the last result of each candidate."""
@@ -51,13 +52,14 @@ class ProfilerServiceAsyncStub(ProfilerServiceStub):
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Evaluate: _aio.UnaryStreamMultiCallable[_profiler_pb2.EvaluateRequest, _profiler_pb2.EvaluateResponse]  # type: ignore[assignment]
-    """Evaluates candidates one after the other; streams progress, and each candidate's result when it is there.
-    Results are kept in Redis as they come. The call ends with OK when every candidate was evaluated and
-    kept; else, after all have had their turn, with the status of the first that was not: FAILED_PRECONDITION
-    (its checkpoint is broken), RESOURCE_EXHAUSTED (it does not fit into memory), INVALID_ARGUMENT (no text to
-    evaluate on), UNAVAILABLE (its result was sent, but Redis did not take it). Before any result:
-    NOT_FOUND for an unknown model, RESOURCE_EXHAUSTED with `retry-after-ms` while too many calls wait.
-    Cancelling the call ends the evaluation; what was already sent stays.
+    """Evaluates candidates one after the other. Streams progress, and each candidate's result when it is ready.
+    Results are stored in Redis as they come. The call ends with OK when every candidate was evaluated and
+    stored. Otherwise it ends, after all candidates had their turn, with the status of the first that failed:
+    FAILED_PRECONDITION (its checkpoint is broken), RESOURCE_EXHAUSTED (it does not fit into memory),
+    INVALID_ARGUMENT (no text to evaluate on), UNAVAILABLE (its result was sent, but Redis did not take it).
+    Before any result the call can end with NOT_FOUND for an unknown model, or with RESOURCE_EXHAUSTED and
+    `retry-after-ms` while too many calls wait.
+    Cancelling the call ends the evaluation. Results that were already sent stay.
     """
     GetHistory: _aio.UnaryUnaryMultiCallable[_profiler_pb2.GetHistoryRequest, _profiler_pb2.GetHistoryResponse]  # type: ignore[assignment]
     """The performance history table: the last result of each candidate."""
@@ -71,13 +73,14 @@ class ProfilerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _profiler_pb2.EvaluateRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_profiler_pb2.EvaluateResponse], _abc.AsyncIterator[_profiler_pb2.EvaluateResponse]]:
-        """Evaluates candidates one after the other; streams progress, and each candidate's result when it is there.
-        Results are kept in Redis as they come. The call ends with OK when every candidate was evaluated and
-        kept; else, after all have had their turn, with the status of the first that was not: FAILED_PRECONDITION
-        (its checkpoint is broken), RESOURCE_EXHAUSTED (it does not fit into memory), INVALID_ARGUMENT (no text to
-        evaluate on), UNAVAILABLE (its result was sent, but Redis did not take it). Before any result:
-        NOT_FOUND for an unknown model, RESOURCE_EXHAUSTED with `retry-after-ms` while too many calls wait.
-        Cancelling the call ends the evaluation; what was already sent stays.
+        """Evaluates candidates one after the other. Streams progress, and each candidate's result when it is ready.
+        Results are stored in Redis as they come. The call ends with OK when every candidate was evaluated and
+        stored. Otherwise it ends, after all candidates had their turn, with the status of the first that failed:
+        FAILED_PRECONDITION (its checkpoint is broken), RESOURCE_EXHAUSTED (it does not fit into memory),
+        INVALID_ARGUMENT (no text to evaluate on), UNAVAILABLE (its result was sent, but Redis did not take it).
+        Before any result the call can end with NOT_FOUND for an unknown model, or with RESOURCE_EXHAUSTED and
+        `retry-after-ms` while too many calls wait.
+        Cancelling the call ends the evaluation. Results that were already sent stay.
         """
 
     @_abc_1.abstractmethod

@@ -30,7 +30,7 @@ class _ReloadStageEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ReloadSta
     RELOAD_STAGE_LOADING: _ReloadStage.ValueType  # 1
     """Weights are being read beside the running plan."""
     RELOAD_STAGE_SWAPPING: _ReloadStage.ValueType  # 2
-    """The new plan takes in new sequences; those in flight move to it."""
+    """New sequences begin under the new plan. Those in flight move to it."""
     RELOAD_STAGE_DONE: _ReloadStage.ValueType  # 3
     """All sequences are under the new plan."""
 
@@ -41,7 +41,7 @@ RELOAD_STAGE_UNSPECIFIED: ReloadStage.ValueType  # 0
 RELOAD_STAGE_LOADING: ReloadStage.ValueType  # 1
 """Weights are being read beside the running plan."""
 RELOAD_STAGE_SWAPPING: ReloadStage.ValueType  # 2
-"""The new plan takes in new sequences; those in flight move to it."""
+"""New sequences begin under the new plan. Those in flight move to it."""
 RELOAD_STAGE_DONE: ReloadStage.ValueType  # 3
 """All sequences are under the new plan."""
 Global___ReloadStage: _TypeAlias = ReloadStage  # noqa: Y015
@@ -57,14 +57,14 @@ class WorkerServiceGenerateRequest(_message.Message):
     MODEL_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
-    """NOT_FOUND unless this model is being served. Empty: whichever is."""
+    """The call ends with NOT_FOUND unless this model is being served. Empty: any model."""
     @_builtins.property
     def prompt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt's token ids."""
 
     @_builtins.property
     def emitted_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """Token ids already emitted to the client; their texts are not sent again."""
+        """Token ids that the client already has. Their texts are not sent again."""
 
     @_builtins.property
     def sampling(self) -> _generation_pb2.SamplingParams:
@@ -91,7 +91,7 @@ Global___WorkerServiceGenerateRequest: _TypeAlias = WorkerServiceGenerateRequest
 
 @_typing.final
 class WorkerServiceGenerateResponse(_message.Message):
-    """Same fields on the wire as GenerateResponse, so that a gateway can relay it unchanged."""
+    """Has the same fields on the wire as GenerateResponse, so that a gateway can relay it unchanged."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -124,7 +124,7 @@ class GenerateManyRequest(_message.Message):
     START_FIELD_NUMBER: _builtins.int
     CANCEL_FIELD_NUMBER: _builtins.int
     cancel: _builtins.int
-    """Ends this sequence. Nothing more comes of it, except what was on its way."""
+    """Ends this sequence. Nothing more is sent for it, except what was already on its way."""
     @_builtins.property
     def start(self) -> Global___SequenceStart: ...
     def __init__(
@@ -174,14 +174,14 @@ class SequenceStart(_message.Message):
     TIMEOUT_SECONDS_FIELD_NUMBER: _builtins.int
     TRACE_CONTEXT_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
-    """The caller's number for it, not used before in this call."""
+    """The caller's number for the sequence. It must not have been used before in this call."""
     timeout_seconds: _builtins.float
     """Time until its deadline, in seconds. Unset: none."""
     @_builtins.property
     def request(self) -> Global___WorkerServiceGenerateRequest: ...
     @_builtins.property
     def trace_context(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
-        """Its trace (W3C Trace Context), as the metadata of Generate."""
+        """Its trace (W3C Trace Context), as in the metadata of Generate."""
 
     def __init__(
         self,
@@ -223,7 +223,7 @@ Global___GenerateManyResponse: _TypeAlias = GenerateManyResponse  # noqa: Y015
 
 @_typing.final
 class SequenceOutput(_message.Message):
-    """What came of one sequence."""
+    """Output of one sequence."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -235,7 +235,7 @@ class SequenceOutput(_message.Message):
     """Why it has failed: a google.rpc.Status, with the details that Generate has in its trailing metadata."""
     @_builtins.property
     def response(self) -> Global___WorkerServiceGenerateResponse:
-        """As Generate has it. With the finish the sequence has ended."""
+        """The same as for Generate. After the finish the sequence has ended."""
 
     def __init__(
         self,
@@ -265,13 +265,13 @@ class ReloadRequest(_message.Message):
     model: _builtins.str
     """Name of a model in the worker's models directory."""
     depth: _builtins.int
-    """Layers to load; one of the model's exit layers."""
+    """Layers to load, one of the model's exit layers. 0: all layers."""
     threshold: _builtins.float
-    """Confidence below which a token counts as unsure, in [0, 1]. Unset: as the worker is configured, else
-    the exit's calibrated one.
+    """Confidence below which a token counts as unsure, in [0, 1]. Unset: the worker's setting, or else the exit's
+    calibrated threshold.
     """
     urgent: _builtins.bool
-    """What is served is probably out of its bounds: loading does not stand back behind serving."""
+    """The plan that is served is probably beyond its bounds, so loading has the same priority as serving."""
     def __init__(
         self,
         *,
@@ -308,11 +308,11 @@ class ReloadResponse(_message.Message):
     seconds: _builtins.float
     """Seconds since the reload began."""
     bytes_read: _builtins.int
-    """With DONE: bytes of weights read, of the checkpoint or packed; what both plans have is not read again."""
+    """With DONE: bytes of weights that were read, of the checkpoint or packed. What both plans have is not read again."""
     sequences_moved: _builtins.int
     """With DONE: sequences in flight that go on under the new plan."""
     stall_seconds: _builtins.float
-    """With DONE: the longest, in seconds, that one of them went without a token, up to its first under the new
+    """With DONE: the longest time in seconds that one of them went without a token, up to its first under the new
     plan.
     """
     def __init__(
@@ -377,12 +377,12 @@ class GetStatusResponse(_message.Message):
     device: _builtins.str
     threads: _builtins.int
     bytes_read: _builtins.int
-    """Bytes of weights read to load the plan, of the checkpoint or packed, and the process's resident memory now."""
+    """Bytes of weights that were read to load the plan, of the checkpoint or packed. The process's resident memory now."""
     resident_bytes: _builtins.int
     memory_bytes: _builtins.int
-    """Budget for weights and KV together, in bytes; what a step's activations take is off it already."""
+    """Budget for weights and KV together, in bytes. The memory of a step's activations is already subtracted."""
     precision: _builtins.str
-    """Numbers computed in: float32, bfloat16, float16 or int8."""
+    """The precision of products: float32, bfloat16, float16 or int8."""
     @_builtins.property
     def telemetry(self) -> Global___Telemetry: ...
     @_builtins.property
@@ -437,17 +437,17 @@ class ModelInfo(_message.Message):
     depth: _builtins.int
     """Layers loaded."""
     num_layers: _builtins.int
-    """Layers of the checkpoint, and the layers with an exit."""
+    """Layers of the checkpoint, and the layers that have an exit."""
     vocab_size: _builtins.int
     context_tokens: _builtins.int
-    """Positions the model knows: prompt and output together."""
+    """The longest context: tokens of prompt and output together."""
     tokenizer_id: _builtins.str
-    """SHA-256 of the tokenizer; sequences move only between models of one tokenizer."""
+    """SHA-256 of the tokenizer. Sequences move only between models with the same tokenizer."""
     weight_bytes: _builtins.int
     """Bytes of the loaded weights in memory, and of KV per token."""
     kv_bytes_per_token: _builtins.int
     threshold: _builtins.float
-    """Confidence below which a token at this depth counts as unsure. Unset at the last layer, where none does."""
+    """Confidence below which a token at this depth counts as unsure. Unset at the last layer, where no token does."""
     @_builtins.property
     def exit_layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
@@ -549,10 +549,10 @@ class Telemetry(_message.Message):
     """Name of the model and layers loaded."""
     depth: _builtins.int
     running: _builtins.int
-    """Sequences in the running batch, and waiting for a place."""
+    """Sequences in the running batch, and sequences that wait for a place in it."""
     waiting: _builtins.int
     blocks_total: _builtins.int
-    """KV blocks in the pool, and free."""
+    """KV blocks in the pool, and those that are free."""
     blocks_free: _builtins.int
     steps: _builtins.int
     """Counters: engine steps, tokens prefilled, tokens generated, sequences finished, preempted."""
@@ -565,20 +565,20 @@ class Telemetry(_message.Message):
     draining: _builtins.bool
     """The worker no longer takes sequences."""
     time: _builtins.float
-    """Worker's clock, seconds since the Unix epoch."""
+    """The worker's clock, seconds since the Unix epoch."""
     high_exit_tokens: _builtins.int
     """Counter: generated tokens whose confidence was below the exit's threshold (high-exit tokens)."""
     cached_tokens: _builtins.int
-    """Counter: tokens that were not computed, because a sequence with the same beginning had been."""
+    """Counter: tokens that were not computed, because a sequence with the same beginning had been computed."""
     prompts_read: _builtins.int
-    """Counters: prompts of which a sample of tokens was read out under the plan of the time, these tokens, and
+    """Counters: prompts of which a sample of tokens was read out under the plan in force, the number of these tokens, and
     the sum of their negative natural log-probabilities.
     """
     prompt_tokens_read: _builtins.int
     prompt_nats: _builtins.float
     confidence_tokens: _builtins.int
-    """Counters: tokens generated under the plan of the time (not those of sequences that still move to it), and the
-    sum of the negative natural logarithms of their confidences.
+    """Counters: tokens generated under the plan in force (not those of sequences that still move to it), and the sum of
+    the negative natural logarithms of their confidences.
     """
     confidence_nats: _builtins.float
     def __init__(
@@ -683,7 +683,7 @@ class DrainResponse(_message.Message):
     FINISHED_FIELD_NUMBER: _builtins.int
     HANDED_BACK_FIELD_NUMBER: _builtins.int
     finished: _builtins.int
-    """Sequences that ended by themselves, and those handed back."""
+    """Sequences that ended by themselves, and those that were handed back."""
     handed_back: _builtins.int
     def __init__(
         self,

@@ -85,17 +85,17 @@ class WorkerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GenerateMany(self, request_iterator, context):
-        """Generate for many sequences over one call, as gateways use it: what a step gave to all of them
-        travels in one message. Ends once the caller has said its last and every sequence has ended;
-        when the call breaks, its sequences end with it.
+        """Generate for many sequences over one call, as gateways use it. The tokens that a step gave to all of them
+        travel in one message. The call ends once the caller has closed its side and every sequence has ended.
+        When the call breaks, its sequences end with it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Reload(self, request, context):
-        """Loads another model or depth beside the running one and swaps between two steps; sequences in
-        flight go on under the new plan. A failed load leaves the running plan serving.
+        """Loads another model or depth beside the running one and swaps between two steps. Sequences in
+        flight go on under the new plan. After a failed load the running plan goes on serving.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -123,8 +123,8 @@ class WorkerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Drain(self, request, context):
-        """Stops taking sequences. Returns when the running ones have ended or been handed back
-        (their streams end with UNAVAILABLE, and the gateway goes on elsewhere).
+        """Stops taking sequences. Returns when the running ones have ended or been handed back: the streams of those
+        end with UNAVAILABLE, and the gateway goes on elsewhere.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

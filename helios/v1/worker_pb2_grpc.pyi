@@ -38,13 +38,13 @@ class WorkerServiceStub:
     the request. RESOURCE_EXHAUSTED when the waiting queue is full, UNAVAILABLE while draining.
     """
     GenerateMany: _grpc.StreamStreamMultiCallable[_worker_pb2.GenerateManyRequest, _worker_pb2.GenerateManyResponse]
-    """Generate for many sequences over one call, as gateways use it: what a step gave to all of them
-    travels in one message. Ends once the caller has said its last and every sequence has ended;
-    when the call breaks, its sequences end with it.
+    """Generate for many sequences over one call, as gateways use it. The tokens that a step gave to all of them
+    travel in one message. The call ends once the caller has closed its side and every sequence has ended.
+    When the call breaks, its sequences end with it.
     """
     Reload: _grpc.UnaryStreamMultiCallable[_worker_pb2.ReloadRequest, _worker_pb2.ReloadResponse]
-    """Loads another model or depth beside the running one and swaps between two steps; sequences in
-    flight go on under the new plan. A failed load leaves the running plan serving.
+    """Loads another model or depth beside the running one and swaps between two steps. Sequences in
+    flight go on under the new plan. After a failed load the running plan goes on serving.
     """
     GetStatus: _grpc.UnaryUnaryMultiCallable[_worker_pb2.GetStatusRequest, _worker_pb2.GetStatusResponse]
     """The worker's plan, limits and load now."""
@@ -53,8 +53,8 @@ class WorkerServiceStub:
     GetTokenizer: _grpc.UnaryUnaryMultiCallable[_worker_pb2.GetTokenizerRequest, _worker_pb2.GetTokenizerResponse]
     """The tokenizer of the model being served."""
     Drain: _grpc.UnaryUnaryMultiCallable[_worker_pb2.DrainRequest, _worker_pb2.DrainResponse]
-    """Stops taking sequences. Returns when the running ones have ended or been handed back
-    (their streams end with UNAVAILABLE, and the gateway goes on elsewhere).
+    """Stops taking sequences. Returns when the running ones have ended or been handed back: the streams of those
+    end with UNAVAILABLE, and the gateway goes on elsewhere.
     """
 
 @_typing.type_check_only
@@ -67,13 +67,13 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     the request. RESOURCE_EXHAUSTED when the waiting queue is full, UNAVAILABLE while draining.
     """
     GenerateMany: _aio.StreamStreamMultiCallable[_worker_pb2.GenerateManyRequest, _worker_pb2.GenerateManyResponse]  # type: ignore[assignment]
-    """Generate for many sequences over one call, as gateways use it: what a step gave to all of them
-    travels in one message. Ends once the caller has said its last and every sequence has ended;
-    when the call breaks, its sequences end with it.
+    """Generate for many sequences over one call, as gateways use it. The tokens that a step gave to all of them
+    travel in one message. The call ends once the caller has closed its side and every sequence has ended.
+    When the call breaks, its sequences end with it.
     """
     Reload: _aio.UnaryStreamMultiCallable[_worker_pb2.ReloadRequest, _worker_pb2.ReloadResponse]  # type: ignore[assignment]
-    """Loads another model or depth beside the running one and swaps between two steps; sequences in
-    flight go on under the new plan. A failed load leaves the running plan serving.
+    """Loads another model or depth beside the running one and swaps between two steps. Sequences in
+    flight go on under the new plan. After a failed load the running plan goes on serving.
     """
     GetStatus: _aio.UnaryUnaryMultiCallable[_worker_pb2.GetStatusRequest, _worker_pb2.GetStatusResponse]  # type: ignore[assignment]
     """The worker's plan, limits and load now."""
@@ -82,8 +82,8 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     GetTokenizer: _aio.UnaryUnaryMultiCallable[_worker_pb2.GetTokenizerRequest, _worker_pb2.GetTokenizerResponse]  # type: ignore[assignment]
     """The tokenizer of the model being served."""
     Drain: _aio.UnaryUnaryMultiCallable[_worker_pb2.DrainRequest, _worker_pb2.DrainResponse]  # type: ignore[assignment]
-    """Stops taking sequences. Returns when the running ones have ended or been handed back
-    (their streams end with UNAVAILABLE, and the gateway goes on elsewhere).
+    """Stops taking sequences. Returns when the running ones have ended or been handed back: the streams of those
+    end with UNAVAILABLE, and the gateway goes on elsewhere.
     """
 
 class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -105,9 +105,9 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_worker_pb2.GenerateManyRequest],
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_worker_pb2.GenerateManyResponse], _abc.AsyncIterator[_worker_pb2.GenerateManyResponse]]:
-        """Generate for many sequences over one call, as gateways use it: what a step gave to all of them
-        travels in one message. Ends once the caller has said its last and every sequence has ended;
-        when the call breaks, its sequences end with it.
+        """Generate for many sequences over one call, as gateways use it. The tokens that a step gave to all of them
+        travel in one message. The call ends once the caller has closed its side and every sequence has ended.
+        When the call breaks, its sequences end with it.
         """
 
     @_abc_1.abstractmethod
@@ -116,8 +116,8 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_pb2.ReloadRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_worker_pb2.ReloadResponse], _abc.AsyncIterator[_worker_pb2.ReloadResponse]]:
-        """Loads another model or depth beside the running one and swaps between two steps; sequences in
-        flight go on under the new plan. A failed load leaves the running plan serving.
+        """Loads another model or depth beside the running one and swaps between two steps. Sequences in
+        flight go on under the new plan. After a failed load the running plan goes on serving.
         """
 
     @_abc_1.abstractmethod
@@ -150,8 +150,8 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_pb2.DrainRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.DrainResponse, _abc.Awaitable[_worker_pb2.DrainResponse]]:
-        """Stops taking sequences. Returns when the running ones have ended or been handed back
-        (their streams end with UNAVAILABLE, and the gateway goes on elsewhere).
+        """Stops taking sequences. Returns when the running ones have ended or been handed back: the streams of those
+        end with UNAVAILABLE, and the gateway goes on elsewhere.
         """
 
 def add_WorkerServiceServicer_to_server(servicer: WorkerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
