@@ -227,7 +227,7 @@ class ServedPlans:
         return (
             cache.is_in_place
             and cache.has_room_for(
-                new.memory.num_blocks, config.num_heads, config.head_dim, new.model.kv_dtype
+                new.memory.num_blocks, config.num_kv_heads, config.head_dim, new.model.kv_dtype
             )
             # Else sequences could not tell them apart: it is a checkpoint that has changed in its place.
             and new.served != self.in_force.served
@@ -285,7 +285,7 @@ class ServedPlans:
         num_blocks = plan.memory.num_blocks + plan.runner.spare_blocks
         try:
             if before is not None and before.has_room_for(
-                num_blocks, config.num_heads, config.head_dim, kept
+                num_blocks, config.num_kv_heads, config.head_dim, kept
             ):
                 before.resize(plan.depth, num_blocks)
                 return before
