@@ -12,7 +12,7 @@ from helios.errors import CheckpointError
 
 
 class LoadedTokenizer(NamedTuple):
-    """A tokenizer and what tells it from others: the SHA-256 of its tokenizer.json, in hexadecimal."""
+    """A tokenizer, and its id: the SHA-256 of its tokenizer.json, in hexadecimal."""
 
     tokenizer: Tokenizer
     tokenizer_id: str
@@ -53,13 +53,13 @@ def load_tokenizer(path: Path, facts: EarlyExitFacts) -> LoadedTokenizer:
 
 
 def _convert(path: Path) -> Tokenizer:
-    """The slow tokenizer files of an OPT checkpoint as from the hub, as a fast tokenizer."""
+    """A fast tokenizer from the slow tokenizer files that OPT checkpoints have on the hub."""
     # Only these checkpoints need transformers, whose import takes seconds.
     from transformers import AutoTokenizer  # noqa: PLC0415
 
     try:
         slow = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    # transformers raises many kinds for files that it cannot make sense of.
+    # transformers raises many kinds of errors for files that it cannot make sense of.
     except Exception as error:
         raise CheckpointError(
             f"{path}: {' and '.join(SLOW_TOKENIZER_FILES)} are not a tokenizer ({error}); fetch them again"

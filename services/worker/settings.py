@@ -47,8 +47,8 @@ class WorkerSettings(ServiceSettings):
     )
     plan_file: Path | None = Field(
         None,
-        description="where the plan that it serves is kept; started anew with the same flags, and not told "
-        "another one by Redis, the worker goes on with it; none: with its flags",
+        description="file in which the worker keeps the plan that it serves; started again with the same "
+        "flags, it serves that plan, unless Redis names another one; none: it serves what its flags say",
     )
     exit_mode: ExitModeName = Field("greedy", description="how tokens leave the model")
     threshold: float | None = Field(
@@ -68,25 +68,26 @@ class WorkerSettings(ServiceSettings):
     prefill_stretch: float = Field(
         2.5,
         gt=1,
-        description="a step that prefills beside decoding sequences takes at most this many times one that "
-        "does not; inf: no bound",
+        description="a step that prefills beside decoding sequences takes at most this many times as long as "
+        "one that does not; inf: no bound",
     )
     burst_seconds: float = Field(
         SERVED_BURST_SECONDS,
         ge=0,
         allow_inf_nan=False,
-        description="decode steps that are so short that several fit into this are taken at once, and their "
-        "tokens leave together; whatever comes in ends it early; 0: one by one",
+        description="as many decode steps as fit into this time are taken at once, and their tokens leave "
+        "together; whatever comes in ends such a burst early; 0: one by one",
     )
     block_tokens: int = Field(16, ge=1, description="tokens in a KV block")
     prefix_cache: bool = Field(
-        True, description="whether requests with the same beginning share its KV (their timing tells)"
+        True,
+        description="whether requests with the same beginning share its KV (their timing shows that they do)",
     )
     prompt_readings: int = Field(
         SERVED_PROMPT_READINGS,
         ge=0,
         description="tokens of each prompt, at most one in sixteen, whose probabilities are read out in "
-        "prefill: by them the controller notices that the traffic has changed; 0: none",
+        "prefill: they show the controller that the traffic has changed; 0: none",
     )
     cuda_graphs: bool = Field(
         True, description="whether decode steps on a CUDA device are captured as graphs"
@@ -97,8 +98,8 @@ class WorkerSettings(ServiceSettings):
         "cache directory",
     )
     packed_cache_bytes: int = Field(
-        16 << 30, ge=0, description="what those of all models may take there; 0: none are kept"
+        16 << 30, ge=0, description="bytes that packed weights may take there; 0: none are kept"
     )
     drain_seconds: float = Field(
-        10.0, ge=0, description="time that running sequences get to end when the worker is told to stop"
+        10.0, ge=0, description="time that running sequences have to end when the worker is told to stop"
     )

@@ -354,3 +354,22 @@ def test_a_checkpoint_that_changed_in_its_place_is_another_model(tmp_path: Path)
     assert [t.token_id for t in tokens if t.exit_layer == 2] == greedy(
         truncated(changed, 2), [2, 9, 30, *before], len(tokens) - len(before)
     )[0]
+
+
+def test_a_checkpoint_that_changed_in_its_place_can_be_reloaded_at_the_same_depth(tmp_path: Path) -> None:
+    save_variant(tmp_path, "pre-norm", 14, exits=EXITS)
+    engine = Engine.load(tmp_path, 6, EngineSettings(memory_bytes=64 << 20))
+    outputs: list[Output] = []
+    engine.submit("one", [2, 9, 30], GREEDY, outputs.append)
+    for _ in range(5):
+        engine.step()
+    before = [token.token_id for output in outputs for token in output.tokens]
+    changed = save_variant(tmp_path, "pre-norm", 15, exits=EXITS)
+    assert engine.reload(tmp_path, 6).sequences_moved == 1
+    while engine.step():
+        pass
+    tokens = [token.token_id for output in outputs for token in output.tokens]
+    assert tokens[: len(before)] == before
+    after = tokens[len(before) :]
+    assert after == greedy(changed, [2, 9, 30, *before], len(after))[0]
+    assert engine.telemetry().blocks_free == engine.telemetry().blocks_total

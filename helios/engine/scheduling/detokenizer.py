@@ -1,8 +1,8 @@
 """Text from token ids, as they come: never half a character, never part of a stop string.
 
 All deltas together are the text of all ids decoded at once, whatever the ids. So text that a later token may
-change is held back: half a character, and bytes of a byte-fallback vocabulary (`<0x41>`). A run of those is
-decoded as one: one broken byte makes replacement characters of the whole run.
+change is held back: half a character, and bytes of a byte-fallback vocabulary (`<0x41>`). The tokenizer
+decodes a run of such bytes as a whole: one broken byte turns the whole run into replacement characters.
 """
 
 import re
@@ -10,19 +10,19 @@ from collections.abc import Mapping, Sequence
 
 from tokenizers import Tokenizer, decoders
 
-# What stands for half a character, and for each byte that is part of none.
+# Stands for half a character, and for each byte that is no part of a character.
 _REPLACEMENT = "\ufffd"
-# As `decoders.ByteFallback` knows them.
+# The form that `decoders.ByteFallback` knows.
 _FALLBACK_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
 # Half a character has at most three bytes, and so lies in as many byte-level tokens.
 _HALF_TOKENS = 3
 
 
 def token_texts(tokenizer: Tokenizer) -> dict[int, str]:
-    """The texts of tokens that have the same one wherever they stand; none where a tokenizer has no such.
+    """The texts of tokens whose text does not depend on their place. Empty if a tokenizer has no such tokens.
 
-    Byte-level tokens (Radford et al. 2019) are bytes whatever is before them. Left out are those that are no
-    whole characters, and those without any text.
+    Byte-level tokens (Radford et al. 2019) are bytes whatever is before them. Left out are tokens that are
+    not whole characters, and tokens without text.
     """
     if not isinstance(tokenizer.decoder, decoders.ByteLevel):
         return {}
@@ -35,17 +35,17 @@ def token_texts(tokenizer: Tokenizer) -> dict[int, str]:
 class Detokenizer:
     """Incremental text of one sequence.
 
-    What has been emitted after n tokens depends on these n ids alone, so a sequence resumed elsewhere
-    from its ids goes on with the same text.
+    The text emitted after n tokens depends on these n ids alone, so a sequence that is resumed elsewhere from
+    its ids goes on with the same text.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, stop: tuple[str, ...], texts: Mapping[int, str] | None = None
     ) -> None:
-        """texts: `token_texts` of this tokenizer, which spare most of the decoding."""
+        """texts: `token_texts` of this tokenizer, which save most of the decoding."""
         self._tokenizer = tokenizer
         self._texts = texts or {}
-        # Tokens whose text is not final, behind the one before them where a text depends on its place.
+        # Tokens whose text is not final; before them one more token, if a token's text depends on its place.
         self._window: list[int] = []
         # Characters of the window's text that are final.
         self._final = 0
@@ -67,12 +67,12 @@ class Detokenizer:
         return self._emit(new, last=False) if new else ""
 
     def push_all(self, ids: Sequence[int]) -> list[str]:
-        """As `push`, one after the other, up to that which completes a stop string."""
+        """`push` for one id after the other, up to the one that completes a stop string."""
         if not self._stop and not self._window:
             known = self._texts.get
             texts = [text for token_id in ids if (text := known(token_id)) is not None]
             if len(texts) == len(ids):
-                # Nothing is ever held back. Of all at once: once a token, all that `push` looks at is felt.
+                # Nothing is held back. All at once: what `push` checks for each token takes noticeable time.
                 self._decoded += "".join(texts)
                 self._emitted = len(self._decoded)
                 return texts
@@ -84,10 +84,10 @@ class Detokenizer:
         return found
 
     def _decode(self, token_id: int) -> str:
-        """Text that an id makes final, by the tokenizer itself."""
+        """The text that an id makes final, decoded by the tokenizer."""
         window, decode = self._window, self._tokenizer.decode
         alone = decode([token_id])
-        # Decoding skips special tokens and ids beyond the vocabulary: what is around them belongs together.
+        # Decoding skips special tokens and ids beyond the vocabulary: the tokens around them belong together.
         if self._texts:
             if not alone:
                 return ""
@@ -105,13 +105,13 @@ class Detokenizer:
         new, self._final = text[self._final : end], end
         if self._texts:
             if end == len(text):
-                # All characters are whole: the next token may stand at the beginning as well.
+                # All characters are whole: the next token needs nothing before it.
                 self._window, self._final = [], 0
             elif len(window) > _HALF_TOKENS:
                 self._window = window[-_HALF_TOKENS:]
                 self._final = len(decode(self._window)) - 1
         elif alone and end == len(text):
-            # Behind a token with text of its own all others have theirs wherever they stand.
+            # After a token with its own text, the texts of all others depend on nothing earlier.
             self._window, self._final = [token_id], len(alone)
         return new
 
@@ -128,7 +128,7 @@ class Detokenizer:
         self._decoded += new
         end = len(self._decoded)
         if self._stop:
-            # A stop string can begin only in text that was held back, so the search starts there.
+            # A stop string can only begin in text that was held back, so the search starts there.
             hits = [at for at in (self._decoded.find(stop, start) for stop in self._stop) if at >= 0]
             if hits:
                 self.stopped = True
@@ -139,7 +139,7 @@ class Detokenizer:
         return self._decoded[start:end]
 
     def _held_back(self, start: int) -> int:
-        """Length of the longest end of the text that could grow into a stop string."""
+        """Length of the longest suffix of the text that could grow into a stop string."""
         longest = max(len(stop) for stop in self._stop) - 1
         pending = self._decoded[max(start, len(self._decoded) - longest) :]
         for at in range(len(pending)):
