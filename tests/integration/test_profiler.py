@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from helios import catalog, history, prompts
 from helios.client import AsyncClient, generate_request
-from helios.footprint import kv_bytes_per_token, model_bytes
+from helios.footprint import activation_bytes, kv_bytes_per_token, model_bytes
 from helios.modes import Precision
 from helios.redis_schema import DECISIONS, PROFILE_PREFIX, PROMPTS
 from helios.v1 import generation_pb2, profiler_pb2, profiler_pb2_grpc
@@ -134,14 +134,16 @@ async def test_profiler_and_controller_shortlist_the_same_models_near_the_budget
     """short_of: bytes that the budget lacks for `long`, the model that needs the most."""
     entry = catalog.read_model(stack.models_dir / "long")
     kv_bytes = entry.context_tokens * kv_bytes_per_token(entry.config, entry.num_layers, Precision.INT8)
-    shared = {
-        "models_dir": stack.models_dir,
-        "precision": Precision.INT8.value,
-        "memory_bytes": model_bytes(entry, Precision.INT8) + kv_bytes - short_of,
-    }
+    budget = model_bytes(entry, Precision.INT8) + kv_bytes - short_of
     stack.start_redis()
-    stack.start_worker(max_running=2, step_token_budget=64, **shared)
-    profiler = stack.start_profiler(**shared)
+    # A worker's budget is for activations too, which are as wide in all of these models.
+    stack.start_worker(
+        precision=Precision.INT8,
+        memory_bytes=budget + activation_bytes(entry.config, 4, 64, 2),
+        max_running=2,
+        step_token_budget=64,
+    )
+    profiler = stack.start_profiler(precision=Precision.INT8, memory_bytes=budget)
     stack.start_controller(mode="advisory", profiler=profiler.address, models_dir=stack.models_dir)
     expected = {"tiny", "other"} if short_of else {"tiny", "other", "long"}
     async with Redis.from_url(stack.redis_url) as redis:
