@@ -129,7 +129,7 @@ async def test_bytes_that_are_no_request_get_invalid_argument(
     gateway: Process, method: str, raw: bytes
 ) -> None:
     async with grpc.aio.insecure_channel(gateway.address) as channel:
-        with pytest.raises(grpc.aio.AioRpcError, match="is no helios") as caught:
+        with pytest.raises(grpc.aio.AioRpcError, match="is not a valid helios") as caught:
             async for _ in channel.unary_stream(SERVICE + method)(raw):
                 pass
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
