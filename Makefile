@@ -27,10 +27,12 @@ $(COMPILED): $(STAMP) $(wildcard helios/*.py helios/engine/*.py helios/engine/*/
 run: setup
 	$(BIN)/helios up
 
-test: setup lint
-	$(BIN)/pytest
+# What can run at once does: linters beside the compilation of kernels, then a process of tests on each core.
+test: $(STAMP)
+	$(MAKE) --jobs 2 --output-sync lint $(COMPILED)
+	$(BIN)/pytest --numprocesses auto --dist worksteal
 
-lint: setup check-protos
+lint: $(STAMP) check-protos
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -48,7 +50,7 @@ protos: setup
 	  --python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. protos/helios/v1/*.proto
 
 # The checked-in stubs are what the protos generate.
-check-protos: setup
+check-protos: $(STAMP)
 	rm -rf $(VENV)/protos && mkdir -p $(VENV)/protos
 	$(BIN)/python -m grpc_tools.protoc -Iprotos --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \
 	  --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
