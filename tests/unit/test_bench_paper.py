@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from bench.paper import SECTION_NAMES, baselines, curve, footprint
+from bench.paper.policy import simulation, traffic
 from bench.paper.policy import targets as policy_targets
-from bench.paper.policy import traffic
 from bench.paper.policy.hindsight import Hindsight, summary
 from bench.paper.policy.simulation import Run, Scene, simulate
 from bench.paper.policy.traffic import Record, Request
@@ -342,6 +342,23 @@ def test_the_simulated_controller_follows_drifts_and_keeps_calm_without_them() -
     run = simulate(calm, settings)
     assert Hindsight(calm).figures(run).needless_moves == 0
     assert run.plans[-1] == at("prose-model", 2)
+
+
+def test_the_dwell_of_the_first_choice_begins_with_it_as_in_the_controller(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[int | None] = []
+    decide = simulation.decide
+
+    def recorded(seen: Any, settings: Any) -> Any:
+        asked.append(seen.requests_since_move)
+        return decide(seen, settings)
+
+    monkeypatch.setattr(simulation, "decide", recorded)
+    simulate(scene(traffic.STANDARD), AgendaSettings.model_validate({}))
+    assert asked[0] is None
+    assert len(asked) > 2
+    assert None not in asked[1:]
 
 
 def test_an_evaluation_is_priced_and_not_waited_for() -> None:

@@ -215,9 +215,10 @@ class _Simulation:
                     "trigger": str(due.trigger),
                 }
             )
-            if self.chosen is not None:
-                self.moved_at = seen.finished
             self.window.clear()
+        if decision.moves:
+            # The first choice counts too, as in the controller: the dwell begins with it.
+            self.moved_at = seen.finished
         if plan != self.plan or self.chosen is None:
             self.threshold = self._threshold(plan)
         self.plan = self.chosen = plan
