@@ -1,7 +1,7 @@
 """`python -m helios.engine.precompile` compiles the kernels that workers and profilers call, before they do.
 
-With `--all-targets` it compiles them for every class of processors, for images that start on any.
-Code of a class that this machine lacks is compiled and never run.
+With `--all-targets` it compiles them for every class of processors, for images that must start on any of
+them. Code of a class that this machine lacks is compiled and never run.
 """
 
 import argparse

@@ -22,8 +22,9 @@ from transformers import (
 from helios.engine.backends.burst import draws_of
 from helios.engine.backends.readout import read
 from helios.engine.backends.sampler import Row, Sampled, sample
+from helios.engine.kernels import border
 from helios.engine.kernels.layout import Outputs
-from helios.engine.kernels.sampling import draw, drawing_numbers, uniform
+from helios.engine.kernels.sampling import drawing_numbers, uniform
 from helios.engine.kernels.team import TEAM
 from helios.sampling import SamplingParams
 
@@ -41,11 +42,14 @@ def by_torch(logits: torch.Tensor, rows: list[Row]) -> Sampled:
 def compiled(logits: torch.Tensor, rows: list[Row]) -> Sampled:
     found = read(logits)
     room = torch.empty(TEAM.threads * drawing_numbers(logits.shape[1]))
+    outputs = Outputs(
+        found.logits.data_ptr(), found.best.data_ptr(), found.summaries.data_ptr(), exit_layers=0
+    )
     TEAM.run(
-        draw,
-        draws_of(rows),
+        border.call_draw,
+        tuple(draws_of(rows)),
         0,
-        Outputs(found.logits.data_ptr(), found.best.data_ptr(), found.summaries.data_ptr(), exit_layers=0),
+        tuple(outputs),
         len(rows),
         logits.shape[1],
         room.data_ptr(),

@@ -1,7 +1,7 @@
 """A model's step as one compiled call, and its layers as another: no Python between their products."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -12,8 +12,9 @@ from helios.engine.backends.burst import Burst
 from helios.engine.backends.kv_cache import KVCache
 from helios.engine.backends.paged_attention import addresses_of
 from helios.engine.backends.readout import Readout
+from helios.engine.kernels import border
 from helios.engine.kernels.inner_product import TILE
-from helios.engine.kernels.layer import layers_scratch, run_layers
+from helios.engine.kernels.layer import layers_scratch
 from helios.engine.kernels.layout import (
     BFLOAT16,
     EMBEDDING,
@@ -34,7 +35,7 @@ from helios.engine.kernels.layout import (
     record,
 )
 from helios.engine.kernels.sampling import drawing_numbers
-from helios.engine.kernels.step import run_burst, step_scratch
+from helios.engine.kernels.step import step_scratch
 from helios.engine.kernels.team import TEAM
 from helios.engine.scheduling.batch import Batch
 from helios.engine.weights.linear import Linear, PackedLinear
@@ -57,14 +58,14 @@ class CompiledModel:
         self._config, self._weights = config, weights
         self._norms = _Norms(config.hidden_size)
         self._model = _model_record(config, precision, weights.ends)
-        self._embed_width = int(self._model["embedding"]["width"])
+        self._embed_width = int(self._model["embedding"]["width"][0])
         self._layers = _layer_records(weights.layers, self._norms)
         self._heads = {layer: self._head_record(head) for layer, head in weights.exits.items()}
         self._final = self._head_record(weights.final or Head(None, None))
         self._exits: dict[tuple[tuple[int, float], ...], NDArray[np.void]] = {}
         self._space = _Space.of(0, 0, 0, 0, several_exits=False)
         # What each thread draws tokens in, and how many numbers that is.
-        self._drawing, self._drawing_numbers = torch.empty(0), int(drawing_numbers(config.vocab_size))
+        self._drawing, self._drawing_numbers = torch.empty(0), drawing_numbers(config.vocab_size)
 
     @classmethod
     def of(cls, config: ModelConfig, weights: PackedWeights) -> Self | None:
@@ -107,17 +108,17 @@ class CompiledModel:
         self, hidden: torch.Tensor, batch: Batch, cache: KVCache, first: int, last: int
     ) -> torch.Tensor:
         """Runs the layers first..last on hidden, float32 [T, hidden], and writes the rows' KV."""
-        scratch = torch.empty(layers_scratch(self._model, batch.rows), dtype=torch.uint8)
+        scratch = torch.empty(layers_scratch(self._model[0], batch.rows), dtype=torch.uint8)
         hidden = hidden.clone(memory_format=torch.contiguous_format)
         TEAM.run(
-            run_layers,
+            border.call_layers,
             self._model,
             self._layers,
             first,
             last,
             hidden.data_ptr(),
-            addresses_of(batch),
-            CacheAddresses(*cache.addresses, cache.block_tokens),
+            tuple(addresses_of(batch)),
+            _cache_addresses(cache),
             scratch.data_ptr(),
             operations=(last - first) * batch.rows * self._operations(batch),
         )
@@ -133,16 +134,16 @@ class CompiledModel:
             self._exits[exits] = self._exit_records(exits)
         interrupt = 0 if burst.interrupt is None else burst.interrupt.address
         TEAM.run(
-            run_burst,
+            border.call_burst,
             burst.steps,
             self._model,
             self._layers,
             self._exits[exits],
-            CacheAddresses(*cache.addresses, cache.block_tokens),
-            addresses_of(batch),
-            burst.draws,
-            Stop(interrupt, burst.last_tokens),
-            Room(space.scratch.data_ptr(), self._drawing.data_ptr(), *space.outputs),
+            _cache_addresses(cache),
+            tuple(addresses_of(batch)),
+            tuple(burst.draws),
+            tuple(Stop(interrupt, burst.last_tokens)),
+            tuple(Room(space.scratch_address, self._drawing.data_ptr(), *space.outputs)),
             operations=depth * rows * self._operations(batch)
             + reads * self._embed_width * self._config.vocab_size,
         )
@@ -157,7 +158,7 @@ class CompiledModel:
             self._space = _Space.of(
                 rows,
                 reads,
-                step_scratch(self._model, rows),
+                step_scratch(self._model[0], rows),
                 self._config.vocab_size,
                 several_exits=several_exits or space.several_exits,
             )
@@ -166,11 +167,11 @@ class CompiledModel:
     def _exit_records(self, exits: Sequence[tuple[int, float]]) -> NDArray[np.void]:
         found = np.zeros(len(exits), dtype=EXIT)
         for index, (layer, threshold) in enumerate(exits):
-            found[index] = self._heads.get(layer, self._final)
+            found[index] = self._heads.get(layer, self._final)[0]
             found["layer"][index], found["threshold"][index] = layer, threshold
         return found
 
-    def _head_record(self, head: Head) -> np.void:
+    def _head_record(self, head: Head) -> NDArray[np.void]:
         """EXIT without layer and threshold."""
         norm = record(NORM) if head.norm is None else self._norms.record(head.norm)
         return record(EXIT, norm=norm, linear=_linear_record(head.linear))
@@ -188,7 +189,7 @@ class _Norms:
         self._width = width
         self._kept: list[torch.Tensor] = []
 
-    def record(self, norm: Norm) -> np.void:
+    def record(self, norm: Norm) -> NDArray[np.void]:
         weight = torch.ones(self._width) if norm.weight is None else norm.weight
         bias = torch.zeros(self._width) if norm.bias is None else norm.bias
         self._kept += [weight, bias]
@@ -202,6 +203,7 @@ class _Space(NamedTuple):
     reads: int
     several_exits: bool
     scratch: torch.Tensor
+    scratch_address: int
     # What is read out: the tensors of `Readout`, and the exit layers.
     logits: torch.Tensor
     best: torch.Tensor
@@ -209,8 +211,8 @@ class _Space(NamedTuple):
     exit_layers: torch.Tensor
     # The tensors of `found`, if there are several exits.
     kept: tuple[torch.Tensor, ...]
-    # `Room.found` and `Room.out`.
-    outputs: tuple[Outputs, Outputs]
+    # `Room.found` and `Room.out`, as plain tuples.
+    outputs: tuple[tuple[int, ...], tuple[int, ...]]
     # What was read here before, by sizes.
     readouts: dict[tuple[int, int], Readout]
 
@@ -229,9 +231,18 @@ class _Space(NamedTuple):
 
         out = tensors()
         found = tensors() if several_exits else out
-        outputs = tuple(Outputs(*(tensor.data_ptr() for tensor in kind)) for kind in (found, out))
         scratch = torch.empty(scratch_bytes, dtype=torch.uint8)
-        return cls(rows, reads, several_exits, scratch, *out, found, (outputs[0], outputs[1]), {})
+        return cls(
+            rows,
+            reads,
+            several_exits,
+            scratch,
+            scratch.data_ptr(),
+            *out,
+            kept=found,
+            outputs=(_addresses(found), _addresses(out)),
+            readouts={},
+        )
 
     def read(self, reads: int, steps: int) -> Readout:
         """What steps of so many reads each have read out. Kept: the next steps mostly have the same sizes."""
@@ -249,7 +260,17 @@ class _Space(NamedTuple):
         return rows <= self.rows and reads <= self.reads and (self.several_exits or not several_exits)
 
 
-def _model_record(config: ModelConfig, precision: int, ends: Ends) -> np.void:
+def _addresses(outputs: tuple[torch.Tensor, ...]) -> tuple[int, ...]:
+    """Logits, best, summaries and exit layers, as kernels take them."""
+    return tuple(Outputs(*(tensor.data_ptr() for tensor in outputs)))
+
+
+def _cache_addresses(cache: KVCache) -> tuple[Any, ...]:
+    """A cache as kernels take it."""
+    return tuple(CacheAddresses(*cache.addresses, cache.block_tokens))
+
+
+def _model_record(config: ModelConfig, precision: int, ends: Ends) -> NDArray[np.void]:
     positions = ends.embed_positions
     return record(
         MODEL,
@@ -277,7 +298,7 @@ def _model_record(config: ModelConfig, precision: int, ends: Ends) -> np.void:
     )
 
 
-def _embedding_record(ends: Ends) -> np.void:
+def _embedding_record(ends: Ends) -> NDArray[np.void]:
     if ends.embed_tokens is not None:
         table, width = ends.embed_tokens, ends.embed_tokens.shape[1]
         lies = {"tile_tokens": 1, "tile_numbers": width, "word_numbers": width}
@@ -294,9 +315,10 @@ def _layer_records(layers: Sequence[Layer], norms: _Norms) -> NDArray[np.void]:
     for index, layer in enumerate(layers):
         for name in LAYER.names or ():
             part = getattr(layer, name)
-            found[name][index] = norms.record(part) if isinstance(part, Norm) else _linear_record(part)
+            made = norms.record(part) if isinstance(part, Norm) else _linear_record(part)
+            found[name][index] = made[0]
     return found
 
 
-def _linear_record(linear: Linear | None) -> np.void:
+def _linear_record(linear: Linear | None) -> NDArray[np.void]:
     return linear.record if isinstance(linear, PackedLinear) else record(LINEAR)

@@ -3,7 +3,7 @@
 import torch
 
 from helios.engine.backends.kv_cache import KVCache
-from helios.engine.kernels.attention import attend as attend_kernel
+from helios.engine.kernels import border
 from helios.engine.kernels.layout import BFLOAT16, FLOAT32, INT8, Attention, BatchAddresses
 from helios.engine.kernels.simd import LANES
 from helios.engine.kernels.team import TEAM
@@ -28,18 +28,19 @@ def attend(qkv: torch.Tensor, batch: Batch, cache: KVCache, layer: int) -> torch
     width = qkv.shape[1] // 3
     keys, values = cache.addresses
     out = qkv.new_empty(batch.rows, width)
+    attention = Attention(
+        heads=cache.num_heads,
+        kv_heads=cache.num_heads,
+        head_dim=cache.head_dim,
+        block_tokens=cache.block_tokens,
+        keys=keys[layer],
+        values=values[layer],
+    )
     TEAM.run(
-        attend_kernel,
+        border.call_attend,
         _PRECISIONS[cache.dtype],
-        Attention(
-            heads=cache.num_heads,
-            kv_heads=cache.num_heads,
-            head_dim=cache.head_dim,
-            block_tokens=cache.block_tokens,
-            keys=keys[layer],
-            values=values[layer],
-        ),
-        addresses_of(batch),
+        tuple(attention),
+        tuple(addresses_of(batch)),
         qkv.data_ptr(),
         out.data_ptr(),
         operations=2 * batch.rows * width * batch.width * cache.block_tokens,

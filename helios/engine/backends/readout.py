@@ -8,8 +8,8 @@ from typing import Any, Self
 import torch
 from numpy.typing import NDArray
 
+from helios.engine.kernels import border
 from helios.engine.kernels.layout import CONFIDENCE, LOGPROB, NORMALIZER, SUMMARY, Outputs
-from helios.engine.kernels.summary import summarize
 from helios.engine.kernels.team import TEAM
 
 
@@ -90,9 +90,10 @@ def read(logits: torch.Tensor) -> Readout:
     logits = logits.float().contiguous()
     rows, width = logits.shape
     best, summaries = torch.empty(rows, dtype=torch.int64), torch.empty(rows, SUMMARY)
+    outputs = Outputs(logits.data_ptr(), best.data_ptr(), summaries.data_ptr(), exit_layers=0)
     TEAM.run(
-        summarize,
-        Outputs(logits.data_ptr(), best.data_ptr(), summaries.data_ptr(), exit_layers=0),
+        border.call_summarize,
+        tuple(outputs),
         rows,
         width,
         # Each exponential counts for ten.

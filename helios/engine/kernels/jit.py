@@ -41,8 +41,8 @@ log = logging.getLogger(__name__)
 
 VARIABLE = "HELIOS_KERNEL_CACHE_DIR"
 
-# The kernel that all others are called by stands here.
-_ROOT = Path(__file__).with_name("step.py")
+# The kernels that Python calls stand here. They call all others.
+_ROOT = Path(__file__).with_name("border.py")
 _PACKAGE = Path(helios.__file__).parent
 # Ending of the directories of machine code: nothing else beside them is ever removed.
 _SUFFIX = ".kernels"

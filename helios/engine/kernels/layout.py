@@ -1,8 +1,8 @@
 """What crosses the border between Python and compiled code, by name.
 
-What is made once, when a model is loaded, crosses as a NumPy record (`MODEL`, `LAYER` and their parts). What
-each call brings crosses as a named tuple. Compiled code reads the fields of both by their names. Addresses
-are integers, unchecked: the caller keeps alive what lies there.
+What is made once, when a model is loaded, are NumPy records (`MODEL`, `LAYER` and their parts). What each
+call brings are named tuples, which cross as plain ones (`border`). Compiled code reads the fields of both by
+their names. Addresses are integers, unchecked: the caller keeps alive what lies there.
 """
 
 from typing import Any, NamedTuple
@@ -117,13 +117,12 @@ DRAW = np.dtype(
 )
 
 
-def record(kind: np.dtype[np.void], **fields: Any) -> np.void:
-    """A record of `kind`. Fields that are not given are zero."""
-    made = np.zeros((), dtype=kind)
+def record(kind: np.dtype[np.void], **fields: Any) -> NDArray[np.void]:
+    """A record of `kind`, in an array of one. Fields that are not given are zero."""
+    made = np.zeros(1, dtype=kind)
     for name, value in fields.items():
         made[name] = value
-    found: np.void = made[()]
-    return found
+    return made
 
 
 class Thread(NamedTuple):

@@ -19,6 +19,7 @@ Kernel = Callable[..., None]
 # With at least this many multiply-adds in a call, several threads are faster than one that need not wake the
 # others and wait for them. One thread does as many in half a millisecond.
 _WORTHWHILE = 32 << 20
+_ALONE = tuple(ALONE)
 
 
 class Team:
@@ -36,13 +37,14 @@ class Team:
         self._meeting = np.zeros(2, dtype=np.int64)
 
     def run(self, kernel: Kernel, *arguments: Any, operations: int) -> None:
-        """Calls kernel(Thread(...), *arguments) on every thread. Returns when all are done.
+        """Calls kernel(thread, *arguments) on every thread. Returns when all are done.
 
-        operations: about how many multiply-adds the call has.
+        kernel: one of `border`, which says how arguments cross. operations: about how many multiply-adds the
+        call has.
         """
         began, threads = time.perf_counter(), self.threads if operations >= self.worthwhile else 1
         if threads == 1:
-            kernel(ALONE, *arguments)
+            kernel(_ALONE, *arguments)
         else:
             self._run_together(kernel, threads, arguments)
         self.seconds += time.perf_counter() - began
@@ -54,7 +56,7 @@ class Team:
             barrier = self._meeting.ctypes.data
             for number, member in enumerate(self._members[: threads - 1], 1):
                 member.begin(kernel, Thread(number, threads, barrier), arguments)
-            kernel(Thread(0, threads, barrier), *arguments)
+            kernel(tuple(Thread(0, threads, barrier)), *arguments)
             for member in self._members[: threads - 1]:
                 member.done.get()
 
@@ -74,7 +76,7 @@ class _Member:
     def _work(self) -> None:
         while True:
             kernel, thread, arguments = self._calls.get()
-            kernel(thread, *arguments)
+            kernel(tuple(thread), *arguments)
             self.done.put(None)
 
 

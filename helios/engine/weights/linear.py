@@ -9,11 +9,13 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn import functional as F
 
+from helios.engine.kernels import border
 from helios.engine.kernels.inner_product import TILE
 from helios.engine.kernels.layout import BFLOAT16, FLOAT32, INT8, LINEAR, NONE, record
-from helios.engine.kernels.product import product, product_scratch
+from helios.engine.kernels.product import product_scratch
 from helios.engine.kernels.team import TEAM
 from helios.engine.weights.parts import LinearWeights
 from helios.engine.weights.quantize import chunk_rows
@@ -75,7 +77,7 @@ class PackedLinear:
         """What `pack` made, from memory or from a file. precision: one of the codes in `kernels.layout`."""
         self.precision, self.out_size, self.in_size = precision, out_size, in_size
         self.tensors = list(tensors)
-        # LINEAR, as kernels take it.
+        # LINEAR [1], as kernels take it.
         self.record = self._record_from(0)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
@@ -92,20 +94,20 @@ class PackedLinear:
         rows = self.tensors[0][channels // TILE, :, channels % TILE]
         return rows.flatten(1)[:, : self.in_size]
 
-    def _record_from(self, tile: int) -> np.void:
-        """LINEAR of the channels from a tile on."""
+    def _record_from(self, tile: int) -> NDArray[np.void]:
+        """LINEAR [1] of the channels from a tile on."""
         weights, *per_channel = self.tensors
         parts = [weights[tile], *(tensor[tile * TILE :] for tensor in per_channel)]
         addresses = {name: part.data_ptr() for name, part in zip(_TENSORS, parts, strict=False)}
         return record(LINEAR, inputs=self.in_size, channels=self.out_size - tile * TILE, **addresses)
 
-    def _multiply(self, x: torch.Tensor, linear: np.void) -> torch.Tensor:
+    def _multiply(self, x: torch.Tensor, linear: NDArray[np.void]) -> torch.Tensor:
         x = x.float().contiguous()
-        rows, channels = len(x), int(linear["channels"])
+        rows, channels = len(x), int(linear["channels"][0])
         out = x.new_empty(rows, channels)
         scratch = torch.empty(product_scratch(self.precision, rows, self.in_size), dtype=torch.uint8)
         TEAM.run(
-            product,
+            border.call_product,
             self.precision,
             linear,
             x.data_ptr(),

@@ -1,0 +1,73 @@
+"""The kernels that Python calls. Each names what crosses the border (`layout`), and calls the one that works.
+
+Named tuples come here as plain ones (`tuple(named)`), and records in arrays of one. Numba finds the types of
+these by a fingerprint. To find that of a named tuple or of a single record takes it a microsecond more at
+every call.
+"""
+
+from helios.engine.kernels.attention import attend
+from helios.engine.kernels.jit import compiled
+from helios.engine.kernels.layer import run_layers
+from helios.engine.kernels.layout import (
+    Attention,
+    BatchAddresses,
+    CacheAddresses,
+    Draws,
+    Outputs,
+    Room,
+    Stop,
+    Thread,
+)
+from helios.engine.kernels.product import product
+from helios.engine.kernels.sampling import draw
+from helios.engine.kernels.step import run_burst
+from helios.engine.kernels.summary import summarize
+
+
+@compiled
+def call_burst(thread, steps, model, layers, exits, cache, batch, draws, stop, room):
+    """`run_burst`."""
+    scratch, drawing, found, out = room
+    run_burst(
+        Thread(*thread),
+        steps,
+        model[0],
+        layers,
+        exits,
+        CacheAddresses(*cache),
+        BatchAddresses(*batch),
+        Draws(*draws),
+        Stop(*stop),
+        Room(scratch, drawing, Outputs(*found), Outputs(*out)),
+    )
+
+
+@compiled
+def call_layers(thread, model, layers, first, last, hidden, batch, cache, scratch):
+    """`run_layers`."""
+    named_batch, named_cache = BatchAddresses(*batch), CacheAddresses(*cache)
+    run_layers(Thread(*thread), model[0], layers, first, last, hidden, named_batch, named_cache, scratch)
+
+
+@compiled
+def call_attend(thread, precision, attention, batch, qkv, out):
+    """`attend`."""
+    attend(Thread(*thread), precision, Attention(*attention), BatchAddresses(*batch), qkv, out)
+
+
+@compiled
+def call_product(thread, precision, linear, x, rows, out, activation, residual, scratch):
+    """`product`."""
+    product(Thread(*thread), precision, linear[0], x, rows, out, activation, residual, scratch)
+
+
+@compiled
+def call_summarize(thread, outputs, rows, width):
+    """`summarize`."""
+    summarize(Thread(*thread), Outputs(*outputs), rows, width)
+
+
+@compiled
+def call_draw(thread, draws, later, outputs, rows, width, room):
+    """`draw`."""
+    draw(Thread(*thread), Draws(*draws), later, Outputs(*outputs), rows, width, room)
