@@ -30,7 +30,6 @@ from helios.engine.kernels.layout import (
     SUMMARY,
     CacheAddresses,
     Outputs,
-    Room,
     Stop,
     record,
 )
@@ -143,7 +142,8 @@ class CompiledModel:
             tuple(addresses_of(batch)),
             tuple(burst.draws),
             tuple(Stop(interrupt, burst.last_tokens)),
-            tuple(Room(space.scratch_address, self._drawing.data_ptr(), *space.outputs)),
+            # A Room.
+            (space.scratch_address, self._drawing.data_ptr(), *space.outputs),
             operations=depth * rows * self._operations(batch)
             + reads * self._embed_width * self._config.vocab_size,
         )
