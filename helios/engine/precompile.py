@@ -19,6 +19,7 @@ from helios import catalog
 from helios.engine.engine import Engine
 from helios.engine.evaluation.evaluate import EvaluationSettings, evaluate, load_candidate
 from helios.engine.kernels import jit, processor
+from helios.engine.kernels.processors.target import Target
 from helios.engine.settings import EngineSettings
 from helios.errors import HeliosError
 
@@ -65,7 +66,7 @@ def compile_for_others() -> int:
     """Compiles what this process has called for all other targets, each in its own process: LLVM has one."""
     signatures = pickle.dumps(jit.signatures())
 
-    def compile_for(target: processor.Target) -> int:
+    def compile_for(target: Target) -> int:
         command = [sys.executable, "-m", "helios.engine.precompile", "--signatures"]
         variables = os.environ | {processor.VARIABLE: target.name}
         return subprocess.run(command, input=signatures, env=variables, check=False).returncode

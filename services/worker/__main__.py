@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 from helios import catalog, redis_client, registry, service_process
-from helios.engine import Engine, EngineSettings, ExitMode, jit
+from helios.engine import Engine, EngineSettings, ExitMode
+from helios.engine.kernels import jit
 from helios.engine.threads import set_threads
 from helios.errors import SettingsError
 from helios.orders import EVERY_WORKER, Plan
