@@ -30,6 +30,7 @@ from helios.engine.kernels.layout import (
     SUMMARY,
     CacheAddresses,
     Outputs,
+    Room,
     Stop,
     record,
 )
@@ -142,8 +143,7 @@ class CompiledModel:
             tuple(addresses_of(batch)),
             tuple(burst.draws),
             tuple(Stop(interrupt, burst.last_tokens)),
-            # A Room.
-            (space.scratch_address, self._drawing.data_ptr(), *space.outputs),
+            tuple(Room(space.scratch_address, self._drawing.data_ptr(), space.found, space.out)),
             operations=depth * rows * self._operations(batch)
             + reads * self._embed_width * self._config.vocab_size,
         )
@@ -209,10 +209,10 @@ class _Space(NamedTuple):
     best: torch.Tensor
     summaries: torch.Tensor
     exit_layers: torch.Tensor
-    # The tensors of `found`, if there are several exits.
+    # As in `Room`; and the tensors of `found`, which are others if there are several exits.
+    found: tuple[int, ...]
+    out: tuple[int, ...]
     kept: tuple[torch.Tensor, ...]
-    # `Room.found` and `Room.out`, as plain tuples.
-    outputs: tuple[tuple[int, ...], tuple[int, ...]]
     # What was read here before, by sizes.
     readouts: dict[tuple[int, int], Readout]
 
@@ -239,8 +239,9 @@ class _Space(NamedTuple):
             scratch,
             scratch.data_ptr(),
             *out,
+            found=_addresses(found),
+            out=_addresses(out),
             kept=found,
-            outputs=(_addresses(found), _addresses(out)),
             readouts={},
         )
 

@@ -45,6 +45,6 @@ def _signed(attention):
         attention.kv_heads,
         attention.head_dim,
         attention.block_tokens,
-        np.int64(attention.keys),  # type: ignore[arg-type]  # Numba's int
-        np.int64(attention.values),  # type: ignore[arg-type]  # Numba's int
+        np.int64(attention.keys),
+        np.int64(attention.values),
     )

@@ -179,8 +179,8 @@ class Attention(NamedTuple):
     kv_heads: int
     head_dim: int
     block_tokens: int
-    keys: int
-    values: int
+    keys: int | np.unsignedinteger[Any] | np.signedinteger[Any]
+    values: int | np.unsignedinteger[Any] | np.signedinteger[Any]
 
 
 class Draws(NamedTuple):
@@ -221,6 +221,7 @@ class Room(NamedTuple):
     scratch: int
     # `drawing_numbers` float32 for each thread. Used only by draws.
     drawing: int
-    # Used only where there are several exits: the outputs of rows that are still in the model.
-    found: Outputs
-    out: Outputs
+    # `Outputs` of the step and, used only where there are several exits, of the rows that are still in the
+    # model.
+    found: tuple[int, ...]
+    out: tuple[int, ...]
