@@ -209,9 +209,10 @@ class _Space(NamedTuple):
     best: torch.Tensor
     summaries: torch.Tensor
     exit_layers: torch.Tensor
-    # As in `Room`; and the tensors of `found`, which are others if there are several exits.
+    # As in `Room`.
     found: tuple[int, ...]
     out: tuple[int, ...]
+    # The tensors of `found`, which are those of `out` unless there are several exits.
     kept: tuple[torch.Tensor, ...]
     # What was read here before, by sizes.
     readouts: dict[tuple[int, int], Readout]

@@ -221,7 +221,7 @@ class Room(NamedTuple):
     scratch: int
     # `drawing_numbers` float32 for each thread. Used only by draws.
     drawing: int
-    # `Outputs` of the step and, used only where there are several exits, of the rows that are still in the
-    # model.
+    # `Outputs` of the rows that are still in the model. Used only where there are several exits.
     found: tuple[int, ...]
+    # `Outputs` of the step.
     out: tuple[int, ...]

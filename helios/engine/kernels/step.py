@@ -54,14 +54,14 @@ def run_burst(thread, steps, model, layers, exits, cache, batch, draws, stop, ro
     for index in range(steps):
         run_step(thread, model, layers, exits, cache, batch, room.scratch, room.found, out)
         if len(draws.rows):
-            # Rows that left early are handed over by one thread.
+            # One thread hands over the rows that left early: the others wait for it.
             meet(thread)
             draw(thread, draws, index, out, batch.reads, model.vocabulary, room.drawing)
         if index + 1 == steps:
             return
         meet(thread)
         if thread.number == 0:
-            _go_on(batch, cache.block_tokens, out.best, stop, index + 1)
+            _advance(batch, cache.block_tokens, out.best, stop, index + 1)
         meet(thread)
         if stop.interrupt and load_shared(stop.interrupt, 1):
             return
@@ -75,10 +75,10 @@ def run_burst(thread, steps, model, layers, exits, cache, batch, draws, stop, ro
 
 
 @compiled
-def _go_on(batch, block_tokens, tokens, stop, taken):
-    """Makes the tokens of a step, int64 [rows], the input of the next one, or notes in `stop` that it ends.
+def _advance(batch, block_tokens, tokens, stop, taken):
+    """Makes the tokens of a step, int64 [rows], the input of the next one.
 
-    taken: steps that were taken.
+    Notes in `stop` how many steps were taken if there is to be no next one.
     """
     interrupt, last_tokens = stop.interrupt, stop.last_tokens
     if interrupt and load_shared(interrupt, 0):
@@ -107,7 +107,8 @@ def run_step(thread, model, layers, exits, cache, batch, scratch, found, out):
     """
     rows, decode_rows, reads = batch.rows, batch.decode_rows, batch.reads
     width, vocabulary = model.width, model.vocabulary
-    # What belongs to the rows that are still in the layers, decode rows first: rows that leave are closed up.
+    # These lists have the rows that are still in the layers, decode rows first. When rows leave, the others
+    # move up.
     positions = scratch
     slots, row_tables = positions + 8 * rows, positions + 16 * rows
     origins, left_slots = positions + 24 * rows, positions + 32 * rows

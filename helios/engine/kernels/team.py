@@ -39,7 +39,7 @@ class Team:
     def run(self, kernel: Kernel, *arguments: Any, operations: int) -> None:
         """Calls kernel(thread, *arguments) on every thread. Returns when all are done.
 
-        kernel: one of `border`, which says how arguments cross. operations: about how many multiply-adds the
+        kernel: one of `border`, which says how arguments cross; operations: about how many multiply-adds the
         call has.
         """
         began, threads = time.perf_counter(), self.threads if operations >= self.worthwhile else 1
