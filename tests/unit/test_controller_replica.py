@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager, suppress
 import pytest
 from redis.asyncio import Redis
 
+from helios import redis_client
 from helios.errors import UnavailableError
 from helios.served import ServedPlan
 from helios.slo import Objective, Slo
@@ -22,7 +23,7 @@ SLO = Slo(Objective.ACCURACY)
 
 @pytest.fixture
 async def redis(redis_url: str) -> AsyncIterator[Redis]:
-    async with Redis.from_url(redis_url) as connection:
+    async with redis_client.connect(redis_url) as connection:
         yield connection
 
 

@@ -5,9 +5,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
-from redis.asyncio import Redis
-
-from helios import registry
+from helios import redis_client, registry
 from helios.registry import WorkerLease
 from services.controller.fleet import Fleet
 from services.controller.settings import ControllerSettings
@@ -35,7 +33,7 @@ async def watched_pool(address: str) -> AsyncIterator[WorkerPool]:
 @asynccontextmanager
 async def watched_fleet(address: str, redis_url: str) -> AsyncIterator[Fleet]:
     """A controller's fleet in which the worker at this address serves."""
-    async with Redis.from_url(redis_url) as redis:
+    async with redis_client.connect(redis_url) as redis:
         await registry.announce(redis, WorkerLease("a", address), 60)
         fleet = Fleet(redis, ControllerSettings.model_validate(PACE))
         running = asyncio.create_task(fleet.run())
@@ -98,7 +96,7 @@ async def test_a_worker_whose_lease_names_another_address_is_watched_there(redis
     async with (
         scripted_workers(well_behaved, well_behaved) as (first, second),
         watched_fleet(first.address, redis_url) as fleet,
-        Redis.from_url(redis_url) as redis,
+        redis_client.connect(redis_url) as redis,
     ):
         await registry.announce(redis, WorkerLease("a", second.address), 60)
         await until_true(lambda: [one.address for one in fleet.serving] == [second.address])
