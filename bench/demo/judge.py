@@ -31,7 +31,7 @@ class Judge:
 
         Raises SettingsError when there is no candidate.
         """
-        set_threads(1)
+        set_threads(1, precision)
         models = catalog.list_models(models_dir)
         movable = [model for model in models if model.tokenizer_id in (None, tokenizer_id)]
         context = min((model.context_tokens for model in movable), default=_HELD_OUT.window_tokens)

@@ -74,7 +74,7 @@ def main() -> None:
     from helios.engine.threads import set_threads  # noqa: PLC0415
 
     model, precision = Path(sys.argv[1]), sys.argv[2]
-    set_threads(int(sys.argv[3]))
+    set_threads(int(sys.argv[3]), precision)
     files = [file for file in model.iterdir() if file.suffix in (".safetensors", ".bin")]
     with tempfile.TemporaryDirectory() as directory:
         packed = Path(directory)

@@ -42,7 +42,7 @@ def measure(
 
     Then it runs prompts that share their beginning. `shape` names a model, which gets random weights.
     """
-    set_threads(threads)
+    set_threads(threads, precision)
     model = random_model(shape, cache_dir / "bench-models")
     settings = EngineSettings(precision=precision, max_running=chats + 1)
     engine = Engine.load(model, settings=settings)

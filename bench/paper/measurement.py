@@ -37,7 +37,7 @@ def measure(
     What the file holds already is measured again only if `only` names it, or with `fresh`.
     Raises SettingsError when the file was measured with other settings.
     """
-    set_threads(threads)
+    set_threads(threads, precision)
     computed_in = EvaluationSettings(precision=precision).precision_here
     models = catalog.list_models(catalog.find_models_dir(models_dir))
     sizes = QUICK if quick else Sizes()

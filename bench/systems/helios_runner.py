@@ -14,7 +14,7 @@ from helios.settings import SERVED_BURST_SECONDS, SERVED_PROMPT_READINGS
 
 def load(job: Job) -> Generate:
     """The engine, with all that it does when it serves: text, log probabilities, confidences."""
-    set_threads(job.threads)
+    set_threads(job.threads, job.precision)
     entry = catalog.read_model(Path(job.model))
     settings = EngineSettings(
         precision=job.precision,

@@ -33,8 +33,6 @@ from helios.engine.weights.quantize import quantize
 from helios.footprint import weight_bytes
 from helios.modes import Precision
 
-Progress = Callable[[int, int], None]  # layers loaded, layers in all
-
 # Mapping takes at most a third of the time of packing. It saves smaller models less than a tenth of a second.
 MIN_CACHED_BYTES = 64 << 20
 
@@ -52,7 +50,7 @@ def load_packed(
     cache_bytes: int = 0,
     running: PackedWeights | None = None,
     beside_serving: bool = False,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> PackedWeights:
     """The first `depth` layers, ready to compute in `precision`, with what reads out at `exits`.
 
