@@ -169,7 +169,7 @@ class _Simulation:
             keep = self.pooled_requests
             if due.fresh:
                 keep = min(keep, FRESH_POOLED_REQUESTS)
-            self.history[name] = pooled(self.history.get(name), now, keep, target)
+            self.history[name] = pooled(self.history.get(name), now, keep, target, is_noticed=due.fresh)
         scene = self.scene
         each = scene.prompt_evaluation_seconds if due.prompts_only else scene.evaluation_seconds
         seconds = each * len(recent) * len(names)

@@ -15,26 +15,36 @@ from helios.history import CONFIDENCE_BINS, ExitProfile, ModelProfile, RequestSa
 # Standard errors between the means of the old and the new requests that are a drift. With five new ones a
 # false alarm, which only costs the pool, comes once in some fifty evaluations.
 DRIFT_SIGMAS = 3.5
+# The same once the controller has noticed a drift: then it is the likelier case, and four requests that vary
+# as much as those of the start of a phase do would hide it behind those before.
+NOTICED_DRIFT_SIGMAS = 1.5
 _EDGES = [index / CONFIDENCE_BINS for index in range(CONFIDENCE_BINS)]
 
 
-def has_drifted(before: Sequence[RequestSample], now: Sequence[RequestSample]) -> bool:
+def has_drifted(
+    before: Sequence[RequestSample], now: Sequence[RequestSample], sigmas: float = DRIFT_SIGMAS
+) -> bool:
     """Whether requests differ more than by chance: in what the last layer makes of them, or in what any exit
-    loses against it. Two on either side at least, else nothing can be told and they count as drifted."""
+    loses against it, by `sigmas` standard errors. With fewer than two on either side nothing can be told, and
+    they count as drifted."""
     if len(before) < 2 or len(now) < 2:
         return True
-    return any(
-        _sigmas(old, new) > DRIFT_SIGMAS for old, new in zip(_series(before), _series(now), strict=True)
-    )
+    return any(_sigmas(old, new) > sigmas for old, new in zip(_series(before), _series(now), strict=True))
 
 
 def pooled(
-    before: ModelProfile | None, now: ModelProfile, keep: int, target_agreement: float | None
+    before: ModelProfile | None,
+    now: ModelProfile,
+    keep: int,
+    target_agreement: float | None,
+    *,
+    is_noticed: bool = False,
 ) -> ModelProfile:
     """The profile `now`, together with what `before` holds of at most `keep` requests in all.
 
     Only `now` counts when the traffic has drifted, or when `before` is of other exits. Speeds, sizes and cost
-    are `now`'s. target_agreement: what thresholds are calibrated to; None: they are `now`'s.
+    are `now`'s. target_agreement: what thresholds are calibrated to; None: they are `now`'s. is_noticed: the
+    controller asks because it has noticed a drift.
     """
     if before is None or [one.depth for one in before.exits] != [one.depth for one in now.exits]:
         return now
@@ -42,7 +52,8 @@ def pooled(
     others = [sample for sample in before.samples if sample.id not in newest]
     room = max(0, keep - len(now.samples))
     kept = others[len(others) - min(room, len(others)) :]
-    if not kept or has_drifted(kept, now.samples):
+    sigmas = NOTICED_DRIFT_SIGMAS if is_noticed else DRIFT_SIGMAS
+    if not kept or has_drifted(kept, now.samples, sigmas):
         return now
     samples = (*kept, *now.samples)
     # Histograms are not kept by request: those that go are taken to be like those that stay.

@@ -442,7 +442,8 @@ class Controller:
             log.info("decision %d (%s): %s", number, trigger, decision.reason)
             totals = self.fleet.totals
             self._measuring = Measurement(number, totals, len(self.fleet.serving))
-            self._rollout = Rollout(urgent=trigger in (Trigger.DRIFT, Trigger.RETREAT))
+            # A decision that keeps the plan leaves the way to it as it was.
+            self._rollout = Rollout(urgent=decision.urgent if decision.moves else self._rollout.urgent)
             self._agenda.decided(trigger, decision, self._outlook(totals.finished))
             self._chosen.set()
             if decision.moves and self._settings.mode == "active":

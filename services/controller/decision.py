@@ -57,6 +57,8 @@ class Decision(Record):
     """Finished requests until a better plan may be chosen that only the dwell of this one kept out."""
     undecided: tuple[str, ...] = ()
     """Models of which more requests should be evaluated: chance may have decided."""
+    urgent: bool = False
+    """Whether workers load the plan at full speed: the one before breaks a bound, or traffic has left it."""
 
     @property
     def moves(self) -> bool:

@@ -17,6 +17,7 @@ from helios.slo import Objective, Slo
 from services.controller.decision import Decision, Option, WorkerPlan
 from services.controller.situation import Plan, Reading, Record, Situation, Trigger, WorkerView
 
+_AFTER_A_DRIFT = (Trigger.DRIFT, Trigger.RETREAT)
 # exp() of more overflows; such an option is refused by any bound.
 _MAX_EXPONENT = 700.0
 # A rise of perplexity over a candidate at full depth, its standard error, and whether it is the same model.
@@ -169,7 +170,13 @@ def decide(situation: Situation, settings: PolicySettings) -> Decision:
         reason=reason,
         again_after_requests=next((one.dwell_left for one in weighed if one.dwell_left is not None), None),
         undecided=_undecided(weighed, plan, situation.slo, settings),
+        urgent=plan != before and (_is_out(weighed, before) or situation.trigger in _AFTER_A_DRIFT),
     )
+
+
+def _is_out(weighed: Sequence["_Weighed"], plan: Plan | None) -> bool:
+    """Whether the plan breaks a bound."""
+    return any(one.refusals for one in weighed if one.option.plan == plan)
 
 
 def contradiction(situation: Situation, settings: PolicySettings) -> str | None:

@@ -305,7 +305,7 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
             keep = settings.pooled_requests
             if request.fresh:
                 keep = min(keep, settings.fresh_pooled_requests)
-            profile = pooled(before, profile, keep, target)
+            profile = pooled(before, profile, keep, target, is_noticed=request.fresh)
         self._last[name] = profile
         return profile
 

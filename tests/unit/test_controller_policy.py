@@ -254,6 +254,18 @@ def test_a_plan_stays_for_its_dwell_unless_it_breaks_the_bound() -> None:
     assert moved.again_after_requests is None
 
 
+def test_a_move_is_urgent_when_the_plan_before_breaks_a_bound_or_traffic_has_left_it() -> None:
+    def is_urgent(depth: int, trigger: Trigger = Trigger.FOLLOW_UP) -> bool:
+        decision = decide(situation(plan=plan("small", depth), trigger=trigger), SETTINGS)
+        assert decision.moves == (depth != 4)
+        return decision.urgent
+
+    assert is_urgent(2)
+    assert not is_urgent(6)
+    assert is_urgent(6, Trigger.DRIFT)
+    assert not is_urgent(4, Trigger.DRIFT)
+
+
 def test_what_only_the_dwell_kept_out_is_chosen_at_its_end() -> None:
     now = situation(plan=plan("small", 6), requests_since_move=SETTINGS.min_dwell_requests)
     decision = decide(now.model_copy(update={"trigger": Trigger.DWELL}), SETTINGS)

@@ -66,6 +66,18 @@ def test_a_drift_that_only_an_exit_feels_is_one() -> None:
     assert has_drifted(requests(0, 20, 1.0), now)
 
 
+def test_a_drift_that_was_noticed_needs_less_to_be_believed() -> None:
+    before = profile(requests(0, 12, 1.0))
+    # One of the four is much harder than the others, so their mean says little by itself.
+    now = profile(
+        [sample("a", 1.06, 1.05), sample("b", 1.1, 1.08), sample("c", 1.2, 1.1), sample("d", 2.2, 1.2)]
+    )
+    assert pooled(before, now, KEEP, TARGET).requests == 16
+    assert pooled(before, now, KEEP, TARGET, is_noticed=True) == now
+    alike = profile(requests(12, 4, 1.0))
+    assert pooled(before, alike, KEEP, TARGET, is_noticed=True).requests == 16
+
+
 def test_the_oldest_requests_go_and_their_share_of_the_histogram() -> None:
     both = pooled(profile(requests(0, 20, 1.0)), profile(requests(20, 5, 1.0)), KEEP, TARGET)
     assert [one.id for one in both.samples] == [str(number) for number in range(5, 25)]
