@@ -17,7 +17,7 @@ from helios.history import CONFIDENCE_BINS, ExitProfile, ModelProfile, RequestSa
 DRIFT_SIGMAS = 3.5
 # The same once the controller has noticed a drift: then it is the likelier case, and four requests that vary
 # as much as those of the start of a phase do would hide it behind those before.
-NOTICED_DRIFT_SIGMAS = 1.5
+NOTICED_DRIFT_SIGMAS = 2.0
 _EDGES = [index / CONFIDENCE_BINS for index in range(CONFIDENCE_BINS)]
 
 
