@@ -90,9 +90,8 @@ async def _ordered(redis_url: str, worker_id: str) -> FirstPlan | None:
                 return None
             # The controller sends the same threshold with a reload.
             profile = await history.find(redis, plan.model)
-            exits = () if profile is None else profile.exits
-            threshold = next((one.threshold for one in exits if one.depth == plan.depth), None)
-            return FirstPlan(plan, threshold, "is in force")
+            found = None if profile is None else profile.find_exit(plan.depth)
+            return FirstPlan(plan, None if found is None else found.threshold, "is in force")
     except (RedisError, OSError, ValidationError) as error:  # TimeoutError is an OSError.
         reason = str(error) or f"no answer in {_REDIS_SECONDS:g} s"
         log.warning("the plan in force cannot be read from Redis: %s", reason)
