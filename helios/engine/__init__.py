@@ -1,4 +1,4 @@
-"""The engine as a library: partial early-exit models, served to many sequences at once.
+"""The engine as a library: it serves partial early-exit models to many sequences at once.
 
 from helios.engine import Engine, SamplingParams
 engine = Engine.load("models/helios-prose", depth=6)
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> object:
-        """Imports what needs torch and Numba at its first use: `interface.py` must do without them."""
+        """Imports what needs torch and Numba at first use, because `interface.py` must work without them."""
         if name == "Engine":
             from helios.engine.engine import Engine  # noqa: PLC0415
 

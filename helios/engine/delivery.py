@@ -1,4 +1,4 @@
-"""What becomes of the tokens of a step: ids to text, reasons to stop, counters, and what sinks are told."""
+"""Delivers the tokens of a step: ids to text, stop reasons, counters, and calls of sinks."""
 
 import itertools
 import logging
@@ -22,25 +22,25 @@ log = logging.getLogger(__name__)
 class Delivery:
     """Gives tokens to the sinks of their sequences, ends sequences, and counts both.
 
-    What fails for one sequence alone, its sink too, ends this sequence with an error; all others go on.
+    An error of one sequence, or of its sink, ends only this sequence. All others continue.
     """
 
     def __init__(self, scheduler: Scheduler, forget: Callable[[Sequence], None]) -> None:
-        """forget: called with each sequence that has ended, before its sink hears of it."""
+        """forget: called with each ended sequence, before its sink is told."""
         self.counters = Counters()
         self._scheduler, self._forget = scheduler, forget
 
     def deliver(
         self, plan: Plan, readers: Seq[Sequence], sampled: Sampled, exits: Seq[int], *, in_force: bool
     ) -> None:
-        """Hands out the tokens of `readers`, sampled under `plan`.
+        """Delivers the tokens of `readers`, sampled under `plan`.
 
-        sampled, exits: the tokens of all readers in a step, then those of the next step of the same burst.
-        in_force: whether new sequences are under this plan. Unsure tokens count against no other.
+        sampled, exits: the tokens of all readers in one step, then those of the next step of the same burst.
+        in_force: whether new sequences get this plan. Only then do tokens count towards its confidence.
         """
         outputs = self._outputs(plan, readers, sampled, exits, in_force=in_force)
-        # Sinks are called together, after the last output is ready: detokenizing releases the interpreter's
-        # lock, and those who wait would run in between.
+        # Sinks are called together after the last output is ready. Detokenizing releases the GIL, so threads
+        # that a sink has woken would run in between.
         for seq, output in zip(readers, outputs, strict=True):
             if output.finish is not None or output.error is not None:
                 self.end(seq, output)
@@ -59,7 +59,7 @@ class Delivery:
         self._tell(seq, output)
 
     def note_readings(self, readings: PromptReadings, found: Readout) -> None:
-        """Counts a sample of prompt tokens. found: the readout of these rows alone."""
+        """Counts a sample of prompt tokens. found: the readout of only these rows."""
         nats = found.nats(readings.targets)
         if math.isfinite(nats):
             self.counters.prompts_read += readings.prompts
@@ -76,7 +76,7 @@ class Delivery:
             ids, layers, first = sampled.token_ids[index::count], exits[index::count], seq.completion_tokens
             logprobs, confidences = (part[index::count] for part in (sampled.logprobs, sampled.confidences))
             try:
-                # The sum is NaN if any of them is.
+                # The sum is NaN if any term is.
                 if not math.isfinite(sum(confidences, sum(logprobs))):
                     raise plan.not_finite(layers, confidences)
                 texts, reason = take(seq, ids, first, eos_token_ids)
@@ -87,7 +87,7 @@ class Delivery:
             seq.token_ids += ids[:made]
             finish = None if reason is None else seq.finish(reason)
             numbers = range(first, first + made)
-            # As many tokens as there are texts.
+            # map stops at the shortest: `texts` may be shorter than `ids`.
             tokens = tuple(map(GeneratedToken, numbers, ids, texts, logprobs, confidences, layers, names))
             found = zip(confidences[:made], layers, strict=False)
             doubts += sum(map(math.log, confidences[:made]))
@@ -95,7 +95,7 @@ class Delivery:
             if not seq.times.first_token:
                 seq.times.first_token = now
             if made > 1:
-                # Each step of a burst wrote the keys and values of the token before it.
+                # Each later step of a burst also wrote the keys and values of the token before it.
                 self._scheduler.advance(seq, made - 1)
             generated += made
             outputs.append(Output(tokens, finish, more=index + 1 < count))
@@ -107,7 +107,7 @@ class Delivery:
         return outputs
 
     def _tell(self, seq: Sequence, output: Output) -> None:
-        """Gives a sequence's last output to its sink; if that fails, an error instead."""
+        """Gives a sequence's last output to its sink. If that fails, gives it an error instead."""
         try:
             seq.sink(output)
         except Exception as error:
@@ -119,10 +119,11 @@ class Delivery:
 def take(
     seq: Sequence, ids: list[int], before: int, eos_token_ids: Seq[int]
 ) -> tuple[list[str], FinishReason | None]:
-    """The texts of a sequence's next tokens, up to the one that ends it, and the reason if one does.
+    """The texts of a sequence's next tokens, up to the token that ends it, and the stop reason if there is
+    one.
 
-    before: tokens generated earlier. The text of the last token includes all that was held back. The end of a
-    text has no text of its own, whatever the tokenizer says.
+    before: number of tokens generated earlier. The text of the last token includes all text that was held
+    back. The end-of-text token has an empty text, whatever the tokenizer says.
     """
     reason, left = None, seq.sampling.max_tokens - before
     if len(ids) >= left:
@@ -143,7 +144,7 @@ def take(
 
 
 def failure(seq: Sequence, error: Exception) -> HeliosError:
-    """The error with which a sequence ends that failed by itself; the log gets the cause."""
+    """The error for a sequence that failed by itself. The cause goes to the log."""
     log.error("sequence %s failed", seq.request_id, exc_info=error)
     if isinstance(error, HeliosError):
         return error

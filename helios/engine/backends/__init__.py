@@ -1,1 +1,1 @@
-"""What computes a step: compiled kernels on a CPU, torch elsewhere; and the keys and values they keep."""
+"""The backends that compute a step (compiled kernels on a CPU, torch elsewhere), and the KV cache."""

@@ -1,4 +1,4 @@
-"""What a compiled call does besides a step: how many, how it chooses tokens, and when it stops early."""
+"""The part of a compiled call beyond the step: number of steps, choice of tokens, early stop."""
 
 from collections.abc import Sequence as Seq
 from typing import Any, NamedTuple, Self
@@ -15,14 +15,14 @@ NO_DRAWS = Draws(np.empty(0, dtype=DRAW), np.empty(0, dtype=np.int64))
 
 
 def draws_for(readers: Seq[Sequence], others: int = 0) -> Draws:
-    """Draws for the sequences that get a token, and for rows behind theirs whose token nobody takes."""
+    """Draws for the sequences that get a token. others: rows after theirs whose token is not used."""
     if all(seq.takes_likeliest for seq in readers):
         return NO_DRAWS
     return draws_of([*(Row.of(seq) for seq in readers), *[Row(SamplingParams(), 0, ())] * others])
 
 
 def draws_of(rows: Seq[Row]) -> Draws:
-    """Draws for all the rows that are read."""
+    """Draws for all rows that are read."""
     draws, history = [], list[int]()
     for sampling, position, token_ids in rows:
         if sampling.repetition_penalty != 1:
@@ -45,20 +45,20 @@ class Interrupt:
     """Ends a burst between two of its steps. Any thread may ask for it."""
 
     def __init__(self) -> None:
-        # Whether somebody asked, and how many steps the burst that was ended had taken.
+        # [0]: whether someone asked to stop. [1]: steps that the stopped burst had taken.
         self._words: NDArray[Any] = np.zeros(2, dtype=np.int64)
         self.address: int = self._words.ctypes.data
 
     def ask(self) -> None:
-        """Ends the burst that runs; if none does, the next one after its first step."""
+        """Ends the running burst. If none runs, the next one ends after its first step."""
         self._words[0] = 1
 
     def clear(self) -> None:
-        """Forgets what was asked."""
+        """Clears an earlier request to stop."""
         self._words[:] = 0
 
     def steps_of(self, count: int) -> int:
-        """How many steps a burst of `count` has taken."""
+        """How many steps a burst of `count` steps has taken."""
         return int(self._words[1]) or count
 
 
@@ -66,12 +66,12 @@ NO_LAST_TOKENS: NDArray[np.int64] = np.empty((0, 0), dtype=np.int64)
 
 
 class Burst(NamedTuple):
-    """`steps` steps: one, or several of decodes alone. Each computes the tokens that the last one chose."""
+    """One step, or several that only decode. Each step computes the tokens that the one before it chose."""
 
     steps: int = 1
     draws: Draws = NO_DRAWS
     interrupt: Interrupt | None = None
-    # Tokens that end a row's text, and with it the burst: int64 [reads, any], -1 for none; or no rows.
+    # Tokens that end a row's text and so the burst: int64 [reads, any]. -1 is padding. May have no rows.
     last_tokens: NDArray[np.int64] = NO_LAST_TOKENS
 
     @classmethod
@@ -83,7 +83,7 @@ class Burst(NamedTuple):
         interrupt: Interrupt,
         others: int = 0,
     ) -> Self:
-        """For the sequences that get a token. others: number of rows that are read after theirs."""
+        """A burst for the sequences that get a token. others: number of rows that are read after theirs."""
         last_tokens = NO_LAST_TOKENS
         if steps > 1 and not all(seq.sampling.ignore_eos for seq in readers):
             none = (-1,) * len(eos_token_ids)

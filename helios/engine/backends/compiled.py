@@ -1,4 +1,4 @@
-"""A model's step as one compiled call, and its layers as another: no Python between their products."""
+"""Runs a model's step, or only its layers, as one compiled call, without Python between the products."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Self
@@ -42,15 +42,15 @@ from helios.engine.weights.linear import Linear, PackedLinear
 from helios.engine.weights.packed_weights import Ends, Head, Layer, PackedWeights
 from helios.engine.weights.parts import Norm
 
-# Sizes of steps whose readouts are kept.
+# Readout objects are kept for this many different step sizes.
 _KEPT_READOUTS = 256
 _PRECISIONS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
 
 
 class CompiledModel:
-    """A model as compiled steps take it: records with the addresses of its tensors, which it keeps alive.
+    """A model in the form that compiled steps take: records with the addresses of its tensors.
 
-    One caller at a time: all steps work in the same memory.
+    It keeps these tensors alive. One caller at a time, because all steps share the same work memory.
     """
 
     def __init__(self, config: ModelConfig, precision: int, weights: PackedWeights) -> None:
@@ -64,12 +64,12 @@ class CompiledModel:
         self._final = self._head_record(weights.final or Head(None, None))
         self._exits: dict[tuple[tuple[int, float], ...], NDArray[np.void]] = {}
         self._space = _Space.of(0, 0, 0, 0, several_exits=False)
-        # What each thread draws tokens in, and how many numbers that is.
+        # Memory in which each thread draws tokens, and its size per thread in float32 numbers.
         self._drawing, self._drawing_numbers = torch.empty(0), drawing_numbers(config.vocab_size)
 
     @classmethod
     def of(cls, config: ModelConfig, weights: PackedWeights) -> Self | None:
-        """None where the kernels cannot compute the model."""
+        """Returns None if the kernels cannot compute the model."""
         products: list[Linear | None] = [
             *(part for layer in weights.layers for part in (layer.qkv, layer.out, layer.fc1, layer.fc2)),
             *(getattr(weights.ends, name) for name in ("project_in", "project_out", "lm_head")),
@@ -83,9 +83,9 @@ class CompiledModel:
         return cls(config, precision, weights)
 
     def step(self, batch: Batch, cache: KVCache, depth: int, burst: Burst) -> Readout:
-        """Runs the first `depth` layers, writes the KV of all rows, and reads out those that are to be read.
+        """Runs the first `depth` layers, writes the KV of all rows, and reads out the rows that need it.
 
-        After several steps the logits are the last one's, and all else is of all steps, one after the other.
+        After several steps the logits are those of the last step. All other results cover all steps in order.
         The result is valid until the next call.
         """
         steps = self._run(batch, cache, ((depth, 0.0),), burst)
@@ -94,9 +94,10 @@ class CompiledModel:
     def step_dynamic(
         self, batch: Batch, cache: KVCache, thresholds: Mapping[int, float], burst: Burst
     ) -> tuple[Readout, list[int]]:
-        """Runs all layers. Decode rows leave at the first exit of `thresholds` where they are confident.
+        """Runs all layers. A decode row leaves at the first exit of `thresholds` where it is confident
+        enough.
 
-        Also returns the exit layer of each row that is read. Several steps, and validity: as in `step`.
+        Also returns the exit layer of each row that is read. Several steps and validity are as in `step`.
         """
         depth = len(self._layers)
         before = ((layer, threshold) for layer, threshold in thresholds.items() if layer < depth)
@@ -125,7 +126,7 @@ class CompiledModel:
         return hidden
 
     def _run(self, batch: Batch, cache: KVCache, exits: tuple[tuple[int, float], ...], burst: Burst) -> int:
-        """Returns how many steps were taken. exits: layers, ascending, each with its confidence threshold."""
+        """Returns the number of steps taken. exits: (layer, confidence threshold) pairs, layers ascending."""
         depth, rows, reads = exits[-1][0], batch.rows, batch.reads
         space = self._space_for(rows, burst.steps * reads, several_exits=len(exits) > 1)
         if len(burst.draws.rows) and len(self._drawing) < TEAM.threads * self._drawing_numbers:
@@ -150,10 +151,10 @@ class CompiledModel:
         return burst.steps if burst.interrupt is None else burst.interrupt.steps_of(burst.steps)
 
     def _space_for(self, rows: int, reads: int, *, several_exits: bool) -> "_Space":
-        """Memory for steps of this size. reads: of all steps of a burst."""
+        """Memory for steps of this size. reads: rows read in all steps of a burst together."""
         space = self._space
         if not space.holds(rows, reads, several_exits=several_exits):
-            # As much as any call before needed, too: prompts and bursts take turns.
+            # Never smaller than before: prompts and bursts alternate, and each needs its own maximum.
             rows, reads = max(rows, space.rows), max(reads, space.reads)
             self._space = _Space.of(
                 rows,
@@ -172,18 +173,18 @@ class CompiledModel:
         return found
 
     def _head_record(self, head: Head) -> NDArray[np.void]:
-        """EXIT without layer and threshold."""
+        """An EXIT record without layer and threshold."""
         norm = record(NORM) if head.norm is None else self._norms.record(head.norm)
         return record(EXIT, norm=norm, linear=_linear_record(head.linear))
 
     def _operations(self, batch: Batch) -> int:
-        """About how many multiply-adds a layer has for one row."""
+        """Approximate number of multiply-adds of one layer for one row."""
         width, context = self._config.hidden_size, batch.width * batch.block_tokens
         return 2 * width * (2 * width + self._config.ffn_dim + context)
 
 
 class _Norms:
-    """The parameters of norms, some of which have no weight or no bias. Keeps them alive."""
+    """The parameters of norms, which may lack a weight or a bias. Keeps their tensors alive."""
 
     def __init__(self, width: int) -> None:
         self._width = width
@@ -197,29 +198,29 @@ class _Norms:
 
 
 class _Space(NamedTuple):
-    """Memory that steps of up to so many rows and reads work in and write to."""
+    """Memory for steps of at most `rows` rows and `reads` reads: work space and results."""
 
     rows: int
     reads: int
     several_exits: bool
     scratch: torch.Tensor
     scratch_address: int
-    # What is read out: the tensors of `Readout`, and the exit layers.
+    # The results: the tensors of a `Readout`, and the exit layers.
     logits: torch.Tensor
     best: torch.Tensor
     summaries: torch.Tensor
     exit_layers: torch.Tensor
-    # As in `Room`.
+    # Addresses, as in `Room`.
     found: tuple[int, ...]
     out: tuple[int, ...]
-    # The tensors of `found`, which are those of `out` unless there are several exits.
+    # The tensors behind `found`. They are the tensors of `out` unless there are several exits.
     kept: tuple[torch.Tensor, ...]
-    # What was read here before, by sizes.
+    # Readouts made earlier, by (reads, steps).
     readouts: dict[tuple[int, int], Readout]
 
     @classmethod
     def of(cls, rows: int, reads: int, scratch_bytes: int, vocabulary: int, *, several_exits: bool) -> Self:
-        """reads: of all steps of a burst. Of steps with many rows few are read, so most pages stay unused."""
+        """reads: rows read in all steps of a burst. Steps with many rows read few, so most pages stay unused."""
         reads = max(rows, reads)
 
         def tensors() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -247,7 +248,7 @@ class _Space(NamedTuple):
         )
 
     def read(self, reads: int, steps: int) -> Readout:
-        """What steps of so many reads each have read out. Kept: the next steps mostly have the same sizes."""
+        """The readout of `steps` steps of `reads` reads each. Kept, because the next steps mostly look the same."""
         key = reads, steps
         if key not in self.readouts:
             if len(self.readouts) >= _KEPT_READOUTS:
@@ -263,12 +264,12 @@ class _Space(NamedTuple):
 
 
 def _addresses(outputs: tuple[torch.Tensor, ...]) -> tuple[int, ...]:
-    """Logits, best, summaries and exit layers, as kernels take them."""
+    """Addresses of logits, best, summaries and exit layers, in the order that kernels expect."""
     return tuple(Outputs(*(tensor.data_ptr() for tensor in outputs)))
 
 
 def _cache_addresses(cache: KVCache) -> tuple[Any, ...]:
-    """A cache as kernels take it."""
+    """A cache in the form that kernels take."""
     return tuple(CacheAddresses(*cache.addresses, cache.block_tokens))
 
 

@@ -1,4 +1,4 @@
-"""Decode steps of fixed shapes, which a CUDA device runs as captured graphs: one launch, not hundreds."""
+"""Decode steps of fixed shapes, run as captured CUDA graphs: one launch instead of hundreds."""
 
 import logging
 from dataclasses import dataclass, replace
@@ -16,15 +16,16 @@ from helios.engine.scheduling.batch import Batch
 
 log = logging.getLogger(__name__)
 
-# Runs before a capture, so that what libraries set up at first use is not captured.
+# Runs before a capture, so that one-time set-up in libraries is not captured.
 _WARM_UPS = 2
 
 
 @dataclass(frozen=True)
 class PaddedDecode:
-    """A decode step of `rows` rows over contexts of up to `blocks` blocks, in tensors that stay in place.
+    """A decode step of `rows` rows with contexts of up to `blocks` blocks, in tensors that never move.
 
-    Rows beyond those of the batch write to `spare_block`, which no sequence has, and see nothing else.
+    Unused rows are padding: they write to `spare_block`, which no sequence has, and attend only to
+    themselves.
     """
 
     model: Model
@@ -35,7 +36,7 @@ class PaddedDecode:
 
     @cached_property
     def batch(self) -> Batch:
-        """Padding alone, until `fill`."""
+        """Only padding until `fill` is called."""
         device = self.model.device
         zeros = torch.zeros(self.rows, dtype=torch.int64, device=device)
         each = torch.arange(self.rows, device=device)
@@ -53,7 +54,7 @@ class PaddedDecode:
         )
 
     def fill(self, batch: Batch) -> None:
-        """Takes over the rows of a step of decodes alone."""
+        """Copies the rows of a step that only decodes."""
         mine, rows, width = self.batch, batch.rows, batch.width
         spare = self.spare_block
         for own, new, padding in (
@@ -69,30 +70,30 @@ class PaddedDecode:
 
     def compute(self) -> Readout:
         """The readout of all rows. Writes their KV."""
-        # The batch's masks depend on its positions, so they are computed anew, in the graph.
+        # The batch's masks depend on its positions, so they are computed again, inside the graph.
         batch = replace(self.batch)
         return self.model.backend.step(batch, self.cache, self.model.depth, ONE_STEP)
 
 
 class GraphRunner:
-    """Runs decode steps as graphs of `PaddedDecode`, and all other steps as the model's backend does.
+    """Runs decode steps as graphs of `PaddedDecode`, and all other steps with the model's backend.
 
-    Graphs are captured at first use, by the powers of two that rows and blocks fit into. They are valid for
-    as long as the cache keeps its tensors. Padding goes to the cache's last block.
+    Each graph is captured at first use. Rows and blocks are rounded up to powers of two. Graphs are valid as
+    long as the cache keeps its tensors. Padding uses the cache's last block.
     """
 
     has_bursts = False
     spare_blocks = 1
 
     def __init__(self, model: Model, most_rows: int) -> None:
-        """most_rows: of steps that are captured."""
+        """most_rows: largest number of rows for which a step is captured."""
         self._model, self._most_rows = model, most_rows
         self._graphs: dict[tuple[int, int], tuple[PaddedDecode, torch.cuda.CUDAGraph, Readout]] = {}
-        # Of the cache that the graphs were captured on.
+        # Addresses of the cache on which the graphs were captured.
         self._addresses: tuple[NDArray[Any], NDArray[Any]] | None = None
 
     def run(self, batch: Batch, cache: KVCache, burst: Burst) -> tuple[Readout, list[int]]:
-        """As `Runner` says."""
+        """See `Runner.run`."""
         if batch.chunks or batch.rows > self._most_rows:
             found = self._model.backend.step(batch, cache, self._model.depth, burst)
         else:
@@ -100,7 +101,7 @@ class GraphRunner:
         return found, [self._model.depth] * len(found.best)
 
     def release(self) -> None:
-        """Frees all graphs, and what they have allocated."""
+        """Frees all graphs and the memory that they allocated."""
         self._graphs.clear()
         self._addresses = None
 
@@ -129,7 +130,8 @@ class GraphRunner:
                 step.compute()
         torch.cuda.current_stream(device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # All graphs share their memory, as one runs at a time; a reload in another thread may allocate.
+        # All graphs share one memory pool, because only one runs at a time. Another thread may allocate
+        # during a reload.
         pool = next((graph.pool() for _, graph, _ in self._graphs.values()), None)
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             found = step.compute()

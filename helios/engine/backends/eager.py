@@ -1,6 +1,6 @@
-"""The first layers of a model over paged KV, one torch operation after the other, in the form of its config.
+"""The first layers of a model over paged KV, as one torch operation after the other.
 
-Linear layers compute in their own precision, which does not show here.
+Linear layers hide the precision in which they compute.
 """
 
 import itertools
@@ -23,18 +23,18 @@ _ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"relu": F.rel
 
 
 class EagerModel:
-    """Computes embeddings, layers and exit heads with torch; packed linear layers by their kernel."""
+    """Computes embeddings, layers and exit heads with torch. Packed linear layers use their own kernel."""
 
     def __init__(self, config: ModelConfig, weights: PackedWeights, block_tokens: int) -> None:
-        """block_tokens: of the caches that it will work on."""
+        """block_tokens: tokens per block of the caches that it will use."""
         self._config, self._layers = config, weights.layers
         ends = weights.ends
         device = ends.embed_positions.device
-        # Beside packed products everything is in float32.
+        # Packed products take and return float32, so everything else is float32 too.
         is_packed = isinstance(ends.lm_head, PackedLinear)
-        # Of activations.
+        # Type of activations.
         self.dtype = torch.float32 if is_packed else ends.embed_positions.dtype
-        # None: the rows of the LM head.
+        # None: the embeddings are the rows of the LM head.
         self._embed_tokens, self._embed_positions = ends.embed_tokens, ends.embed_positions
         self._project_in, self._project_out, self._lm_head = ends.project_in, ends.project_out, ends.lm_head
         self._final = weights.final or Head(None, None)
@@ -45,12 +45,12 @@ class EagerModel:
         self._read = read if device.type == "cpu" else read_on_device
 
     def step(self, batch: Batch, cache: KVCache, depth: int, _burst: Burst = ONE_STEP) -> Readout:
-        """The readout of the batch's read rows after the first `depth` layers; writes the KV of all rows.
+        """Reads out the batch's read rows after the first `depth` layers. Writes the KV of all rows.
 
-        Takes one step and draws no tokens: it is given no other burst.
+        Takes one step and draws no tokens; callers pass no other burst.
         """
         hidden = self.layers(self.embed(batch.token_ids, batch.positions), batch, cache, 0, depth)
-        # Rows are read in order, so if as many are read as there are, all are.
+        # read_rows is ascending, so if there are as many reads as rows, every row is read.
         if batch.reads < batch.rows:
             hidden = hidden[batch.read_rows]
         return self._read(self.read_out(hidden, depth))
@@ -58,16 +58,17 @@ class EagerModel:
     def step_dynamic(
         self, batch: Batch, cache: KVCache, thresholds: Mapping[int, float], _burst: Burst = ONE_STEP
     ) -> tuple[Readout, list[int]]:
-        """Each decode row leaves at its first confident exit; the batch goes on for the others.
+        """Each decode row leaves at its first confident exit. The batch continues with the others.
 
-        Prefill rows walk all layers. The KV of layers that a row skips is computed from its state at the
-        exit (state propagation, EE-LLM, Chen et al. 2024). `thresholds` maps the exits before the last to
-        the confidence they ask for. Returns the readout of the read rows, and the exit layer of each. Takes
-        one step, as `step`.
+        Prefill rows go through all layers. The KV of layers that a row skips is computed from its state at
+        the exit (state propagation, EE-LLM, Chen et al. 2024). `thresholds` maps each exit before the last to
+        the confidence that it requires. Returns the readout of the read rows and the exit layer of each.
+        Takes one step, like `step`.
         """
         depth = len(self._layers)
         hidden = self.embed(batch.token_ids, batch.positions)
-        # Decode rows still in the model; `hidden` and `running` have these and the prefill rows behind them.
+        # Decode rows that have not left. `hidden` and `running` hold these rows, followed by the prefill
+        # rows.
         active = torch.arange(batch.decode_rows, device=hidden.device)
         running = batch
         exit_layers = torch.full((len(batch.read_rows),), depth, device=hidden.device)
@@ -90,7 +91,7 @@ class EagerModel:
             if not len(hidden):
                 break
             running = batch.with_decode_rows(active)
-        # Decode rows come first and each is read, so row i of them is also the i-th that is read.
+        # Decode rows come first and every one is read, so decode row i is also read i.
         remaining = (exit_layers == depth).nonzero()[:, 0]
         if len(remaining) or not exited:
             prefilled = batch.read_rows[batch.decode_rows :] - (batch.decode_rows - len(active))
@@ -112,7 +113,7 @@ class EagerModel:
     def layers(
         self, hidden: torch.Tensor, batch: Batch, cache: KVCache, first: int, last: int
     ) -> torch.Tensor:
-        """The layers first..last: [T, hidden] -> [T, hidden]. Writes the rows' KV."""
+        """Runs the layers first..last: [T, hidden] -> [T, hidden]. Writes the rows' KV."""
         for index in range(first, last):
             hidden = self._layer(index, hidden, batch, cache)
         return hidden
@@ -142,7 +143,7 @@ class EagerModel:
     def _propagate(self, first: int, hidden: torch.Tensor, slots: torch.Tensor, cache: KVCache) -> None:
         """State propagation (Elbayad et al. 2020): KV of the layers from `first` on, which exited rows skip.
 
-        hidden: their states where they exited, [rows, hidden]; slots: [rows].
+        hidden: the rows' states at their exit, [rows, hidden]; slots: [rows].
         """
         for index in range(first, len(self._layers)):
             layer = self._layers[index]
@@ -163,7 +164,7 @@ def _attend_in_place(qkv: torch.Tensor, batch: Batch, cache: KVCache, layer: int
 
 def _attend_to_gathered(qkv: torch.Tensor, batch: Batch, cache: KVCache, layer: int) -> torch.Tensor:
     """Stores the rows' KV; each row attends to a copy of its context: [T, 3 * hidden] -> [T, hidden]."""
-    # three times [T, heads, head_dim]
+    # Each is [T, heads, head_dim].
     query, key, value = qkv.view(len(qkv), 3, cache.num_heads, -1).unbind(1)
     cache.write(layer, batch.slots, key, value)
     parts = []
@@ -183,7 +184,8 @@ def _attend_to_gathered(qkv: torch.Tensor, batch: Batch, cache: KVCache, layer: 
         if chunk.mask is None and cache.dtype == qkv.dtype:
             chunk_keys, chunk_values = key[rows].transpose(0, 1)[None], value[rows].transpose(0, 1)[None]
         else:
-            # As the cache keeps them: a chunk sees of itself what later chunks will see of it.
+            # Read back from the cache, so that the chunk sees its own tokens exactly as later chunks will see
+            # them.
             chunk_keys, chunk_values = (
                 part.to(qkv.dtype) for part in cache.gather(layer, chunk.context_blocks)
             )

@@ -1,4 +1,4 @@
-"""Paged KV: the tensors that hold keys and values, block by block (`block_pool.py` says whose they are)."""
+"""The paged KV cache: keys and values in blocks. `block_pool.py` tracks who holds each block."""
 
 import logging
 import math
@@ -18,20 +18,20 @@ from helios.modes import Precision
 
 log = logging.getLogger(__name__)
 
-# Compiled code reads a head's values in whole registers, and so beyond their end, which must be readable.
+# Compiled code reads a head's values in whole registers, so bytes beyond their end must be readable.
 _SPARE_BYTES = 2 * LANES * 4
-# Memory is given back in parts of so many bytes; between them other threads can run.
+# Memory is returned to the system in parts of this many bytes, so that other threads can run in between.
 _RELEASED_BYTES = 4 << 20
-# Reserves no memory for the address space (mmap(2); Python's module has no name for it before 3.13).
+# mmap(2) flag: reserve address space without memory. Python's mmap has no name for it before 3.13.
 _MAP_NORESERVE = 0x4000
 _KEPT_BESIDE = {Precision.FLOAT32: torch.float32, Precision.INT8: torch.int8}
 
 
 def kv_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """The type of keys and values beside products in `precision`.
+    """The type of keys and values when products are computed in `precision`.
 
-    On a CPU int8 beside int8, and float16 beside bfloat16, which is coarser: attention waits for memory, and
-    reads a quarter or half of the bytes this way.
+    On a CPU: int8 with int8 products, and float16 with bfloat16 products (bfloat16 would be coarser). Memory
+    bandwidth limits attention, and these types need a quarter or half of the bytes.
     """
     if device.type != "cpu":
         return checkpoint_dtype(precision)
@@ -39,7 +39,7 @@ def kv_dtype(precision: Precision, device: torch.device) -> torch.dtype:
 
 
 def kv_bytes(num_heads: int, head_dim: int, block_tokens: int, dtype: torch.dtype) -> int:
-    """Bytes of a block's keys and values in a layer."""
+    """Bytes of one block's keys and values in one layer."""
     return dtype.itemsize * num_heads * sum(map(math.prod, _slabs(head_dim, block_tokens, dtype)))
 
 
@@ -52,20 +52,20 @@ def _slabs(head_dim: int, block_tokens: int, dtype: torch.dtype) -> tuple[tuple[
 
 
 class KVCache:
-    """Keys and values of every slot; slot = block * block_tokens + offset in the block.
+    """Keys and values of every slot. slot = block * block_tokens + offset in the block.
 
-    Keys of a block lie side by side in each dimension of a head, [blocks, heads, head_dim, block_tokens], so
-    that a query meets as many of them at once as a register has lanes. Values are [blocks, heads,
-    block_tokens, head_dim], as their weighted sum takes them.
+    Keys of a block are stored as [blocks, heads, head_dim, block_tokens], so that a register holds one
+    dimension of as many keys as it has lanes. Values are [blocks, heads, block_tokens, head_dim], which is
+    the order of their weighted sum.
 
-    In int8 the four numbers that one instruction multiplies lie together: four dimensions of a key, [blocks,
-    heads, head_dim / 4, block_tokens, 4], stored with 128 added; the values of four tokens, [blocks, heads,
-    block_tokens / 4, head_dim, 4], the dimensions padded to whole registers. Behind a head's keys are the
-    scales of its keys and of its values, float32 [2, block_tokens].
+    In int8 the four numbers that one instruction multiplies lie together. For keys these are four dimensions:
+    [blocks, heads, head_dim / 4, block_tokens, 4], stored with 128 added. For values these are four tokens:
+    [blocks, heads, block_tokens / 4, head_dim, 4], with the dimensions padded to whole registers. After a
+    head's keys come the scales of its keys and of its values, float32 [2, block_tokens].
 
-    The numbers of layers and of blocks can change while sequences hold blocks (`resize`). On a CPU each layer
-    has address space for the most blocks there may ever be, so nothing moves: the system gives memory page by
-    page, at the first use, and gets it back when somebody has time for that (`give_back`).
+    `resize` can change the numbers of layers and blocks while sequences hold blocks. On a CPU each layer has
+    address space for the largest number of blocks, so nothing moves. The system provides memory page by page
+    at first use, and `give_back` returns it.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class KVCache:
     ) -> None:
         """most_blocks: the most that `resize` may ask for, if that is more than num_blocks.
 
-        commit: the system gives the memory of all blocks now, before serving.
+        commit: the system provides the memory of all blocks now, before serving.
         Raises RuntimeError, MemoryError or OSError when there is no memory.
         """
         self.block_tokens, self.dtype, self.device = block_tokens, dtype, device
@@ -92,10 +92,10 @@ class KVCache:
         self._shapes = (num_heads, *keys), (num_heads, *values)
         self._most_blocks = max(num_blocks, most_blocks)
         self._rooms: list[tuple[_Room, _Room]] = []
-        # Of each layer.
+        # One tensor per layer.
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
-        # Where each layer's keys and values lie; another object when anything moved (`resize`).
+        # Addresses of each layer's keys and values. A new object whenever anything has moved (`resize`).
         self.addresses: tuple[NDArray[Any], NDArray[Any]] = self._locate()
         self.resize(num_layers, num_blocks)
         if commit and device.type == "cpu":
@@ -115,7 +115,7 @@ class KVCache:
         most_blocks: int = 0,
         commit: bool = True,
     ) -> Self:
-        """The cache of the first `depth` layers of a model."""
+        """A cache for the first `depth` layers of a model."""
         heads, head_dim = config.num_kv_heads, config.head_dim
         return cls(
             depth,
@@ -131,25 +131,25 @@ class KVCache:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks that all layers have."""
+        """Number of blocks that every layer has."""
         return min(map(len, (*self.keys, *self.values)), default=0)
 
     @property
     def is_in_place(self) -> bool:
-        """Whether `resize` moves nothing, and shrinks as well as grows."""
+        """Whether `resize` moves nothing, and can shrink as well as grow."""
         return self.device.type == "cpu"
 
     def has_room_for(self, num_blocks: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> bool:
-        """Whether `resize` can make this cache one of such blocks."""
+        """Whether `resize` can turn this cache into one with such blocks."""
         same = (self.num_heads, self.head_dim, self.dtype) == (num_heads, head_dim, dtype)
         return same and num_blocks <= self._most_blocks
 
     def resize(self, num_layers: int, num_blocks: int) -> None:
-        """Changes the cache to the first `num_layers` layers and to `num_blocks` blocks.
+        """Keeps the first `num_layers` layers (or adds new ones), each with `num_blocks` blocks.
 
         Layers and blocks that stay keep their content. On a GPU without memory for more blocks, layers keep
-        those that they have; then `self.num_blocks` is less. Raises RuntimeError, MemoryError or OSError if
-        there is no memory for another layer, which leaves the cache with fewer.
+        the blocks that they have; then `self.num_blocks` is smaller. Raises RuntimeError, MemoryError or
+        OSError if there is no memory for another layer; then the cache has fewer layers.
         """
         del self.keys[num_layers:], self.values[num_layers:]
         try:
@@ -161,7 +161,7 @@ class KVCache:
                 self.addresses = found
 
     def give_back(self) -> None:
-        """Returns memory of layers and blocks that went to the system. Others may use the cache meanwhile."""
+        """Returns memory of dropped layers and blocks to the system. Others may use the cache meanwhile."""
         for layer, rooms in enumerate(self._rooms):
             for room, tensors in zip(rooms, (self.keys, self.values), strict=True):
                 room.give_back(tensors[layer].nbytes if layer < len(tensors) else 0)
@@ -176,12 +176,12 @@ class KVCache:
         self.values[layer][blocks, :, offsets] = values.to(self.dtype)
 
     def copy(self, source: int, target: int) -> None:
-        """Copies a block, in all layers."""
+        """Copies a block in all layers."""
         for tensor in (*self.keys, *self.values):
             tensor[target] = tensor[source]
 
     def gather(self, layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of blocks [rows, blocks], each [rows, heads, blocks * block_tokens, head_dim]."""
+        """Keys and values of blocks [rows, blocks]; each is [rows, heads, blocks * block_tokens, head_dim]."""
         if self.dtype == torch.int8:
             return self._gather_bytes(layer, blocks)
         # [rows, heads, blocks, tokens, head_dim]
@@ -209,7 +209,7 @@ class KVCache:
         # [rows, heads, blocks, tokens, head_dim]
         keys = key_numbers[blocks].permute(0, 2, 1, 4, 3, 5).flatten(4).float() - 128
         values = value_numbers[blocks].permute(0, 2, 1, 3, 5, 4).flatten(3, 4).float()
-        # [rows, heads, blocks, tokens, 1], two of them
+        # Two tensors [rows, heads, blocks, tokens, 1].
         factors = scales[blocks].transpose(1, 2)[..., None].unbind(3)
         keys, values = (
             (part[:, :, :, : self.block_tokens, : self.head_dim] * factor).flatten(2, 3)
@@ -218,7 +218,7 @@ class KVCache:
         return keys, values
 
     def _bytes_of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A layer's keys and values, four numbers together, and scales, laid out as the class describes."""
+        """A layer's keys and values in groups of four, and their scales, as the class describes."""
         keys, tokens = self.keys[layer], self.block_tokens
         scales = keys[..., -8 * tokens :].view(torch.float32).unflatten(2, (2, tokens))
         numbers = keys[..., : -8 * tokens].view(torch.uint8).unflatten(2, (-1, tokens, 4))
@@ -250,7 +250,7 @@ class KVCache:
                 tensors[layer] = grown
 
     def _locate(self) -> tuple[NDArray[Any], NDArray[Any]]:
-        """The addresses of each layer's keys and values, for compiled code: unsigned if they are float16."""
+        """Addresses of each layer's keys and values for compiled code; unsigned integers for float16."""
         kind = np.uint64 if self.dtype == torch.float16 else np.int64
         keys, values = (
             np.array([tensor.data_ptr() for tensor in tensors], dtype=kind)
@@ -260,31 +260,31 @@ class KVCache:
 
 
 def _rounded(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whole numbers [tokens, heads, head_dim] and scales [tokens, heads], as `attention_int8` rounds them."""
+    """Whole numbers [tokens, heads, head_dim] and scales [tokens, heads]. `attention_int8` rounds alike."""
     peaks = numbers.abs().amax(dim=2)
     inverses = torch.where(peaks > LEAST, 127 / peaks, 0)
     return (numbers * inverses[..., None]).round(), peaks / 127
 
 
 class _Room:
-    """Address space for a layer's keys or values, zeros at first."""
+    """Address space for a layer's keys or values, zero at first."""
 
     def __init__(self, count: int, dtype: torch.dtype) -> None:
         size = count * dtype.itemsize + _SPARE_BYTES
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         self._map = mmap.mmap(-1, size, flags=flags)
         self._numbers = torch.frombuffer(self._map, dtype=dtype)
-        # So many bytes from the start may have memory.
+        # Only this many bytes from the start can have memory.
         self._used = 0
 
     def tensor(self, shape: tuple[int, ...]) -> torch.Tensor:
-        """A tensor of this shape over its first numbers."""
+        """A tensor of this shape at the start of this address space."""
         found = self._numbers[: math.prod(shape)].view(shape)
         self._used = max(self._used, found.nbytes)
         return found
 
     def give_back(self, kept: int) -> None:
-        """Returns all memory except that of the first `kept` bytes to the system."""
+        """Returns all memory after the first `kept` bytes to the system."""
         start = -(-kept // mmap.PAGESIZE) * mmap.PAGESIZE
         for at in range(start, self._used, _RELEASED_BYTES):
             self._map.madvise(mmap.MADV_DONTNEED, at, min(_RELEASED_BYTES, self._used - at))

@@ -1,4 +1,4 @@
-"""A loaded partial model: its weights, and the backend that computes with them, chosen when it is loaded."""
+"""A loaded partial model: its weights, and the backend chosen at loading to compute with them."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -18,63 +18,63 @@ from helios.modes import Precision
 
 
 class Backend(Protocol):
-    """What computes a model's steps: `CompiledModel` in one call each, `EagerModel` with torch.
+    """Computes a model's steps: `CompiledModel` with one call each, `EagerModel` with torch.
 
-    `burst` is more than one step only where the model has bursts (`Model.has_bursts`); the tables then have
-    the blocks of all its tokens. Of several steps the logits are those of the last, and everything else is of
-    all steps, one after the other. On a CPU a readout is valid until the next call.
+    `burst` has more than one step only if the model has bursts (`Model.has_bursts`). The block tables then
+    include the blocks of all tokens of the burst. The logits are those of the last step; all other results
+    cover all steps in order. On a CPU a readout is valid until the next call.
     """
 
     def step(self, batch: Batch, cache: KVCache, depth: int, burst: Burst, /) -> Readout:
-        """The readout of the read rows after the first `depth` layers; writes the KV of all rows."""
+        """Reads out the read rows after the first `depth` layers. Writes the KV of all rows."""
 
     def step_dynamic(
         self, batch: Batch, cache: KVCache, thresholds: Mapping[int, float], burst: Burst, /
     ) -> tuple[Readout, list[int]]:
-        """All layers; decode rows leave at the first exit where they reach its threshold.
+        """Runs all layers. A decode row leaves at the first exit whose threshold it reaches.
 
-        Returns the readout of the read rows, and the exit layer of each.
+        Returns the readout of the read rows and the exit layer of each.
         """
 
     def layers(
         self, hidden: torch.Tensor, batch: Batch, cache: KVCache, first: int, last: int, /
     ) -> torch.Tensor:
-        """The layers first..last: [T, hidden] -> [T, hidden]. Writes the rows' KV."""
+        """Runs the layers first..last: [T, hidden] -> [T, hidden]. Writes the rows' KV."""
 
 
 class Model:
-    """A partial model: embeddings, `depth` layers, the exit heads among them and the LM head."""
+    """A partial model: embeddings, `depth` layers, their exit heads and the LM head."""
 
     def __init__(self, config: ModelConfig, weights: PackedWeights, block_tokens: int) -> None:
-        """block_tokens: of the caches that it will work on."""
+        """block_tokens: tokens per block of the caches that it will use."""
         self.config, self.block_tokens = config, block_tokens
-        # Another plan of the same checkpoint may share them.
+        # Another plan of the same checkpoint may share these weights.
         self.weights = weights
         self.depth = len(weights.layers)
-        # What its products are computed in.
+        # The precision of its products.
         self.precision = weights.precision
         self.device = weights.ends.embed_positions.device
-        # Of keys and values.
+        # Type of keys and values.
         self.kv_dtype = kv_dtype(Precision(self.precision), self.device)
         self._eager = EagerModel(config, weights, block_tokens)
         compiled = None
         if attends_in_place(self.device, config.head_dim, block_tokens):
             compiled = CompiledModel.of(config, weights)
-        # Whether the backend takes several steps at once, and draws tokens.
+        # Whether the backend can take several steps in one call and draw tokens.
         self.has_bursts = compiled is not None
         self.backend: Backend = compiled or self._eager
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of activations."""
+        """Type of activations."""
         return self._eager.dtype
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all loaded weights, shared ones once."""
+        """Bytes of all loaded weights. Shared tensors count once."""
         return self.weights.weight_bytes
 
-    # What a step consists of, for those who look at the states between.
+    # The parts of a step, for callers that need the hidden states in between.
 
     def embed(self, token_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Hidden states before the first layer: [T] -> [T, hidden]."""
@@ -83,7 +83,7 @@ class Model:
     def layers(
         self, first: int, last: int, hidden: torch.Tensor, batch: Batch, cache: KVCache
     ) -> torch.Tensor:
-        """The layers first..last: [T, hidden] -> [T, hidden]. Writes the rows' KV."""
+        """Runs the layers first..last: [T, hidden] -> [T, hidden]. Writes the rows' KV."""
         return self.backend.layers(hidden, batch, cache, first, last)
 
     def read_out(self, hidden: torch.Tensor, exit_layer: int) -> torch.Tensor:

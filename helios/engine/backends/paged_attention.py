@@ -1,4 +1,4 @@
-"""Attention that reads keys and values in place, block by block, on a CPU."""
+"""CPU attention that reads keys and values in place, block by block."""
 
 import torch
 
@@ -9,22 +9,22 @@ from helios.engine.kernels.simd import LANES
 from helios.engine.kernels.team import TEAM
 from helios.engine.scheduling.batch import Batch
 
-# Precisions of products, by the type that keys and values have beside them.
+# Precision of the products, by the type of keys and values.
 _PRECISIONS = {torch.float32: FLOAT32, torch.float16: BFLOAT16, torch.int8: INT8}
 
 
 def attends_in_place(device: torch.device, head_dim: int, block_tokens: int) -> bool:
-    """Whether `attend` can work on such caches: on a CPU, dimensions in fours, blocks of whole registers."""
+    """Whether `attend` supports such caches: on a CPU, head_dim in fours, blocks of whole registers."""
     return device.type == "cpu" and head_dim % 4 == 0 and block_tokens % LANES == 0
 
 
 def addresses_of(batch: Batch) -> BatchAddresses:
-    """A batch as kernels take it."""
+    """A batch in the form that kernels take."""
     return BatchAddresses.at(batch.address, batch.rows, batch.decode_rows, batch.reads, batch.width)
 
 
 def attend(qkv: torch.Tensor, batch: Batch, cache: KVCache, layer: int) -> torch.Tensor:
-    """Stores the rows' keys and values; each row attends to its context: [T, 3 * hidden] -> [T, hidden]."""
+    """Stores the rows' keys and values. Each row attends to its context: [T, 3 * hidden] -> [T, hidden]."""
     width = qkv.shape[1] // 3
     keys, values = cache.addresses
     out = qkv.new_empty(batch.rows, width)

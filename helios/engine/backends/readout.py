@@ -1,4 +1,4 @@
-"""Logits, and what sampling needs first of each row."""
+"""Logits, and the values per row that sampling needs first."""
 
 import math
 from collections.abc import Sequence
@@ -15,35 +15,35 @@ from helios.engine.kernels.team import TEAM
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Readout:
-    """What the model itself reads out of rows, before penalties and temperature."""
+    """The model's output for some rows, before penalties and temperature."""
 
     logits: torch.Tensor  # float32 [rows, vocabulary]
-    # The first of each row's largest logits: int64 [rows].
+    # Index of each row's largest logit, the first one if several are equal: int64 [rows].
     best: torch.Tensor
     # float32 [rows, SUMMARY], with the columns that `kernels.layout` names.
     summaries: torch.Tensor
-    # The memory of best and summaries: a compiled step is so short that reading them through torch takes
-    # longer.
+    # best and summaries as NumPy arrays of the same memory. A compiled step is so short that reading them
+    # through torch would take longer than the step.
     host: tuple[NDArray[Any], NDArray[Any]] | None = None
 
     @classmethod
     def joined(cls, parts: Sequence[Self], order: torch.Tensor) -> Self:
-        """The rows of all parts, one part after the other, taken in `order`."""
+        """Concatenates the rows of all parts, then takes them in `order`."""
         kinds = zip(*((part.logits, part.best, part.summaries) for part in parts), strict=True)
         logits, best, summaries = (torch.cat(kind)[order] for kind in kinds)
         return cls(logits, best, summaries)
 
     def rows(self, chosen: torch.Tensor | slice) -> "Readout":
-        """Some of the rows."""
+        """A readout of the chosen rows."""
         host = None
         if self.host is not None and isinstance(chosen, slice):
             host = self.host[0][chosen], self.host[1][chosen]
         return Readout(self.logits[chosen], self.best[chosen], self.summaries[chosen], host)
 
     def nats(self, targets: Sequence[int]) -> float:
-        """Sum of the negative log-probabilities of one token for each row.
+        """Sum over the rows of the negative log-probability of each row's target token.
 
-        Infinite or NaN if the model computes no probabilities.
+        The sum is infinite or NaN if the model's probabilities are not finite.
         """
         chosen = (float(self.logits[row, target]) for row, target in enumerate(targets))
         return math.fsum(
@@ -51,11 +51,11 @@ class Readout:
         )
 
     def likeliest(self) -> tuple[list[int], list[float], list[float]]:
-        """The likeliest token of each row, its natural log-probability and its probability."""
+        """The most likely token of each row, its natural log-probability and its probability."""
         if self.host is not None:
             best, summaries = self.host
             return best.tolist(), summaries[:, LOGPROB].tolist(), summaries[:, CONFIDENCE].tolist()
-        # In one transfer.
+        # One transfer for all columns.
         columns = self.summaries[:, LOGPROB : CONFIDENCE + 1].T
         parts = torch.cat([self.best[None].double(), columns.double()]).tolist()
         return list(map(int, parts[0])), parts[1], parts[2]
@@ -96,7 +96,7 @@ def read(logits: torch.Tensor) -> Readout:
         tuple(outputs),
         rows,
         width,
-        # Each exponential counts for ten.
+        # One exponential counts as ten operations.
         operations=10 * rows * width,
     )
     return Readout(logits, best, summaries)

@@ -1,4 +1,4 @@
-"""What runs the steps of a plan: chosen once, when the plan is loaded. Later nobody asks for a backend."""
+"""Runners execute the steps of a plan. A runner is chosen once, when the plan is loaded."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,25 +13,25 @@ from helios.engine.scheduling.batch import Batch
 
 
 class Runner(Protocol):
-    """Runs steps of one plan, on any cache that its model can use. One call at a time."""
+    """Runs steps of one plan on any cache that its model can use. One call at a time."""
 
     @property
     def has_bursts(self) -> bool:
-        """Whether a call takes the steps of a `Burst` and chooses all tokens; else it takes one step, and the
-        caller chooses tokens that are not simply the likeliest."""
+        """True: a call takes all steps of a `Burst` and chooses all tokens. False: it takes one step, and the
+        caller chooses every token that is not simply the most likely one."""
 
     @property
     def spare_blocks(self) -> int:
-        """Blocks at the end of the cache that it needs for itself: no sequence may have them."""
+        """Blocks at the end of the cache that the runner needs for itself. No sequence may use them."""
 
     def run(self, batch: Batch, cache: KVCache, burst: Burst) -> tuple[Readout, list[int]]:
-        """The readout of the read rows, and the exit layer of each; of all steps, one after the other.
+        """Returns the readout of the read rows and the exit layer of each, for all steps in order.
 
-        Valid until the next call. Writes the KV of all rows.
+        The result is valid until the next call. Writes the KV of all rows.
         """
 
     def release(self) -> None:
-        """Frees what it keeps for a cache that goes."""
+        """Frees what it keeps for a cache that is about to be dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +44,12 @@ class StaticRunner:
     spare_blocks: int = 0
 
     def run(self, batch: Batch, cache: KVCache, burst: Burst) -> tuple[Readout, list[int]]:
-        """As `Runner` says."""
+        """See `Runner.run`."""
         found = self.backend.step(batch, cache, self.depth, burst)
         return found, [self.depth] * len(found.best)
 
     def release(self) -> None:
-        """Keeps nothing."""
+        """Does nothing: this runner keeps nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +57,17 @@ class DynamicRunner:
     """Each decode row leaves at its own exit (exit mode dynamic)."""
 
     backend: Backend
-    # The confidence that each exit before the last layer asks for.
+    # The confidence that each exit before the last layer requires.
     thresholds: Mapping[int, float]
     has_bursts: bool
     spare_blocks: int = 0
 
     def run(self, batch: Batch, cache: KVCache, burst: Burst) -> tuple[Readout, list[int]]:
-        """As `Runner` says."""
+        """See `Runner.run`."""
         return self.backend.step_dynamic(batch, cache, self.thresholds, burst)
 
     def release(self) -> None:
-        """Keeps nothing."""
+        """Does nothing: this runner keeps nothing."""
 
 
 def choose_runner(
@@ -75,8 +75,8 @@ def choose_runner(
 ) -> Runner:
     """The runner for a loaded model.
 
-    thresholds: of dynamic exits; None: no row leaves before the last layer. cuda_graphs: whether decode steps
-    of up to `most_rows` rows may be captured, where the device has graphs.
+    thresholds: those of dynamic exits. None: no row leaves before the last layer. cuda_graphs: whether decode
+    steps of up to `most_rows` rows may be captured, if the device has graphs.
     """
     if thresholds is not None:
         return DynamicRunner(model.backend, thresholds, model.has_bursts)

@@ -1,8 +1,9 @@
-"""The next token of every row of a batch.
+"""Chooses the next token of every row of a batch, with torch.
 
-Compiled steps choose tokens themselves, in the same way (`kernels/sampling.py`); this is for all others. A
-row's draw depends on its logits and on (seed, position) alone: not on the batch, and not on history, except
-for the repetition penalty, which is defined by it. So a resumed stream goes on as it would have.
+Compiled steps choose tokens themselves, in the same way (`kernels/sampling.py`); all other steps use this
+module. A row's draw depends only on its logits and on (seed, position), not on the batch. It does not depend
+on history either, except through the repetition penalty. So a resumed stream continues as it would have
+without the interruption.
 """
 
 from collections.abc import Mapping
@@ -17,12 +18,12 @@ from helios.engine.kernels.sampling import uniform
 from helios.engine.scheduling.sequence import Sequence
 from helios.sampling import SamplingParams
 
-# A nucleus is searched among this many top tokens before the whole vocabulary is sorted.
+# The nucleus is first searched among this many top tokens; only if it is larger is the vocabulary sorted.
 _NUCLEUS_CANDIDATES = 1024
 
 
 class Row(NamedTuple):
-    """What decides one row's token: its parameters, the position it will take, the ids before it."""
+    """Everything that decides one row's token: its parameters, its next position, the ids before it."""
 
     sampling: SamplingParams
     position: int
@@ -30,12 +31,12 @@ class Row(NamedTuple):
 
     @classmethod
     def of(cls, sequence: Sequence) -> Self:
-        """For a sequence's next token."""
+        """A row for a sequence's next token."""
         return cls(sequence.sampling, len(sequence.token_ids), sequence.token_ids)
 
 
 class Sampled(NamedTuple):
-    """Per row: token id, natural log-probability, and confidence: the probability of the likeliest token."""
+    """Per row: token id, natural log-probability, confidence (probability of the most likely token)."""
 
     token_ids: list[int]
     logprobs: list[float]
@@ -43,21 +44,21 @@ class Sampled(NamedTuple):
 
 
 def sample(found: Readout, rows: Mapping[int, Row]) -> Sampled:
-    """Chooses a token for each row of a readout: as `rows` says, and for all other rows the likeliest."""
+    """Chooses a token for each row of a readout: as `rows` says, or else the most likely one."""
     if not rows:
         return Sampled(*found.likeliest())
     index = torch.tensor(list(rows), device=found.best.device)
     logits = found.logits[index]
     chosen = _choose(logits, found.best[index], list(rows.values()))
     chances = logits.gather(1, chosen[:, None])[:, 0] - found.normalizers[index]
-    # Written into copies: the readout stays as it is.
+    # Works on copies, so that the readout does not change.
     summaries = found.summaries.clone()
     summaries[index, 2] = chances
     return Sampled(*Readout(found.logits, found.best.index_copy(0, index, chosen), summaries).likeliest())
 
 
 def _choose(logits: torch.Tensor, best: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
-    """Token ids [rows] from logits [rows, vocabulary]; `best` are the likeliest."""
+    """Returns token ids [rows] for logits [rows, vocabulary]. best: the most likely tokens."""
     scores = _penalized(logits, rows)
     chosen = best if scores is logits else scores.argmax(dim=-1)
     drawn = [index for index, row in enumerate(rows) if row.sampling.temperature > 0]
@@ -84,7 +85,7 @@ def _penalized(logits: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
 def _draw(scores: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
     """Draws from scores [rows, vocabulary] by inverting the cumulative distribution in id order.
 
-    Id order, not order of likelihood: two tokens of nearly equal score cannot change places.
+    Id order is stable: in order of likelihood two tokens of nearly equal score could swap.
     """
     device = scores.device
     temperature = torch.tensor([row.sampling.temperature for row in rows], device=device)
@@ -94,13 +95,13 @@ def _draw(scores: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
     cumulative = scores.double().softmax(dim=-1).cumsum(dim=-1)
     numbers = [uniform(np.uint64(row.sampling.seed), row.position) for row in rows]
     target = torch.tensor(numbers, dtype=torch.float64, device=device)[:, None] * cumulative[:, -1:]
-    # The first id whose cumulative probability exceeds the number; such an id has probability > 0.
+    # The first id whose cumulative probability exceeds the target. Its own probability is above 0.
     drawn = torch.searchsorted(cumulative, target, right=True)[:, 0]
     return drawn.clamp_(max=scores.shape[-1] - 1)
 
 
 def _limited(scores: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
-    """Scores outside a row's top-k, then outside its nucleus (Holtzman et al. 2020), are -inf."""
+    """Sets scores outside a row's top-k, then outside its nucleus (Holtzman et al. 2020), to -inf."""
     vocabulary = scores.shape[-1]
     top_k = [min(row.sampling.top_k or vocabulary, vocabulary) for row in rows]
     largest = max((k for k in top_k if k < vocabulary), default=0)
@@ -117,7 +118,7 @@ def _limited(scores: torch.Tensor, rows: Seq[Row]) -> torch.Tensor:
         ordered = probabilities.topk(min(_NUCLEUS_CANDIDATES, vocabulary), dim=-1).values
         if bool(((ordered.sum(dim=-1, keepdim=True) < top_p) & (top_p < 1)).any()):
             ordered = probabilities.sort(dim=-1, descending=True).values
-        # A token belongs to the nucleus while those before it have not reached top_p.
+        # A token belongs to the nucleus if the tokens before it have not reached top_p.
         outside = ordered.cumsum(dim=-1) - ordered >= top_p
         threshold = ordered.masked_fill(outside, float("inf")).amin(dim=-1, keepdim=True)
         scores = scores.masked_fill((probabilities < threshold) & (top_p < 1), float("-inf"))
