@@ -1,4 +1,4 @@
-"""The engine: submit, cancel, reload, telemetry, around one loop: schedule, run, deliver."""
+"""The engine: submit, cancel, reload and telemetry, around one loop of schedule, run, deliver."""
 
 import logging
 import threading
@@ -52,16 +52,16 @@ _IDLE_SECONDS = 0.1
 
 
 class Engine:
-    """Serves sequences in this process: the `ServingEngine` that computes by itself.
+    """Serves sequences in this process. It implements `ServingEngine`.
 
-    Either one thread calls `step` (as `generate` does), or `start` runs the loop in a thread of its own. Any
+    Either one thread calls `step` (as `generate` does), or `start` runs the loop in its own thread. Any
     thread may call the other methods.
     """
 
     def __init__(self, plan: Plan, settings: EngineSettings) -> None:
-        """Allocates keys and values. Raises OutOfMemoryError."""
+        """Allocates the KV cache. Raises OutOfMemoryError."""
         self.settings = settings
-        # The inbox: what other threads want before the next step.
+        # The inbox: requests of other threads, to be handled before the next step.
         self._lock = threading.Condition()
         self._submitted: deque[Sequence] = deque()
         self._cancelled: dict[str, HeliosError] = {}
@@ -89,7 +89,7 @@ class Engine:
     ) -> Self:
         """Loads the first `depth` layers (None: all) of the checkpoint directory `path`.
 
-        `threshold` overrides that of the settings until a reload.
+        `threshold` overrides the one of the settings until a reload.
         Raises CheckpointError, UnknownDepthError, OutOfMemoryError, SettingsError.
         """
         settings = settings or EngineSettings()
@@ -155,7 +155,7 @@ class Engine:
     def generate(
         self, prompt: str | list[int], sampling: SamplingParams | None = None
     ) -> Iterator[GeneratedToken]:
-        """Tokens of one prompt as they come; steps the engine itself. Raises HeliosError."""
+        """Yields the tokens of one prompt. Steps the engine itself. Raises HeliosError."""
         if self._thread is not None:
             raise SettingsError("the engine's loop runs in a thread: use submit")
         ids = self.plan.tokenizer.encode(prompt).ids if isinstance(prompt, str) else prompt
@@ -183,7 +183,7 @@ class Engine:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends the loop; sequences that are still there get UnavailableError."""
+        """Ends the loop. Sequences that have not ended get UnavailableError."""
         with self._lock:
             self._stopping = True
             self._call()
@@ -192,7 +192,7 @@ class Engine:
 
     @property
     def running(self) -> bool:
-        """Whether the loop started with `start` is alive."""
+        """Whether the loop that `start` began is alive."""
         return self._thread is not None and self._thread.is_alive()
 
     @torch.inference_mode()
@@ -217,14 +217,15 @@ class Engine:
         self._delivery.counters.steps += steps
         self._delivery.counters.prefill_tokens += prompt_tokens
         seconds, chunks = (time.perf_counter() - began) / steps, self._scheduler.chunks
-        # A step under two plans says little about either, but prompts wait until some time is known.
+        # A step under two plans says little about either plan. It is observed only while no step time is
+        # known, because prompts wait for one.
         if self._plans.move is None or chunks.decode_seconds(decoding) is None:
             chunks.observe(decoding, prompt_tokens, seconds)
         self._last_step = time.monotonic()
         return True
 
     def _run(self, plan: Plan, scheduled: list[tuple[Sequence, int]]) -> tuple[Batch, int]:
-        """Runs and delivers what is scheduled under a plan. Returns the batch, and how many steps it took."""
+        """Runs and delivers what is scheduled under one plan. Returns the batch and the number of steps."""
         plans, runner, in_force = self._plans, plan.runner, plan is self._plans.in_force
         readings = PromptReadings(self.settings.prompt_readings if in_force else 0)
         steps, burst = 1, ONE_STEP
@@ -252,7 +253,7 @@ class Engine:
         return batch, steps
 
     def _burst_steps(self, scheduled: list[tuple[Sequence, int]]) -> int:
-        """How many steps to take at once; gives the sequences the blocks that these need."""
+        """How many steps to take at once. Allocates the blocks that these steps need."""
         if not self.settings.burst_seconds:
             return 1
         left = scheduled[0][0].sampling.max_tokens
@@ -269,7 +270,7 @@ class Engine:
 
     def _loop(self) -> None:
         try:
-            # Entered once for all steps: entering it takes as long as scheduling a small batch.
+            # Entered once for all steps, because entering it takes as long as scheduling a small batch.
             with torch.inference_mode():
                 while not self._stopping:
                     if not self._step():
@@ -283,25 +284,25 @@ class Engine:
         self._fail_all(UnavailableError("the worker is stopping"))
 
     def _wait(self) -> None:
-        """Sleeps until there is something to do, but not for long: telemetry shows that the loop lives."""
+        """Sleeps until there is work, but only briefly, so that telemetry shows that the loop is alive."""
         with self._lock:
             if not (self._submitted or self._cancelled or self._reload or self._stopping):
                 self._lock.wait(timeout=_IDLE_SECONDS)
 
     def _call(self) -> None:
-        """Makes the loop look into the inbox soon. Called with the lock held."""
+        """Makes the loop look into the inbox soon. The caller holds the lock."""
         self._interrupt.ask()
         self._lock.notify_all()
 
     def _take_inbox(self) -> None:
-        """Does what other threads have asked for, between two steps."""
+        """Handles the requests of other threads, between two steps."""
         with self._lock:
             self._interrupt.clear()
             submitted, self._submitted = self._submitted, deque()
             cancelled, self._cancelled = self._cancelled, {}
             reload, self._reload = self._reload, None
         for sequence in submitted:
-            # A reload may have come since it was submitted.
+            # A reload may have happened since it was submitted.
             sequence.plan = self.plan.served
             self._scheduler.add(sequence)
             self._refuse_misfit(sequence)
@@ -323,7 +324,7 @@ class Engine:
             self._delivery.end(seq, Output(error=error))
 
     def _refuse_misfit(self, seq: Sequence) -> None:
-        """Hands a sequence that is too long for the plan in force back to its owner."""
+        """Ends a sequence that is too long for the plan in force with UnavailableError."""
         needed = seq.prompt_tokens + seq.sampling.max_tokens
         # The pool holds at least one full context (memory.plan_memory).
         if needed > self.plan.model.config.context_tokens:
@@ -356,9 +357,10 @@ class Engine:
         *,
         urgent: bool = False,
     ) -> Reloaded:
-        """Loads another plan beside the running one and puts it in force between two steps (`move.py`).
+        """Loads another plan while the running one serves, and puts it in force between two steps
+        (`move.py`).
 
-        Weights that both plans have are shared: going deeper loads only the layers that are missing. All else
+        Weights that both plans have are shared: a deeper plan loads only the missing layers. Everything else
         is as `ServingEngine.reload` says.
         Raises CheckpointError, UnknownDepthError, OutOfMemoryError, InvalidRequestError, UnavailableError.
         """
@@ -378,7 +380,7 @@ class Engine:
             while self._thread is None and not reload.done.is_set():
                 self.step()
             reload.done.wait()
-            # In this thread, for which no stream waits.
+            # Done in this thread, because no stream waits for it.
             cache.give_back()
             if isinstance(reload.result, HeliosError):
                 raise reload.result
@@ -386,7 +388,7 @@ class Engine:
 
     @property
     def plan(self) -> Plan:
-        """The plan in force: new sequences are under it."""
+        """The plan in force, which new sequences get."""
         return self._plans.in_force
 
     @property
@@ -411,7 +413,7 @@ class Engine:
 
     @property
     def limits(self) -> Limits:
-        """What the settings allow."""
+        """The limits from the settings."""
         settings = self.settings
         return Limits(
             exit_mode=settings.exit_mode,
@@ -423,7 +425,7 @@ class Engine:
         )
 
     def telemetry(self) -> Telemetry:
-        """The engine's load now."""
+        """The engine's current load."""
         with self._lock:
             submitted = len(self._submitted)
         scheduler = self._scheduler
@@ -443,7 +445,7 @@ class Engine:
 def _checked(
     plan: Plan, prompt_ids: list[int], emitted: list[int], sampling: SamplingParams
 ) -> SamplingParams:
-    """The sampling with max_tokens cut to what the context leaves. Raises InvalidRequestError."""
+    """Returns the sampling with max_tokens cut to the room in the context. Raises InvalidRequestError."""
     config = plan.model.config
     if not prompt_ids:
         raise InvalidRequestError("the prompt is empty; send at least one token")

@@ -1,6 +1,6 @@
-"""An engine as a worker sees it, and the values that pass between the two.
+"""The engine as a worker sees it, and the values that pass between the two.
 
-Free of torch and Numba, so that an engine that runs in another process can implement it without them.
+This module needs neither torch nor Numba, so an engine in another process can implement it without them.
 """
 
 import enum
@@ -17,20 +17,21 @@ from helios.served import ServedPlan
 
 
 class FinishReason(enum.Enum):
-    """Why a sequence ended by itself."""
+    """Why a sequence ended normally."""
 
     LENGTH = "length"
     EOS = "eos"
     STOP = "stop"
 
 
-# Not frozen: one is made for each token, and freezing makes that four times as slow.
+# Not frozen: one is created per token, and freezing makes creation four times as slow.
 @dataclass(slots=True)
 class GeneratedToken:
-    """One token as it leaves the engine.
+    """One generated token.
 
-    `index` counts generated tokens from 0; `logprob` is natural, before temperature and penalties;
-    `confidence` is the top probability at the exit; `exit_layer` is the number of layers that computed it.
+    `index` counts generated tokens from 0. `logprob` is the natural log-probability before temperature and
+    penalties. `confidence` is the top probability at the exit. `exit_layer` is the number of layers that
+    computed it.
     """
 
     index: int
@@ -53,23 +54,24 @@ class Finish:
 
 
 class Output(NamedTuple):
-    """What one step did for one sequence: its new tokens, then its end or its failure if there was one."""
+    """The result of one step for one sequence: its new tokens, then its end or error if there is one."""
 
     tokens: tuple[GeneratedToken, ...] = ()
     finish: Finish | None = None
     error: HeliosError | None = None
-    # Another sequence's output of the same step follows at once: whoever waits need not be woken yet.
+    # Whether another sequence's output of the same step follows at once, so that waiting threads need not be
+    # woken yet.
     more: bool = False
 
 
 Sink = Callable[[Output], None]
-# Layers loaded so far, layers to load.
+# (layers loaded so far, layers to load)
 Progress = Callable[[int, int], None]
 
 
 @dataclass(slots=True)
 class PhaseTimes:
-    """When a sequence passed each phase, nanoseconds since the Unix epoch; 0: not yet."""
+    """When a sequence passed each phase, in nanoseconds since the Unix epoch. 0: not yet."""
 
     submitted: int = field(default_factory=time.time_ns)
     scheduled: int = 0
@@ -78,11 +80,11 @@ class PhaseTimes:
 
 
 class Submitted(Protocol):
-    """A sequence that was submitted, as far as whoever submitted it may look at it."""
+    """A submitted sequence, as its submitter may see it."""
 
     @property
     def plan(self) -> ServedPlan:
-        """The plan that it is served under now: a reload may change it."""
+        """The plan that it is served under now. A reload may change it."""
 
     @property
     def times(self) -> PhaseTimes:
@@ -90,7 +92,7 @@ class Submitted(Protocol):
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of its prompt."""
+        """Number of prompt tokens."""
 
     @property
     def completion_tokens(self) -> int:
@@ -98,24 +100,25 @@ class Submitted(Protocol):
 
     @property
     def preemptions(self) -> int:
-        """How often its keys and values were given up, to be computed again."""
+        """How often its KV was dropped, to be recomputed later."""
 
 
 @dataclass(slots=True)
 class Counters:
-    """What an engine has done since it started."""
+    """Totals since the engine started."""
 
     steps: int = 0
     prefill_tokens: int = 0
     generated_tokens: int = 0
     finished_sequences: int = 0
-    # Tokens whose confidence was below their exit's threshold (high-exit tokens, HT).
+    # Tokens whose confidence was below their exit's threshold (high-exit tokens, HT). Like the next two, it
+    # counts only tokens under the plan in force.
     high_exit_tokens: int = 0
-    # Tokens generated under the plan that was in force, and the sum of -ln(confidence) over them.
+    # Tokens generated under the plan in force, and the sum of -ln(confidence) over them.
     confidence_tokens: int = 0
     confidence_nats: float = 0.0
-    # Prompts of which a sample of tokens was read out, the tokens of these samples, and the sum of their
-    # negative natural log-probabilities.
+    # Prompts with a sample of tokens read out, the tokens of these samples, and the sum of their negative
+    # natural log-probabilities.
     prompts_read: int = 0
     prompt_tokens_read: int = 0
     prompt_nats: float = 0.0
@@ -123,7 +126,7 @@ class Counters:
 
 @dataclass(frozen=True, slots=True)
 class Telemetry:
-    """An engine's load at one moment. `step_age` is the age of its last step, seconds."""
+    """An engine's load at one moment. `step_age` is the seconds since its last step."""
 
     plan: ServedPlan
     running: int
@@ -132,14 +135,14 @@ class Telemetry:
     blocks_free: int
     counters: Counters
     preemptions: int
-    # Tokens that were not computed, because a sequence with the same beginning had been.
+    # Tokens that were not computed because an earlier sequence had the same beginning.
     cached_tokens: int
     step_age: float
 
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """The plan that new sequences are served under, and facts about its model. Sizes are bytes."""
+    """The plan that new sequences get, and facts about its model. Sizes are bytes."""
 
     plan: ServedPlan
     num_layers: int
@@ -149,20 +152,20 @@ class Served:
     # SHA-256 of tokenizer_json, in hexadecimal.
     tokenizer_id: str
     tokenizer_json: bytes
-    # Confidence below which a token of this depth counts as unsure; None: the last layer has no threshold.
+    # A token of this depth counts as unsure below this confidence. None: the last layer has no threshold.
     threshold: float | None
     precision: str
     weight_bytes: int
     kv_bytes_per_token: int
-    # What weights, keys and values may take together.
+    # Budget for weights, keys and values together.
     memory_bytes: int
-    # Read to load the plan; weights shared with the plan before it were not read again.
+    # Bytes read to load the plan. Weights shared with the previous plan were not read again.
     bytes_read: int
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What an engine was started with. Sequences and tokens are counts."""
+    """The limits that an engine was started with. Sequences and tokens are counts."""
 
     exit_mode: ExitMode
     device: str
@@ -174,9 +177,9 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Reloaded:
-    """What a reload did: bytes read, and sequences that go on under the new plan.
+    """The result of a reload: bytes read, and sequences that continue under the new plan.
 
-    stall_seconds: the longest time that one of them got no token, up to its first under the new plan.
+    stall_seconds: the longest time that any of them got no token, until its first token under the new plan.
     """
 
     bytes_read: int
@@ -185,20 +188,20 @@ class Reloaded:
 
 
 class ServingEngine(Protocol):
-    """Serves sequences, each under a plan, and reloads other plans beside serving.
+    """Serves sequences, each under a plan, and reloads other plans while serving.
 
-    Any thread may call any of these. The engine calls sinks on its own thread; they must not block.
+    Any thread may call any method. The engine calls sinks on its own thread, so they must not block.
     """
 
     def start(self) -> None:
-        """Begins to serve, in a thread of its own, until `stop`."""
+        """Begins to serve in its own thread, until `stop`."""
 
     def stop(self) -> None:
-        """Ends serving; sequences that are still there get UnavailableError."""
+        """Ends serving. Sequences that have not ended get UnavailableError."""
 
     @property
     def running(self) -> bool:
-        """Whether it was started and still serves; False also after it has failed."""
+        """Whether it was started and still serves. False also after it has failed."""
 
     def submit(
         self,
@@ -212,14 +215,14 @@ class ServingEngine(Protocol):
     ) -> Submitted:
         """Queues a sequence. `sink` gets every Output.
 
-        `emitted_ids` were generated earlier, perhaps elsewhere: the sequence goes on after them. `deadline`
-        is on the clock of time.monotonic.
+        `emitted_ids` were generated earlier, perhaps by another engine; the sequence continues after them.
+        `deadline` is on the clock of time.monotonic.
         Raises InvalidRequestError, OverloadedError, UnavailableError; another HeliosError if the emitted ids
-        have no text.
+        cannot be turned into text.
         """
 
     def cancel(self, request_id: str, error: HeliosError | None = None) -> None:
-        """Ends a sequence before the next step; its sink gets `error`. Unknown ids are ignored."""
+        """Ends a sequence before the next step. Its sink gets `error`. Unknown ids are ignored."""
 
     def reload(
         self,
@@ -232,18 +235,18 @@ class ServingEngine(Protocol):
     ) -> Reloaded:
         """Loads another plan, moves all sequences to it, and returns when all have moved.
 
-        depth: None is all layers. threshold: the confidence of its exits, instead of what settings and
-        calibration say. urgent: loading does not give way to serving. On an error the plan in force stays.
+        depth: None is all layers. threshold: overrides the confidence of its exits from settings and
+        calibration. urgent: loading does not yield to serving. On an error the current plan stays in force.
         Raises HeliosError.
         """
 
     def telemetry(self) -> Telemetry:
-        """Its load now."""
+        """The current load."""
 
     @property
     def served(self) -> Served:
-        """What it serves now."""
+        """The plan that new sequences get."""
 
     @property
     def limits(self) -> Limits:
-        """What it was started with."""
+        """The limits that it was started with."""

@@ -220,7 +220,7 @@ class _Space(NamedTuple):
 
     @classmethod
     def of(cls, rows: int, reads: int, scratch_bytes: int, vocabulary: int, *, several_exits: bool) -> Self:
-        """reads: rows read in all steps of a burst. Steps with many rows read few, so most pages stay unused."""
+        """reads: in all steps of a burst. Steps with many rows read few of them, so most pages stay unused."""
         reads = max(rows, reads)
 
         def tensors() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -248,7 +248,7 @@ class _Space(NamedTuple):
         )
 
     def read(self, reads: int, steps: int) -> Readout:
-        """The readout of `steps` steps of `reads` reads each. Kept, because the next steps mostly look the same."""
+        """The readout of `steps` steps of `reads` reads each. Kept, because sizes mostly repeat."""
         key = reads, steps
         if key not in self.readouts:
             if len(self.readouts) >= _KEPT_READOUTS:

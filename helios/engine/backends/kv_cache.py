@@ -181,7 +181,7 @@ class KVCache:
             tensor[target] = tensor[source]
 
     def gather(self, layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values of blocks [rows, blocks]; each is [rows, heads, blocks * block_tokens, head_dim]."""
+        """Keys and values of blocks [rows, blocks], each [rows, heads, blocks * block_tokens, head_dim]."""
         if self.dtype == torch.int8:
             return self._gather_bytes(layer, blocks)
         # [rows, heads, blocks, tokens, head_dim]

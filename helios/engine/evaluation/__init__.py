@@ -1,1 +1,1 @@
-"""What a candidate would give at every exit: agreement, perplexity, time and energy."""
+"""Evaluates a candidate at every exit: agreement, perplexity, time and energy."""

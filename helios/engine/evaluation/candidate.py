@@ -1,4 +1,4 @@
-"""A candidate: a model that is loaded to be evaluated."""
+"""A candidate: a model loaded to be evaluated."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -21,23 +21,23 @@ from helios.footprint import model_bytes
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A model loaded whole, with every exit. It is evaluated again and again while it is kept."""
+    """A model loaded with all layers and exits. It is evaluated repeatedly while it is kept."""
 
     entry: ModelEntry
     model: Model
     tokenizer: Tokenizer
     tokenizer_id: str
-    # Of a model loaded to each exit layer.
+    # Bytes of weights when loaded up to each exit layer.
     weight_bytes: Mapping[int, int]
-    # What loading took, in seconds of wall clock and of CPU.
+    # Seconds of wall clock and of CPU that loading took.
     load_seconds: float
     load_cpu_seconds: float
-    # Changes with the files that it was loaded from (`catalog.checkpoint_id`).
+    # Changes whenever the files that it was loaded from change (`catalog.checkpoint_id`).
     checkpoint: str
 
 
 def load_candidate(entry: ModelEntry, settings: EvaluationSettings) -> Candidate:
-    """Loads a model whole, with every exit, and warms it up.
+    """Loads a model with all layers and exits, and warms it up.
 
     Raises CheckpointError naming the file, OutOfMemoryError.
     """
@@ -54,7 +54,8 @@ def load_candidate(entry: ModelEntry, settings: EvaluationSettings) -> Candidate
         beside_serving=True,
     )
     model = Model(entry.config, weights, settings.block_tokens)
-    # Without the warm-up: on a machine that has no kernels yet it compiles them, which no later load does.
+    # Measured without the warm-up. On a machine without kernels the warm-up compiles them, which later loads
+    # skip.
     seconds = time.perf_counter() - began
     warm_up(model)
     loaded = load_tokenizer(entry.path, entry.facts)
@@ -71,7 +72,7 @@ def load_candidate(entry: ModelEntry, settings: EvaluationSettings) -> Candidate
 
 
 def needed_bytes(entry: ModelEntry, prompts: Sequence[Sequence[int]], settings: EvaluationSettings) -> int:
-    """Bytes that evaluating a model takes: its weights, and KV for the prompts and for the steps' timing.
+    """Bytes that evaluating a model takes: its weights, and KV for the prompts and the timed steps.
 
     Raises InvalidRequestError for prompts that the model cannot run.
     """

@@ -10,7 +10,7 @@ from helios.power_meter import power_meter
 
 @dataclass(slots=True)
 class Power:
-    """Mean watts of a computation, None where they are unknown, and where the figure comes from."""
+    """Mean watts of a computation (None: unknown), and the source of the figure."""
 
     watts: float | None
     source: str
@@ -18,8 +18,10 @@ class Power:
 
 @contextmanager
 def measured_power(device: str, configured_watts: float | None) -> Iterator[Power]:
-    """Meters what runs inside; the result is complete afterwards. A machine without a readable meter has the
-    configured watts."""
+    """Measures the power drawn inside the block; the result is complete when the block ends.
+
+    Without a readable meter the power is the configured watts.
+    """
     power = Power(configured_watts, "unknown" if configured_watts is None else "configured")
     meter = power_meter(device)
     if meter is None:

@@ -18,7 +18,7 @@ from helios.engine.evaluation.timing import Timing, facts_of, has_same_steps, ti
 from helios.errors import CheckpointError, InvalidRequestError
 from helios.history import CONFIDENCE_BINS, DecodeSpeed, ExitProfile, ModelProfile, RequestSample
 
-Progress = Callable[[int, int], None]  # requests done, requests in all
+Progress = Callable[[int, int], None]  # (requests done, all requests)
 
 
 def evaluate(
@@ -30,17 +30,17 @@ def evaluate(
     timed: ModelProfile | None = None,
     names: Seq[str] | None = None,
 ) -> ModelProfile:
-    """Runs prompts (ids of the model's tokens) at full depth, reads every exit, then times the model's steps.
+    """Runs the prompts (token ids) at full depth, reads every exit, then times the model's steps.
 
-    Histograms count every position of the prompts and of their greedy continuations by the last layer, since
-    served text is generated text. Perplexity is of the prompts alone. Works in the caller's thread.
+    Histograms count every position of the prompts and of their greedy continuations by the last layer,
+    because served text is generated text. Perplexity covers only the prompts. Works in the caller's thread.
 
-    timed: an earlier profile of the model. Its speeds are taken over when they come from equal hardware,
-    threads, precision and checkpoint: unlike quality they do not follow the traffic, and measuring them is
-    most of the work. names: of the prompts, the same for every candidate; default: by their ids.
+    timed: an earlier profile of the model. Its speeds are reused if they come from equal hardware, threads,
+    precision and checkpoint: unlike quality they do not depend on the traffic, and measuring them is most of
+    the work. names: one per prompt, the same for every candidate; default: derived from the ids.
 
-    Raises InvalidRequestError for prompts that cannot be run, CheckpointError for weights that compute no
-    probabilities, CancelledError once `pace` is stopped.
+    Raises InvalidRequestError for prompts that cannot be run, CheckpointError for weights whose probabilities
+    are not finite, CancelledError once `pace` is stopped.
     """
     pace = pace or Pace()
     began, began_cpu = time.perf_counter(), time.process_time()
@@ -126,7 +126,7 @@ def _tally(
     progress: Progress | None,
     pace: Pace,
 ) -> list[tuple[float, ...]]:
-    """Counts prompts and their continuations in `tallies`, by exit layer. Each prompt's own nats, by exit."""
+    """Counts prompts and continuations in `tallies`, by exit layer. Returns each prompt's nats by exit."""
     model, block_tokens = candidate.model, settings.block_tokens
     found = []
     for first in range(0, len(ids), GROUP):

@@ -1,4 +1,4 @@
-"""How close a precision comes to float32 on the same text, at every exit."""
+"""How close a precision comes to float32 at every exit, on the same text."""
 
 import math
 from collections.abc import Sequence
@@ -15,11 +15,12 @@ from helios.modes import ExitMode, Precision
 
 
 def cut(entry: ModelEntry, texts: Sequence[str], windows: int) -> list[list[int]]:
-    """Token ids of at most `windows` stretches of the texts, evenly spread, each as long as the context.
+    """Cuts at most `windows` evenly spread pieces out of the texts, each as long as the context, as token
+    ids.
 
-    Each begins as a served sequence does, with what the tokenizer puts before a text.
+    Each begins like a served sequence, with the tokens that the tokenizer puts before a text.
 
-    Raises InvalidRequestError when the texts are too short for one.
+    Raises InvalidRequestError when the texts are too short for one piece.
     """
     tokenizer = load_tokenizer(entry.path, entry.facts).tokenizer
     beginning = tokenizer.encode("").ids
@@ -38,7 +39,7 @@ def cut(entry: ModelEntry, texts: Sequence[str], windows: int) -> list[list[int]
 def measure_fidelity(
     entry: ModelEntry, precision: str, texts: Sequence[Sequence[int]], device: str = "cpu"
 ) -> dict[int, Fidelity]:
-    """By exit layer. texts: token ids, at least two of each. Raises what `load_plan` raises."""
+    """Fidelity by exit layer. texts: token ids, at least two each. Raises the errors of `load_plan`."""
     traces = {}
     for one in (Precision.FLOAT32, precision):
         settings = EngineSettings(exit_mode=ExitMode.DYNAMIC, precision=one, device=device)

@@ -1,4 +1,4 @@
-"""The pace of work that lets others go first: it rests after each piece, and stops when told to."""
+"""Paces background work: it rests after each piece so that others go first, and it can be stopped."""
 
 import threading
 import time
@@ -7,10 +7,10 @@ from helios.errors import CancelledError
 
 
 class Pace:
-    """Keeps one thread's work to a share of a CPU. `stop` may be called from any thread."""
+    """Limits one thread's work to a share of a CPU. Any thread may call `stop`."""
 
     def __init__(self, cpu_share: float = 1.0) -> None:
-        """cpu_share: in (0, 1]; 1 never rests."""
+        """cpu_share: in (0, 1]. At 1 the work never rests."""
         self._rest_per_second = 1 / cpu_share - 1
         self._stopped = threading.Event()
         self._worked: float | None = None
@@ -24,5 +24,5 @@ class Pace:
         self._worked = worked
 
     def stop(self) -> None:
-        """Ends the work at its next rest."""
+        """Makes the next `rest` raise CancelledError."""
         self._stopped.set()

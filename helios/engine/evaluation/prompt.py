@@ -1,4 +1,4 @@
-"""A prompt to evaluate on."""
+"""Fits a prompt for evaluation."""
 
 from collections.abc import Sequence
 

@@ -1,4 +1,4 @@
-"""How candidates are evaluated."""
+"""Settings of an evaluation."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,27 +16,27 @@ from helios.modes import Precision
 
 @dataclass(frozen=True, slots=True)
 class EvaluationSettings:
-    """How candidates are evaluated. Tokens and sequences are counts, memory is bytes, power is watts."""
+    """Settings of an evaluation. Tokens and sequences are counts, memory is bytes, power is watts."""
 
     target_agreement: float = TARGET_AGREEMENT
-    # One confidence for every exit; None: calibrated on the prompts.
+    # One threshold for every exit. None: thresholds are calibrated on the prompts.
     threshold: float | None = None
     # Longer prompts are cut to their first tokens.
     max_prompt_tokens: int = 256
     generated_tokens: int = 32
     batches: tuple[int, ...] = (1, 8, 32)
-    # Timed steps of each kind, shared out among the exits that are timed; short steps are timed more often.
+    # Timed steps of each kind, distributed over the timed exits. Short steps are repeated more often.
     repetitions: int = 5
     device: str = "cpu"
     precision: str = Precision.FLOAT32
-    # For weights and KV. None: a share of what the device has free.
+    # Budget for weights and KV. None: a share of the device's free memory.
     memory_bytes: int | None = None
-    # Power while decoding, for machines without a readable meter. None: energy is unknown there.
+    # Power while decoding, for machines without a readable meter. None: energy is unknown on such machines.
     power_watts: float | None = None
-    # CPU threads with which steps are timed. None: those of the evaluation.
+    # CPU threads for timed steps. None: the threads of the evaluation.
     timing_threads: int | None = None
     block_tokens: int = 16
-    # Where packed weights are kept, as in EngineSettings.
+    # Directory of packed weights, as in EngineSettings.
     packed_cache_dir: Path | None = None
     packed_cache_bytes: int = DEFAULT_LIMIT_BYTES
 
@@ -57,10 +57,10 @@ class EvaluationSettings:
 
     @property
     def precision_here(self) -> Precision:
-        """What the device computes in. Raises SettingsError when it cannot compute in `precision`."""
+        """The precision that the device uses. Raises SettingsError when it does not support `precision`."""
         return precision_on(Precision(self.precision), torch.device(self.device))
 
     @property
     def kv_dtype(self) -> torch.dtype:
-        """Of keys and values."""
+        """Type of keys and values."""
         return kv_dtype(self.precision_here, torch.device(self.device))

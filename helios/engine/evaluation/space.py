@@ -1,4 +1,4 @@
-"""The KV that an evaluation needs, and the sequences that lie in it."""
+"""The KV space that an evaluation needs, and sequences placed in it."""
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -15,29 +15,30 @@ from helios.engine.scheduling.sequence import Sequence
 from helios.sampling import SamplingParams
 from helios.served import ServedPlan
 
-# Requests that are continued in one batch.
+# Requests whose continuations are decoded in one batch.
 GROUP = 8
-# Steps are timed at this context of a decode and over this many prompts of a prefill, whatever the traffic.
+# Steps are timed with a decode context of this many tokens and a prefill of this many prompts, for any
+# traffic.
 _TIMED_CONTEXT = 128
 TIMED_PROMPTS = 2
 
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """The blocks of KV that evaluating a model on some prompts needs."""
+    """The KV blocks that evaluating a model on some prompts needs."""
 
     num_blocks: int
     block_tokens: int
-    # Tokens of the sequences that are timed.
+    # Tokens of each timed sequence.
     timed_context: int
-    # The model whole.
+    # The model with all layers.
     served: ServedPlan
 
     @classmethod
     def plan(
         cls, entry: ModelEntry, ids: Seq[Seq[int]], settings: EvaluationSettings, *, timing: bool = True
     ) -> "Space":
-        """What these prompts need, and with `timing` also the steps that are timed."""
+        """The space for these prompts and, with `timing`, for the timed steps."""
         timed_context = min(_TIMED_CONTEXT, entry.context_tokens)
         pool = BlockPool(0, settings.block_tokens)
         longest = max(map(len, ids)) + settings.generated_tokens
@@ -49,13 +50,13 @@ class Space:
         return cls(num_blocks, settings.block_tokens, timed_context, served)
 
     def cache(self, model: Model) -> KVCache:
-        """The KV of all layers."""
+        """The KV cache of all layers."""
         return KVCache.of(
             model.config, model.depth, self.num_blocks, self.block_tokens, model.kv_dtype, model.device
         )
 
     def sequences(self, tokenizer: Tokenizer, ids: Seq[Seq[int]], room: int = 0) -> list[Sequence]:
-        """Sequences of these tokens with blocks for them and `room` more; they own the whole cache."""
+        """Sequences with blocks for these tokens and `room` more. They may use any block of the cache."""
         pool = BlockPool(self.num_blocks, self.block_tokens)
         return [
             sequence_of(self.served, tokenizer, one, pool.allocate(pool.blocks_for(len(one) + room)))
@@ -64,7 +65,7 @@ class Space:
 
 
 def sequence_of(plan: ServedPlan, tokenizer: Tokenizer, ids: Seq[int], blocks: list[int]) -> Sequence:
-    """A sequence that nobody waits for: tokens, and blocks for them. Nothing of it is computed."""
+    """A sequence that nobody waits for: tokens and blocks, nothing computed yet."""
     return Sequence(
         request_id="",
         token_ids=list(ids),

@@ -1,4 +1,4 @@
-"""How fast a model runs at a depth: the engine's own steps, timed."""
+"""Measures how fast a model runs at one depth, by timing the engine's own steps."""
 
 import statistics
 import time
@@ -18,25 +18,26 @@ from helios.engine.scheduling.batch import build_batch
 from helios.engine.scheduling.sequence import Sequence
 from helios.engine.threads import get_threads
 
-# With five depths or more, one wild timing does not move a Theil-Sen slope out of the others' range.
+# With at least five depths, one bad timing cannot move a Theil-Sen slope outside the range of the others.
 _TIMED_DEPTHS = 5
-# Steps are repeated until this many seconds were timed. Short steps suffer most from cold caches.
+# Steps are repeated until they took this many seconds in total. Cold caches distort short steps most.
 _LEAST_TIMED_SECONDS = 2e-3
-# A layer takes at least this share of the median step: noise never makes a layer free.
+# A layer takes at least this share of the median step, so that noise never makes a layer free.
 _LEAST_LAYER_SHARE = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """What steps are timed with.
+    """The clock that times steps.
 
-    A step of one CPU thread is timed by the CPU time of that thread. So the load of other processes does not
-    count, which the profiler lets go first.
+    A step of one CPU thread is timed by the CPU time of that thread. So the load of other processes, which
+    the profiler lets go first, does not count.
     """
 
     name: str
     read: Callable[[], float]
-    # One figure from several. On a clock that others' load adds to, that is the least disturbed one.
+    # Picks one figure from several. On a clock that includes others' load, this is the least disturbed
+    # figure.
     choose: Callable[[Seq[float]], float] = min
 
     @classmethod
@@ -58,34 +59,34 @@ class Clock:
 class Speed:
     """Seconds of a model's steps at one depth."""
 
-    # Of a decode step, by batch size.
+    # Seconds of a decode step, by batch size.
     decode: dict[int, float]
-    # Per token of prompts in one batch.
+    # Seconds per token, for prompts in one batch.
     prefill_per_token: float
 
     def first_token(self, prompt_tokens: int) -> float:
-        """Seconds of one prompt's prefill: a step, which one token takes too, and the time of the others."""
+        """Seconds of one prompt's prefill: one decode step, plus the prefill time of each further token."""
         return self.decode[min(self.decode)] + (prompt_tokens - 1) * self.prefill_per_token
 
 
 def timed_depths(depths: Seq[int]) -> list[int]:
-    """Which of these ascending depths to time: the first, the last, and up to three in between."""
+    """Chooses which of these ascending depths to time: the first, the last, and up to three in between."""
     gap = (depths[-1] - depths[0]) / (_TIMED_DEPTHS - 1)
     targets = [depths[0] + index * gap for index in range(_TIMED_DEPTHS)]
     return sorted({min(depths, key=lambda depth: abs(depth - target)) for target in targets})
 
 
 def fit_speeds(timed: Mapping[int, Speed], depths: Seq[int]) -> dict[int, Speed]:
-    """The speed at each of these ascending depths, fitted to what was timed at some of them.
+    """The speed at each of these ascending depths, fitted to timings at some of them.
 
-    All layers of a model are alike, so seconds are linear in the depth. Fitted seconds grow with the depth
-    and do not fall with the batch size, whatever was timed.
+    All layers of a model are alike, so seconds are linear in the depth. Whatever was timed, fitted seconds
+    grow with the depth and do not fall with the batch size.
     """
     first, last = depths[0], depths[-1]
     batches = sorted(next(iter(timed.values())).decode)
     lines = [_fit_line({depth: speed.decode[batch] for depth, speed in timed.items()}) for batch in batches]
     prefill = _fit_line({depth: speed.prefill_per_token for depth, speed in timed.items()})
-    # Isotonic regression keeps inequalities between its inputs, so the deep end stays above the shallow one.
+    # Isotonic regression keeps inequalities between its inputs, so the last depth stays above the first.
     low = _isotonic([fixed + first * per_layer for fixed, per_layer in lines])
     high = _isotonic([fixed + last * per_layer for fixed, per_layer in lines])
 
@@ -98,10 +99,9 @@ def fit_speeds(timed: Mapping[int, Speed], depths: Seq[int]) -> dict[int, Speed]
 
 
 def _fit_line(seconds: Mapping[int, float]) -> tuple[float, float]:
-    """Fixed seconds, at least 0, and seconds per layer, above 0, for seconds by depth.
+    """Fits seconds by depth: fixed seconds, at least 0, and seconds per layer, above 0.
 
-    The estimator is that of Theil and Sen (doi:10.1080/01621459.1968.10480934), the median slope of all
-    pairs.
+    The slope is the Theil-Sen estimator, the median slope of all pairs (doi:10.1080/01621459.1968.10480934).
     """
     slopes = [
         (seconds[deep] - seconds[shallow]) / (deep - shallow)
@@ -113,7 +113,7 @@ def _fit_line(seconds: Mapping[int, float]) -> tuple[float, float]:
         fixed = statistics.median(taken - depth * per_layer for depth, taken in seconds.items())
         if fixed >= 0:
             return fixed, per_layer
-    # One depth alone does not tell the two apart, and a negative fixed part is noise.
+    # One depth cannot separate the two parts, and a negative fixed part is noise.
     return 0.0, statistics.median(taken / depth for depth, taken in seconds.items())
 
 
@@ -141,7 +141,7 @@ def measure_speed(
     block_tokens: int,
     pace: Pace,
 ) -> Speed:
-    """Times at least `repetitions` steps of each kind after one that warms up; the clock chooses one figure.
+    """Times at least `repetitions` steps of each kind after one warm-up step. The clock picks one figure.
 
     decoding: sequences with their own blocks and one token to compute, as many as the largest batch. prompts:
     sequences with blocks, nothing computed. Raises CancelledError once `pace` is stopped.
@@ -154,7 +154,7 @@ def measure_speed(
             began = clock.read()
             _step(model, cache, depth, sequences, block_tokens)
             taken.append(clock.read() - began)
-        # Not between steps: a rest would let the caches go cold.
+        # Not between steps, because a rest would let the CPU caches go cold.
         pace.rest()
         return clock.choose(taken[1:])
 
@@ -163,7 +163,7 @@ def measure_speed(
 
 
 def _step(model: Model, cache: KVCache, depth: int, sequences: Seq[Sequence], block_tokens: int) -> None:
-    """An engine's step without its scheduling and detokenizing."""
+    """A step of the engine without scheduling and detokenizing."""
     scheduled = [(sequence, sequence.pending) for sequence in sequences]
     batch, _ = build_batch(scheduled, block_tokens, model.device)
     sample(model.backend.step(batch, cache, depth, ONE_STEP), {})

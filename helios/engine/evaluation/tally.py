@@ -1,4 +1,4 @@
-"""Every exit of a model on one text: how sure it is, whether it agrees with the last layer, its nats."""
+"""Counts on one text, for every exit: confidence, agreement with the last layer, and nats."""
 
 import itertools
 from collections.abc import Iterable, Mapping
@@ -14,7 +14,7 @@ from helios.engine.scheduling.batch import Batch, build_batch
 from helios.engine.scheduling.sequence import Sequence
 from helios.history import CONFIDENCE_BINS
 
-# Positions whose logits are held at a time: [rows, vocabulary] stays small beside the weights.
+# Positions whose logits are held at once, so that [rows, vocabulary] stays small beside the weights.
 _ROWS = 64
 
 
@@ -24,11 +24,11 @@ def _bins() -> torch.Tensor:
 
 @dataclass(slots=True)
 class ExitTally:
-    """One exit's histogram, [CONFIDENCE_BINS] each, and its cross-entropy in nats."""
+    """One exit's histograms, [CONFIDENCE_BINS] each, and its cross-entropy in nats."""
 
     counts: torch.Tensor = field(default_factory=_bins)
     agreements: torch.Tensor = field(default_factory=_bins)
-    # Of the prompts' own next tokens. What the model generated is not counted.
+    # Nats of the prompts' own next tokens. Generated tokens do not count.
     nats: float = 0.0
 
     def add(self, logits: torch.Tensor, last_top: torch.Tensor, targets: torch.Tensor | None) -> None:
@@ -56,9 +56,9 @@ def tally_prompt(
     tallies: Mapping[int, ExitTally],
     pace: Pace,
 ) -> None:
-    """Counts a prompt's positions at every exit; appends the last layer's next token to the sequence.
+    """Counts a prompt's positions at every exit. Appends the last layer's next token to the sequence.
 
-    sequence: with its blocks, nothing computed. tallies: by exit layer, the last among them.
+    sequence: has its blocks, nothing computed. tallies: by exit layer, including the last one.
     """
     ids = torch.tensor(sequence.token_ids, device=model.device)
     batch, _ = build_batch([(sequence, sequence.pending)], block_tokens, model.device)
@@ -82,9 +82,9 @@ def tally_continuations(
     tallies: Mapping[int, ExitTally],
     pace: Pace,
 ) -> None:
-    """Decodes sequences greedily by the last layer, in one batch, and counts what every exit says.
+    """Decodes sequences greedily by the last layer, in one batch, and counts every exit's output.
 
-    sequences: each with one token to compute, and blocks for `steps` more tokens. A sequence that ends its
+    sequences: each has one token to compute, and blocks for `steps` more tokens. A sequence that ends its
     text leaves the batch.
     """
     for _ in range(steps):
@@ -115,7 +115,7 @@ def _tally(
     targets: torch.Tensor | None,
     tallies: Mapping[int, ExitTally],
 ) -> torch.Tensor:
-    """Adds the rows of `states` to the tallies; returns the last layer's top tokens, [rows]."""
+    """Adds the rows of `states` to the tallies. Returns the last layer's top tokens, [rows]."""
     last = model.read_out(states[model.depth], model.depth)
     top = last.argmax(dim=-1)
     for exit_layer, state in states.items():

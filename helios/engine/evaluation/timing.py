@@ -1,4 +1,4 @@
-"""How fast a candidate runs at every exit, and what that costs: timed at some exits, fitted for all."""
+"""Time and cost of a candidate at every exit: timed at some exits, fitted for all."""
 
 import math
 import socket
@@ -21,24 +21,24 @@ from helios.engine.threads import get_threads, set_threads
 from helios.hardware import cpu_name
 from helios.history import ModelProfile
 
-# What speeds depend on, and how they were measured: names in a profile's provenance.
+# Names in a profile's provenance: what speeds depend on, and how they were measured.
 _STEP_FACTS = ("hardware", "device", "precision", "threads", "checkpoint", "helios", "torch")
 _TIMING_FACTS = ("timed_at", "clock", "power")
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """What was timed, by depth: speeds, joules per token at the largest timed batch, seconds of a load."""
+    """Timings by depth: speeds, joules per token at the largest timed batch, seconds of a load."""
 
     speeds: Mapping[int, Speed]
     joules: Mapping[int, float | None]
     load_seconds: Mapping[int, float]
-    # How it was measured.
+    # How the figures were measured.
     provenance: Mapping[str, str]
 
     @classmethod
     def of(cls, profile: ModelProfile) -> "Timing":
-        """What an earlier profile measured."""
+        """The timings of an earlier profile."""
         exits = profile.exits
         speeds = {
             one.depth: Speed(
@@ -56,7 +56,7 @@ class Timing:
 
 
 def facts_of(candidate: Candidate, settings: EvaluationSettings) -> dict[str, str]:
-    """Where a candidate is evaluated and in what form, for the provenance of its profile."""
+    """Provenance of a profile: where, and in what form, the candidate is evaluated."""
     device = candidate.model.device
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return {
@@ -74,7 +74,7 @@ def facts_of(candidate: Candidate, settings: EvaluationSettings) -> dict[str, st
 def has_same_steps(
     timed: ModelProfile, entry: ModelEntry, settings: EvaluationSettings, facts: Mapping[str, str]
 ) -> bool:
-    """Whether an earlier profile timed what would be timed now. facts: `facts_of` the candidate."""
+    """Whether an earlier profile timed the same steps. facts: `facts_of` the candidate."""
     return (
         tuple(one.depth for one in timed.exits) == entry.exit_layers
         and all(tuple(speed.batch for speed in one.decode) == settings.batches for one in timed.exits)
@@ -88,7 +88,7 @@ def time_steps(
 ) -> Timing:
     """Times steps at some exits, and fits the speeds of all. Raises CancelledError once `pace` is stopped."""
     model, exit_layers = candidate.model, candidate.entry.exit_layers
-    # Which tokens they are makes no difference to the time.
+    # The choice of tokens makes no difference to the time.
     context = [index % candidate.entry.vocab_size for index in range(space.timed_context)]
     decoding = space.sequences(candidate.tokenizer, [context] * settings.batches[-1])
     for sequence in decoding:

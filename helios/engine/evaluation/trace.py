@@ -1,7 +1,8 @@
-"""What every exit of a model says at each position of given texts. All figures of quality rest on it.
+"""Traces every exit of a model at each position of given texts. All quality figures rest on these traces.
 
-In `full` and `greedy` every token walks the same layers, so the last layer's view and the view at depth d are
-exact. In `dynamic` the KV of skipped layers is propagated, so that mode is run for itself.
+In `full` and `greedy` every token goes through the same layers, so one run gives the exact results of the
+last layer and of each depth d. In `dynamic` the KV of skipped layers is propagated, so that mode needs its
+own run.
 """
 
 import itertools
@@ -19,34 +20,34 @@ from helios.engine.plan import Plan
 from helios.engine.scheduling.batch import build_batch
 from helios.engine.scheduling.block_pool import BlockPool
 
-# Positions whose logits are held at a time.
+# Positions whose logits are held at once.
 _ROWS = 64
-# Texts that walk dynamically in one batch.
+# Texts that run with dynamic exits in one batch.
 _GROUP = 32
 
 
 @dataclass(frozen=True, slots=True)
 class ExitTrace:
-    """Every exit on one text of n tokens, [exits, n - 1]: at position p the next token is token p + 1."""
+    """Every exit on one text of n tokens, [exits, n - 1]. At position p the next token is token p + 1."""
 
     exit_layers: tuple[int, ...]
     top_ids: NDArray[np.int32]
     confidences: NDArray[np.float32]
-    # Of the text's own next token.
+    # Nats of the text's own next token.
     nats: NDArray[np.float32]
 
     def index(self, depth: int) -> int:
-        """The row of an exit layer. Raises ValueError for a layer that is no exit."""
+        """The row of an exit layer. Raises ValueError for a layer that is not an exit."""
         return self.exit_layers.index(depth)
 
     def agrees(self, depth: int) -> NDArray[np.bool_]:
-        """Where the exit's top token is the last layer's, [n - 1]."""
+        """Where the exit's top token equals the last layer's, [n - 1]."""
         return np.asarray(self.top_ids[self.index(depth)] == self.top_ids[-1])
 
 
 @dataclass(frozen=True, slots=True)
 class DynamicTrace:
-    """Dynamic exits on texts, from token `prefix` of each on. All are [texts, n - prefix]."""
+    """Dynamic exits on texts, from token `prefix` of each on. Each field is [texts, n - prefix]."""
 
     exit_layers: NDArray[np.int32]
     top_ids: NDArray[np.int32]
@@ -55,7 +56,7 @@ class DynamicTrace:
 
 @torch.inference_mode()
 def trace_exits(plan: Plan, texts: Sequence[Sequence[int]]) -> list[ExitTrace]:
-    """Runs each text through all layers of `plan`, which is loaded with every exit (exit mode dynamic)."""
+    """Runs each text through all layers of `plan`, loaded with every exit (exit mode dynamic)."""
     model, exit_layers = plan.model, plan.entry.exit_layers
     cache, pool = _space(plan, max(map(len, texts)))
     traces = []
@@ -82,9 +83,9 @@ def trace_exits(plan: Plan, texts: Sequence[Sequence[int]]) -> list[ExitTrace]:
 def trace_dynamic(
     plan: Plan, texts: Sequence[Sequence[int]], prefix: int, thresholds: Mapping[int, float]
 ) -> DynamicTrace:
-    """Walks texts of one length token by token, as the engine serves them: each token leaves at its own exit.
+    """Runs texts of one length token by token, as the engine serves them: each token leaves at its own exit.
 
-    The first `prefix` tokens are the prompt, which walks all layers.
+    The first `prefix` tokens are the prompt, which goes through all layers.
     """
     groups = [
         _walk(plan, texts[first : first + _GROUP], prefix, thresholds)
@@ -122,7 +123,7 @@ def _walk(
 
 
 def _read(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Top tokens, confidences and nats of `targets`, for as many rows as have a target."""
+    """Top tokens, confidences and nats of `targets`, for each row that has a target."""
     count = min(len(logits), len(targets))
     logits = logits[:count].float()
     normalizer = logits.logsumexp(dim=-1)
@@ -132,7 +133,7 @@ def _read(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, to
 
 
 def _space(plan: Plan, tokens: int) -> tuple[KVCache, BlockPool]:
-    """KV for so many tokens, and the blocks that it has."""
+    """A KV cache for this many tokens, and its block pool."""
     model, block_tokens = plan.model, plan.model.block_tokens
     num_blocks = -(-tokens // block_tokens)
     cache = KVCache.of(model.config, model.depth, num_blocks, block_tokens, model.kv_dtype, model.device)
