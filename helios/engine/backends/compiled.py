@@ -220,7 +220,7 @@ class _Space(NamedTuple):
 
     @classmethod
     def of(cls, rows: int, reads: int, scratch_bytes: int, vocabulary: int, *, several_exits: bool) -> Self:
-        """reads: in all steps of a burst. Steps with many rows read few of them, so most pages stay unused."""
+        """reads: in all steps of a burst. Steps with many rows read few, so most pages stay unused."""
         reads = max(rows, reads)
 
         def tensors() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

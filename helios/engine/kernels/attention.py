@@ -1,4 +1,4 @@
-"""Attention of a layer over paged KV, in the precision that the keys and values are kept in."""
+"""Attention of one layer over paged KV, in the precision of the keys and values."""
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from helios.engine.kernels.layout import INT8, Attention
 
 @compiled
 def attend(thread, precision, attention, batch, qkv, out):
-    """Stores the rows' keys and values, then attends from each row to its own context: one thread's part.
+    """One thread's part: stores the rows' keys and values, then each row attends to its own context.
 
     precision: of the products; attention: `layout.Attention`; qkv: queries, keys and values of all rows,
     float32 [rows, heads + 2 * kv_heads, head_dim]; out: float32 [rows, heads, head_dim].
@@ -28,7 +28,7 @@ def attend(thread, precision, attention, batch, qkv, out):
 def remember(thread, precision, attention, rows, slots, qkv):
     """Stores the keys and values of qkv at slots, int64 [rows].
 
-    When it returns, those of the heads that this thread attends with are stored, of all rows.
+    When it returns, all rows of the heads with which this thread attends are stored.
     """
     if precision == INT8:
         remember_int8(thread, _signed(attention), rows, slots, qkv)
@@ -39,7 +39,7 @@ def remember(thread, precision, attention, rows, slots, qkv):
 
 @compiled
 def _signed(attention):
-    """With signed addresses, so that int8's code is compiled once. Unsigned ones are those of float16."""
+    """Makes the addresses signed, so that the int8 code is compiled only once. Unsigned ones mean float16."""
     return Attention(
         attention.heads,
         attention.kv_heads,

@@ -1,7 +1,7 @@
 """Attention over paged KV in float32 or float16.
 
-Keys and values lie as `KVCache` says. A row's result is the same to the bit whatever rows are beside it:
-each of its sums goes over its context in the order of the tokens.
+`KVCache` describes the layout of keys and values. A row's result is bit-identical whatever other rows are in
+the batch, because each of its sums follows the order of the tokens of its context.
 """
 
 import numpy as np
@@ -59,7 +59,7 @@ def _scores(qkv, query, keys, slab, head_dim, block_tokens):
 
 @compiled
 def _scores_of_four(qkv, query, stride, keys, slab, head_dim, block_tokens):
-    """The dot products of four queries with the same 16 keys, each summed as in `_scores`."""
+    """The dot products of four queries with the same 16 keys. Each is summed as in `_scores`."""
     a0, b0, c0, d0 = no_singles(), no_singles(), no_singles(), no_singles()
     a1, b1, c1, d1 = no_singles(), no_singles(), no_singles(), no_singles()
     a2, b2, c2, d2 = no_singles(), no_singles(), no_singles(), no_singles()
@@ -98,7 +98,7 @@ def _scores_of_four(qkv, query, stride, keys, slab, head_dim, block_tokens):
 
 @compiled
 def _weigh(scores, length, padded):
-    """Turns a row's scores into the weights of its slots (softmax), in place."""
+    """Turns a row's scores into the softmax weights of its slots, in place."""
     for slot in range(length, padded):
         store_single(scores, slot, np.float32(-np.inf))
     peaks = load_singles(scores, 0)
@@ -107,7 +107,7 @@ def _weigh(scores, length, padded):
     peak = spread_single(largest(peaks))
     for slot in range(0, padded, LANES):
         store_singles(scores, slot, exponential(subtract(load_singles(scores, slot), peak)))
-    # The smallest exponential is not zero, but a slot beyond the context weighs nothing at all.
+    # The smallest exponential is not zero, so slots beyond the context are set to zero here.
     for slot in range(length, padded):
         store_single(scores, slot, np.float32(0))
     sums = no_singles()
@@ -142,7 +142,7 @@ def _add_weighted(weights, count, values, at, head_dim, out, target):
         a = load_some(out, target + dim, head_dim - dim)
         for token in range(count):
             weight = spread_single(load_single(weights, token))
-            # What lies beyond the head is loaded too, but not stored.
+            # The load also reads numbers beyond the head, but they are not stored.
             a = multiply_add(weight, load_kept(values, at + token * head_dim + dim), a)
         store_some(out, target + dim, head_dim - dim, a)
         dim += LANES
@@ -150,10 +150,10 @@ def _add_weighted(weights, count, values, at, head_dim, out, target):
 
 @compiled
 def _attend_one(attention, batch, qkv, out, row, first, last, scores, room, following):
-    """Attends with the heads first..last of one row over its context, block by block as they lie in memory.
+    """Attends with the heads first..last of one row over its context, block by block in memory order.
 
-    While one block is computed the next is prefetched: the processor would wait for memory otherwise. scores:
-    space for as many heads, `room` numbers each; following: the block that is read next.
+    While one block is computed the next is prefetched; otherwise the processor would wait for memory. scores:
+    space for the scores of each head, `room` numbers each; following: the block that is read next.
     """
     head_dim, block_tokens, kv_heads = attention.head_dim, attention.block_tokens, attention.kv_heads
     keys, values = attention.keys, attention.values
@@ -201,7 +201,7 @@ def _attend_four(attention, batch, qkv, out, row, head, scores, room):
     head_dim, block_tokens, kv_heads = attention.head_dim, attention.block_tokens, attention.kv_heads
     keys, values = attention.keys, attention.values
     width, qkv_width = attention.heads * head_dim, (attention.heads + 2 * kv_heads) * head_dim
-    # The last row sees most. What the others do not see weighs nothing.
+    # The last row has the longest context. Tokens that the other rows do not see get weight zero.
     table, length = block_table(batch, row), context_tokens(batch, row + 3)
     blocks = (length + block_tokens - 1) // block_tokens
     slab_size = head_dim * block_tokens
@@ -219,7 +219,7 @@ def _attend_four(attention, batch, qkv, out, row, head, scores, room):
     for index in range(4):
         _weigh(scores + 4 * index * room, context_tokens(batch, row + index), blocks * block_tokens)
     target = row * width + head * head_dim
-    # Two registers of dimensions at a time: sums of one alone wait for each other.
+    # Two registers of dimensions at a time, because sums in a single one would wait for each other.
     for dim in range(0, head_dim, 2 * LANES):
         a0, b0, c0, d0 = no_singles(), no_singles(), no_singles(), no_singles()
         a1, b1, c1, d1 = no_singles(), no_singles(), no_singles(), no_singles()
@@ -247,7 +247,7 @@ def _attend_four(attention, batch, qkv, out, row, head, scores, room):
 
 @compiled
 def attend_float(thread, attention, batch, qkv, out):
-    """Attends with a thread's share of the heads, from all rows. Arguments: as in `attention.attend`."""
+    """Attends with a thread's share of the heads, for all rows. Arguments: as in `attention.attend`."""
     room = longest_context(batch) + attention.block_tokens
     first, last = share(thread, attention.heads)
     scores = np.empty(max(4, last - first) * room, np.float32)

@@ -1,10 +1,10 @@
-"""Attention over paged KV in int8: products of bytes, as those with the weights.
+"""Attention over paged KV in int8: byte products, like those with the weights.
 
-Keys and values lie as `KVCache` says. Those of a token in a head have a scale each, with which the largest
-number becomes 127. A query is rounded to bytes in the same way. The weights of a row's values, times the
-scales of the values, are rounded to 16 bits and multiplied as two bytes. All sums of products are whole
-numbers: a row's result is the same to the bit whatever rows are beside it, and in whatever order they are
-summed.
+`KVCache` describes the layout of keys and values. Per token and head, the key and the value each have a
+scale, with which the largest number becomes 127. A query is rounded to bytes in the same way. The weights of
+a row's values are multiplied by the values' scales, rounded to 16 bits and multiplied as two bytes. All sums
+of products are integers. So a row's result is bit-identical whatever other rows are in the batch, and
+whatever the order of summation.
 """
 
 import numpy as np
@@ -61,13 +61,13 @@ from helios.engine.kernels.simd import (
     total_words,
 )
 
-# Bytes of a word, which a product takes at once.
+# Bytes of a word, the unit of a product.
 _TOGETHER = 4
-# The byte that is a key's zero: one side of a product is unsigned.
+# The byte that stands for zero in keys: one side of a product must be unsigned.
 _MIDDLE = 128
-# The largest weight, in two bytes. Sums of 32 bits hold the products of contexts up to 66,000 tokens.
+# The largest weight as two bytes. Its products fit 32-bit sums for contexts up to 66,000 tokens.
 _MOST = 65535
-# A group of numbers whose largest is smaller is taken for zeros: its inverse would be infinite.
+# A group whose largest number is smaller counts as all zeros, because its inverse would be infinite.
 LEAST = 1e-30
 
 
@@ -104,13 +104,13 @@ def _peak(x, at, count):
 
 @compiled
 def _inverse(peak, most):
-    """The factor with which numbers up to `peak` become whole ones up to `most`."""
+    """The factor that scales numbers up to `peak` to integers up to `most`."""
     return np.float32(most) / peak if peak > np.float32(LEAST) else np.float32(0)
 
 
 @compiled
 def _load(x, at, count):
-    """The first 16 of `count` float32. If there are fewer, zeros follow them."""
+    """The first 16 of `count` float32, padded with zeros if there are fewer."""
     return load_singles(x, at) if count >= LANES else load_some(x, at, count)
 
 
@@ -118,7 +118,7 @@ def _load(x, at, count):
 def remember_int8(thread, attention, rows, slots, qkv):
     """Stores the keys and values of a thread's share of the heads. Arguments: as in `attention.remember`.
 
-    Not of its share of the rows: tokens side by side share words.
+    Work is not shared by rows, because neighbouring tokens share words.
     """
     head_dim, block_tokens, kv_heads = attention.head_dim, attention.block_tokens, attention.kv_heads
     keys, values = attention.keys, attention.values
@@ -131,7 +131,7 @@ def remember_int8(thread, attention, rows, slots, qkv):
     for row in range(rows):
         slot = load_long(slots, row)
         block, token = slot // block_tokens * kv_heads, slot % block_tokens
-        # Where the token's byte lies in a word, and a mask of the other bytes.
+        # The token's byte position in its word, and a mask of the other bytes.
         word, shift = token // _TOGETHER * whole, spread_word(np.int32(8 * (token % _TOGETHER)))
         others = spread_word(np.int32(~(255 << (8 * (token % _TOGETHER)))))
         for head in range(first, last):
@@ -163,7 +163,7 @@ def remember_int8(thread, attention, rows, slots, qkv):
 
 @compiled
 def _quantize_query(qkv, query, head_dim, out):
-    """Rounds a head's query to bytes at out. Returns a step of them, and their sum times the keys' zero."""
+    """Rounds a head's query to bytes at out. Returns their scale, and their sum times the keys' zero byte."""
     peak = _peak(qkv, query, head_dim)
     factor = spread_single(_inverse(peak, 127))
     sums = no_words()
@@ -217,9 +217,9 @@ def _scores_of_four(query, stride, slab, lane, words, block_tokens):
 
 @compiled
 def _weigh(scores, scales, length, padded, upper, lower):
-    """Turns a row's scores into weights of its slots (softmax), times the values' scales, in two bytes.
+    """Turns a row's scores into softmax weights of its slots, times the values' scales, as two bytes.
 
-    Returns what a step of the lower bytes is.
+    Returns the scale of the lower bytes.
     """
     for slot in range(length, padded):
         store_single(scores, slot, np.float32(-np.inf))
@@ -230,7 +230,7 @@ def _weigh(scores, scales, length, padded, upper, lower):
     for slot in range(0, padded, LANES):
         value = exponential(subtract(load_singles(scores, slot), peak))
         if slot + LANES > length:
-            # The smallest exponential is not zero, but a slot beyond the context weighs nothing at all.
+            # The smallest exponential is not zero, so slots beyond the context are set to zero here.
             store_singles(scores, slot, value)
             for beyond in range(length, slot + LANES):
                 store_single(scores, beyond, np.float32(0))
@@ -250,14 +250,14 @@ def _weigh(scores, scales, length, padded, upper, lower):
 
 @compiled
 def _store(upper, lower, factor, out, at, count):
-    """Stores as float32 the sums of products with the upper and the lower bytes of the weights."""
+    """Combines the sums of the upper and the lower bytes of the weights and stores them as float32."""
     value = multiply_add(to_singles(upper), spread_single(np.float32(256)), to_singles(lower))
     store_some(out, at, count, multiply(value, spread_single(factor)))
 
 
 @compiled
 def _copy_scales(slab, slab_bytes, block_tokens, scales, slot):
-    """Copies the scales of a block's values to a row that has those of the whole context."""
+    """Copies the scales of a block's values into the row of scales of the whole context."""
     source = slab + slab_bytes - 4 * block_tokens
     for lane in range(0, block_tokens, LANES):
         store_singles(scales, slot + lane, load_singles(source, lane))
@@ -265,9 +265,9 @@ def _copy_scales(slab, slab_bytes, block_tokens, scales, slot):
 
 @compiled
 def _attend_one(attention, batch, qkv, out, row, first, last, scratch, room, following):
-    """Attends with the heads first..last of one row over its context, block by block as they lie in memory.
+    """Attends with the heads first..last of one row over its context, block by block in memory order.
 
-    While one block is computed the next is prefetched: the processor would wait for memory otherwise.
+    While one block is computed the next is prefetched; otherwise the processor would wait for memory.
     scratch: `_scratch` bytes; room: slots of the longest context; following: the block that is read next.
     """
     head_dim, block_tokens, kv_heads = attention.head_dim, attention.block_tokens, attention.kv_heads
@@ -277,7 +277,8 @@ def _attend_one(attention, batch, qkv, out, row, first, last, scratch, room, fol
     blocks = (length + block_tokens - 1) // block_tokens
     slab_of_keys, slab_of_values = key_bytes(head_dim, block_tokens), value_bytes(head_dim, block_tokens)
     words = (head_dim + _TOGETHER - 1) // _TOGETHER
-    # Of each head: scores, scales, sums, the weights' bytes, the query, and its factor and sum.
+    # Parts of scratch, for each head: scores, scales, sums, the weights' bytes, the query, its factor and its
+    # sum.
     scores, scales = scratch, scratch + 4 * count * room
     sums = scales + 4 * count * room
     upper = sums + 8 * count * whole
@@ -357,12 +358,12 @@ def _attend_one(attention, batch, qkv, out, row, first, last, scratch, room, fol
 
 @compiled
 def _attend_four(attention, batch, qkv, out, row, head, scratch, room):
-    """Attends with one head of four rows of one sequence: keys and values are read once for all four."""
+    """Attends with one head of four rows of one sequence, so that keys and values are read only once."""
     head_dim, block_tokens, kv_heads = attention.head_dim, attention.block_tokens, attention.kv_heads
     keys, values = attention.keys, attention.values
     width, qkv_width = attention.heads * head_dim, (attention.heads + 2 * kv_heads) * head_dim
     whole = _whole(head_dim)
-    # The last row sees most. What the others do not see weighs nothing.
+    # The last row has the longest context. Tokens that the other rows do not see get weight zero.
     table, length = block_table(batch, row), context_tokens(batch, row + 3)
     blocks = (length + block_tokens - 1) // block_tokens
     slab_of_keys, slab_of_values = key_bytes(head_dim, block_tokens), value_bytes(head_dim, block_tokens)
@@ -404,7 +405,7 @@ def _attend_four(attention, batch, qkv, out, row, head, scratch, room):
         )
         store_single(factors, index, factor)
     target = row * width + head * head_dim
-    # Two registers of dimensions at a time: as many sums as there are registers for.
+    # Two registers of dimensions at a time: their sums use all registers.
     for dim in range(0, whole, 2 * LANES):
         a0, b0, c0, d0 = no_words(), no_words(), no_words(), no_words()
         e0, f0, g0, h0 = no_words(), no_words(), no_words(), no_words()
@@ -449,14 +450,14 @@ def _attend_four(attention, batch, qkv, out, row, head, scratch, room):
 
 @compiled
 def _scratch(count, head_dim, room):
-    """Bytes that `count` heads of a row work in, or one head of as many rows."""
+    """Bytes of work space for `count` heads of one row, or for one head of `count` rows."""
     whole = _whole(head_dim)
     return count * (10 * room + 9 * whole + 8 * LANES)
 
 
 @compiled
 def attend_int8(thread, attention, batch, qkv, out):
-    """Attends with a thread's share of the heads, from all rows. Arguments: as in `attention.attend`."""
+    """Attends with a thread's share of the heads, for all rows. Arguments: as in `attention.attend`."""
     block_tokens = attention.block_tokens
     room = (longest_context(batch) + block_tokens - 1) // block_tokens * block_tokens
     first, last = share(thread, attention.heads)

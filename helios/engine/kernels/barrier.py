@@ -1,4 +1,4 @@
-"""How the threads of a call share its work, and where they wait for each other."""
+"""How the threads of a call divide its work, and where they wait for each other."""
 
 from numba import types
 
@@ -12,13 +12,13 @@ _SPINS = 2000
 
 @compiled
 def share(thread, count):
-    """Start and end of a thread's part of `count` things."""
+    """Start and end of a thread's share of `count` items."""
     return count * thread.number // thread.threads, count * (thread.number + 1) // thread.threads
 
 
 @compiled
 def meet(thread):
-    """Waits until all threads of the call have come here."""
+    """Waits until all threads of the call have arrived here."""
     if thread.threads == 1:
         return
     barrier = thread.barrier

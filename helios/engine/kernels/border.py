@@ -1,8 +1,8 @@
-"""The kernels that Python calls. Each names what crosses the border (`layout`), and calls the one that works.
+"""The kernels that Python calls. Each names its arguments (`layout`) and calls the kernel that does the work.
 
-Named tuples come here as plain ones (`tuple(named)`), and records in arrays of one. Numba finds the types of
-these by a fingerprint. To find that of a named tuple or of a single record takes it a microsecond more at
-every call.
+Named tuples arrive here as plain tuples (`tuple(named)`), and records as arrays of one. Numba looks up
+argument types by a fingerprint. For a named tuple or a single record the fingerprint takes a microsecond
+longer at every call.
 """
 
 from helios.engine.kernels.attention import attend
@@ -26,7 +26,7 @@ from helios.engine.kernels.summary import summarize
 
 @compiled
 def call_burst(thread, steps, model, layers, exits, cache, batch, draws, stop, room):
-    """`run_burst`."""
+    """Calls `run_burst`."""
     scratch, drawing, found, out = room
     run_burst(
         Thread(*thread),
@@ -44,30 +44,30 @@ def call_burst(thread, steps, model, layers, exits, cache, batch, draws, stop, r
 
 @compiled
 def call_layers(thread, model, layers, first, last, hidden, batch, cache, scratch):
-    """`run_layers`."""
+    """Calls `run_layers`."""
     named_batch, named_cache = BatchAddresses(*batch), CacheAddresses(*cache)
     run_layers(Thread(*thread), model[0], layers, first, last, hidden, named_batch, named_cache, scratch)
 
 
 @compiled
 def call_attend(thread, precision, attention, batch, qkv, out):
-    """`attend`."""
+    """Calls `attend`."""
     attend(Thread(*thread), precision, Attention(*attention), BatchAddresses(*batch), qkv, out)
 
 
 @compiled
 def call_product(thread, precision, linear, x, rows, out, activation, residual, scratch):
-    """`product`."""
+    """Calls `product`."""
     product(Thread(*thread), precision, linear[0], x, rows, out, activation, residual, scratch)
 
 
 @compiled
 def call_summarize(thread, outputs, rows, width):
-    """`summarize`."""
+    """Calls `summarize`."""
     summarize(Thread(*thread), Outputs(*outputs), rows, width)
 
 
 @compiled
 def call_draw(thread, draws, later, outputs, rows, width, room):
-    """`draw`."""
+    """Calls `draw`."""
     draw(Thread(*thread), Draws(*draws), later, Outputs(*outputs), rows, width, room)

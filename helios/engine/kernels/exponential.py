@@ -16,13 +16,13 @@ from helios.engine.kernels.simd import (
 )
 
 _LOG2_E = math.log2(math.e)
-# 2**x on [0, 1): the Taylor series in x ln 2, as exact as float32 is.
+# 2**x on [0, 1): the Taylor series in x ln 2, to the precision of float32.
 _SERIES = tuple(math.log(2) ** power / math.factorial(power) for power in range(8))
 
 
 @compiled
 def exponential(x):
-    """e to the power of each lane, none of which is positive."""
+    """e to the power of each lane. No lane may be positive."""
     power = multiply(larger(x, spread_single(np.float32(-87))), spread_single(np.float32(_LOG2_E)))
     whole = floor(power)
     part = subtract(power, whole)

@@ -1,9 +1,8 @@
-"""The inner loop of a product: a block of input rows with a tile of output channels, as LLVM code.
+"""The inner loop of a product, as LLVM code: a block of input rows times a tile of output channels.
 
-A step takes a word of 32 bits of each row, which holds one float32, two bfloat16 or four bytes, and a word of
-each channel of the tile. All sums stay in registers. Each takes its steps one after the other, whatever rows
-are beside it: a row's sums are the same to the bit in every batch. Where the processor has an instruction for
-a step (`processors`), that is used.
+Each step takes one 32-bit word of each row and one of each channel of the tile. A word holds one float32, two
+bfloat16 or four bytes. All sums stay in registers. Each sum adds its steps in order, so a row's sums are
+bit-identical in every batch. If the processor has an instruction for a step (`processors`), it is used.
 """
 
 from collections.abc import Sequence
@@ -30,10 +29,10 @@ from helios.engine.kernels.simd import (
     words,
 )
 
-# Output channels of a tile, and bytes of weights that a step takes. Packed weights lie so on all processors.
+# Output channels of a tile, and bytes of weights per step. Packed weights have this layout on all processors.
 TILE = 2 * LANES
 STEP_BYTES = 4 * TILE
-# Rows of the largest block. The others have half as many, a quarter, and so on down to one.
+# Rows of the largest block. Smaller blocks have a half, a quarter and so on, down to one row.
 BLOCK_ROWS = PROCESSOR.block_rows
 
 _BYTE, _LONG = ir.IntType(8), ir.IntType(64)
@@ -44,13 +43,13 @@ def _words(number: int) -> Value:
 
 
 def _single(builder: Builder, sums: Value, row: Value, channels: Value) -> Value:
-    """A float32 with a float32."""
+    """Float32 products."""
     row, channels = builder.bitcast(row, SINGLES), builder.bitcast(channels, SINGLES)
     return build_call("llvm.fma.v16f32", SINGLES)(builder, [row, channels, sums])
 
 
 def _bfloat16(builder: Builder, sums: Value, row: Value, channels: Value) -> Value:
-    """Two bfloat16 with two: the upper, then the lower, as the instruction does."""
+    """Two bfloat16 products: the upper, then the lower, like the instruction."""
     if PROCESSOR.bfloat16_dot_product is not None:
         return PROCESSOR.bfloat16_dot_product(builder, sums, row, channels)
     upper = _words(-1 << 16)
@@ -59,7 +58,7 @@ def _bfloat16(builder: Builder, sums: Value, row: Value, channels: Value) -> Val
 
 
 def _int8(builder: Builder, sums: Value, row: Value, channels: Value) -> Value:
-    """Four bytes with four: unsigned of the row, signed of the channels."""
+    """Four byte products: the row's bytes are unsigned, the channels' are signed."""
     if PROCESSOR.byte_dot_product is not None:
         return PROCESSOR.byte_dot_product(builder, sums, row, channels)
     for shift in (0, 8, 16, 24):
@@ -72,7 +71,7 @@ def _int8(builder: Builder, sums: Value, row: Value, channels: Value) -> Value:
 def _build_loop(
     builder: Builder, rows: int, kind: Any, accumulate: DotProduct, arguments: Sequence[Value], end: Value
 ) -> None:
-    """Builds all steps of a block, at least one. Then its sums are stored, and `end` comes next."""
+    """Builds all steps of a block (at least one), stores its sums, then jumps to `end`."""
     x, stride, weights, steps, sums, ahead, ahead_step = arguments
     begin, loop = builder.block, builder.append_basic_block()
     words = builder.inttoptr(x, WORD.as_pointer())
@@ -123,9 +122,9 @@ def _inner_product(
 ) -> Any:
     """Computes all sums of a block of rows with a tile.
 
-    rows: BLOCK_ROWS, or half as many, and so on; x: words [rows, stride]; weights: words [steps, 32]; sums:
-    float32 [rows, 32], in int8 int32; ahead: address of what is read next; ahead_step: bytes of it to
-    prefetch in each step.
+    rows: BLOCK_ROWS, or half of it, and so on; x: words [rows, stride]; weights: words [steps, 32]; sums:
+    float32 [rows, 32], or int32 in int8; ahead: address of the data to be read next; ahead_step: bytes of it
+    to prefetch in each step.
     """
 
     def generate(context: Any, builder: Builder, _signature: Any, values: Sequence[Value]) -> Value:
@@ -155,5 +154,5 @@ def _inner_product(
 
 
 inner_product: Any = intrinsic(_inner_product)
-# In each lane adds the products of four bytes with four to a sum: (sums, unsigned bytes, signed bytes).
+# In each lane, adds four byte products to a sum. Arguments: (sums, unsigned bytes, signed bytes).
 multiply_bytes = operation(words, (words, words, words), lambda b, v: _int8(b, *v))

@@ -1,8 +1,9 @@
-"""How kernels are compiled, and where their machine code is kept.
+"""Compiles kernels, and caches their machine code.
 
-Numba's own cache looks at the file that a function stands in, not at the operations and constants that it
-took from other files: after an upgrade it would run machine code that addresses memory as the version before
-did. Here one hash over the sources of all kernels, and of what they import, names the directory.
+Numba's own cache checks only the file that defines a function, not the operations and constants that the
+function uses from other files. After an upgrade it would run old machine code that addresses memory in the
+old layout. Here one hash over the sources of all kernels, and of everything that they import, names the
+directory.
 """
 
 import ast
@@ -41,23 +42,23 @@ log = logging.getLogger(__name__)
 
 VARIABLE = "HELIOS_KERNEL_CACHE_DIR"
 
-# The kernels that Python calls stand here. They call all others.
+# This file defines the kernels that Python calls. They call all others.
 _ROOT = Path(__file__).with_name("border.py")
 _PACKAGE = Path(helios.__file__).parent
-# Ending of the directories of machine code: nothing else beside them is ever removed.
+# Suffix of the directories of machine code. Nothing without this suffix is ever removed.
 _SUFFIX = ".kernels"
-# The directories used last stay: this many, and all that were used within this time, which other versions may
-# still need.
+# Recently used directories stay: this many, and all used within this time, because other versions may still
+# need them.
 _KEPT_DIRECTORIES = 8
 _KEPT_SECONDS = 24 * 3600.0
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def compiled(function: Callable[..., Any]) -> Any:
-    """Compiles a kernel at its first call, or takes the machine code that is kept.
+    """Compiles a kernel at its first call, or loads its cached machine code.
 
-    Kernels release the interpreter lock, and divide by zero as NumPy does. Raises TypeError for a function
-    that the hash does not cover.
+    Kernels release the GIL, and divide by zero like NumPy. Raises TypeError for a function that the hash does
+    not cover.
     """
     if Path(inspect.getfile(function)).resolve() not in SOURCES or function.__closure__ is not None:
         raise TypeError(
@@ -65,7 +66,7 @@ def compiled(function: Callable[..., Any]) -> Any:
             f"{_ROOT.name} imports"
         )
     kernel = njit(nogil=True, error_model="numpy")(function)
-    # As `enable_caching` does it for Numba's own cache.
+    # `enable_caching` does the same for Numba's own cache.
     kept = _Kept(function)
     kernel._cache = kept  # type: ignore[attr-defined]
     _KERNELS[kept.name] = kernel
@@ -73,19 +74,19 @@ def compiled(function: Callable[..., Any]) -> Any:
 
 
 def signatures() -> dict[str, list[Any]]:
-    """The types of arguments that this process has kernels for, by kernel."""
+    """The argument types for which this process has kernels, by kernel."""
     return {name: list(kernel.overloads) for name, kernel in _KERNELS.items() if kernel.overloads}
 
 
 def compile_for(types_of: Mapping[str, Sequence[Any]]) -> None:
-    """Compiles kernels for these `signatures`, and runs none."""
+    """Compiles kernels for these `signatures` without running them."""
     for name, types in types_of.items():
         for one in types:
             _KERNELS[name].compile(one)
 
 
 def _sources() -> tuple[Path, ...]:
-    """The files of Helios that machine code depends on: all that the root imports, directly or not."""
+    """Helios's source files on which machine code depends: all direct and indirect imports of the root."""
     found, waiting = set[Path](), [_ROOT.resolve()]
     while waiting:
         file = waiting.pop()
@@ -124,22 +125,22 @@ def _version() -> str:
 
 
 _KERNELS: dict[str, Any] = {}
-# Read before Python imports any kernel: what is compiled afterwards comes from these files.
+# Read before Python imports any kernel, so that what is compiled later comes from these files.
 SOURCES = _sources()
 _DIRECTORY = _version() + _SUFFIX
 
 
 @dataclass(frozen=True, slots=True)
 class _Places:
-    """Directories of machine code of this version of the kernels."""
+    """Directories of machine code for this version of the kernels."""
 
     read: tuple[Path, ...]
-    # None: no directory can be written.
+    # None: no directory is writable.
     written: Path | None
 
 
 def describe() -> str:
-    """Tells people which processors kernels are compiled for and where their machine code is kept.
+    """Describes, for people, the target processors and the directory of machine code.
 
     Raises SettingsError when HELIOS_KERNEL_TARGET names no class of processors.
     """
@@ -153,14 +154,14 @@ def describe() -> str:
 
 @functools.cache
 def _places() -> _Places:
-    """Writes to the first of these that this user can write to, and reads it and those before it.
+    """Finds the first of these directories that this user can write to. It and those before it are read.
 
-    They are $HELIOS_KERNEL_CACHE_DIR, helios/kernels in the user's cache directory, and a directory for
-    temporary files.
+    The candidates are $HELIOS_KERNEL_CACHE_DIR, helios/kernels in the user's cache directory, and a directory
+    for temporary files.
     """
     read, chosen = [], os.environ.get(VARIABLE)
     if chosen:
-        # Whoever chose it decides who else may write there.
+        # Whoever chose this directory is responsible for who else may write to it.
         read.append(Path(chosen).absolute() / _DIRECTORY)
         if _make(read[0]):
             return _Places(tuple(read), read[0])
@@ -181,7 +182,7 @@ def _places() -> _Places:
 
 
 def _temporary_directory() -> Path | None:
-    """This user's own among the temporary files; None if others can write there."""
+    """This user's own directory among the temporary files. None if others can write to it."""
     try:
         path = Path(tempfile.gettempdir()) / f"helios-{os.geteuid()}"
         with contextlib.suppress(FileExistsError):
@@ -197,7 +198,7 @@ def _make(path: Path) -> bool:
         is_new = not path.exists()
         path.mkdir(mode=0o755, parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
-        # It is in use: the least recently used go first.
+        # Marks the directory as used: the least recently used ones are removed first.
         os.utime(path)
         if is_new:
             _tidy(path.parent)
@@ -208,7 +209,7 @@ def _make(path: Path) -> bool:
 
 
 def _is_own(path: Path) -> bool:
-    """Whether it is a directory where only this user, and root, can have put machine code."""
+    """Whether only this user and root can have put machine code into this directory."""
     try:
         facts = path.lstat()
     except OSError:
@@ -217,11 +218,11 @@ def _is_own(path: Path) -> bool:
 
 
 def _tidy(directory: Path) -> None:
-    """Removes machine code that no version has used for a while. One that misses it compiles it again."""
+    """Removes machine code that has not been used for a while. A version that needs it compiles it again."""
     versions = []
     for path in directory.iterdir():
         if re.fullmatch(rf"[0-9a-f]{{16}}{re.escape(_SUFFIX)}", path.name):
-            with contextlib.suppress(FileNotFoundError):  # Another process was faster.
+            with contextlib.suppress(FileNotFoundError):  # Another process removed it first.
                 versions.append((path.stat().st_mtime, path))
     for used, path in sorted(versions, reverse=True)[_KEPT_DIRECTORIES:]:
         if used < time.time() - _KEPT_SECONDS:
@@ -235,10 +236,10 @@ def _say_once(level: int, message: str, *arguments: object) -> None:
 
 
 class _Kept(_Cache):
-    """The machine code of one kernel: a file for each of its signatures and processors.
+    """The machine code of one kernel: one file per signature and processor.
 
-    Numba's own cache has an index beside such files. Two processes that compile at once can make it name each
-    other's files. Here a file's name says what is in it.
+    Numba's own cache also keeps an index. If two processes compile at once, the index of one can name the
+    files of the other. Here the name of a file says what is in it.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -248,12 +249,12 @@ class _Kept(_Cache):
 
     @property
     def cache_path(self) -> str | None:
-        """The directory that it is written to."""
+        """The directory to which it is written."""
         written = _places().written
         return None if written is None else str(written)
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """The compiled kernel for these types of arguments; None: it must be compiled."""
+        """The compiled kernel for these argument types. None: it must be compiled."""
         processor.check()
         target_context.refresh()
         if not self._is_enabled:
@@ -267,7 +268,7 @@ class _Kept(_Cache):
         return None
 
     def save_overload(self, sig: Any, data: Any) -> None:
-        """Keeps a compiled kernel. A failure is logged, since this process has the kernel."""
+        """Stores a compiled kernel. A failure is only logged, because this process has the kernel."""
         directory = _places().written
         if not self._is_enabled or directory is None:
             return
@@ -279,15 +280,15 @@ class _Kept(_Cache):
             _say_once(logging.WARNING, "compiled kernels cannot be kept in %s: %s", directory, error.strerror)
 
     def enable(self) -> None:
-        """Reads and keeps machine code from now on."""
+        """Reads and stores machine code from now on."""
         self._is_enabled = True
 
     def disable(self) -> None:
-        """Neither reads nor keeps machine code from now on."""
+        """Neither reads nor stores machine code from now on."""
         self._is_enabled = False
 
     def flush(self) -> None:
-        """Does nothing: what is kept stays valid."""
+        """Does nothing, because stored code stays valid."""
 
     def _file(self, sig: Any, codegen: Any) -> str:
         types, _ = sigutils.normalize_signature(sig)
@@ -296,7 +297,7 @@ class _Kept(_Cache):
 
 
 def _read(file: Path) -> bytes | None:
-    """What `_write` wrote; None if the file is missing or damaged."""
+    """Reads what `_write` wrote. None if the file is missing or damaged."""
     try:
         content = file.read_bytes()
     except FileNotFoundError:
@@ -312,9 +313,9 @@ def _read(file: Path) -> bytes | None:
 
 
 def _write(file: Path, content: bytes) -> None:
-    """Writes a file whole or not at all.
+    """Writes a file completely or not at all.
 
-    It is not flushed to the disk: what a crash leaves of it fails the check in `_read`.
+    It is not flushed to disk, because `_read` detects a file that a crash has cut short.
     """
     unfinished = file.with_name(f"{file.name}.{uuid.uuid4().hex[:8]}")
     file.parent.mkdir(mode=0o755, exist_ok=True)

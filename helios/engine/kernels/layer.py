@@ -1,4 +1,4 @@
-"""The decoder layers, and the keys and values of layers that a row skips."""
+"""The decoder layers, and the KV of layers that a row skips."""
 
 from helios.engine.kernels.attention import attend, remember
 from helios.engine.kernels.barrier import meet, share
@@ -22,7 +22,7 @@ OWN_ROWS = 64
 
 @compiled
 def run_layers(thread, model, layers, first, last, hidden, batch, cache, scratch):
-    """The decoder layers first..last, in place on hidden, float32 [rows, width]: one thread's part.
+    """One thread's part of the decoder layers first..last, in place on hidden, float32 [rows, width].
 
     model: MODEL; layers: LAYER [all]; batch: `BatchAddresses`; cache: `CacheAddresses`; scratch:
     `layers_scratch` bytes.
@@ -32,9 +32,9 @@ def run_layers(thread, model, layers, first, last, hidden, batch, cache, scratch
     qkv = x + 4 * rows * width
     wide = qkv + 4 * rows * model.qkv_width
     rest = wide + 4 * rows * ffn_width
-    # Few rows: all threads share each product, by its channels. Many: each thread takes blocks of its own
-    # rows through all products between two attentions, so that what is between the products stays in its
-    # cache.
+    # With few rows, all threads share each product by its channels. With many rows, each thread takes blocks
+    # of its own rows through all products between two attentions, so that intermediate results stay in its
+    # CPU cache.
     start, end = share(thread, rows)
     own = rows >= thread.threads * OWN_ROWS
     own_wide = wide + 4 * start * ffn_width
@@ -77,14 +77,14 @@ def run_layers(thread, model, layers, first, last, hidden, batch, cache, scratch
 
 @compiled
 def layers_scratch(model, rows):
-    """Bytes that `run_layers` works in: states, queries with keys and values, fc1's output, a product's."""
+    """Work bytes of `run_layers`: states, queries with keys and values, fc1's output, a product's input."""
     numbers = rows * (model.width + model.qkv_width + model.ffn_width)
     return 4 * numbers + product_scratch(model.precision, rows, max(model.width, model.ffn_width))
 
 
 @compiled
 def propagate(thread, model, layers, first, last, hidden, rows, slots, cache, scratch):
-    """State propagation: keys and values of the layers first..last, all of hidden: one thread's part.
+    """One thread's part of state propagation: KV of the layers first..last for all rows of hidden.
 
     hidden: float32 [rows, width]; slots: int64 [rows]; scratch: `propagate_scratch` bytes; the rest as in
     `run_layers`.
@@ -94,7 +94,7 @@ def propagate(thread, model, layers, first, last, hidden, rows, slots, cache, sc
     qkv = x + 4 * rows * width
     encoded = encoded_at(qkv + 4 * rows * qkv_width, precision, rows, width)
     start, end = share(thread, rows)
-    # Queries are not needed: only the tiles that hold keys and values.
+    # Queries are not needed, so only the tiles of keys and values are computed.
     skipped = model.heads * model.head_dim // TILE
     first_tile, last_tile = share(thread, tiles_of(qkv_width) - skipped)
     for index in range(first, last):
@@ -113,7 +113,7 @@ def propagate(thread, model, layers, first, last, hidden, rows, slots, cache, sc
 
 @compiled
 def propagate_scratch(model, rows):
-    """Bytes that `propagate` works in: states, queries with keys and values, a product's."""
+    """Work bytes of `propagate`: states, queries with keys and values, a product's input."""
     return 4 * rows * (model.width + model.qkv_width) + product_scratch(model.precision, rows, model.width)
 
 
@@ -126,10 +126,10 @@ def _attention(model, cache, index):
 
 @compiled
 def _project(thread, model, layer, hidden, rows, x, qkv, scratch):
-    """Queries, keys and values of rows of hidden. x: space for as many states."""
+    """Computes queries, keys and values of the rows of hidden. x: space for as many states."""
     source = hidden
     if model.norm_before:
-        # The rows that a thread norms are those that it encodes next: no barrier between.
+        # A thread encodes the same rows that it norms, so no barrier is needed in between.
         start, end = share(thread, rows)
         norm(model, layer.attn_norm, hidden, start, end, x)
         source = x
@@ -138,7 +138,7 @@ def _project(thread, model, layer, hidden, rows, x, qkv, scratch):
 
 @compiled
 def _feed(thread, model, layer, hidden, rows, x, wide, scratch):
-    """What follows attention: its projection out, and the feed-forward network.
+    """The part of a layer after attention: output projection and feed-forward network.
 
     x: the output of attention, then space for as many states; wide: space for float32 [rows, ffn_width].
     """

@@ -1,8 +1,8 @@
-"""What crosses the border between Python and compiled code, by name.
+"""Names for everything that crosses the border between Python and compiled code.
 
-What is made once, when a model is loaded, are NumPy records (`MODEL`, `LAYER` and their parts). What each
-call brings are named tuples, which cross as plain ones (`border`). Compiled code reads the fields of both by
-their names. Addresses are integers, unchecked: the caller keeps alive what lies there.
+Data that is made once, when a model is loaded, is in NumPy records (`MODEL`, `LAYER` and their parts). Data
+of each call is in named tuples, which cross as plain tuples (`border`). Compiled code reads the fields of
+both by name. Addresses are integers and are not checked: the caller keeps their memory alive.
 """
 
 from typing import Any, NamedTuple
@@ -10,21 +10,21 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-# Precisions of products. Tables of embeddings are in one of the first two, or in float16.
+# Precisions of products. Embedding tables use one of the first two, or float16.
 FLOAT32, BFLOAT16, INT8, FLOAT16 = 0, 1, 2, 3
 # Activations that a product applies to its results.
 NONE, RELU = 0, 1
 
-# Columns of a row's summary: its largest logit, the log of the sum of all exponentials, and of the most
-# likely token the log-probability and the probability.
+# Columns of a row's summary: its largest logit, the log of the sum of all exponentials, then the
+# log-probability and the probability of the most likely token.
 PEAK, NORMALIZER, LOGPROB, CONFIDENCE = 0, 1, 2, 3
 SUMMARY = 4
 
-# A norm's parameters, float32 [width] each. Weight 0: there is no norm.
+# A norm's parameters, float32 [width] each. Weight 0 means that there is no norm.
 NORM = np.dtype([("weight", np.int64), ("bias", np.int64)], align=True)
 
-# A packed linear layer (`linear.pack`): its sizes and the addresses of its tensors. Only int8 has weight_sums
-# and scales. Weights 0: there is no such layer.
+# A packed linear layer (`linear.pack`): its sizes and the addresses of its tensors. Only int8 uses
+# weight_sums and scales. Weights 0 means that there is no such layer.
 LINEAR = np.dtype(
     [
         ("inputs", np.int64),
@@ -37,7 +37,7 @@ LINEAR = np.dtype(
     align=True,
 )
 
-# One decoder layer. The fields are those of `packed_weights.Layer`.
+# One decoder layer. Its fields are those of `packed_weights.Layer`.
 LAYER = np.dtype(
     [
         ("attn_norm", NORM),
@@ -50,8 +50,8 @@ LAYER = np.dtype(
     align=True,
 )
 
-# Token embeddings, of `width` numbers each. They may be the rows of a packed LM head, so their numbers lie as
-# there: in tiles of `tile_tokens` tokens and `tile_numbers` numbers, `word_numbers` of a token side by side.
+# Token embeddings of `width` numbers each. The table may be a packed LM head, so it has the same layout:
+# tiles of `tile_tokens` tokens and `tile_numbers` numbers, with `word_numbers` of one token side by side.
 EMBEDDING = np.dtype(
     [
         ("table", np.int64),
@@ -64,15 +64,16 @@ EMBEDDING = np.dtype(
     align=True,
 )
 
-# Learned positions: a table of rows of the model's width. The row of position p is p + offset.
+# Learned positions: a table of rows of the model's width. Position p uses row p + offset.
 POSITIONS = np.dtype([("table", np.int64), ("precision", np.int64), ("offset", np.int64)], align=True)
 
-# An architecture's sizes and choices, and what every depth of the model has.
+# An architecture's sizes and choices, and the parts that a model has at every depth.
 MODEL = np.dtype(
     [
-        # Of all products.
+        # Precision of all products.
         ("precision", np.int64),
-        # Numbers of a row's state, of its queries, keys and values together, and between fc1 and fc2.
+        # Width of a row's state, of its queries, keys and values together, and of the space between fc1 and
+        # fc2.
         ("width", np.int64),
         ("qkv_width", np.int64),
         ("ffn_width", np.int64),
@@ -80,10 +81,10 @@ MODEL = np.dtype(
         ("kv_heads", np.int64),
         ("head_dim", np.int64),
         ("vocabulary", np.int64),
-        # Before each block, or after it.
+        # Whether norms come before each block, or after it.
         ("norm_before", np.bool_),
         ("epsilon", np.float32),
-        # Between fc1 and fc2.
+        # Activation between fc1 and fc2.
         ("activation", np.int64),
         ("embedding", EMBEDDING),
         ("positions", POSITIONS),
@@ -94,15 +95,15 @@ MODEL = np.dtype(
     align=True,
 )
 
-# An exit that a step may take: after how many layers, how confident a decode row must be to leave there, and
-# what the exit has of its own before the LM head.
+# One exit of a step: its number of layers, the confidence at which a decode row may leave there, and the
+# exit's own head before the LM head.
 EXIT = np.dtype(
     [("layer", np.int64), ("threshold", np.float32), ("norm", NORM), ("linear", LINEAR)],
     align=True,
 )
 
-# How a row's token is chosen. top_k 0: among all tokens; temperature 0: the most likely one. history_end:
-# where the row's ids end in `Draws.history`; they begin where those of the row before it end.
+# How a row's token is chosen. top_k 0: among all tokens; temperature 0: the most likely one. history_end: end
+# of the row's ids in `Draws.history`. They begin at the end of the previous row's ids.
 DRAW = np.dtype(
     [
         ("seed", np.uint64),
@@ -118,7 +119,7 @@ DRAW = np.dtype(
 
 
 def record(kind: np.dtype[np.void], **fields: Any) -> NDArray[np.void]:
-    """A record of `kind`, in an array of one. Fields that are not given are zero."""
+    """Makes a record of `kind`, in an array of one. Fields that are not given are zero."""
     made = np.zeros(1, dtype=kind)
     for name, value in fields.items():
         made[name] = value
@@ -130,7 +131,7 @@ class Thread(NamedTuple):
 
     number: int
     threads: int
-    # Where they meet: the address of int64 [2], zero at first. One thread alone needs none.
+    # Address of the barrier: int64 [2], zero at first. Not used by a single thread.
     barrier: int
 
 
@@ -138,18 +139,18 @@ ALONE = Thread(0, 1, 0)
 
 
 class BatchAddresses(NamedTuple):
-    """A step's rows (`Batch`), decode rows first. All that lies at these addresses is int64."""
+    """A step's rows (`Batch`), decode rows first. All data at these addresses is int64."""
 
     rows: int
     decode_rows: int
     reads: int
-    # Per row, [rows]: the token, its position, the slot of its keys and values, and which table is its
-    # sequence's.
+    # Per row, [rows]: its token, its position, the slot of its keys and values, and the index of its
+    # sequence's table.
     token_ids: int
     positions: int
     slots: int
     row_tables: int
-    # Rows that a token is read from, [reads].
+    # Rows from which a token is read, [reads].
     read_rows: int
     # Block numbers, [tables, table_blocks].
     tables: int
@@ -157,7 +158,7 @@ class BatchAddresses(NamedTuple):
 
     @classmethod
     def at(cls, address: int, rows: int, decode_rows: int, reads: int, table_blocks: int) -> "BatchAddresses":
-        """Of a batch whose parts lie one after the other, in the order of the fields."""
+        """The addresses of a batch whose parts lie one after the other, in the order of the fields."""
         row = 8 * rows
         read_rows = address + 4 * row
         per_row = address, address + row, address + 2 * row, address + 3 * row
@@ -165,7 +166,7 @@ class BatchAddresses(NamedTuple):
 
 
 class CacheAddresses(NamedTuple):
-    """The keys and values of all layers (`KVCache`): an address per layer, uint64 where they are float16."""
+    """The keys and values of all layers (`KVCache`): one address per layer, uint64 if they are float16."""
 
     keys: NDArray[Any]
     values: NDArray[Any]
@@ -173,7 +174,8 @@ class CacheAddresses(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """The attention of one layer: its heads, and where its keys and values lie, as in `CacheAddresses`."""
+    """The attention of one layer: its heads, and the addresses of its keys and values as in
+    `CacheAddresses`."""
 
     heads: int
     kv_heads: int
@@ -184,7 +186,7 @@ class Attention(NamedTuple):
 
 
 class Draws(NamedTuple):
-    """How the tokens of the rows that are read are chosen. No rows: each is the most likely one."""
+    """How the tokens of the read rows are chosen. Without rows, each token is the most likely one."""
 
     # DRAW [reads]
     rows: NDArray[np.void]
@@ -193,16 +195,16 @@ class Draws(NamedTuple):
 
 
 class Stop(NamedTuple):
-    """What ends a burst before all its steps are taken."""
+    """Ends a burst before all its steps are taken."""
 
-    # Address of int64 [2]: whether to stop, and how many steps were taken then. 0: nobody asks.
+    # Address of int64 [2]: whether to stop, and the number of steps taken by then. 0: nobody can ask.
     interrupt: int
-    # Tokens that end each row, and the burst with it, -1: none; int64 [reads, any], or no rows.
+    # Tokens that end each row and so the burst: int64 [reads, any]. -1 is padding. May have no rows.
     last_tokens: NDArray[np.int64]
 
 
 class Outputs(NamedTuple):
-    """Addresses of what a step computes for each row that is read."""
+    """Addresses of the results for each row that is read."""
 
     # float32 [reads, vocabulary]
     logits: int
@@ -215,13 +217,13 @@ class Outputs(NamedTuple):
 
 
 class Room(NamedTuple):
-    """Addresses of what a step works in and writes to."""
+    """Addresses of a step's work space and results."""
 
-    # `step_scratch` bytes.
+    # Has `step_scratch` bytes.
     scratch: int
-    # `drawing_numbers` float32 for each thread. Used only by draws.
+    # Has `drawing_numbers` float32 for each thread. Used only by draws.
     drawing: int
-    # `Outputs` of the rows that are still in the model. Used only where there are several exits.
+    # `Outputs` of the rows that have not left yet. Used only with several exits.
     found: tuple[int, ...]
     # `Outputs` of the step.
     out: tuple[int, ...]

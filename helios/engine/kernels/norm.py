@@ -21,7 +21,7 @@ from helios.engine.kernels.simd import (
 
 @compiled
 def norm(model, parameters, x, start, end, out):
-    """The model's norm of rows start..end of x, float32 [rows, model.width]. out may be x."""
+    """Applies the model's norm to rows start..end of x, float32 [rows, model.width]. out may be x."""
     _layer_norm(x, start, end, model.width, model.epsilon, parameters.weight, parameters.bias, out)
 
 

@@ -1,9 +1,10 @@
-"""The processor that kernels are compiled for: a class of processors, not this very one.
+"""The processor that kernels are compiled for: a class of processors, not the exact one of this machine.
 
-Numba keeps machine code by the name and the features of the host's processor, which differ between any two
-machines of a cloud. Kernels distinguish few features, so they are compiled for classes instead: what one
-machine compiles, an image for example, serves all others of the class. HELIOS_KERNEL_TARGET names another
-class, whose code can be compiled here but perhaps not run, or `host`: exactly this processor.
+Numba caches machine code by the name and the features of the host's processor, which often differ between two
+machines of a cloud. Kernels distinguish only a few features, so they are compiled for classes instead.
+Machine code from one machine, such as an image build, then works on all others of the class.
+HELIOS_KERNEL_TARGET names another class, whose code can be compiled here but may not run here, or `host`:
+exactly this processor.
 """
 
 import os
@@ -19,9 +20,9 @@ from helios.errors import SettingsError
 VARIABLE = "HELIOS_KERNEL_TARGET"
 HOST = "host"
 
-# The most able first: a processor belongs to the first whose needs it meets.
+# The most capable class comes first. A processor belongs to the first class whose needs it meets.
 TARGETS = (AVX512_BF16, AVX512_VNNI, AVX512, AVX2)
-# For processors of no class: LLVM makes the best of the kernels for what it finds.
+# For processors in no class: LLVM compiles the kernels with the features that it finds.
 _ANY = Target("any", "", (), frozenset(), block_rows=2)
 
 
@@ -33,24 +34,24 @@ def check() -> None:
 
 
 def has_byte_dot_product() -> bool:
-    """Whether kernels multiply and sum bytes in one instruction."""
+    """Whether one instruction multiplies and sums bytes."""
     return PROCESSOR.byte_dot_product is not None
 
 
 def _class_of_host() -> Target | None:
-    """The class of this machine; None if it is in no class."""
+    """The class of this machine's processor. None if it is in no class."""
     features = {name for name, is_there in llvmlite.binding.get_host_cpu_features().items() if is_there}
     return next((target for target in TARGETS if target.needs <= features), None)
 
 
-# An unknown name is reported by `check`, where somebody can take the error.
+# `check` reports an unknown name, because there a caller can handle the error.
 _NAME = os.environ.get(VARIABLE, "")
 _OF_HOST = _class_of_host()
 # None: exactly this processor, as Numba describes it.
 TARGET = None if _NAME == HOST else next((one for one in TARGETS if one.name == _NAME), _OF_HOST)
-# What kernels are built of.
+# The processor for which kernels are built.
 PROCESSOR = TARGET or _OF_HOST or _ANY
 if TARGET is not None:
-    # Numba reads them when it compiles for the first time.
+    # Numba reads these settings when it compiles for the first time.
     config.CPU_NAME = TARGET.cpu  # type: ignore[attr-defined]
     config.CPU_FEATURES = ",".join(f"+{feature}" for feature in TARGET.features)  # type: ignore[attr-defined]

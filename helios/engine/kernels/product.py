@@ -1,8 +1,8 @@
-"""The product of rows with a packed linear layer: rows are encoded in its precision, then multiplied.
+"""Multiplies rows by a packed linear layer: encodes the rows in its precision, then multiplies.
 
 In bfloat16 each row of the input is rounded. In int8 it is quantised over the row's own range (per token),
-and the weights have a scale per output channel. What goes in and comes out is float32. Each row is computed
-in an order that no other row changes: its result does not depend on what else is in the batch.
+and the weights have a scale per output channel. Input and output are float32. No other row changes the order
+of a row's sums, so its result does not depend on the rest of the batch.
 """
 
 from typing import NamedTuple
@@ -41,30 +41,30 @@ from helios.engine.kernels.simd import (
 
 
 class Encoded(NamedTuple):
-    """The input of a product in its precision."""
+    """The input of a product, encoded in its precision."""
 
     rows: int
-    # Words of 32 bits, [rows, stride], of which each row uses the first `steps`.
+    # 32-bit words, [rows, stride]. Each row uses the first `steps` of its words.
     words: int
     steps: int
     stride: int
-    # In int8 what a step of each row's bytes is, and the byte that is zero: float32 [rows, 2].
+    # Only in int8: each row's scale and zero byte, float32 [rows, 2].
     row_scales: int
 
 
 class Result(NamedTuple):
-    """Where a product goes: out = activation(sums) + residual, float32 [rows, channels]."""
+    """Destination of a product: out = activation(sums) + residual, float32 [rows, channels]."""
 
     out: int
     channels: int
     activation: int
-    # Laid out as `out`, which it may be. 0: none.
+    # Same layout as `out`, and may be the same memory. 0: no residual.
     residual: int
 
 
 @compiled
 def product(thread, precision, linear, x, rows, out, activation, residual, scratch):
-    """out = activation(x @ weights.T + biases) + residual: one thread's part.
+    """One thread's part of out = activation(x @ weights.T + biases) + residual.
 
     linear: LINEAR; x: float32 [rows, inputs]; out and residual: as in `Result`; scratch: `product_scratch`
     bytes.
@@ -80,20 +80,20 @@ def product(thread, precision, linear, x, rows, out, activation, residual, scrat
 
 @compiled
 def product_scratch(precision, rows, inputs):
-    """Bytes that `product` works in: its encoded input."""
+    """Bytes of work space of `product`: its encoded input."""
     return 4 * rows * (_stride(precision, inputs) + 2)
 
 
 @compiled
 def encoded_at(scratch, precision, rows, inputs):
-    """Where the rows of a product's input are encoded: at scratch, in `product_scratch` bytes."""
+    """The encoded input of a product, placed at scratch in `product_scratch` bytes."""
     stride = _stride(precision, inputs)
     return Encoded(rows, scratch, _steps(precision, inputs), stride, scratch + 4 * rows * stride)
 
 
 @compiled
 def _steps(precision, inputs):
-    """Words of a row."""
+    """Words per row."""
     if precision == INT8:
         return (inputs + 3) // 4
     return (inputs + 1) // 2 if precision == BFLOAT16 else inputs
@@ -101,7 +101,7 @@ def _steps(precision, inputs):
 
 @compiled
 def _stride(precision, inputs):
-    """Words from a row to the next: whole registers, and one more lest rows fall on the same cache lines."""
+    """Words from one row to the next: whole registers plus one, so that rows do not share cache sets."""
     return (_steps(precision, inputs) + LANES - 1) // LANES * LANES + LANES
 
 
@@ -123,10 +123,10 @@ def encode(thread, precision, x, inputs, encoded):
 
 @compiled
 def _quantize(x, inputs, words, scale):
-    """A row of float32 at x as unsigned bytes; at scale what a step of them is, and the byte that is zero.
+    """Encodes a row of float32 at x as unsigned bytes. Stores its scale and its zero byte at scale.
 
-    The bytes span the row's range on both sides of zero. A row that a ReLU left has one side alone, and all
-    bytes.
+    The range of the bytes covers the row's values and zero. A row after a ReLU has no negative values and so
+    uses all bytes for the positive side.
     """
     whole = inputs - inputs % LANES
     highest = larger(load_some(x, whole, inputs - whole), no_singles())
@@ -135,7 +135,7 @@ def _quantize(x, inputs, words, scale):
         value = load_singles(x, column)
         highest, lowest = larger(highest, value), larger(lowest, subtract(no_singles(), value))
     below = largest(lowest)
-    # One byte less than there are: both ends may be rounded away from zero.
+    # 254 instead of 255, because both ends may be rounded away from zero.
     span = (largest(highest) + below) / np.float32(254)
     inverse = np.float32(1) / span if span > np.float32(0) else np.float32(0)
     zero = np.rint(below * inverse)
@@ -149,19 +149,19 @@ def _quantize(x, inputs, words, scale):
 
 @compiled
 def tiles_of(channels):
-    """How many tiles that many output channels lie in."""
+    """Number of tiles that hold this many output channels."""
     return (channels + TILE - 1) // TILE
 
 
 @compiled
 def multiply_tiles(precision, linear, encoded, first, last, result):
-    """The tiles first..last of output channels, for all rows."""
+    """Computes the tiles first..last of output channels for all rows."""
     room = np.empty(BLOCK_ROWS * TILE, np.int32)
     sums = room.ctypes.data
     rows, stride, steps = encoded.rows, encoded.stride, encoded.steps
     tile_bytes = steps * STEP_BYTES
-    # Blocks of rows that take turns on a tile each fetch their share of the next one, so that memory is read
-    # all the time. One block alone reads in order, which the processor fetches ahead by itself.
+    # Several blocks of rows use each tile in turn. Each block prefetches its share of the next tile, so that
+    # memory is read all the time. A single block reads in order, and the processor prefetches that by itself.
     blocks = (rows + BLOCK_ROWS - 1) // BLOCK_ROWS
     ahead_step = STEP_BYTES // blocks if blocks > 1 else 0
     for tile in range(first, last):
@@ -187,9 +187,10 @@ def multiply_tiles(precision, linear, encoded, first, last, result):
 
 @compiled
 def _store(precision, linear, sums, place, row, channel, row_scale, zero, result):
-    """Takes a register of sums to where it goes: scaled, biased, activated, added."""
+    """Scales a register of sums, adds the bias, applies the activation, adds the residual and stores the
+    result."""
     if precision == INT8:
-        # Zero is a byte of its own in each row: what it adds to the sums is taken off.
+        # Each row has its own zero byte. Its contribution to the sums is subtracted.
         added = multiply_words(load_words(linear.weight_sums, channel), spread_word(zero))
         corrected = subtract_words(load_words(sums, place), added)
         scale = multiply(load_singles(linear.scales, channel), spread_single(row_scale))

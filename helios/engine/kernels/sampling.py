@@ -1,7 +1,7 @@
-"""Chooses tokens from rows of logits: penalty, temperature, top-k, nucleus, and the draw.
+"""Chooses tokens from rows of logits: penalty, temperature, top-k, nucleus and draw.
 
-A row's token depends on its logits, its parameters, its seed and its position alone, and all sums are taken
-in an order that no other row changes. `sampler.py` does the same in torch, for other devices.
+A row's token depends only on its logits, parameters, seed and position, and no other row changes the order of
+its sums. `sampler.py` does the same in torch, for other devices.
 """
 
 import numpy as np
@@ -33,22 +33,22 @@ from helios.engine.kernels.simd import (
     where_above,
 )
 
-# Weights of lower scores are zero: float32 has no smaller normal number.
+# Weights of lower scores are zero, because float32 has no smaller normal number.
 _NOTHING = -87.0
-# The largest factor of scores, which stands for the smallest temperatures.
+# The largest factor of scores. The smallest temperatures use it too.
 _STEEPEST = 1e38
-# Weights that are summed at once on the way to the one that is drawn.
+# Weights that are summed at once while searching for the drawn one.
 _CHUNK = 16 * LANES
-# The smallest weight that is kept is hardly ever below this one.
+# A guess: the smallest weight that is kept is rarely below this one.
 _UNLIKELY = 2.0**-20
-# A distance in bits: few weights lie between two numbers that are no further apart, and only these are looked
-# at.
+# Distance in bits of two float32. Few weights lie between numbers this close, so only these weights are
+# searched from then on.
 _NEAR = 2 << 23
 
 
 @compiled
 def uniform(seed, position):
-    """A number in [0, 1) that depends on (seed, position) only (splitmix64, Steele et al. 2014)."""
+    """A number in [0, 1) that depends only on (seed, position) (splitmix64, Steele et al. 2014)."""
     x = np.uint64(seed) * np.uint64(0xD1342543DE82EF95)
     x += (np.uint64(position) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -58,7 +58,8 @@ def uniform(seed, position):
 
 @compiled
 def drawing_numbers(width):
-    """How many float32 a thread draws with: weights, and some of them, both in whole registers."""
+    """Float32 numbers that a thread needs for drawing: all weights, and some of them again, in whole
+    registers."""
     return 2 * _whole(width)
 
 
@@ -82,7 +83,7 @@ def _peak(logits, width):
 
 @compiled
 def _first(logits, width, value):
-    """The first place of a value, or -1."""
+    """Index of the first occurrence of a value, or -1."""
     for column in range(width):
         if load_single(logits, column) == value:
             return column
@@ -91,15 +92,15 @@ def _first(logits, width, value):
 
 @compiled
 def _penalize(logits, token, penalty, out):
-    """Stores a token's logit with the repetition penalty (Keskar et al. 2019) in its place in out."""
+    """Stores a token's logit with the repetition penalty (Keskar et al. 2019) at the token's place in out."""
     logit = load_single(logits, token)
     store_single(out, token, logit / penalty if logit > 0 else logit * penalty)
 
 
 @compiled
 def _weigh(logits, width, temperature, weights):
-    """Stores exp((logit - largest) / temperature) of each, and zeros behind them. weights may be logits."""
-    # Finite, so that the largest logit minus itself stays zero, however small the temperature.
+    """Stores exp((logit - largest) / temperature) of each logit, then zeros. weights may be logits."""
+    # The factor is finite, so that the largest logit minus itself stays zero for any small temperature.
     factor = spread_single(np.float32(min(1 / temperature, _STEEPEST)))
     highest = spread_single(_peak(logits, width))
     nothing = spread_single(np.float32(_NOTHING))
@@ -112,7 +113,7 @@ def _weigh(logits, width, temperature, weights):
 
 @compiled
 def _above(weights, count, least, by_mass):
-    """The sum of the weights above `least`, or their number. count: whole registers."""
+    """The sum of the weights above `least`, or their count. count: in whole registers."""
     limit, one = spread_single(least), spread_single(np.float32(1))
     sums = no_singles()
     for column in range(0, count, LANES):
@@ -123,7 +124,7 @@ def _above(weights, count, least, by_mass):
 
 @compiled
 def _gather(weights, count, low, high, room):
-    """Stores the weights above low and up to high in room, then zeros. Returns how many numbers these are."""
+    """Stores the weights in (low, high] in room, followed by zeros. Returns how many numbers it wrote."""
     lowest, highest, found = spread_single(low), spread_single(high), 0
     for column in range(0, count, LANES):
         lanes, place = lanes_between(load_singles(weights, column), lowest, highest), column
@@ -140,9 +141,9 @@ def _gather(weights, count, low, high, room):
 
 @compiled
 def _least(weights, count, limit, by_mass, room):
-    """The smallest weight for which those above it sum up to less than `limit`, or are fewer.
+    """The smallest weight for which the weights above it sum up to less than `limit`, or are fewer.
 
-    Found by bisection of bits: positive floats are ordered as their bits are.
+    It is found by bisection of bits, because positive floats have the same order as their bits.
     """
     if _above(weights, count, np.float32(0), by_mass) < limit:
         return np.float32(0)
@@ -173,9 +174,9 @@ def _keep_from(weights, count, least):
 
 @compiled
 def _find(weights, width, number, room):
-    """The first place where the sum of the weights up to it exceeds `number` times that of all.
+    """The first index at which the running sum of the weights exceeds `number` times their total.
 
-    -1 if all are zero or any is NaN.
+    Returns -1 if all are zero or any is NaN.
     """
     count, mass = _whole(width), 0.0
     for start in range(0, count, _CHUNK):
@@ -189,7 +190,8 @@ def _find(weights, width, number, room):
     for start in range(0, count, _CHUNK):
         part = load_single(room, start // _CHUNK)
         if part > 0:
-            # Sums are rounded: if none exceeds the target, it lies in the last chunk that has weights.
+            # Because of rounding no sum may exceed the target. Then it lies in the last chunk that has
+            # weights.
             last = start
             if before + part > target:
                 break
@@ -209,9 +211,9 @@ def _find(weights, width, number, room):
 
 @compiled
 def _choose(logits, width, temperature, top_k, top_p, number, room):
-    """The token that a number in [0, 1) draws from logits, float32 [width]; -1 if they are NaN.
+    """The token that a number in [0, 1) draws from logits, float32 [width]. -1 if they are NaN.
 
-    room: `drawing_numbers` float32. The logits may be its beginning.
+    room: `drawing_numbers` float32. The logits may lie at its beginning.
     """
     weights, count = room, _whole(width)
     rest = room + 4 * count
@@ -226,11 +228,12 @@ def _choose(logits, width, temperature, top_k, top_p, number, room):
 
 @compiled
 def draw(thread, draws, later, outputs, rows, width, room):
-    """Draws tokens from a thread's rows of logits, [rows, width], in place of the most likely ones.
+    """Draws tokens from a thread's rows of logits, [rows, width]. They replace the most likely ones.
 
-    draws: `layout.Draws`; later: steps after the first one of a burst, whose tokens came before, too: they
-    lie before `outputs.best`, [rows] each; outputs: what `summarize` wrote. The summary's log-probability
-    becomes that of the token, without penalty and temperature. room: float32 [threads, `drawing_numbers`].
+    draws: `layout.Draws`; later: index of the step in its burst. The tokens of earlier steps also count as
+    history; they lie before `outputs.best`, [rows] each. outputs: what `summarize` wrote. The summary's
+    log-probability becomes that of the drawn token, without penalty and temperature. room: float32 [threads,
+    `drawing_numbers`].
     """
     best, summaries = outputs.best, outputs.summaries
     own = room + 4 * thread.number * drawing_numbers(width)

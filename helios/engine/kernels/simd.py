@@ -1,7 +1,7 @@
 """Vectors of 16 lanes for kernels compiled by Numba: the few operations that kernels need, as LLVM code.
 
-Addresses are integers (`Tensor.data_ptr`), indices count elements, and nothing is checked: only kernels
-(`jit.compiled`) call these. LLVM splits the vectors on processors with narrower registers.
+Addresses are integers (`Tensor.data_ptr`), indices count elements, and nothing is checked, so only kernels
+(`jit.compiled`) may call these. On processors with narrower registers LLVM splits the vectors.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ _BYTE, _SHORT, WORD, SINGLE = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.
 _HALF = ir.HalfType()
 WORDS, SINGLES = ir.VectorType(WORD, LANES), ir.VectorType(SINGLE, LANES)
 
-# Arguments of LLVM's prefetch: for reading, keep in all caches, data.
+# Arguments of LLVM's prefetch: for reading, keep in all cache levels, data cache.
 SOON = tuple(ir.Constant(WORD, value) for value in (0, 3, 1))
 _LINE_BYTES = 64
 
@@ -27,7 +27,7 @@ Value = Any
 
 
 class VectorType(types.Type):
-    """16 lanes in a register."""
+    """The Numba type of 16 lanes in a register."""
 
     def __init__(self, name: str, lanes: Any) -> None:
         super().__init__(name=name)
@@ -47,14 +47,14 @@ singles = VectorType("singles16", SINGLES)  # float32
 def operation(
     result: types.Type, arguments: Sequence[types.Type], build: Callable[[Builder, Sequence[Value]], Value]
 ) -> Any:
-    """An intrinsic of fixed types, made of the function that builds its code."""
+    """Makes an intrinsic with fixed types from the function that builds its code."""
     signature = result(*arguments)
 
     def generate(context: Any, builder: Builder, _: Any, values: Sequence[Value]) -> Value:
         made = build(builder, values)
         return context.get_dummy_value() if result is types.void else made
 
-    # Numba takes the number of arguments from the function's own.
+    # Numba takes the number of arguments from the signature of the Python function.
     by_arguments = (
         lambda _typing: (signature, generate),
         lambda _typing, _a: (signature, generate),
@@ -69,7 +69,7 @@ def operation(
 
 
 def _at(builder: Builder, address: Value, index: Value, element: Any, kind: Any = None) -> Value:
-    """Pointer to `kind` at element `index` from an address."""
+    """Pointer to a `kind` at element `index` after an address."""
     pointer = builder.inttoptr(address, element.as_pointer())
     pointer = builder.gep(pointer, [index])
     return pointer if kind is None else builder.bitcast(pointer, kind.as_pointer())
@@ -100,14 +100,14 @@ def _store(element: Any, kind: Any = None) -> Callable[[Builder, Sequence[Value]
 
 
 def build_spread(builder: Builder, value: Value, lanes: Any) -> Value:
-    """Builds a vector with the same value in every lane."""
+    """Builds a vector with one value in all lanes."""
     nothing = ir.Constant(lanes, ir.Undefined)
     first = builder.insert_element(nothing, value, ir.Constant(WORD, 0))
     return builder.shuffle_vector(first, nothing, ir.Constant(WORDS, [0] * LANES))
 
 
 def build_call(name: str, result: Any) -> Callable[[Builder, Sequence[Value]], Value]:
-    """Builds a call of one of LLVM's operations, by its name."""
+    """Builds a call of an LLVM intrinsic, given its name."""
 
     def build(builder: Builder, values: Sequence[Value]) -> Value:
         kind = ir.FunctionType(result, [value.type for value in values])
@@ -117,14 +117,14 @@ def build_call(name: str, result: Any) -> Callable[[Builder, Sequence[Value]], V
 
 
 def _load_bfloat(builder: Builder, values: Sequence[Value]) -> Value:
-    """Loads a bfloat16 as float32: its bits are the upper half."""
+    """Loads a bfloat16 as float32: its bits become the upper half."""
     short = builder.load(_at(builder, values[0], values[1], _SHORT), align=2)
     word = builder.shl(builder.zext(short, WORD), ir.Constant(WORD, 16))
     return builder.bitcast(word, SINGLE)
 
 
 def _sum(builder: Builder, values: Sequence[Value]) -> Value:
-    """Adds all lanes in a fixed order: one half to the other, until one lane is left."""
+    """Adds all lanes in a fixed order: halves the vector and adds the halves until one lane is left."""
     vector = values[0]
     for half in (8, 4, 2, 1):
         order = [*range(half, 2 * half), *([0] * (LANES - half))]
@@ -150,7 +150,7 @@ def _largest(builder: Builder, values: Sequence[Value]) -> Value:
     return builder.extract_element(vector, ir.Constant(WORD, 0))
 
 
-# Scalars at (address, index).
+# Loads and stores of scalars at (address, index).
 load_single = operation(types.float32, (types.intp, types.intp), _load(SINGLE))
 store_single = operation(types.void, (types.intp, types.intp, types.float32), _store(SINGLE))
 load_half = operation(
@@ -163,7 +163,7 @@ store_long = operation(types.void, (types.intp, types.intp, types.int64), _store
 load_word = operation(types.int32, (types.intp, types.intp), _load(WORD))
 store_word = operation(types.void, (types.intp, types.intp, types.int32), _store(WORD))
 
-# Vectors from and to (address, index); `spread_*` fill all lanes with one value.
+# Loads and stores of vectors at (address, index). `spread_*` fill all lanes with one value.
 load_singles = operation(singles, (types.intp, types.intp), _load(SINGLE, SINGLES))
 store_singles = operation(types.void, (types.intp, types.intp, singles), _store(SINGLE, SINGLES))
 load_words = operation(words, (types.intp, types.intp), _load(WORD, WORDS))
@@ -171,7 +171,7 @@ spread_single = operation(singles, (types.float32,), lambda b, v: build_spread(b
 
 
 def _load_kept(_typing: Any, address: types.Type, _index: Any) -> Any:
-    """Loads 16 numbers of keys or values as float32. They are float16 if the address is unsigned."""
+    """Loads 16 key or value numbers as float32. They are float16 if the address is unsigned."""
     is_half = address == types.uintp
 
     def generate(_context: Any, builder: Builder, _: Any, values: Sequence[Value]) -> Value:
@@ -185,7 +185,7 @@ def _load_kept(_typing: Any, address: types.Type, _index: Any) -> Any:
 
 
 def _as_kept(builder: Builder, value: Value, *, is_half: bool) -> Value:
-    """Limits lanes to the range of float16, so that nothing infinite is stored. Converts them if is_half."""
+    """Clamps lanes to the range of float16, so that no infinity is stored. Converts them if is_half."""
     for limit, operation in ((-65504.0, "maxnum"), (65504.0, "minnum")):
         limits = ir.Constant(SINGLES, [limit] * LANES)
         value = build_call(f"llvm.{operation}.v16f32", SINGLES)(builder, [value, limits])
@@ -195,7 +195,7 @@ def _as_kept(builder: Builder, value: Value, *, is_half: bool) -> Value:
 def _store_kept(
     _typing: Any, address: types.Type, _index: Any, _stride: Any, _count: Any, _value: Any
 ) -> Any:
-    """Stores the first `count` lanes as numbers of keys or values, `stride` apart. See `_load_kept`."""
+    """Stores the first `count` lanes as key or value numbers, `stride` apart. See `_load_kept`."""
     is_half = address == types.uintp
     element, element_bytes = (_HALF, 2) if is_half else (SINGLE, 4)
 
@@ -224,7 +224,7 @@ def _store_kept(
 
 
 def _fetch_kept(_typing: Any, address: types.Type, _index: Any, _count: Any) -> Any:
-    """Prefetches the cache lines of `count` numbers of keys or values."""
+    """Prefetches the cache lines of `count` key or value numbers."""
     is_half = address == types.uintp
     element = _HALF if is_half else SINGLE
 
@@ -263,7 +263,8 @@ def _store_some(builder: Builder, values: Sequence[Value]) -> Value:
     return build_call("llvm.masked.store.v16f32.p0", ir.VoidType())(builder, arguments)
 
 
-# The first `count` lanes from and to (address, index, count). Loads make the others zero, stores leave them.
+# Loads and stores of only the first `count` lanes at (address, index, count). Loads set the other lanes to
+# zero; stores do not write them.
 load_some = operation(singles, (types.intp, types.intp, types.intp), _load_some)
 store_some = operation(types.void, (types.intp, types.intp, types.intp, singles), _store_some)
 
@@ -289,7 +290,7 @@ def _store_bfloats(builder: Builder, values: Sequence[Value]) -> Value:
     return _store(_SHORT, shorts)(builder, [values[0], values[1], builder.trunc(rounded, shorts)])
 
 
-# Vectors to (address, index of byte or of bfloat16).
+# Stores of vectors at (address, index of the byte or bfloat16).
 store_bytes = operation(types.void, (types.intp, types.intp, singles), _store_bytes)
 store_low_bytes = operation(types.void, (types.intp, types.intp, words), _store_low_bytes)
 store_bfloats = operation(types.void, (types.intp, types.intp, singles), _store_bfloats)
@@ -318,17 +319,17 @@ total = operation(types.float32, (singles,), _sum)
 largest = operation(types.float32, (singles,), _largest)
 
 
-# 0 to 15, and the same number in all lanes.
+# The numbers 0 to 15, and one number in all lanes.
 lane_numbers = operation(words, (), lambda _b, _v: ir.Constant(WORDS, list(range(LANES))))
 spread_word = operation(words, (types.int32,), lambda b, v: build_spread(b, v[0], WORDS))
 store_words = operation(types.void, (types.intp, types.intp, words), _store(WORD, WORDS))
-# Lane by lane, c where a > b, else d.
+# Per lane: c where a > b, else d.
 where_greater = operation(
     words,
     (singles, singles, words, words),
     lambda b, v: b.select(b.fcmp_ordered(">", v[0], v[1]), v[2], v[3]),
 )
-# Lane by lane, c where a > b, else 0.
+# Per lane: c where a > b, else 0.
 where_above = operation(
     singles,
     (singles, singles, singles),
@@ -343,7 +344,7 @@ def _lanes_between(builder: Builder, values: Sequence[Value]) -> Value:
     return builder.zext(builder.bitcast(inside, ir.IntType(LANES)), ir.IntType(64))
 
 
-# Which lanes of a are above b and at most c: a bit each, the lowest for the first lane.
+# A bit per lane, the lowest for the first: whether a is above b and at most c.
 lanes_between = operation(types.int64, (singles, singles, singles), _lanes_between)
 # The bits of a float32 as an integer, and back.
 bits_of = operation(types.int64, (types.float32,), lambda b, v: b.zext(b.bitcast(v[0], WORD), ir.IntType(64)))
@@ -364,8 +365,8 @@ def _keep(_typing: Any, array: types.Type) -> Any:
     return types.void(array), lambda context, _builder, _signature, _values: context.get_dummy_value()
 
 
-# Keeps an array's memory until here. Numba frees it after the last use of the array itself, and does not
-# count the use of its address: a kernel that takes an address keeps the array at its end.
+# Keeps an array's memory alive up to this call. Numba frees an array after its last use and does not count
+# uses of its address. So a kernel that takes an array's address calls this at its end.
 keep: Any = intrinsic(_keep)
 
 

@@ -1,10 +1,10 @@
 """A step of a model on a CPU, from token ids to tokens, and bursts of steps.
 
-Between products all is float32. Everything works on one row, in an order that no other row changes: a row's
-result does not depend on what else is in the batch.
+Everything between products is float32. Each row is computed in an order that no other row changes, so its
+result does not depend on the rest of the batch.
 
-Addresses are integers and nothing is checked here: the caller owns the tensors. Kernels release the
-interpreter lock. docs/decisions/0009-compiled-kernels.md says why they are written so.
+Addresses are integers and nothing is checked here; the caller owns the tensors. Kernels release the GIL.
+docs/decisions/0009-compiled-kernels.md gives the reasons for this design.
 """
 
 from helios.engine.kernels.barrier import meet, share
@@ -38,23 +38,23 @@ from helios.engine.kernels.simd import (
 )
 from helios.engine.kernels.summary import summarize
 
-# Bytes of what `run_step` keeps of each row besides its state: five int64.
+# Bytes that `run_step` keeps per row besides its state: five int64.
 _ROW_BYTES = 40
 
 
 @compiled
 def run_burst(thread, steps, model, layers, exits, cache, batch, draws, stop, room):
-    """One step, or several of decodes alone, each with the tokens of the one before: one thread's part.
+    """One thread's part of one step, or of several decode steps. Each uses the tokens of the step before.
 
-    model: MODEL; layers: LAYER [all]; exits: EXIT [E], ascending, of which the last one takes all rows that
-    are left; the rest as in `layout`. `room.out` has the logits of the last step, and [steps, reads] of all
-    else. The tables have the blocks of all tokens of the burst.
+    model: MODEL; layers: LAYER [all]; exits: EXIT [E], ascending. The last exit takes all remaining rows. The
+    other arguments are as in `layout`. `room.out` gets the logits of the last step, and [steps, reads] of
+    everything else. The tables include the blocks of all tokens of the burst.
     """
     out = room.out
     for index in range(steps):
         run_step(thread, model, layers, exits, cache, batch, room.scratch, room.found, out)
         if len(draws.rows):
-            # One thread hands over the rows that left early: the others wait for it.
+            # One thread copies the outputs of rows that left early, and the others must wait for it.
             meet(thread)
             draw(thread, draws, index, out, batch.reads, model.vocabulary, room.drawing)
         if index + 1 == steps:
@@ -78,7 +78,7 @@ def run_burst(thread, steps, model, layers, exits, cache, batch, draws, stop, ro
 def _advance(batch, block_tokens, tokens, stop, taken):
     """Makes the tokens of a step, int64 [rows], the input of the next one.
 
-    Notes in `stop` how many steps were taken if there is to be no next one.
+    If the burst ends here, notes in `stop` how many steps were taken.
     """
     interrupt, last_tokens = stop.interrupt, stop.last_tokens
     if interrupt and load_shared(interrupt, 0):
@@ -99,16 +99,15 @@ def _advance(batch, block_tokens, tokens, stop, taken):
 
 @compiled
 def run_step(thread, model, layers, exits, cache, batch, scratch, found, out):
-    """One step: one thread's part.
+    """One thread's part of a step.
 
-    At each exit but the last, decode rows leave that are as confident as the exit asks for. The keys and
-    values of layers that a row skips are computed from its state at the exit. found: outputs to work in where
-    there are several exits; scratch: `step_scratch` bytes; the rest as in `run_burst`.
+    At each exit but the last, decode rows leave that reach the confidence of the exit. The KV of layers that
+    a row skips is computed from its state at the exit. found: outputs of intermediate exits, used only with
+    several exits; scratch: `step_scratch` bytes; the rest as in `run_burst`.
     """
     rows, decode_rows, reads = batch.rows, batch.decode_rows, batch.reads
     width, vocabulary = model.width, model.vocabulary
-    # These lists have the rows that are still in the layers, decode rows first. When rows leave, the others
-    # move up.
+    # These lists hold the rows that have not left, decode rows first. When rows leave, the others move up.
     positions = scratch
     slots, row_tables = positions + 8 * rows, positions + 16 * rows
     origins, left_slots = positions + 24 * rows, positions + 32 * rows
@@ -131,7 +130,7 @@ def run_step(thread, model, layers, exits, cache, batch, scratch, found, out):
         exit_layer, threshold = exits[index].layer, exits[index].threshold
         run_layers(thread, model, layers, first, exit_layer, hidden, running, cache, x)
         if not model.norm_before:
-            # The layers ended with norms, each thread's of its own rows.
+            # The layers ended with norms, which each thread computed only for its own rows.
             meet(thread)
         first = exit_layer
         if index == last or active == 0:
@@ -166,7 +165,7 @@ def run_step(thread, model, layers, exits, cache, batch, scratch, found, out):
         running = _moved(batch, count, positions, slots, row_tables)
         if count == 0:
             return
-    # Decode rows are read in their order. Prefill rows, behind them, have moved up by the rows that left.
+    # Decode rows are read in order. Prefill rows follow them and have moved up by the rows that left.
     gone = decode_rows - active
     remaining = reads - gone
     start, end = share(thread, remaining)
@@ -185,10 +184,9 @@ def run_step(thread, model, layers, exits, cache, batch, scratch, found, out):
 
 @compiled
 def step_scratch(model, rows):
-    """Bytes that `run_step` works in: what it keeps of each row, states, and the most of what follows.
+    """Work bytes of `run_step`: what it keeps per row, states, and the largest of three work spaces.
 
-    That is what the layers work in, or what reading does, or the states of rows that leave early and what
-    propagating them works in.
+    They are those of the layers, of reading out, and of rows that leave early (their states and propagation).
     """
     width = model.width
     wide = max(width, model.embedding.width)
@@ -199,7 +197,7 @@ def step_scratch(model, rows):
 
 @compiled
 def _moved(batch, rows, positions, slots, row_tables):
-    """The batch with its first rows alone, whose positions, slots and tables lie elsewhere."""
+    """The batch with only its first rows, whose positions, slots and tables lie elsewhere."""
     return BatchAddresses(
         rows,
         batch.decode_rows,
@@ -216,7 +214,7 @@ def _moved(batch, rows, positions, slots, row_tables):
 
 @compiled
 def _enter(thread, model, batch, hidden, scratch):
-    """Computes the states before the first layer, float32 [rows, width]: each thread those of its rows."""
+    """Computes each thread's rows of the states before the first layer, float32 [rows, width]."""
     start, end = share(thread, batch.rows)
     if model.project_in.weights:
         _embed(model.embedding, batch.token_ids, start, end, scratch)
@@ -244,7 +242,7 @@ def _embed(embedding, token_ids, start, end, out):
 
 @compiled
 def _add_positions(learned, positions, start, end, width, hidden):
-    """Adds to the rows start..end of hidden, float32 [rows, width], the learned rows of their positions."""
+    """Adds the learned vectors of their positions to rows start..end of hidden, float32 [rows, width]."""
     table, precision = learned.table, learned.precision
     for row in range(start, end):
         source, target = (load_long(positions, row) + learned.offset) * width, row * width
@@ -255,7 +253,7 @@ def _add_positions(learned, positions, start, end, width, hidden):
 
 @compiled
 def _load_number(precision, address, index):
-    """A number of a table as float32."""
+    """Loads a number of a table as float32."""
     if precision == FLOAT16:
         return load_half(address, index)
     return load_bfloat(address, index) if precision == BFLOAT16 else load_single(address, index)
@@ -263,9 +261,9 @@ def _load_number(precision, address, index):
 
 @compiled
 def _leave(thread, model, at_exit, x, reads, scratch, outputs):
-    """Reads tokens out of the states x, float32 [reads, width], of which each thread has brought its rows.
+    """Reads tokens out of the states x, float32 [reads, width]. Each thread has prepared its own rows of x.
 
-    at_exit: EXIT; outputs: all but the exit layers are written.
+    at_exit: EXIT; outputs: all of them are written except the exit layers.
     """
     precision, embed_width = model.precision, model.embedding.width
     start, end = share(thread, reads)
@@ -286,7 +284,7 @@ def _leave(thread, model, at_exit, x, reads, scratch, outputs):
 
 @compiled
 def _hand_over(found, row, out, read, vocabulary, exit_layer):
-    """Copies a row of the outputs `found` to a read of the outputs `out`."""
+    """Copies a row of the outputs `found` to position `read` of the outputs `out`."""
     _copy_row(found.logits + 4 * row * vocabulary, out.logits + 4 * read * vocabulary, vocabulary)
     store_long(out.best, read, load_long(found.best, row))
     for column in range(SUMMARY):

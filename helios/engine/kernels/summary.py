@@ -1,4 +1,4 @@
-"""What sampling and exits need first of a row of logits."""
+"""Summarizes a row of logits: the values that sampling and exits need first."""
 
 import numpy as np
 
@@ -30,7 +30,7 @@ from helios.engine.kernels.simd import (
 
 @compiled
 def summarize(thread, outputs, rows, width):
-    """Summarizes a thread's rows of logits, [rows, width]. A row's best token is the first of the largest."""
+    """Summarizes a thread's rows of logits, [rows, width]. The best token is the first of the largest."""
     logits, best, summaries = outputs.logits, outputs.best, outputs.summaries
     whole = width - width % LANES
     room, places = np.empty(LANES, np.float32), np.empty(LANES, np.int32)

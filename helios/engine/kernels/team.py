@@ -1,7 +1,7 @@
 """Threads that compute one compiled call together.
 
-They are not torch's OpenMP threads: compiled code cannot reach those on every machine. A team meets at
-barriers inside the call, so it is woken once per call instead of once per product.
+They are not torch's OpenMP threads, because compiled code cannot reach those on every machine. The threads
+meet at barriers inside the call, so they are woken once per call instead of once per product.
 """
 
 import threading
@@ -16,31 +16,31 @@ from helios.engine.kernels.layout import ALONE, Thread
 
 Kernel = Callable[..., None]
 
-# With at least this many multiply-adds in a call, several threads are faster than one that need not wake the
-# others and wait for them. One thread does as many in half a millisecond.
+# With at least this many multiply-adds in a call, several threads are faster than one, although they must be
+# woken and waited for. One thread computes this many in half a millisecond.
 _WORTHWHILE = 32 << 20
 _ALONE = tuple(ALONE)
 
 
 class Team:
-    """`threads` threads, one of which is the caller's (`threads.lend`). One call at a time."""
+    """`threads` threads, including the caller's. One call at a time."""
 
     def __init__(self) -> None:
         self.threads = 1
         # With fewer multiply-adds the caller's thread works alone. The results are the same.
         self.worthwhile = _WORTHWHILE
-        # Seconds that callers have spent in compiled calls.
+        # Total seconds in compiled calls.
         self.seconds = 0.0
         self._lock = threading.Lock()
         self._members: list[_Member] = []
-        # Where the threads meet (`barrier.meet`): how many have come, and how often they met.
+        # The barrier (`barrier.meet`): how many threads have arrived, and how often they have met.
         self._meeting = np.zeros(2, dtype=np.int64)
 
     def run(self, kernel: Kernel, *arguments: Any, operations: int) -> None:
         """Calls kernel(thread, *arguments) on every thread. Returns when all are done.
 
-        kernel: one of `border`, which says how arguments cross; operations: about how many multiply-adds the
-        call has.
+        kernel: a function of `border`, which describes how arguments cross; operations: approximate number of
+        multiply-adds of the call.
         """
         began, threads = time.perf_counter(), self.threads if operations >= self.worthwhile else 1
         if threads == 1:
@@ -70,7 +70,7 @@ class _Member:
         threading.Thread(target=self._work, name=f"team-{number}", daemon=True).start()
 
     def begin(self, kernel: Kernel, thread: Thread, arguments: tuple[Any, ...]) -> None:
-        """Hands over a call. `done` gets an entry at its end."""
+        """Starts this thread's part of a call. `done` gets an entry at its end."""
         self._calls.put((kernel, thread, arguments))
 
     def _work(self) -> None:

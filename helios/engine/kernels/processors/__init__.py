@@ -1,1 +1,1 @@
-"""Classes of processors that kernels are compiled for: a file for each kind (`processor.TARGETS`)."""
+"""Classes of processors that kernels are compiled for, one file per family (`processor.TARGETS`)."""

@@ -2,7 +2,7 @@
 
 from helios.engine.kernels.processors.target import Target
 
-# The psABI's level x86-64-v3, as far as LLVM finds its features.
+# The level x86-64-v3 of the psABI, limited to features that LLVM reports.
 FEATURES = frozenset(
     {"avx", "avx2", "bmi", "bmi2", "cx16", "f16c", "fma", "lzcnt", "movbe", "popcnt", "sahf"}
 )

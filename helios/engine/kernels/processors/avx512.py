@@ -1,4 +1,4 @@
-"""x86-64 with AVX-512: 32 registers of 16 lanes, and perhaps dot products of bytes (VNNI) and bfloat16."""
+"""x86-64 with AVX-512: 32 registers of 16 lanes. Some have dot products of bytes (VNNI) and of bfloat16."""
 
 from llvmlite import ir
 
@@ -7,13 +7,13 @@ from helios.engine.kernels.processors.target import Target
 from helios.engine.kernels.simd import LANES, SINGLES, WORDS, Builder, Value, build_call
 
 _VNNI, _BF16 = "avx512vnni", "avx512bf16"
-# The psABI's level x86-64-v4, as far as LLVM finds its features.
+# The level x86-64-v4 of the psABI, limited to features that LLVM reports.
 _FEATURES = avx2.FEATURES | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 _BLOCK_ROWS = 8
 
 
 class _BFloat16(ir.types.Type):
-    """LLVM's type, which llvmlite lacks."""
+    """LLVM's bfloat16 type, which llvmlite lacks."""
 
     intrinsic_name = "bf16"
 
