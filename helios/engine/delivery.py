@@ -119,8 +119,7 @@ class Delivery:
 def take(
     seq: Sequence, ids: list[int], before: int, eos_token_ids: Seq[int]
 ) -> tuple[list[str], FinishReason | None]:
-    """The texts of a sequence's next tokens, up to the token that ends it, and the stop reason if there is
-    one.
+    """The texts of a sequence's next tokens, up to the one that ends it, and the stop reason if any.
 
     before: number of tokens generated earlier. The text of the last token includes all text that was held
     back. The end-of-text token has an empty text, whatever the tokenizer says.

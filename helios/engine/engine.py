@@ -357,8 +357,7 @@ class Engine:
         *,
         urgent: bool = False,
     ) -> Reloaded:
-        """Loads another plan while the running one serves, and puts it in force between two steps
-        (`move.py`).
+        """Loads a plan while the running one serves, and puts it in force between two steps (`move.py`).
 
         Weights that both plans have are shared: a deeper plan loads only the missing layers. Everything else
         is as `ServingEngine.reload` says.

@@ -111,8 +111,8 @@ class Counters:
     prefill_tokens: int = 0
     generated_tokens: int = 0
     finished_sequences: int = 0
-    # Tokens whose confidence was below their exit's threshold (high-exit tokens, HT). Counts only tokens under
-    # the plan in force.
+    # Tokens whose confidence was below their exit's threshold (high-exit tokens, HT). Counts only tokens
+    # under the plan in force.
     high_exit_tokens: int = 0
     # Tokens generated under the plan in force, and the sum of -ln(confidence) over them.
     confidence_tokens: int = 0

@@ -1,4 +1,4 @@
-"""The memory budget of an engine: weights + activations + KV pool, planned before anything is allocated."""
+"""An engine's memory budget: weights + activations + KV cache, planned before anything is allocated."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,21 +12,21 @@ from helios.errors import OutOfMemoryError
 from helios.footprint import activation_bytes
 from helios.hardware import available_memory
 
-# Shares of the memory that is free when an engine starts. The rest is left to the system, to other workers
-# and to reloads, which hold the new weights beside the old ones for a moment.
+# Shares of the memory that is free when an engine starts. The rest is for the system, other workers and
+# reloads, during which old and new weights are both in memory for a moment.
 _CPU_SHARE = 0.4
 _GPU_SHARE = 0.9
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """Bytes of each part of the budget, and the KV blocks they make."""
+    """Bytes of each part of the budget, and the resulting number of KV blocks."""
 
     weight_bytes: int
     activation_bytes: int
     kv_bytes_per_token: int
     num_blocks: int
-    # An upper bound for any plan of the model: blocks of one layer that fill the whole budget.
+    # Upper bound for any plan of the model: one-layer blocks that fill the whole budget.
     most_blocks: int
 
 
@@ -40,9 +40,9 @@ def plan_memory(
 ) -> MemoryPlan:
     """Fits a loaded model into `budget` bytes.
 
-    The pool never exceeds what `max_running` sequences of full context can use.
-    Raises OutOfMemoryError when not even one such sequence fits. The error names the bytes that would do, and
-    the exit layers of the same model that fit.
+    The pool is never larger than `max_running` sequences of full context can use.
+    Raises OutOfMemoryError when not even one such sequence fits. The error names the bytes that would be
+    enough, and the exit layers of the same model that fit.
     """
 
     def share(depth: int) -> MemoryPlan:
@@ -84,9 +84,9 @@ def share_memory(
     step_token_budget: int,
     block_tokens: int,
 ) -> MemoryPlan:
-    """The same for a model that need not be loaded, with `weights` bytes of weights. Raises OutOfMemoryError.
+    """Like `plan_memory`, for a model of `weights` bytes, loaded or not. Raises OutOfMemoryError.
 
-    dtype: of activations; kv: of keys and values.
+    dtype: type of activations; kv: type of keys and values.
     """
     block_bytes = depth * kv_bytes(config.num_kv_heads, config.head_dim, block_tokens, kv)
     activations = activation_bytes(config, dtype.itemsize, step_token_budget, max_running)
@@ -105,7 +105,7 @@ def share_memory(
 
 
 def device_budget(device: torch.device) -> int:
-    """Bytes that an engine may take of a device by default."""
+    """Bytes of a device's memory that an engine may use by default."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0] * _GPU_SHARE)
     return int(available_memory() * _CPU_SHARE)

@@ -1,10 +1,10 @@
-"""A reload, from the moment at which its plan is loaded: sequences in flight move to the new plan.
+"""The second part of a reload, after its plan is loaded: running sequences move to the new plan.
 
-A plan that has only fewer layers of the same checkpoint takes over between two steps: the keys and values of
-the layers that stay are valid under it. For any other plan they must be computed again. Where the keys and
-values of both plans can lie in one cache, sequences that decode keep doing so under the plan before and are
-sent back to be recomputed a few at a time, oldest first: none stands still for longer than its own prefill
-takes. Elsewhere (on a GPU, or with heads of another shape) all are recomputed at once.
+If the new plan only has fewer layers of the same checkpoint, it takes over between two steps, because the KV
+of the remaining layers stays valid. For any other plan the KV must be recomputed. If the KV of both plans
+fits into one cache, decoding sequences continue under the old plan. They are sent back to be recomputed a few
+at a time, oldest first, so none pauses for longer than its own prefill takes. Otherwise (on a GPU, or if the
+heads have another shape) all are recomputed at once.
 """
 
 import threading
@@ -27,7 +27,7 @@ from helios.served import ServedPlan
 
 @dataclass(slots=True)
 class Reload:
-    """A loaded plan that is to take over, and how that ended. `done` is set when it has."""
+    """A loaded plan that is to be put in force, and the result. `done` is set when the reload has ended."""
 
     plan: Plan
     done: threading.Event = field(default_factory=threading.Event)
@@ -36,13 +36,13 @@ class Reload:
     )
 
     def end(self, result: Reloaded | HeliosError) -> None:
-        """Notes the result and wakes whoever waits for it."""
+        """Stores the result and wakes whoever waits for it."""
         self.result = result
         self.done.set()
 
 
 class Move:
-    """The sequences of one plan on their way to another, under which nothing in their blocks is valid."""
+    """Moves sequences from one plan to another, for which the KV in their blocks is not valid."""
 
     def __init__(
         self,
@@ -52,22 +52,22 @@ class Move:
         step_token_budget: int,
         last_step: float,
     ) -> None:
-        """last_step: when the last step ended, on the clock of time.monotonic."""
+        """last_step: end of the last step, on the clock of time.monotonic."""
         self.before, self.to = before, to
         self._scheduler, self._step_token_budget = scheduler, step_token_budget
-        # Sequences that will go on under the new plan, and the longest that one of them got no token.
+        # Sequences that will continue under the new plan, and the longest time that one of them got no token.
         self.sequences, self.stall_seconds = len(scheduler.running), 0.0
-        # When each sequence that has no token under the new plan yet got its last one.
+        # Time of the last token, for each sequence that has no token under the new plan yet.
         self._last_token = {seq: last_step for seq in scheduler.running if seq.is_decoding}
-        # Whether some still run under the plan before.
+        # Whether some sequences still run under the old plan.
         self.is_leaving = False
-        # Tokens of them that may be computed again by now.
+        # Number of their tokens that may be recomputed by now.
         self._credit = 0
 
     def begin(self, num_blocks: int, chunks: ChunkBudget) -> None:
-        """Lets sequences that decode go on under the plan before, and sends all others back.
+        """Lets decoding sequences continue under the old plan, and sends all others back.
 
-        num_blocks: of the pool from now on. chunks: budget of the steps under the new plan.
+        num_blocks: size of the pool from now on. chunks: chunk budget of the steps under the new plan.
         """
         scheduler = self._scheduler
         for seq in reversed([seq for seq in scheduler.running if seq.plan == self.before]):
@@ -79,7 +79,7 @@ class Move:
         self.begin_with_waiting(num_blocks, chunks)
 
     def begin_with_waiting(self, num_blocks: int, chunks: ChunkBudget) -> None:
-        """`begin` when no sequence runs: those that wait have no keys and values, and change their plan."""
+        """Like `begin`, when no sequence runs. Waiting sequences have no KV and simply change their plan."""
         for seq in self._scheduler.waiting:
             if seq.plan == self.before:
                 seq.plan = self.to
@@ -89,9 +89,9 @@ class Move:
     def send_back(self) -> int:
         """Sends sequences back to be recomputed, oldest first, as fast as steps have room for them.
 
-        They get half of the room if others wait for prefill as well. Nobody is sent while an older sequence
-        is still being recomputed. Returns how many prompt tokens the next step should take for them at least:
-        a sequence that does not quite fit into a chunk is computed whole all the same.
+        They get half of the room if other sequences also wait for prefill. None is sent while an older
+        sequence is still being recomputed. Returns how many prompt tokens the next step should at least take
+        for them, so that a sequence slightly longer than a chunk is still computed in one step.
         """
         if not self.is_leaving:
             return 0
@@ -104,7 +104,7 @@ class Move:
         room = max(1, min(scheduler.chunks.tokens(decoding), self._step_token_budget - decoding))
         prefills = [seq for seq in scheduler if seq.pending > 1]
         earned = -(-room // 2) if prefills else room
-        # Enough for one sequence may be saved up, not for many at once.
+        # Credit may accumulate for one sequence, but not for many at once.
         self._credit = min(self._credit + earned, max(room, len(leaving[0].token_ids)))
         sent = 0
         if not any(seq.arrival < leaving[0].arrival for seq in prefills):
@@ -126,25 +126,26 @@ class Move:
 
     @property
     def is_done(self) -> bool:
-        """Whether all that had begun to generate do so under the new plan, or wait for memory."""
+        """Whether all sequences that were generating now generate under the new plan, or wait for memory."""
         return not self.is_leaving and not any(seq.state is SequenceState.RUNNING for seq in self._last_token)
 
 
 class ServedPlans:
-    """The plan in force, during a move the plan before as well, and the scheduler and cache that they share.
+    """The plan in force, during a move also the old plan, and the scheduler and cache that they share.
 
-    Everything here happens on the engine's thread, between two steps.
+    All methods run on the engine's thread, between two steps.
     """
 
     def __init__(self, plan: Plan, settings: EngineSettings) -> None:
-        """Allocates keys and values. Raises OutOfMemoryError."""
+        """Allocates the KV cache. Raises OutOfMemoryError."""
         self._settings = settings
-        # New sequences are under this plan.
+        # New sequences get this plan.
         self.in_force = plan
-        # All that sequences are under; the one in force comes last.
+        # All plans of current sequences. The one in force comes last.
         self._plans = {plan.served: plan}
         self.cache = self._allocate(plan, None)
-        # In exit mode dynamic, keys and values of generated tokens are estimates; those of prompts are not.
+        # No sharing in exit mode dynamic: the KV of generated tokens is an estimate, the KV of prompts is
+        # exact.
         shares = settings.prefix_cache and settings.exit_mode is not ExitMode.DYNAMIC
         self.scheduler = Scheduler(
             BlockPool(plan.memory.num_blocks, settings.block_tokens),
@@ -157,7 +158,7 @@ class ServedPlans:
         self.move: Move | None = None
 
     def grouped(self, scheduled: list[tuple[Sequence, int]]) -> list[tuple[Plan, list[tuple[Sequence, int]]]]:
-        """What is scheduled, by the plan of its sequences."""
+        """Groups scheduled sequences by their plan."""
         if len(self._plans) == 1:
             return [(self.in_force, scheduled)]
         parts: dict[ServedPlan, list[tuple[Sequence, int]]] = {served: [] for served in self._plans}
@@ -166,10 +167,10 @@ class ServedPlans:
         return [(self._plans[served], part) for served, part in parts.items() if part]
 
     def take_over(self, reload: Reload, last_step: float) -> None:
-        """Puts a loaded plan in force. Sequences in flight move to it from now on, until `end_move`.
+        """Puts a loaded plan in force. Running sequences move to it from now on, until `end_move`.
 
-        last_step: when the last step ended, on the clock of time.monotonic. On an error the plan in force
-        stays, and the reload ends with the error.
+        last_step: end of the last step, on the clock of time.monotonic. On an error the current plan stays in
+        force, and the reload ends with the error.
         """
         began = time.monotonic()
         before, new, running = self.in_force, reload.plan, len(self.scheduler.running)
@@ -189,12 +190,12 @@ class ServedPlans:
         except HeliosError as error:
             reload.end(error)
         finally:
-            # Whoever waits for the reload hears of its end even if an error takes the loop down.
+            # Even if an error stops the loop, whoever waits for the reload is told.
             if self._reload is not reload:
                 reload.done.set()
 
     def send_back(self) -> int:
-        """`Move.send_back`, if sequences move; else 0."""
+        """Calls `Move.send_back` during a move. Otherwise returns 0."""
         return 0 if self.move is None else self.move.send_back()
 
     def end_move(self) -> None:
@@ -207,13 +208,13 @@ class ServedPlans:
         reload.end(Reloaded(self.in_force.bytes_read, move.sequences, move.stall_seconds))
 
     def abandon_move(self) -> None:
-        """Wakes whoever waits for the reload, which will not end any more."""
+        """Wakes whoever waits for the reload, because the move will never end."""
         if self._reload is not None:
             self._reload.done.set()
         self._reload = self.move = None
 
     def _drop_layers(self, new: Plan) -> None:
-        """Serves fewer layers of the same checkpoint: what the lower layers have cached stays valid."""
+        """Serves fewer layers of the same checkpoint. The KV of the lower layers stays valid."""
         self.scheduler.chunks = self._chunk_budget(new)
         self.in_force.runner.release()
         self.in_force, self._plans = new, {new.served: new}
@@ -222,21 +223,22 @@ class ServedPlans:
         self._settle()
 
     def _can_hold_both(self, new: Plan) -> bool:
-        """Whether the keys and values of the plan in force and of another can lie in the same blocks."""
+        """Whether the KV of the plan in force and of another plan can use the same blocks."""
         config, cache = new.model.config, self.cache
         return (
             cache.is_in_place
             and cache.has_room_for(
                 new.memory.num_blocks, config.num_kv_heads, config.head_dim, new.model.kv_dtype
             )
-            # Else sequences could not tell them apart: it is a checkpoint that has changed in its place.
+            # With equal names sequences could not tell the plans apart: the checkpoint's files have changed.
             and new.served != self.in_force.served
         )
 
     def _begin_move(self, move: Move, new: Plan) -> None:
-        """Puts a plan in force beside the one before. Raises OutOfMemoryError.
+        """Puts a plan in force while the old one still runs. Raises OutOfMemoryError.
 
-        Until the move ends there are as many layers as the deeper plan has, and the blocks that both have.
+        Until the move ends, the cache has as many layers as the deeper plan, and only the blocks that both
+        plans have.
         """
         before, had = self.in_force, self.scheduler.pool.num_blocks
         num_blocks = min(new.memory.num_blocks, had)
@@ -249,10 +251,10 @@ class ServedPlans:
         self.in_force = self._plans[new.served] = new
 
     def _replace(self, move: Move, new: Plan) -> None:
-        """Puts a plan in force under which all sequences are recomputed at once. Raises OutOfMemoryError."""
+        """Puts a plan in force and recomputes all sequences at once. Raises OutOfMemoryError."""
         before, scheduler = self.in_force, self.scheduler
         scheduler.unbounded_until = max(scheduler.preempt_all(), scheduler.unbounded_until)
-        # On a GPU the old keys and values go before the new come: together they would break the budget.
+        # The old KV is freed before the new KV is allocated: together they would exceed a GPU's budget.
         before.runner.release()
         self.cache.resize(0, 0)
         try:
@@ -265,14 +267,14 @@ class ServedPlans:
         self.in_force, self._plans = new, {new.served: new}
 
     def _settle(self) -> None:
-        """Gives the plan in force, now the only one, the layers and blocks that are its own."""
+        """Gives the plan in force, now the only one, its own number of layers and blocks."""
         plan, cache, spare = self.in_force, self.cache, self.in_force.runner.spare_blocks
         cache.resize(plan.depth, plan.memory.num_blocks + spare)
         self.scheduler.pool.grow(cache.num_blocks - spare)
         self.scheduler.chunks.settle()
 
     def _chunk_budget(self, new: Plan) -> ChunkBudget:
-        """The budget of another plan, which expects of its steps what those of the plan in force suggest."""
+        """A chunk budget for another plan, with step times estimated from those of the plan in force."""
         settings = self._settings
         chunks = ChunkBudget(settings.prefill_stretch, settings.block_tokens, settings.step_token_budget)
         sizes = [plan.model.config.step_parameters(plan.depth) for plan in (new, self.in_force)]
@@ -280,7 +282,7 @@ class ServedPlans:
         return chunks
 
     def _allocate(self, plan: Plan, before: KVCache | None) -> KVCache:
-        """A cache for a plan: the one before, if it has room. Raises OutOfMemoryError."""
+        """A cache for a plan. Reuses the one before if it has room. Raises OutOfMemoryError."""
         config, kept = plan.model.config, plan.model.kv_dtype
         num_blocks = plan.memory.num_blocks + plan.runner.spare_blocks
         try:
@@ -297,7 +299,7 @@ class ServedPlans:
                 kept,
                 plan.model.device,
                 most_blocks=plan.memory.most_blocks,
-                # During a reload streams wait.
+                # Not during a reload, because streams wait meanwhile.
                 commit=before is None,
             )
         except (RuntimeError, MemoryError, OSError) as error:

@@ -1,4 +1,4 @@
-"""A loaded plan: a model at a depth, what runs its steps, and how memory is divided for it."""
+"""A loaded plan: a model at a depth, the runner of its steps, and its division of memory."""
 
 import math
 from collections.abc import Sequence
@@ -31,41 +31,41 @@ from helios.served import ServedPlan
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A loaded partial model with what runs it, its facts and its memory."""
+    """A loaded partial model with its runner, its facts and its memory plan."""
 
     entry: catalog.ModelEntry
     model: Model
     runner: Runner
     tokenizer: Tokenizer
     tokenizer_id: str
-    # tokenizer_id is its SHA-256.
+    # Its SHA-256 is tokenizer_id.
     tokenizer_json: bytes
     memory: MemoryPlan
-    # The confidence below which a token is unsure, by exit layer; none for the model's last layer.
+    # By exit layer, the confidence below which a token counts as unsure. The model's last layer has none.
     thresholds: dict[int, float]
 
     @property
     def served(self) -> ServedPlan:
-        """The name under which sequences refer to it."""
+        """The plan's name: sequences refer to the plan by it."""
         return ServedPlan(model=self.entry.name, depth=self.depth)
 
     @property
     def depth(self) -> int:
-        """Layers loaded."""
+        """Number of loaded layers."""
         return self.model.depth
 
     @property
     def bytes_read(self) -> int:
-        """Bytes read to load the weights; those shared with the plan before were not read again."""
+        """Bytes read to load the weights. Weights shared with the previous plan were not read again."""
         return self.model.weights.bytes_read
 
     @property
     def checkpoint_id(self) -> str:
-        """Equal for the same files in the same place (`catalog.checkpoint_id`)."""
+        """Equal for the same files at the same path (`catalog.checkpoint_id`)."""
         return self.model.weights.checkpoint_id
 
     def not_finite(self, exit_layers: Sequence[int], confidences: Sequence[float]) -> CheckpointError:
-        """The error of a sequence whose probabilities are not finite. exit_layers, confidences: by token."""
+        """The error for a sequence with probabilities that are not finite. Arguments have one item per token."""
         pairs = zip(exit_layers, confidences, strict=False)
         layer = next((layer for layer, found in pairs if not math.isfinite(found)), exit_layers[-1])
         return _not_finite(self.entry.name, layer, self.model.weights.precision)
@@ -81,7 +81,7 @@ def _not_finite(name: str, layer: int, precision: str) -> CheckpointError:
 def check_model(entry: catalog.ModelEntry) -> None:
     """Raises CheckpointError unless `load_plan` can load every depth of a model, with every exit.
 
-    Reads all that such a load reads, and keeps none of it.
+    Reads everything that such loads read, and keeps nothing.
     """
     load_tokenizer(entry.path, entry.facts)
     load_weights(
@@ -105,10 +105,10 @@ def load_plan(
     *,
     urgent: bool = False,
 ) -> Plan:
-    """Loads a partial model and plans its memory. `threshold` overrides the settings' own.
+    """Loads a partial model and plans its memory. `threshold` overrides the settings' value.
 
-    running: the plan that is served meanwhile. Loading gives way to it unless `urgent`. If both are of the
-    same checkpoint, they share weights.
+    running: the plan that is served meanwhile. Loading yields to it unless `urgent`. Plans of the same
+    checkpoint share weights.
 
     Raises CheckpointError, UnknownDepthError, OutOfMemoryError, SettingsError.
     """
@@ -176,9 +176,9 @@ def load_plan(
 
 @torch.inference_mode()
 def warm_up(model: Model) -> Sampled:
-    """Computes a token and samples from it, so that no request waits for what the first use sets up.
+    """Computes and samples one token, so that no request waits for set-up work at first use.
 
-    Returns the token that was sampled.
+    Returns the sampled token.
     """
     cache = KVCache.of(model.config, model.depth, 1, model.block_tokens, model.kv_dtype, model.device)
     zero = torch.zeros(1, dtype=torch.int64, device=model.device)

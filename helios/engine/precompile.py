@@ -1,7 +1,7 @@
-"""`python -m helios.engine.precompile` compiles the kernels that workers and profilers call, before they do.
+"""`python -m helios.engine.precompile` compiles the kernels of workers and profilers in advance.
 
-With `--all-targets` it compiles them for every class of processors, for images that must start on any of
-them. Code of a class that this machine lacks is compiled and never run.
+With `--all-targets` it compiles them for every class of processors, for images that may start on any of them.
+Code for other classes than this machine's is compiled but never run.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m helios.engine.precompile", description=__doc__)
     parser.add_argument("--models-dir", type=Path, help="default: the bundled models")
     parser.add_argument("--all-targets", action="store_true", help="for every class of processors")
-    # For the process of another target, which gets the signatures on stdin.
+    # For the subprocess of another target, which gets the signatures on stdin.
     parser.add_argument("--signatures", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def call_all(model: Path) -> None:
-    """Serves and evaluates a model as worker and profiler do by default, as briefly as possible."""
+    """Serves and evaluates a model like worker and profiler do by default, as briefly as possible."""
     Engine.load(model, settings=EngineSettings(precision="auto", memory_bytes=_MEMORY_BYTES))
     settings = EvaluationSettings(
         generated_tokens=2, batches=(1,), repetitions=1, precision="auto", memory_bytes=_MEMORY_BYTES
@@ -65,7 +65,7 @@ def call_all(model: Path) -> None:
 
 
 def compile_for_others() -> int:
-    """Compiles what this process has called for all other targets, each in its own process: LLVM has one."""
+    """Compiles, for all other targets, what this process has called. LLVM allows one target per process."""
     signatures = pickle.dumps(jit.signatures())
 
     def compile_for(target: Target) -> int:
@@ -73,7 +73,7 @@ def compile_for_others() -> int:
         variables = os.environ | {processor.VARIABLE: target.name}
         return subprocess.run(command, input=signatures, env=variables, check=False).returncode
 
-    # On other architectures Numba's own description of the processor is all there is.
+    # On other architectures there are no classes, only Numba's own description of the processor.
     is_x86 = platform.machine() == "x86_64"
     others = [target for target in processor.TARGETS if is_x86 and target != processor.TARGET]
     with ThreadPoolExecutor(os.cpu_count()) as processes:

@@ -14,31 +14,33 @@ class EngineSettings:
     """Limits of an engine. Tokens and sequences are counts, memory is bytes."""
 
     exit_mode: ExitMode = ExitMode.GREEDY
-    # One threshold for every exit; None: each exit's calibrated one.
+    # One threshold for every exit. None: each exit uses its calibrated one.
     threshold: float | None = None
     device: str = "cpu"
     precision: str = "float32"
-    # For weights, activations and KV together. None: a share of what is free on the device at the start.
+    # For weights, activations and KV together. None: a share of the memory that is free on the device at the
+    # start.
     memory_bytes: int | None = None
     max_running: int = 64
     max_waiting: int = 256
     step_token_budget: int = 512
-    # A step that prefills beside decoding sequences takes at most this many times as long as one without.
+    # A step with prefill beside decoding sequences takes at most this many times as long as one without.
     prefill_stretch: float = 2.5
-    # So many decode steps are taken in one call as fit into this time, which saves the work between them.
-    # 0: one by one.
+    # Time of one burst: as many decode steps as fit into it run in one call, which saves overhead between
+    # steps. 0: one step per call.
     burst_seconds: float = 0.0
     block_tokens: int = 16
-    # Whether sequences with the same beginning share the KV of that beginning.
+    # Whether sequences with the same prefix share its KV.
     prefix_cache: bool = True
-    # Most tokens of each prompt whose probabilities are read out in prefill: they show how well the plan
-    # predicts the traffic. Never more than one in sixteen. 0: none.
+    # Most tokens of each prompt whose probabilities are read out during prefill. They show how well the plan
+    # predicts the traffic. At most one in sixteen tokens is read. 0: none.
     prompt_readings: int = 0
     # Whether decode steps on a CUDA device are captured as graphs.
     cuda_graphs: bool = True
-    # Where packed weights are kept between loads; None: helios/packed in the user's cache directory.
+    # Directory in which packed weights are kept between loads. None: helios/packed in the user's cache
+    # directory.
     packed_cache_dir: Path | None = None
-    # Bytes that the packed weights of all models may take there; 0: none are kept.
+    # Most bytes that the packed weights of all models may use there. 0: none are kept.
     packed_cache_bytes: int = DEFAULT_LIMIT_BYTES
 
     def __post_init__(self) -> None:

@@ -20,12 +20,13 @@ class LoadedTokenizer(NamedTuple):
 
 
 def load_tokenizer(path: Path, facts: EarlyExitFacts) -> LoadedTokenizer:
-    """The tokenizer of a checkpoint directory: tokenizer.json, else vocab.json with merges.txt.
+    """The tokenizer of a checkpoint directory: tokenizer.json, or else vocab.json with merges.txt.
 
-    What encoding puts in front of a text is tokenizer.json's own choice; without that file it is the model's
-    beginning of text. Nothing is truncated or padded.
+    tokenizer.json itself decides which tokens are put before a text. Without that file it is the model's BOS
+    token. Nothing is truncated or padded.
 
-    Raises CheckpointError when there is none, it is corrupt, or not the one that `facts` name.
+    Raises CheckpointError when there is none, when it is corrupt, or when it is not the one that `facts`
+    name.
     """
     file = path / TOKENIZER_FILE
     if file.is_file():
@@ -54,12 +55,12 @@ def load_tokenizer(path: Path, facts: EarlyExitFacts) -> LoadedTokenizer:
 
 def _convert(path: Path) -> Tokenizer:
     """A fast tokenizer from the slow tokenizer files that OPT checkpoints have on the hub."""
-    # Only these checkpoints need transformers, whose import takes seconds.
+    # Only these checkpoints need transformers, which takes seconds to import.
     from transformers import AutoTokenizer  # noqa: PLC0415
 
     try:
         slow = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    # transformers raises many kinds of errors for files that it cannot make sense of.
+    # transformers raises many kinds of errors for files that it cannot parse.
     except Exception as error:
         raise CheckpointError(
             f"{path}: {' and '.join(SLOW_TOKENIZER_FILES)} are not a tokenizer ({error}); fetch them again"

@@ -94,8 +94,7 @@ class CompiledModel:
     def step_dynamic(
         self, batch: Batch, cache: KVCache, thresholds: Mapping[int, float], burst: Burst
     ) -> tuple[Readout, list[int]]:
-        """Runs all layers. A decode row leaves at the first exit of `thresholds` where it is confident
-        enough.
+        """Runs all layers. A decode row leaves at the first exit whose threshold it reaches.
 
         Also returns the exit layer of each row that is read. Several steps and validity are as in `step`.
         """

@@ -17,8 +17,10 @@ class Runner(Protocol):
 
     @property
     def has_bursts(self) -> bool:
-        """True: a call takes all steps of a `Burst` and chooses all tokens. False: it takes one step, and the
-        caller chooses every token that is not simply the most likely one."""
+        """Whether a call takes all steps of a `Burst` and chooses all tokens.
+
+        If not, it takes one step, and the caller chooses all tokens that are not simply the most likely ones.
+        """
 
     @property
     def spare_blocks(self) -> int:

@@ -15,8 +15,7 @@ from helios.modes import ExitMode, Precision
 
 
 def cut(entry: ModelEntry, texts: Sequence[str], windows: int) -> list[list[int]]:
-    """Cuts at most `windows` evenly spread pieces out of the texts, each as long as the context, as token
-    ids.
+    """Cuts at most `windows` evenly spread pieces out of the texts: token ids that fill the context.
 
     Each begins like a served sequence, with the tokens that the tokenizer puts before a text.
 

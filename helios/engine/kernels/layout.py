@@ -174,8 +174,7 @@ class CacheAddresses(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """The attention of one layer: its heads, and the addresses of its keys and values as in
-    `CacheAddresses`."""
+    """The attention of one layer: its heads, and where its KV lies, as in `CacheAddresses`."""
 
     heads: int
     kv_heads: int

@@ -187,8 +187,7 @@ def multiply_tiles(precision, linear, encoded, first, last, result):
 
 @compiled
 def _store(precision, linear, sums, place, row, channel, row_scale, zero, result):
-    """Scales a register of sums, adds the bias, applies the activation, adds the residual and stores the
-    result."""
+    """Stores a register of sums after scale, bias, activation and residual."""
     if precision == INT8:
         # Each row has its own zero byte. Its contribution to the sums is subtracted.
         added = multiply_words(load_words(linear.weight_sums, channel), spread_word(zero))

@@ -58,8 +58,7 @@ def uniform(seed, position):
 
 @compiled
 def drawing_numbers(width):
-    """Float32 numbers that a thread needs for drawing: all weights, and some of them again, in whole
-    registers."""
+    """Float32 numbers that a thread draws with: all weights and a part of them, in whole registers."""
     return 2 * _whole(width)
 
 

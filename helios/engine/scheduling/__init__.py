@@ -1,1 +1,1 @@
-"""Which sequences a step computes: their states, blocks and chunks, and the batch made of them."""
+"""Decides which sequences a step computes: their states, blocks and chunks, and the resulting batch."""

@@ -1,4 +1,4 @@
-"""The tensors of one step: decode rows first, then the chunks of prefills, flattened to one axis."""
+"""The tensors of one step: decode rows, then the chunks of prefills, concatenated along one axis."""
 
 from array import array
 from collections.abc import Sequence as Seq
@@ -13,24 +13,24 @@ from helios.engine.scheduling.sequence import Sequence
 
 @dataclass(frozen=True, slots=True)
 class PrefillChunk:
-    """Rows start..end of the batch are consecutive tokens of one sequence."""
+    """Rows start..end of the batch: consecutive tokens of one sequence."""
 
     start: int
     end: int
-    # Blocks of all the sequence's tokens up to the end of this chunk. [1, blocks]
+    # Blocks of all the sequence's tokens up to the end of this chunk: [1, blocks].
     context_blocks: torch.Tensor
-    # Which slots of these blocks each row may see; None: the chunk is the whole context, plainly causal.
-    # [rows, blocks * block_tokens]
+    # The slots of these blocks that each row may attend to, [rows, blocks * block_tokens]. None: the chunk is
+    # the whole context, with the usual causal mask.
     mask: torch.Tensor | None
 
 
-# Not frozen: one is made for each step, and freezing makes that twice as slow.
+# Not frozen: one is created per step, and freezing makes creation twice as slow.
 @dataclass(eq=False)
 class Batch:
-    """One step: T rows of S sequences. The first `decode_rows` are single tokens of as many sequences."""
+    """One step: T rows of S sequences. The first `decode_rows` rows are one token of a sequence each."""
 
     # All integers of the step, one after the other: token ids, positions, slots and row_tables, [T] each;
-    # read_rows, [R]; tables, [S, W]. Built in host memory as an array of 64 bits each.
+    # read_rows, [R]; tables, [S, W]. 64 bits each, created in host memory.
     values: "torch.Tensor | array[int]"
     device: torch.device
     rows: int
@@ -54,51 +54,51 @@ class Batch:
         chunks: tuple[tuple[int, int, bool], ...],
         read_rows: torch.Tensor,
     ) -> "Batch":
-        """A batch from its parts, int64 each."""
+        """A batch from its parts, which are all int64."""
         numbers = torch.cat([token_ids, positions, slots, row_tables, read_rows, tables.flatten()])
         sizes = len(token_ids), len(read_rows), len(tables)
         return cls(numbers, numbers.device, *sizes, decode_rows, block_tokens, chunks)
 
     @cached_property
     def numbers(self) -> torch.Tensor:
-        """`values` on the device, in one transfer. Compiled code reads `addresses` instead."""
+        """`values` on the device, copied in one transfer. Compiled code reads `addresses` instead."""
         if isinstance(self.values, torch.Tensor):
             return self.values
         return torch.frombuffer(self.values, dtype=torch.int64).to(self.device)
 
     @property
     def width(self) -> int:
-        """Blocks of the longest context."""
+        """Number of blocks of the longest context."""
         return (len(self.values) - 4 * self.rows - self.reads) // self.sequences
 
     @property
     def token_ids(self) -> torch.Tensor:
-        """[T]"""
+        """Token id of each row: [T]."""
         return self._parts[0]
 
     @property
     def positions(self) -> torch.Tensor:
-        """From 0: a row sees this many tokens before itself. [T]"""
+        """Position of each row, from 0: the number of tokens before it. [T]"""
         return self._parts[1]
 
     @property
     def slots(self) -> torch.Tensor:
-        """The slot that each row's keys and values are written to. [T]"""
+        """Slot to which each row's keys and values are written: [T]."""
         return self._parts[2]
 
     @property
     def row_tables(self) -> torch.Tensor:
-        """The sequence of each row. [T]"""
+        """Index of each row's sequence in `tables`: [T]."""
         return self._parts[3]
 
     @property
     def read_rows(self) -> torch.Tensor:
-        """Rows from which a token is read, in the order of the sequences that get one. [R]"""
+        """Rows from which a token is read, in the order of their sequences: [R]."""
         return self._parts[4]
 
     @property
     def tables(self) -> torch.Tensor:
-        """The sequences' block numbers. [S, W]"""
+        """The sequences' block numbers: [S, W]."""
         return self._parts[5].view(self.sequences, -1)
 
     @cached_property
@@ -109,18 +109,18 @@ class Batch:
 
     @cached_property
     def lengths(self) -> torch.Tensor:
-        """Tokens that each row sees, itself included: [T]."""
+        """Number of tokens that each row sees, including itself: [T]."""
         return self.positions + 1
 
     @property
     def address(self) -> int:
-        """Where `values` lie, for compiled code."""
+        """Address of `values`, for compiled code."""
         values = self.values
         return values.data_ptr() if isinstance(values, torch.Tensor) else values.buffer_info()[0]
 
     @cached_property
     def decode_mask(self) -> torch.Tensor:
-        """True where a decode row may attend to: [decode_rows, 1, 1, blocks * block_tokens]."""
+        """True where a decode row may attend: [decode_rows, 1, 1, blocks * block_tokens]."""
         lengths = self.lengths[: self.decode_rows, None]
         return self._slots_seen < lengths[:, None, None]
 
@@ -131,7 +131,7 @@ class Batch:
 
     @cached_property
     def prefills(self) -> tuple[PrefillChunk, ...]:
-        """The chunks, with the blocks and masks of their attention."""
+        """The prefill chunks, with blocks and masks for attention."""
         found = []
         for start, end, whole in self.chunks:
             table = self.tables[self.row_tables[start : start + 1]]
@@ -148,7 +148,7 @@ class Batch:
         return torch.arange(self.tables.shape[1] * self.block_tokens, device=self.tables.device)
 
     def with_decode_rows(self, rows: torch.Tensor) -> "Batch":
-        """This batch with only some of its decode rows (prefills stay). rows: [kept], ascending."""
+        """This batch with only some of its decode rows. Prefill rows stay. rows: [kept], ascending."""
         prefill_rows = torch.arange(self.decode_rows, len(self.token_ids), device=rows.device)
         kept = torch.cat([rows, prefill_rows])
         shift = self.decode_rows - len(rows)
@@ -171,10 +171,10 @@ def build_batch(
     device: torch.device,
     readings: PromptReadings | None = None,
 ) -> tuple[Batch, list[Sequence]]:
-    """The batch of scheduled (sequence, tokens), and the sequences that get a token from it.
+    """Builds the batch of scheduled (sequence, tokens) pairs. Also returns the sequences that get a token.
 
     A sequence gets a token when its last known token is among the rows. The rows of `readings` are read after
-    theirs; `readings` notes the tokens that follow them.
+    those of the sequences; `readings` notes the token that follows each of them.
     """
     decodes: list[Sequence] = []
     prefills: list[tuple[Sequence, int]] = []
@@ -183,8 +183,8 @@ def build_batch(
             decodes.append(seq)
         else:
             prefills.append((seq, count))
-    # Each decode row is the last token of its sequence, and is read. Sequences lie scattered in memory, so
-    # there is one pass over them.
+    # Each decode row is the last token of its sequence, and is read. One pass over the sequences, because
+    # they are scattered in memory.
     token_ids, positions, slots, tables = [], [], [], []
     for seq in decodes:
         position, blocks = seq.computed, seq.blocks
@@ -211,7 +211,7 @@ def build_batch(
     if readings is not None:
         read_rows += readings.rows
     rows, width = len(token_ids), max(map(len, tables))
-    # All in one list, so that it is converted once.
+    # One list for everything, so that it is converted only once.
     numbers = token_ids + positions + slots + row_tables + read_rows
     for table in tables:
         numbers += table

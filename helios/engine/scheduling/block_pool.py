@@ -1,4 +1,4 @@
-"""The blocks of the paged KV: who holds which, and which keep the beginning of a text that may come again."""
+"""The blocks of the paged KV cache: who holds each block, and which blocks keep prefixes for reuse."""
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
@@ -9,17 +9,17 @@ from helios.errors import OutOfMemoryError
 class BlockPool:
     """Hands out block numbers. A block may have several holders; each frees it exactly once.
 
-    A full block can be published under the digest of all tokens up to its end (`Sequence.digests`). Others
-    may then read it. When nobody holds it any more it keeps its content until its place is needed: the block
-    that was freed longest ago goes first (as in vLLM, Kwon et al. 2023).
+    A full block can be published under the digest of all tokens up to its end (`Sequence.digests`), so that
+    others may read it. Once nobody holds it, it keeps its content until its place is needed. The block freed
+    longest ago is reused first (as in vLLM, Kwon et al. 2023).
     """
 
     def __init__(self, num_blocks: int, block_tokens: int) -> None:
         self.num_blocks = num_blocks
         self.block_tokens = block_tokens
         self._holders = [0] * num_blocks
-        # Blocks that nobody holds: those with nothing worth keeping, and the published ones, the one freed
-        # longest ago first.
+        # Blocks that nobody holds: first those without useful content, then the published ones in the order
+        # in which they were freed.
         self._empty = list(range(num_blocks - 1, -1, -1))
         self._kept: OrderedDict[int, None] = OrderedDict()
         self._published: dict[bytes, int] = {}
@@ -27,27 +27,27 @@ class BlockPool:
 
     @property
     def free_blocks(self) -> int:
-        """Blocks that nobody holds."""
+        """Number of blocks that nobody holds."""
         return len(self._empty) + len(self._kept)
 
     def blocks_for(self, tokens: int) -> int:
-        """Blocks that hold this many tokens."""
+        """Number of blocks needed for this many tokens."""
         return -(-tokens // self.block_tokens)
 
     def allocate(self, count: int) -> list[int]:
-        """Takes `count` blocks. Raises OutOfMemoryError, and takes none, when fewer are free."""
+        """Takes `count` blocks. Raises OutOfMemoryError and takes none if fewer are free."""
         if count > self.free_blocks:
             raise OutOfMemoryError(f"{count} KV blocks asked, {self.free_blocks} of {self.num_blocks} free")
         return [self._take_one() for _ in range(count)]
 
     def grow(self, num_blocks: int) -> None:
-        """Adds blocks until there are `num_blocks`; those handed out stay as they are."""
+        """Adds blocks until there are `num_blocks`. Blocks in use do not change."""
         self._empty.extend(range(num_blocks - 1, self.num_blocks - 1, -1))
         self._holders += [0] * (num_blocks - self.num_blocks)
         self.num_blocks = num_blocks
 
     def renew(self, num_blocks: int) -> None:
-        """Withdraws all that is published and changes the number of blocks. All held blocks must remain."""
+        """Unpublishes all blocks and changes their number. Blocks in use must keep valid numbers."""
         self._published.clear()
         self._digest_of.clear()
         self._kept.clear()
@@ -57,8 +57,8 @@ class BlockPool:
         self.num_blocks = num_blocks
 
     def free(self, blocks: Sequence[int]) -> None:
-        """Gives blocks back. Raises ValueError for a block that is not held."""
-        # The end of a text goes first: its beginning may serve other texts.
+        """Returns blocks to the pool. Raises ValueError for a block that is not held."""
+        # The last block of a text is reused first, because the first blocks are a prefix for other texts.
         for block in reversed(blocks):
             if not self._holders[block]:
                 raise ValueError(f"KV block {block} is freed but was not held")
@@ -71,13 +71,13 @@ class BlockPool:
                 self._empty.append(block)
 
     def publish(self, block: int, digest: bytes) -> None:
-        """Lets a full block be found by its digest, unless another block is. Nobody may write to it again."""
+        """Publishes a full block under its digest, unless another has it. Nobody may write to it again."""
         if digest not in self._published:
             self._published[digest] = block
             self._digest_of[block] = digest
 
     def reuse(self, digests: Iterable[bytes]) -> list[int]:
-        """Holds the published blocks of the longest beginning of these digests."""
+        """Takes hold of the published blocks that match the longest prefix of these digests."""
         found = []
         for digest in digests:
             block = self._published.get(digest)

@@ -1,8 +1,8 @@
-"""Text from token ids, as they come: never half a character, never part of a stop string.
+"""Turns token ids into text as they come. It never emits half a character or a part of a stop string.
 
-All deltas together are the text of all ids decoded at once, whatever the ids. So text that a later token may
-change is held back: half a character, and bytes of a byte-fallback vocabulary (`<0x41>`). The tokenizer
-decodes a run of such bytes as a whole: one broken byte turns the whole run into replacement characters.
+All deltas together equal the text of all ids decoded at once, for any ids. So text that a later token may
+change is held back: half a character, and the bytes of a byte-fallback vocabulary (`<0x41>`). The tokenizer
+decodes a run of such bytes as a whole, and one broken byte turns the whole run into replacement characters.
 """
 
 import re
@@ -10,19 +10,19 @@ from collections.abc import Mapping, Sequence
 
 from tokenizers import Tokenizer, decoders
 
-# Stands for half a character, and for each byte that is no part of a character.
+# Stands for half a character, and for each byte that is not part of a character.
 _REPLACEMENT = "\ufffd"
-# The form that `decoders.ByteFallback` knows.
+# The form that `decoders.ByteFallback` recognises.
 _FALLBACK_BYTE = re.compile("<0x[0-9A-Fa-f]{2}>")
-# Half a character has at most three bytes, and so lies in as many byte-level tokens.
+# Half a character has at most three bytes, so it spans at most three byte-level tokens.
 _HALF_TOKENS = 3
 
 
 def token_texts(tokenizer: Tokenizer) -> dict[int, str]:
-    """The texts of tokens whose text does not depend on their place. Empty if a tokenizer has no such tokens.
+    """Texts of the tokens whose text never depends on other tokens. Empty if the tokenizer has none.
 
-    Byte-level tokens (Radford et al. 2019) are bytes whatever is before them. Left out are tokens that are
-    not whole characters, and tokens without text.
+    Byte-level tokens (Radford et al. 2019) are the same bytes after any token. Tokens that are not whole
+    characters, and tokens without text, are left out.
     """
     if not isinstance(tokenizer.decoder, decoders.ByteLevel):
         return {}
@@ -35,19 +35,20 @@ def token_texts(tokenizer: Tokenizer) -> dict[int, str]:
 class Detokenizer:
     """Incremental text of one sequence.
 
-    The text emitted after n tokens depends on these n ids alone, so a sequence that is resumed elsewhere from
-    its ids goes on with the same text.
+    The text emitted after n tokens depends only on these n ids, so a sequence that is resumed elsewhere from
+    its ids continues with the same text.
     """
 
     def __init__(
         self, tokenizer: Tokenizer, stop: tuple[str, ...], texts: Mapping[int, str] | None = None
     ) -> None:
-        """texts: `token_texts` of this tokenizer, which save most of the decoding."""
+        """texts: `token_texts` of this tokenizer. They avoid most of the decoding."""
         self._tokenizer = tokenizer
         self._texts = texts or {}
-        # Tokens whose text is not final; before them one more token, if a token's text depends on its place.
+        # Tokens whose text is not final. If a token's text depends on its place, one more token precedes
+        # them.
         self._window: list[int] = []
-        # Characters of the window's text that are final.
+        # Number of final characters in the window's text.
         self._final = 0
         self._stop = stop
         self._decoded = ""
@@ -60,19 +61,20 @@ class Detokenizer:
         return self._decoded[: self._emitted]
 
     def push(self, token_id: int) -> str:
-        """Takes the next id and returns the text it completes. Sets `stopped` at a stop string."""
+        """Takes the next id and returns the text that it completes. Sets `stopped` at a stop string."""
         new = None if self._window else self._texts.get(token_id)
         if new is None:
             new = self._decode(token_id)
         return self._emit(new, last=False) if new else ""
 
     def push_all(self, ids: Sequence[int]) -> list[str]:
-        """`push` for one id after the other, up to the one that completes a stop string."""
+        """Calls `push` for each id in order, up to the one that completes a stop string."""
         if not self._stop and not self._window:
             known = self._texts.get
             texts = [text for token_id in ids if (text := known(token_id)) is not None]
             if len(texts) == len(ids):
-                # Nothing is held back. All at once: what `push` checks for each token takes noticeable time.
+                # Nothing is held back, so all texts are appended at once: checking each token as `push` does
+                # takes noticeable time.
                 self._decoded += "".join(texts)
                 self._emitted = len(self._decoded)
                 return texts
@@ -87,7 +89,7 @@ class Detokenizer:
         """The text that an id makes final, decoded by the tokenizer."""
         window, decode = self._window, self._tokenizer.decode
         alone = decode([token_id])
-        # Decoding skips special tokens and ids beyond the vocabulary: the tokens around them belong together.
+        # Decoding skips special tokens and ids outside the vocabulary, so the tokens around them join.
         if self._texts:
             if not alone:
                 return ""
@@ -100,23 +102,23 @@ class Detokenizer:
             return ""
         window.append(token_id)
         text = decode(window) if len(window) > 1 else alone
-        # Of broken bytes only the last may still become a character.
+        # Among broken bytes, only those at the end may still become a character.
         end = len(text) - text.endswith(_REPLACEMENT)
         new, self._final = text[self._final : end], end
         if self._texts:
             if end == len(text):
-                # All characters are whole: the next token needs nothing before it.
+                # All characters are complete, so the next token needs nothing before it.
                 self._window, self._final = [], 0
             elif len(window) > _HALF_TOKENS:
                 self._window = window[-_HALF_TOKENS:]
                 self._final = len(decode(self._window)) - 1
         elif alone and end == len(text):
-            # After a token with its own text, the texts of all others depend on nothing earlier.
+            # After a token with its own text, later texts depend on nothing before that token.
             self._window, self._final = [token_id], len(alone)
         return new
 
     def flush(self) -> str:
-        """The text still held back, when no more tokens will come."""
+        """The text still held back, once there are no more tokens."""
         if self.stopped:
             return ""
         text = self._tokenizer.decode(self._window)

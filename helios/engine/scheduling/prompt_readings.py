@@ -1,17 +1,17 @@
-"""A sample of each prompt's own tokens, read out while it is prefilled: how well the plan reads the traffic.
+"""Reads out a sample of each prompt's tokens in prefill, to see how well the plan predicts the traffic.
 
-Prefill computes all that these tokens' probabilities need, except the LM head's rows. So a few more rows
-show how well the served exit predicts real prompts, without any evaluation.
+Prefill computes everything that these tokens' probabilities need, except for their rows of the LM head. So a
+few more rows show how well the served exit predicts real prompts, without any evaluation.
 """
 
 from helios.engine.scheduling.sequence import Sequence
 
-# At most one in so many of a prompt's tokens is read: a short prompt costs little more than without.
+# At most one in this many prompt tokens is read, so that a short prompt costs little more.
 _SPACING = 16
 
 
 def read_positions(prompt_tokens: int, most: int) -> list[int]:
-    """Which tokens of a prompt are read, at most `most`: spread evenly over all that have a next token."""
+    """Positions of a prompt that are read, at most `most`, evenly spread over all that have a next token."""
     predicted, count = prompt_tokens - 1, min(most, prompt_tokens // _SPACING)
     return [(2 * index + 1) * predicted // (2 * count) for index in range(count)]
 
@@ -20,18 +20,18 @@ class PromptReadings:
     """The rows of one step that are read for this sample, and the tokens that follow them."""
 
     def __init__(self, most: int) -> None:
-        """most: rows of one prompt."""
+        """most: maximum number of rows per prompt."""
         self._most = most
-        # Rows of the batch, and the prompt's next token at each.
+        # Rows of the batch, and for each the prompt's next token.
         self.rows: list[int] = []
         self.targets: list[int] = []
-        # Prompts of which no token had been read before.
+        # Number of prompts of which no token had been read before.
         self.prompts = 0
 
     def take(self, seq: Sequence, start: int, end: int, first_row: int) -> None:
-        """Chooses among the tokens start..end of a sequence, whose rows begin at `first_row`."""
+        """Chooses among the tokens start..end of a sequence. Their rows begin at `first_row`."""
         begin, stop = max(start, seq.read_until), min(end, seq.prompt_tokens - 1)
-        # The same tokens, however the prompt is cut into chunks.
+        # The choice does not depend on how the prompt is cut into chunks.
         chosen = [at for at in read_positions(seq.prompt_tokens, self._most) if begin <= at < stop]
         if not chosen:
             return

@@ -1,13 +1,13 @@
 """Continuous batching: which sequences run in the next step, and how many tokens of each.
 
-Decoding sequences come first, one token each, so that a long prompt cannot stall them; prefills share
-what is left of the step's token budget in chunks, oldest first. A sequence is admitted when the pool has
-blocks for all its tokens. When a running one needs a block and none is free, the youngest running
-sequence is preempted: its blocks are freed, and it waits to be recomputed (Kwon et al. 2023, section 4.5).
-The oldest is never preempted for a younger one, so every sequence ends.
+Decoding sequences come first with one token each, so that a long prompt cannot stall them. Prefills share the
+rest of the step's token budget in chunks, oldest first. A sequence is admitted when the pool has blocks for
+all its tokens. When a running sequence needs a block and none is free, the youngest running sequence is
+preempted: its blocks are freed, and it waits to be recomputed (Kwon et al. 2023, section 4.5). The oldest is
+never preempted for a younger one, so every sequence ends.
 
-What this or an earlier sequence has computed of the same beginning is not computed again: its full blocks
-are shared (`BlockPool`).
+A prefix that this or an earlier sequence has already computed is not computed again: its full blocks are
+shared (`BlockPool`).
 """
 
 import time
@@ -21,7 +21,7 @@ from helios.engine.scheduling.sequence import Sequence, SequenceState
 
 
 class Scheduler:
-    """Queue, running batch and block tables. Not thread-safe: the engine's step owns it."""
+    """Queue, running batch and block tables. Not thread-safe: only the engine's step uses it."""
 
     def __init__(
         self,
@@ -31,16 +31,16 @@ class Scheduler:
         chunks: ChunkBudget,
         copy_block: Callable[[int, int], None] | None,
     ) -> None:
-        """copy_block(source, target) copies a block's keys and values; None: no block is shared."""
+        """copy_block(source, target) copies a block's KV. None: blocks are not shared."""
         self.pool = pool
         self.chunks = chunks
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest arrival first
         self.preemptions = 0
-        # Tokens that were not computed, because a sequence with the same beginning had been.
+        # Tokens that were not computed because an earlier sequence had the same prefix.
         self.cached_tokens = 0
-        # Prefills of sequences that arrived up to here take all that is left of a step, not only a chunk: a
-        # reload has made them stand still.
+        # Prefills of sequences that arrived up to this one may use the whole rest of a step, not only a
+        # chunk, because a reload has interrupted them.
         self.unbounded_until = -1
         self._block_tokens = pool.block_tokens
         self._max_running = max_running
@@ -57,7 +57,7 @@ class Scheduler:
         self.waiting.append(sequence)
 
     def schedule(self, least: int = 0) -> list[tuple[Sequence, int]]:
-        """(sequence, tokens to compute) of the next step; empty when there is nothing to do.
+        """Returns (sequence, tokens to compute) pairs for the next step; empty when there is nothing to do.
 
         least: prompt tokens that the step may take beside decodes, even if that is more than a chunk.
         """
@@ -75,14 +75,14 @@ class Scheduler:
         if not waiting:
             return scheduled
         budget -= decoding
-        # A sequence that was sent back can be older than prompts that are under way.
+        # A sequence that was sent back can be older than prompts whose prefill has begun.
         while prefills and self.waiting and self.waiting[0].arrival < prefills[-1].arrival:
             if (admitted := self._admit()) is None:
                 break
             insort(prefills, admitted, key=lambda seq: seq.arrival)
         first = prefills[0] if prefills else self.waiting[0]
         if scheduled and first.arrival < scheduled[-1][0].arrival:
-            # A sequence older than one that decodes does not wait until the time of such steps is known.
+            # An older sequence must not wait until the time of such a decode step is known.
             least = max(least, self._block_tokens)
         if first.arrival > self.unbounded_until:
             budget = min(budget, max(least, self.chunks.tokens(decoding, waiting)))
@@ -95,7 +95,7 @@ class Scheduler:
     def reserve(self, sequences: Iterable[Sequence], tokens: int) -> bool:
         """Gives each of these running sequences blocks for `tokens` more tokens.
 
-        Gives none and returns False if too few are free: nobody is preempted for them.
+        If too few blocks are free, gives none and returns False: no sequence is preempted for this.
         """
         wanted = [(seq, missing) for seq in sequences if (missing := self._missing(seq, tokens))]
         if wanted and sum(missing for _, missing in wanted) > self.pool.free_blocks:
@@ -105,9 +105,9 @@ class Scheduler:
         return True
 
     def advance(self, seq: Sequence, count: int) -> None:
-        """Notes that keys and values of a sequence's next `count` tokens are in its blocks.
+        """Notes that the KV of a sequence's next `count` tokens is in its blocks.
 
-        Full blocks are published, unless the sequence is about to leave its plan: no new one is under that.
+        Full blocks are published, unless the sequence is about to leave its plan, which no new sequence uses.
         """
         before = seq.computed // self.pool.block_tokens
         seq.computed += count
@@ -127,7 +127,7 @@ class Scheduler:
         sequence.state = SequenceState.FINISHED
 
     def preempt(self, seq: Sequence) -> None:
-        """Sends a running sequence back to the queue, to be recomputed under its next plan, if it has one."""
+        """Returns a running sequence to the queue, to be recomputed under its next plan if it has one."""
         self.running.remove(seq)
         self._release(seq)
         seq.state = SequenceState.WAITING
@@ -138,16 +138,16 @@ class Scheduler:
         insort(self.waiting, seq, key=lambda waiting: waiting.arrival)
 
     def preempt_all(self) -> int:
-        """Preempts every running sequence. Returns the arrival of the youngest, -1 if there was none."""
+        """Preempts every running sequence. Returns the arrival number of the youngest, -1 if there is none."""
         last = self.running[-1].arrival if self.running else -1
         while self.running:
             self.preempt(self.running[-1])
         return last
 
     def _make_room(self) -> None:
-        """Preempts the youngest for the first in the queue, if that one is older.
+        """Preempts the youngest sequence if the first in the queue is older.
 
-        It was sent back, and the blocks that it shared with others are not free.
+        That first one was preempted itself, and blocks that it shared with others are not free.
         """
         if not (self.waiting and self.running):
             return
@@ -157,8 +157,8 @@ class Scheduler:
             self.preempt(self.running[-1])
 
     def _admit(self) -> Sequence | None:
-        """Takes the first of the queue into the batch; None if there is no place or no memory for it."""
-        # First come, first served: nobody overtakes it.
+        """Admits the first of the queue to the batch. Returns None without a place or memory for it."""
+        # First come, first served: no sequence overtakes it.
         if not self.waiting or len(self.running) >= self._max_running:
             return None
         if not self._give_blocks(self.waiting[0]):
@@ -176,12 +176,12 @@ class Scheduler:
         return budget - max(count, 0)
 
     def _give_blocks(self, seq: Sequence) -> bool:
-        """Gives a sequence without blocks those for all its tokens; False, and none, if too few are free."""
+        """Gives a sequence blocks for all its tokens. If too few are free, gives none and returns False."""
         pool, tokens = self.pool, len(seq.token_ids)
         shared = [] if self._copy_block is None else pool.reuse(seq.digests(pool.block_tokens))
         computed = len(shared) * pool.block_tokens
         if self._copy_block is not None and computed == tokens:
-            # The last token must be computed, for the token after it, but not in a block that others read.
+            # The last token must be computed to get the next one, but not in a block that others read.
             source = shared.pop()
             computed -= pool.block_tokens
             if pool.free_blocks:
@@ -199,7 +199,7 @@ class Scheduler:
         return True
 
     def _secure_blocks(self) -> None:
-        """Gives each running sequence the blocks its tokens need, oldest first; preempts from the end."""
+        """Gives running sequences the blocks that they need, oldest first. Preempts the youngest if needed."""
         index = 0
         while index < len(self.running):
             seq = self.running[index]
@@ -211,8 +211,8 @@ class Scheduler:
             index += 1
 
     def _missing(self, seq: Sequence, more: int = 0) -> int:
-        """Blocks that a sequence lacks for its tokens and `more` of them."""
-        # Called for each sequence in each step, most of which lack none, so no other object is asked.
+        """Number of blocks that a sequence lacks for its tokens and `more` additional ones."""
+        # Called for each sequence in each step, and most lack none, so it avoids calls to other objects.
         tokens = len(seq.token_ids) + more - len(seq.blocks) * self._block_tokens
         return -(-tokens // self._block_tokens) if tokens > 0 else 0
 

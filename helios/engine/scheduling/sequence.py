@@ -1,4 +1,4 @@
-"""A sequence: one request inside the engine, from its submission to its last token."""
+"""A sequence: one request inside the engine, from submission to its last token."""
 
 import enum
 import itertools
@@ -25,7 +25,7 @@ class SequenceState(enum.Enum):
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """State of one request. `token_ids` is the prompt and every token generated so far."""
+    """State of one request. `token_ids` holds the prompt and every token generated so far."""
 
     request_id: str
     token_ids: list[int]
@@ -33,22 +33,23 @@ class Sequence:
     sampling: SamplingParams
     detokenizer: Detokenizer
     sink: Callable[[Output], None]
-    # The plan that computes it. Its keys and values are of this plan.
+    # The plan under which it is computed. Its KV is valid only for this plan.
     plan: ServedPlan
-    # On the clock of time.monotonic.
+    # Deadline on the clock of time.monotonic.
     deadline: float | None = None
     arrival: int = field(default_factory=lambda: next(_arrivals))
     state: SequenceState = SequenceState.WAITING
     blocks: list[int] = field(default_factory=list)
-    # Tokens whose keys and values are in the blocks.
+    # Number of tokens whose KV is in the blocks.
     computed: int = 0
-    # The plan that it changes to when its blocks are given up next; None: it stays under its own.
+    # The plan that it gets when it is preempted next. None: it keeps its plan.
     next_plan: ServedPlan | None = None
     preemptions: int = 0
-    # Prompt tokens up to here have been sampled (`PromptReadings`); prefilled again, they are not read again.
+    # Prompt tokens before this one have been sampled (`PromptReadings`). A second prefill does not read them
+    # again.
     read_until: int = 0
     times: PhaseTimes = field(default_factory=PhaseTimes)
-    # Whether each token is simply the likeliest one.
+    # Whether every token is simply the most likely one.
     takes_likeliest: bool = field(init=False)
     _digests: list[bytes] = field(default_factory=list)
 
@@ -68,22 +69,22 @@ class Sequence:
 
     @property
     def is_decoding(self) -> bool:
-        """Whether the one token that must still be computed is a generated one.
+        """Whether exactly one token must be computed and it is a generated one.
 
-        A prompt's last token is no decode, however the prompt was cut into chunks: in exit mode dynamic all
-        layers compute it.
+        A prompt's last token is never a decode, however the prompt was cut into chunks: in exit mode dynamic
+        all layers compute it.
         """
         return self.computed + 1 == len(self.token_ids) > self.prompt_tokens
 
     def digests(self, block_tokens: int) -> list[bytes]:
-        """For each full block of its tokens, a digest of all tokens up to the block's end."""
+        """For each full block, a digest of all tokens up to the end of the block."""
         while (end := (len(self._digests) + 1) * block_tokens) <= len(self.token_ids):
             before = self._digests[-1] if self._digests else b""
             tokens = array("q", self.token_ids[end - block_tokens : end]).tobytes()
-            # Cryptographic: nobody can make a prompt that is taken for the beginning of another one.
+            # A cryptographic hash, so that nobody can craft a prompt that passes for another prompt's prefix.
             self._digests.append(blake2b(before + tokens, digest_size=16).digest())
         return self._digests
 
     def finish(self, reason: FinishReason) -> Finish:
-        """The closing event of this sequence."""
+        """The final event of this sequence."""
         return Finish(reason, self.detokenizer.text, self.prompt_tokens, self.completion_tokens)

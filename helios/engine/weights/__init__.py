@@ -1,1 +1,1 @@
-"""From the files of a checkpoint to weights that are ready to compute."""
+"""Turns the files of a checkpoint into weights that are ready to compute."""

@@ -1,4 +1,4 @@
-"""A model directory's tensors by name, whatever files they lie in."""
+"""Reads a model directory's tensors by name, from whichever files hold them."""
 
 import math
 import threading
@@ -18,8 +18,8 @@ from helios.weight_map import WeightMap
 class Checkpoint:
     """The weights of a model directory, read tensor by tensor. Use it in `with`, or close it.
 
-    A name is looked for with each of the architecture's prefixes before it (`TensorNames.prefixes`).
-    Several threads may read at once. A file is opened when a tensor of it is first asked for.
+    Each name is tried with each of the architecture's prefixes (`TensorNames.prefixes`). Several threads may
+    read at once. A file is opened when one of its tensors is first needed.
     """
 
     def __init__(self, path: Path, prefixes: Sequence[str]) -> None:
@@ -52,7 +52,7 @@ class Checkpoint:
         return sum(file.bytes_read for file in self._open.values())
 
     def add_exits(self) -> None:
-        """Makes the exit heads' tensors readable too. Raises CheckpointError when their file is not."""
+        """Makes the exit heads' tensors available too. Raises CheckpointError for an unreadable file."""
         file = self.path / EXITS_FILE
         if not file.is_file():
             raise CheckpointError(f"{file} is missing though {FACTS_FILE} says exits have heads; fetch it")
@@ -64,10 +64,10 @@ class Checkpoint:
     def tensor(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU
     ) -> torch.Tensor:
-        """A tensor as `dtype` on `device`, in its own memory. On torch's device meta it is read, not kept.
+        """A tensor as `dtype` on `device`, in its own memory. On torch's meta device it is read but not kept.
 
-        Raises CheckpointError naming file and tensor when it is missing, corrupt, of another shape or holds
-        a number that `dtype` cannot, NaN and infinity among them; OutOfMemoryError when it does not fit.
+        Raises CheckpointError naming file and tensor when it is missing, corrupt, has another shape, or holds
+        a number that is not finite in `dtype`; OutOfMemoryError when it does not fit.
         """
         blocks, row = self.blocks(name, shape, dtype), 0
         tensor = allocate(shape, dtype, device)
@@ -79,9 +79,9 @@ class Checkpoint:
     def blocks(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32
     ) -> Iterator[torch.Tensor]:
-        """A tensor's rows in blocks, in their stored type. A block is valid until the next one is asked for.
+        """A tensor's rows in blocks, in their stored type. A block is valid until the next one is requested.
 
-        All numbers are finite in `dtype`. Raises as `tensor`.
+        All numbers are finite in `dtype`. Raises the errors of `tensor`.
         """
         file, stored = self._found(name, shape)
         return _finite(file.blocks(stored), dtype, f"{self._file_of[stored]}: {stored}")
@@ -94,12 +94,12 @@ class Checkpoint:
         return self._opened(self._file_of[stored]).is_alias(stored, twin)
 
     def close(self) -> None:
-        """Gives back every file; `bytes_read` stays."""
+        """Closes every file. `bytes_read` stays readable."""
         for file in self._open.values():
             file.close()
 
     def _found(self, name: str, shape: tuple[int, ...]) -> tuple[WeightFile, str]:
-        """The file that has a tensor, and its name there."""
+        """The file that has a tensor, and the tensor's name there."""
         stored = self._stored_name(name)
         if stored is None:
             where = ", ".join(sorted({file.name for file in self._file_of.values()}))
@@ -126,10 +126,10 @@ class Checkpoint:
 
 
 def _finite(blocks: Iterable[torch.Tensor], dtype: torch.dtype, name: str) -> Iterator[torch.Tensor]:
-    """The blocks, as long as all their numbers are finite in `dtype`. name: of file and tensor."""
+    """Passes blocks on while all their numbers are finite in `dtype`. name: of file and tensor."""
     limit = torch.finfo(dtype).max
     for block in blocks:
-        # NaN if any number is.
+        # Both are NaN if any number is.
         low, high = (extreme.item() for extreme in torch.aminmax(block))
         if not -limit <= low <= high <= limit:
             if math.isfinite(low) and math.isfinite(high):

@@ -1,4 +1,4 @@
-"""Writing the first layers of a model as their own checkpoint, for other engines."""
+"""Writes the first layers of a model as a separate checkpoint for other engines."""
 
 import json
 import shutil
@@ -33,12 +33,12 @@ def export(
 ) -> Path:
     """Writes the first `depth` layers of `source` to `target` as a checkpoint that transformers loads.
 
-    It computes what the partial model does: the exit's norm becomes the final norm, and its linear is
-    multiplied into project_out, or else into an LM head that is then no longer tied. Weights keep their
-    type. progress: called with the layers read and the layers in all.
+    The export computes the same as the partial model. The exit's norm becomes the final norm. The exit's
+    linear is multiplied into project_out, or else into the LM head, which is then no longer tied. Weights
+    keep their type. progress: called with the layers read and the number of all layers.
 
-    Raises UnknownDepthError, CheckpointError when a file is corrupt, `target` exists and not `force`, or
-    the architecture has no place for the exit's norm.
+    Raises UnknownDepthError; CheckpointError when a file is corrupt, when `target` exists and not `force`, or
+    when the architecture has no place for the exit's norm.
     """
     entry = read_model(source)
     config = entry.config
@@ -69,24 +69,25 @@ def export(
             save_file(tensors, weight_file, metadata={"format": "pt"})
         except SafetensorError as error:
             raise CheckpointError(f"{target} cannot be written ({error}); choose another place") from error
-        # safetensors lets only the owner read what it writes; another engine may run as somebody else.
+        # safetensors makes its files readable only by their owner, but another engine may run as another
+        # user.
         shutil.copymode(staging / CONFIG_FILE, weight_file)
     return target
 
 
 def _changed_fields(config: ModelConfig, exported: ModelConfig) -> dict[str, Any]:
-    """The fields of config.json that the export changes. The source's others stay."""
+    """The fields of config.json that the export changes. All other fields of the source stay."""
     architecture = architecture_of(config)
     before, after = architecture.write(config), architecture.write(exported)
     changed = {name: value for name, value in after.items() if value != before[name]}
-    # The source may be an export of the bare model.
+    # Always set, because the source's config may name the class of the bare model, without an LM head.
     return {"architectures": [architecture.class_name], **changed}
 
 
 def _tensors(
     weights: ModelWeights, head: ExitHead | None, names: TensorNames
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """A partial model's tensors under the names that transformers' class for language models has."""
+    """A partial model's tensors, under the names of transformers' language model class."""
     project_out, lm_head = weights.project_out, weights.lm_head
     if head is not None and head.linear is not None:
         if project_out is not None:

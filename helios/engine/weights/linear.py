@@ -1,7 +1,7 @@
 """Linear layers as a model applies them: packed for compiled products on a CPU, or torch's own.
 
-Both are called alike, so layers that torch runs one by one take either. A whole step in compiled code reads
-the addresses of packed ones instead (`backends/compiled.py`).
+Both have the same interface, so layers that torch runs one by one accept either. A whole step in compiled
+code reads the addresses of packed ones instead (`backends/compiled.py`).
 """
 
 from collections.abc import Sequence
@@ -20,35 +20,35 @@ from helios.engine.kernels.team import TEAM
 from helios.engine.weights.parts import LinearWeights
 from helios.engine.weights.quantize import chunk_rows
 
-# Version of what a PackedLinear keeps. Raise it whenever the same tensors would mean something else, or what
-# earlier versions kept may be wrong. From 4 on all numbers are known to be finite.
+# Version of the contents of a PackedLinear. Raise it whenever the same tensors would mean something else, or
+# when contents of earlier versions may be wrong. Since version 4 all numbers are known to be finite.
 LAYOUT_VERSION = 4
 
 _WORD_BYTES = 4
 _PRECISIONS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.int8: INT8}
-# The fields of LINEAR that the tensors of a PackedLinear are.
+# The fields of LINEAR that correspond to the tensors of a PackedLinear, in order.
 _TENSORS = ("weights", "biases", "weight_sums", "scales")
 
 
 class Linear(Protocol):
     """y = x @ weight.T + bias: [rows, in] -> [rows, out]."""
 
-    # What it keeps in memory.
+    # The tensors that it keeps in memory.
     tensors: list[torch.Tensor]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
     def from_channel(self, x: torch.Tensor, first: int) -> torch.Tensor:
-        """The output channels from `first` on: [rows, in] -> [rows, out - first]."""
+        """Computes only the output channels from `first` on: [rows, in] -> [rows, out - first]."""
         ...
 
     def weights_of(self, channels: torch.Tensor) -> torch.Tensor:
-        """Rows of the weight: [n] -> [n, in]."""
+        """Some rows of the weight: [n] -> [n, in]."""
         ...
 
 
 class DenseLinear:
-    """Computed by torch, in the type of its weight."""
+    """A linear layer computed by torch, in the type of its weight."""
 
     def __init__(self, weights: LinearWeights) -> None:
         self._weight, self._bias = weights.weight, weights.bias
@@ -58,44 +58,44 @@ class DenseLinear:
         return F.linear(x, self._weight, self._bias)
 
     def from_channel(self, x: torch.Tensor, first: int) -> torch.Tensor:
-        """Only these channels are computed."""
+        """See `Linear.from_channel`. Only these channels are computed."""
         return F.linear(x, self._weight[first:], None if self._bias is None else self._bias[first:])
 
     def weights_of(self, channels: torch.Tensor) -> torch.Tensor:
-        """Rows of the weight."""
+        """Some rows of the weight."""
         return F.embedding(channels, self._weight)
 
 
 class PackedLinear:
-    """Computed by `product` in float32, bfloat16 or int8. Input and output are float32.
+    """A linear layer computed by `product` in float32, bfloat16 or int8. Input and output are float32.
 
-    In bfloat16 the input is rounded. In int8 the weights have a scale per output channel, the input has one
-    per row. A row's result is the same to the bit whatever rows are beside it.
+    In bfloat16 the input is rounded. In int8 the weights have one scale per output channel, and the input has
+    one per row. A row's result is bit-identical whatever other rows are in the batch.
     """
 
     def __init__(self, precision: int, out_size: int, in_size: int, tensors: Sequence[torch.Tensor]) -> None:
-        """What `pack` made, from memory or from a file. precision: one of the codes in `kernels.layout`."""
+        """Wraps the tensors of `pack`, from memory or from a file. precision: a code of `kernels.layout`."""
         self.precision, self.out_size, self.in_size = precision, out_size, in_size
         self.tensors = list(tensors)
-        # LINEAR [1], as kernels take it.
+        # LINEAR [1], as kernels expect it.
         self.record = self._record_from(0)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._multiply(x, self.record)
 
     def from_channel(self, x: torch.Tensor, first: int) -> torch.Tensor:
-        """The channels before `first` in the same tile are computed too."""
+        """See `Linear.from_channel`. Channels before `first` in the same tile are computed too."""
         tile, offset = divmod(first, TILE)
         return self._multiply(x, self._record_from(tile))[:, offset:]
 
     def weights_of(self, channels: torch.Tensor) -> torch.Tensor:
-        """Rows of the weight, in the type that it is kept in."""
+        """Some rows of the weight, in the type in which it is kept."""
         # [n, in / numbers of a word, numbers of a word]
         rows = self.tensors[0][channels // TILE, :, channels % TILE]
         return rows.flatten(1)[:, : self.in_size]
 
     def _record_from(self, tile: int) -> NDArray[np.void]:
-        """LINEAR [1] of the channels from a tile on."""
+        """A LINEAR [1] record of the channels from a tile on."""
         weights, *per_channel = self.tensors
         parts = [weights[tile], *(tensor[tile * TILE :] for tensor in per_channel)]
         addresses = {name: part.data_ptr() for name, part in zip(_TENSORS, parts, strict=False)}
@@ -122,18 +122,18 @@ class PackedLinear:
 
 
 def linear(weights: LinearWeights) -> Linear:
-    """The linear layer that applies these weights: packed if kernels compute in their type, else torch's."""
+    """The linear layer for these weights: packed if kernels support their type, else torch's."""
     packs = weights.weight.device.type == "cpu" and weights.weight.dtype in _PRECISIONS
     return pack(weights) if packs else DenseLinear(weights)
 
 
 def pack(weights: LinearWeights) -> PackedLinear:
-    """The weights [out, in] in the order in which a tile's sums take them, zero-padded.
+    """Packs weights [out, in] in the order in which a tile's sums use them, padded with zeros.
 
-    What one step multiplies lies side by side in words of 32 bits: float32 [out / 32, in, 32, 1], bfloat16
-    [out / 32, in / 2, 32, 2], int8 [out / 32, in / 4, 32, 4]. Then come the biases, [out]. In int8 the scales
-    and the sums of each channel's weights follow, [out] each; the kernel needs the sums because its input is
-    unsigned.
+    Numbers that one step multiplies lie side by side in 32-bit words: float32 [out / 32, in, 32, 1], bfloat16
+    [out / 32, in / 2, 32, 2], int8 [out / 32, in / 4, 32, 4]. Then come the biases, [out]. In int8 the sums
+    of each channel's weights and the scales follow, [out] each. The kernel needs the sums because its input
+    is unsigned.
     """
     out_size, in_size = weights.weight.shape
     together = _WORD_BYTES // weights.weight.itemsize
@@ -141,7 +141,7 @@ def pack(weights: LinearWeights) -> PackedLinear:
     weight, spare = weights.weight, (0, steps * together - in_size, 0, tiles * TILE - out_size)
     if any(spare):
         weight = F.pad(weight, spare)
-    # A word moves as one number.
+    # Each word moves as one int32.
     words = weight.view(torch.int32).view(tiles, TILE, steps).transpose(1, 2).contiguous()
     tensors = [
         words.view(weight.dtype).view(tiles, steps, TILE, together),

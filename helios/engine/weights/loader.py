@@ -1,4 +1,4 @@
-"""Loading a partial model: from the running one, from the packed weights on disk, or from the checkpoint."""
+"""Loads a partial model from the running model, from packed weights on disk, or from the checkpoint."""
 
 import ctypes
 import hashlib
@@ -33,7 +33,8 @@ from helios.engine.weights.quantize import quantize
 from helios.footprint import weight_bytes
 from helios.modes import Precision
 
-# Mapping takes at most a third of the time of packing. It saves smaller models less than a tenth of a second.
+# Mapping takes at most a third of the time of packing. For smaller models it saves less than a tenth of a
+# second.
 MIN_CACHED_BYTES = 64 << 20
 
 _Part = TypeVar("_Part", bound=Part)
@@ -52,15 +53,15 @@ def load_packed(
     beside_serving: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> PackedWeights:
-    """The first `depth` layers, ready to compute in `precision`, with what reads out at `exits`.
+    """The first `depth` layers, ready to compute in `precision`, with the heads of `exits`.
 
     Each part comes from its fastest source: the running plan, the packed cache, or the checkpoint. No other
     part of the checkpoint is read.
 
-    running: parts of the same weights are shared with it. cache_dir: of packed weights; None means
-    `packed_cache.default_directory`. cache_bytes: what all models may take there; 0 means that nothing is
-    kept. beside_serving: load with one thread that stands back, instead of one for each core. progress:
-    called in the caller's thread after each layer.
+    running: shares parts of the same weights. cache_dir: directory of packed weights; None means
+    `packed_cache.default_directory`. cache_bytes: limit for all models there; 0 means that nothing is kept.
+    beside_serving: load with one low-priority thread instead of one per core. progress: called in the
+    caller's thread after each layer.
 
     Raises UnknownDepthError naming the valid depths, CheckpointError naming file and tensor,
     OutOfMemoryError.
@@ -93,7 +94,7 @@ def load_packed(
 
 
 def weights_id(entry: ModelEntry, checkpoint: str, precision: Precision, device: torch.device) -> str:
-    """An id that differs whenever the checkpoint, the precision, the device or the form of packing does."""
+    """An id that changes with the checkpoint, the precision, the device and the packed format."""
     facts = f"{checkpoint} {device} {LAYOUT_VERSION}"
     return f"{entry.name}-{precision}-{hashlib.sha256(facts.encode()).hexdigest()[:16]}"
 
@@ -111,14 +112,15 @@ class _Source:
         cache_bytes: int,
     ) -> None:
         self._entry, self._precision, self._device = entry, precision, device
-        # Taken before anything is read: if files change meanwhile, the checkpoint is another one.
+        # Computed before anything is read: if the files change meanwhile, the id no longer matches the
+        # checkpoint.
         self.checkpoint_id = checkpoint_id(entry)
         self.id = weights_id(entry, self.checkpoint_id, precision, device)
         self._running = running if running is not None and running.id == self.id else None
         packed_bytes = weight_bytes(entry.config, precision)
         self._cache = None
         directory = cache_dir or default_directory()
-        # On other devices, and in float16, nothing is packed.
+        # Weights are packed only on a CPU, and never in float16.
         is_packed = device.type == "cpu" and precision is not Precision.FLOAT16
         if is_packed and directory is not None and MIN_CACHED_BYTES <= packed_bytes <= cache_bytes:
             self._cache = PackedCache(directory, cache_bytes, self.id, packed_bytes)
@@ -199,7 +201,7 @@ class _Source:
         return found
 
     def _reader(self) -> PartReader:
-        """Opens the checkpoint when the first part of it is needed."""
+        """Opens the checkpoint when its first part is needed."""
         with self._lock:
             if self._opened is None:
                 config = self._entry.config
@@ -222,9 +224,10 @@ class _Source:
 
 
 def _give_back_memory() -> None:
-    """Gives back to the system what was freed while packing.
+    """Returns memory freed while packing to the system.
 
-    glibc would keep it wherever weights that stay lie in between: a fifth of what the weights take.
+    Otherwise glibc would keep it wherever it lies between weights that stay: a fifth of the size of the
+    weights.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -1,8 +1,8 @@
-"""Packed weights on disk: each machine quantises a model once and maps it from then on.
+"""Packed weights on disk. Each machine quantises a model once and memory-maps it afterwards.
 
-Each model has a directory for each precision, and in it a safetensors file for each of its parts. Files are
-mapped and never changed. They appear by renaming and go by unlinking, which leaves the mappings of others as
-they are. docs/decisions/0013-packed-weights.md says why.
+Each model has one directory per precision, with one safetensors file per part. Files are memory-mapped and
+never changed. They appear by renaming and disappear by unlinking, so existing mappings of other processes
+stay valid. docs/decisions/0013-packed-weights.md gives the reasons.
 """
 
 import errno
@@ -31,11 +31,11 @@ from helios.weight_map import read_safetensors_header_and_metadata
 
 log = logging.getLogger(__name__)
 
-# Bytes that all models' packed weights may take.
+# Default limit for the bytes of all models' packed weights.
 DEFAULT_LIMIT_BYTES = 16 << 30
 
 _SUFFIX = ".safetensors"
-# Directories with this suffix are the cache's own. It never removes anything else.
+# Directories with this suffix belong to the cache. It never removes anything else.
 _MODEL_SUFFIX = ".packed"
 _DTYPES = {
     "F32": torch.float32,
@@ -45,29 +45,31 @@ _DTYPES = {
     "I8": torch.int8,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-# Tensors begin at a cache line of their own, as torch allocates them.
+# Each tensor begins at a cache line, as in torch's own allocations.
 _LINE_BYTES = 64
-# An unfinished file older than this belongs to a process that is gone.
+# An unfinished file older than this belongs to a process that has ended.
 _UNFINISHED_SECONDS = 3600.0
 
 _Part = TypeVar("_Part", bound=Part)
 
 
 def default_directory() -> Path | None:
-    """helios/packed in the user's cache directory; None for a user without a home."""
+    """helios/packed in the user's cache directory. None for a user without a home."""
     return user_cache("packed")
 
 
 class PackedCache:
-    """The parts of one model's packed weights. Made for one load, whose threads may all use it.
+    """The parts of one model's packed weights. Created for one load, whose threads may all use it.
 
-    A damaged part is logged and reads as missing. Where nothing can be written, that is logged and nothing is
+    A damaged part is logged and counts as missing. If nothing can be written, that is logged and nothing is
     kept. Neither is an error.
     """
 
     def __init__(self, directory: Path, limit_bytes: int, weights_id: str, model_bytes: int) -> None:
-        """directory: of all models. limit_bytes: what they may take together. weights_id: names this model
-        (`loader.weights_id`). model_bytes: about what it takes."""
+        """directory: of all models. limit_bytes: for all of them together.
+
+        weights_id: identifies this model (`loader.weights_id`). model_bytes: its approximate size.
+        """
         self._directory = directory
         self._limit_bytes = limit_bytes
         self._own = directory / (weights_id + _MODEL_SUFFIX)
@@ -78,7 +80,7 @@ class PackedCache:
         self.bytes_read = 0
 
     def read(self, name: str, kind: type[_Part]) -> _Part | None:
-        """A part, mapped; None when it is not there."""
+        """A part, memory-mapped. None when it is missing."""
         if not self._is_usable:
             return None
         file = self._own / (name + _SUFFIX)
@@ -89,7 +91,7 @@ class PackedCache:
         except OSError as error:
             self._give_up(error)
             return None
-        # A damaged file can hold anything, in its bytes or in what describes them.
+        # A damaged file can contain anything, in its data or in its description.
         except (CheckpointError, ValueError, KeyError, TypeError, AttributeError) as error:
             log.warning("the packed weights in %s are damaged (%s); they are made anew", file, error)
             return None
@@ -98,8 +100,9 @@ class PackedCache:
         return part
 
     def write(self, name: str, part: _Part) -> _Part:
-        """Stores a part and returns it mapped, so that later loads share its memory. A part that cannot be
-        stored is returned as it was."""
+        """Stores a part and returns it mapped, so that later loads share its memory.
+
+        A part that cannot be stored is returned unchanged."""
         if not self._is_usable:
             return part
         file = self._own / (name + _SUFFIX)
@@ -114,7 +117,7 @@ class PackedCache:
         return mapped
 
     def _give_up(self, error: OSError) -> None:
-        """Uses the cache no more in this load, and logs why, once."""
+        """Stops using the cache in this load, and logs the reason once."""
         with self._lock:
             if self._is_usable:
                 self._is_usable = False
@@ -127,15 +130,15 @@ class PackedCache:
 
     def _make_directory(self) -> None:
         self._own.mkdir(parents=True, exist_ok=True)
-        # A cache leaves room to others: a full disk fails more than a load.
+        # The cache leaves free space, because a full disk breaks more than a load.
         if not self._has_grown and shutil.disk_usage(self._own).free < 2 * self._model_bytes:
             raise OSError(errno.ENOSPC, "the model would take more than half of the free space")
 
     def finish(self, *, is_valid: bool) -> None:
-        """Ends the load. If all models now exceed the limit, those used longest ago are removed.
+        """Ends the load. If all models together exceed the limit, the least recently used are removed.
 
-        is_valid: the checkpoint is still what it was when its id was taken. If not, what this load stored of
-        it is removed.
+        is_valid: whether the checkpoint is unchanged since its id was taken. If not, the parts that this load
+        stored are removed.
         """
         try:
             if self._has_grown and not is_valid:
@@ -148,20 +151,21 @@ class PackedCache:
             log.debug("nothing is tidied in %s: %s", self._directory, error)
 
     def _trim(self) -> None:
-        # Newest first. This load's model is the newest.
+        # Newest first. The model of this load is the newest.
         models = sorted(_models(self._directory), key=lambda model: model.used, reverse=True)
         total = 0
         for model in models:
             total += model.size
             if total > self._limit_bytes and model.path != self._own:
-                # Another process may be loading it: what it has mapped stays, and it packs what it misses.
+                # Another process may be loading it. Its existing mappings stay valid, and it packs the
+                # missing parts itself.
                 shutil.rmtree(model.path, ignore_errors=True)
                 log.info("%s went: packed weights may take %d bytes", model.path, self._limit_bytes)
 
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """A directory of packed weights. used: as of time.time."""
+    """A directory of packed weights. used: time of last use, as of time.time."""
 
     path: Path
     size: int
@@ -178,15 +182,15 @@ def _models(directory: Path) -> Iterator[_Model]:
                     size += facts.st_size
                 else:
                     file.unlink()
-        except OSError:  # Another process has removed it.
+        except OSError:  # Another process removed it.
             continue
         yield _Model(path, size, used)
 
 
 def _write(file: Path, part: Part) -> None:
-    """Writes a part as safetensors. Either the whole file appears or none."""
+    """Writes a part as safetensors. The file appears completely or not at all."""
     structure, tensors = _taken_apart(part)
-    # Tensors that fill whole cache lines come first, so that each begins at one.
+    # Tensors that fill whole cache lines come first, so that each of them begins at a cache line.
     names = sorted(tensors, key=lambda name: (tensors[name].nbytes % _LINE_BYTES, -tensors[name].itemsize))
     described = json.dumps(structure)
     check, offset, header = zlib.crc32(described.encode()), 0, dict[str, Any]()
@@ -199,7 +203,7 @@ def _write(file: Path, part: Part) -> None:
         offset = end
     text = json.dumps({"__metadata__": {"structure": described, "crc32": str(check)}} | header).encode()
     text += b" " * (-(len(text) + 8) % _LINE_BYTES)
-    # It is not flushed to the disk: a file that a crash cut short fails the checksum.
+    # Not flushed to disk, because a file that a crash cut short fails the checksum.
     unfinished = file.with_name(f"{file.stem}-{uuid.uuid4().hex[:8]}.part")
     try:
         with unfinished.open("wb") as stream:
@@ -212,13 +216,14 @@ def _write(file: Path, part: Part) -> None:
 
 
 def _map(file: Path, kind: type[_Part], *, check: bool = True) -> tuple[_Part, int]:
-    """Maps a part of a model from its file; returns it and the file's size. Raises what `read` takes for
-    damage."""
+    """Maps a part of a model from its file. Returns the part and the size of the file.
+
+    Raises the errors that `read` treats as damage."""
     with file.open("rb") as stream:
         slots, metadata = read_safetensors_header_and_metadata(file)
-        # torch asks for writable memory. Pages are copied when somebody writes, which nobody does.
+        # torch needs writable memory. A page is copied only when someone writes to it, and nobody does.
         mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-    # Has all of it read ahead of its first use.
+    # The system starts to read the whole file ahead of its first use.
     mapped.madvise(mmap.MADV_WILLNEED)
     described = metadata["structure"]
     tensors, actual = {}, zlib.crc32(described.encode())
@@ -238,7 +243,7 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def _taken_apart(part: Part) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """A part's structure as JSON, and its tensors by the names that the structure uses."""
+    """A part's structure as JSON, and its tensors by their names in the structure."""
     tensors: dict[str, torch.Tensor] = {}
 
     def named(name: str, tensor: torch.Tensor | None) -> str | None:

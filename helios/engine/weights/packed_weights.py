@@ -1,4 +1,4 @@
-"""A partial model's weights in the form in which it computes with them."""
+"""A partial model's weights in the form that computations use."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -12,9 +12,9 @@ from helios.engine.weights.parts import LayerWeights, LinearWeights, Norm
 
 @dataclass(frozen=True, slots=True)
 class Ends:
-    """What every depth has: the way into the layers and, after an exit's head, out of them."""
+    """The parts that every depth has: embeddings before the layers, projections and LM head after them."""
 
-    embed_tokens: torch.Tensor | None  # [vocabulary, embed]; None: the rows of the LM head
+    embed_tokens: torch.Tensor | None  # [vocabulary, embed]; None: they are the rows of the LM head
     embed_positions: torch.Tensor  # [offset + context, hidden]
     project_in: Linear | None
     project_out: Linear | None
@@ -23,10 +23,10 @@ class Ends:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A layer's weights as the step uses them: query, key and value in one product, gate and fc1 in another.
+    """A layer's weights as a step uses them. Products with the same input are joined.
 
-    qkv: [query heads + 2 * KV heads, each of head_dim, hidden]. fc1: [ffn, hidden], or [2 * ffn, hidden] with
-    the gate's rows first.
+    qkv: query, key and value, [query heads + 2 * KV heads, each of head_dim, hidden]. fc1: [ffn, hidden], or
+    with a gate [2 * ffn, hidden], the gate's rows first.
     """
 
     attn_norm: Norm
@@ -39,7 +39,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What reads out an exit before the LM head: its own head, or the model's final norm."""
+    """What an exit applies before the LM head: its own head, or the model's final norm."""
 
     norm: Norm | None
     linear: Linear | None
@@ -50,21 +50,21 @@ Part: TypeAlias = Ends | Layer | Head
 
 @dataclass(frozen=True, slots=True)
 class PackedWeights:
-    """The first `len(layers)` layers and what reads tokens out of them. Models share parts: none changes."""
+    """The first `len(layers)` layers, and what reads out tokens. Immutable, so models may share parts."""
 
     # Equal for the same checkpoint packed in the same way (`loader.weights_id`).
     id: str
-    # Equal for the same files in the same place (`catalog.checkpoint_id`).
+    # Equal for the same files at the same path (`catalog.checkpoint_id`).
     checkpoint_id: str
-    # What products are computed in.
+    # The precision of the products.
     precision: str
     ends: Ends
     layers: Sequence[Layer]
     # None when every loaded exit has its own head.
     final: Head | None
-    # By exit layer, those that are not read out through `final`.
+    # The own heads of exits, by exit layer. Other exits use `final`.
     exits: Mapping[int, Head]
-    # Read to load them, from the checkpoint's files or from their packed form.
+    # Bytes read to load the weights, from the checkpoint or from the packed cache.
     bytes_read: int
 
     @property
@@ -73,12 +73,12 @@ class PackedWeights:
         return tensor_bytes((self.ends, *self.layers, self.final, *self.exits.values()))
 
     def bytes_at(self, depth: int) -> int:
-        """Bytes of the same model loaded only up to an exit layer of this one."""
+        """Bytes of the same model when loaded only up to an exit layer."""
         return tensor_bytes((self.ends, *self.layers[:depth], self.exits.get(depth, self.final)))
 
 
 def tensor_bytes(parts: Iterable[Part | None]) -> int:
-    """Bytes of the parts' tensors. One that several parts share counts once."""
+    """Bytes of the parts' tensors. Tensors that several parts share count once."""
     found = (tensor for part in parts if part is not None for tensor in tensors_of(part))
     return sum({tensor.data_ptr(): tensor.nbytes for tensor in found}.values())
 
@@ -96,7 +96,7 @@ def tensors_of(part: Part) -> Iterator[torch.Tensor]:
 
 
 def pack_layer(layer: LayerWeights) -> Layer:
-    """Products that read the same input become one; norms get the type of activations."""
+    """Joins products that read the same input, and gives norms the type of activations."""
     qkv = linear(_joined(layer.q, layer.k, layer.v))
     fc1 = linear(layer.fc1 if layer.gate is None else _joined(layer.gate, layer.fc1))
     out, fc2 = linear(layer.out), linear(layer.fc2)
@@ -112,12 +112,12 @@ def pack_norm(norm: Norm, beside: Linear) -> Norm:
 
 
 def pack_optional(weights: LinearWeights | None) -> Linear | None:
-    """The linear layer of weights that a model may lack."""
+    """The linear layer of these weights, or None for a model without them."""
     return None if weights is None else linear(weights)
 
 
 def _joined(*parts: LinearWeights) -> LinearWeights:
-    """One product for several that read the same input, their rows one below the other."""
+    """Joins products that read the same input, with their rows one below the other."""
     biases = [part.bias for part in parts if part.bias is not None]
     scales = [part.scales for part in parts if part.scales is not None]
     return LinearWeights(

@@ -1,4 +1,4 @@
-"""Reads the parts of a model from its checkpoint: which tensors they are, and in what shape."""
+"""Reads the parts of a model from its checkpoint. Knows which tensors they are, and their shapes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,11 +27,11 @@ def load_weights(
     exits: Sequence[int] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ModelWeights:
-    """The first `depth` layers of a checkpoint, and no byte more, as tensors of `dtype`.
+    """The first `depth` layers of a checkpoint as tensors of `dtype`. No other weights are read.
 
-    device: on torch's device meta all is read and checked, and nothing is kept. exits: the exit layers to
-    read out at (default: only `depth`). progress: called after each layer with the layers loaded and the
-    layers in all. Holds nothing open afterwards and shares no state.
+    device: on torch's meta device everything is read and checked, and nothing is kept. exits: the exit layers
+    to read out at (default: only `depth`). progress: called after each layer with the number of layers loaded
+    and of all layers. Keeps nothing open afterwards and shares no state.
 
     Raises UnknownDepthError naming the valid depths, CheckpointError naming file and tensor,
     OutOfMemoryError.
@@ -65,10 +65,10 @@ def load_weights(
 
 @dataclass(frozen=True, slots=True)
 class PartReader:
-    """Reads the parts of a model in the shapes that its config asks for. Raises as `Checkpoint.tensor`.
+    """Reads the parts of a model in the shapes that its config requires. Raises as `Checkpoint.tensor`.
 
-    names: of the checkpoint's tensors. dtype: of what is read. is_quantized: linears' weights become int8
-    with scales while they are read, and the tables of embeddings are kept in float16.
+    names: names of the checkpoint's tensors. dtype: the type to read. is_quantized: weights of linear layers
+    become int8 with scales while they are read, and embedding tables are kept in float16.
     """
 
     checkpoint: Checkpoint
@@ -87,19 +87,19 @@ class PartReader:
         return self._table(self.names.embed_positions, self.config.position_rows, self.config.hidden_size)
 
     def project_in(self) -> LinearWeights | None:
-        """From the embeddings' width to the hidden size; None where they are equal."""
+        """Projection from the width of the embeddings to the hidden size. None where they are equal."""
         if not self.config.is_projected:
             return None
         return self._linear(self.names.project_in, self.config.hidden_size, self.config.embed_size)
 
     def project_out(self) -> LinearWeights | None:
-        """From the hidden size to the embeddings' width; None where they are equal."""
+        """Projection from the hidden size to the width of the embeddings. None where they are equal."""
         if not self.config.is_projected:
             return None
         return self._linear(self.names.project_out, self.config.embed_size, self.config.hidden_size)
 
     def lm_head(self, embed_tokens: torch.Tensor) -> torch.Tensor:
-        """[vocabulary, embed], not quantised; the object embed_tokens when tied."""
+        """[vocabulary, embed], not quantised. It is the object embed_tokens when tied."""
         head, table = self.names.lm_head, self.names.embed_tokens
         if not self.config.tied_head:
             return self._embedding(head)
@@ -110,12 +110,12 @@ class PartReader:
         ):
             return embed_tokens
         lm_head = self._embedding(head)
-        # Both are stored. As in transformers 5, they are tied only if they are the same.
+        # Both tensors are stored. Like transformers 5, this treats them as tied only if they are equal.
         is_same = not lm_head.is_meta and torch.equal(lm_head, embed_tokens)
         return embed_tokens if is_same else lm_head
 
     def final_norm(self) -> Norm | None:
-        """The model's own, where it has one."""
+        """The model's final norm, if it has one."""
         if not self.config.has_final_norm:
             return None
         return self._own_norm(self.names.final_norm)
@@ -127,7 +127,7 @@ class PartReader:
         attn_norm = self._own_norm(names.attn_norm.format(index))
         ffn_norm = self._own_norm(names.ffn_norm.format(index))
         attn_columns = ffn_columns = None
-        # A norm behind a residual sum is read by more than the next product, so nothing can move.
+        # A norm after a residual sum also feeds the next residual, so its weights cannot move.
         if self.is_quantized and config.norm_before:
             attn_norm, attn_columns = migrate_gammas(attn_norm)
             ffn_norm, ffn_columns = migrate_gammas(ffn_norm)
@@ -155,7 +155,7 @@ class PartReader:
         )
 
     def exit_head(self, facts: EarlyExitFacts, layer: int) -> ExitHead:
-        """The head of an exit that has its own. Its norm is of the model's kind, and always has weights."""
+        """The head of an exit that has its own. Its norm has the model's kind, and always has weights."""
         self.checkpoint.add_exits()
         hidden, linear = self.config.hidden_size, None
         norm = self._norm(f"exits.{layer}.norm", has_weight=True, has_bias=self.config.norm == "layer")
@@ -165,7 +165,7 @@ class PartReader:
 
     @property
     def _is_only_head(self) -> bool:
-        """Whether tied weights are stored under the head's name alone: the writer chooses which one stays."""
+        """Whether tied weights are stored only under the head's name, as some writers do."""
         return (
             self.config.tied_head and self._has(self.names.lm_head) and not self._has(self.names.embed_tokens)
         )
@@ -192,7 +192,7 @@ class PartReader:
         has_bias: bool = False,
         columns: torch.Tensor | None = None,
     ) -> LinearWeights:
-        """columns: factors [in] of the weight's columns, where it is quantised."""
+        """columns: factors [in] by which the weight's columns are multiplied, where it is quantised."""
         scales = None
         if self.is_quantized:
             blocks = self.checkpoint.blocks(_weight(name), (out_size, in_size))
@@ -204,7 +204,7 @@ class PartReader:
         return LinearWeights(weight, self._tensor(f"{name}.bias", out_size) if has_bias else None, scales)
 
     def _own_norm(self, name: str) -> Norm:
-        """A norm of the model, not of an exit's head."""
+        """A norm of the model itself, not of an exit's head."""
         return self._norm(name, has_weight=self.config.norm_affine, has_bias=self.config.has_norm_bias)
 
     def _norm(self, name: str, *, has_weight: bool, has_bias: bool) -> Norm:

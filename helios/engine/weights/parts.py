@@ -1,4 +1,4 @@
-"""The parts of a model's weights, as a checkpoint has them."""
+"""The parts of a model's weights, as they are in a checkpoint."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ import torch
 class LinearWeights:
     """y = x @ weight.T + bias. weight: [out, in], bias: [out].
 
-    scales: [out], where the weight is int8; its rows are to be multiplied by them.
+    scales: [out], only if the weight is int8. Each row must be multiplied by its scale.
     """
 
     weight: torch.Tensor
@@ -19,7 +19,7 @@ class LinearWeights:
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """A norm's weight and bias, [hidden] each; None where it has none."""
+    """A norm's weight and bias, [hidden] each. None: it has none."""
 
     weight: torch.Tensor | None
     bias: torch.Tensor | None
@@ -27,7 +27,7 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One decoder layer. gate: None where the feed-forward has none."""
+    """One decoder layer. gate: None if the feed-forward network has none."""
 
     attn_norm: Norm
     q: LinearWeights  # [query heads * head_dim, hidden]
@@ -42,7 +42,7 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class ExitHead:
-    """An exit's own read-out, before project_out and the LM head. linear: [hidden, hidden], no bias."""
+    """An exit's own head, before project_out and the LM head. linear: [hidden, hidden], no bias."""
 
     norm: Norm
     linear: LinearWeights | None
@@ -50,16 +50,16 @@ class ExitHead:
 
 @dataclass(frozen=True, slots=True)
 class ModelWeights:
-    """The first `len(layers)` layers of a model, and what reads tokens out of them."""
+    """The first `len(layers)` layers of a model, and the parts that read out tokens."""
 
     embed_tokens: torch.Tensor  # [vocabulary, embed]
     embed_positions: torch.Tensor  # [offset + context, hidden]
     project_in: LinearWeights | None  # [hidden, embed]
     project_out: LinearWeights | None  # [embed, hidden]
     layers: list[LayerWeights]
-    # None when the model has none, or every loaded exit has its own.
+    # None when the model has none, or when every loaded exit has its own.
     final_norm: Norm | None
-    # By exit layer. An exit that is not among them is read out through final_norm.
+    # By exit layer. Other exits use final_norm.
     exits: dict[int, ExitHead]
     lm_head: torch.Tensor  # [vocabulary, embed]; the object embed_tokens when tied
-    bytes_read: int  # of the checkpoint's files
+    bytes_read: int  # read from the checkpoint's files

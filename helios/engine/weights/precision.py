@@ -1,4 +1,4 @@
-"""What a precision is on a device."""
+"""Resolves a precision for a device."""
 
 import torch
 
@@ -8,7 +8,7 @@ from helios.modes import Precision
 
 
 def precision_on(precision: Precision, device: torch.device) -> Precision:
-    """What `device` computes in: never auto. Raises SettingsError when it cannot compute in `precision`."""
+    """The precision on `device`, never auto. Raises SettingsError when the device does not support it."""
     if precision is Precision.AUTO:
         if device.type != "cpu":
             return Precision.BFLOAT16

@@ -1,4 +1,4 @@
-"""Weights in int8: rows with scales, and norms that leave their outliers to the product behind them."""
+"""Quantises weights to int8 rows with scales, and moves outliers from norms into the products after them."""
 
 from collections.abc import Iterable, Iterator
 
@@ -6,23 +6,23 @@ import torch
 
 from helios.engine.weights.parts import Norm
 
-# Quantising works on so many float32 numbers at a time: as many as a core's cache holds.
+# Quantising works on this many float32 numbers at a time, which fit into a core's cache.
 _CHUNK_ITEMS = 1 << 18
-# Rows of a weight that are scaled at a time, so that little more memory is needed.
+# Rows of a weight that are scaled at a time, to need little extra memory.
 _ROWS_AT_ONCE = 64
-# A share of a norm's largest weight. Smaller weights move as if they were this large.
+# Share of a norm's largest weight. Smaller weights are treated as this large.
 _LEAST_SIZE = 1e-3
 
 
 def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A weight [out, in] as int8, and the scale of each row [out]. Symmetric: weight = int8 * scale."""
+    """Quantises a weight [out, in] to int8, one scale per row [out]. Symmetric: weight = int8 * scale."""
     return quantize_blocks([weight], *weight.shape)
 
 
 def quantize_blocks(
     blocks: Iterable[torch.Tensor], out_size: int, in_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same of a weight [out, in] that comes in blocks of rows, [rows, in] each."""
+    """Like `quantize`, for a weight [out, in] that comes in blocks of rows, [rows, in] each."""
     values, scales = torch.empty(out_size, in_size, dtype=torch.int8), torch.empty(out_size)
     row = 0
     for block in blocks:
@@ -35,17 +35,17 @@ def quantize_blocks(
 
 
 def chunk_rows(in_size: int) -> int:
-    """Rows of so many numbers that a core's cache holds."""
+    """Number of rows of this width that fit into a core's cache."""
     return max(1, _CHUNK_ITEMS // in_size)
 
 
 def migrate_gammas(norm: Norm) -> tuple[Norm, torch.Tensor | None]:
-    """A norm whose channels differ less in size, and the factors [hidden] for the columns of the products
-    that read it; None where nothing moves.
+    """Makes a norm's channels more equal in size, and returns factors for the products that read it.
 
-    The largest channels of a norm's output decide how coarsely its rows are rounded. So its weights (gammas)
-    move into the products behind it (gamma migration, Wei et al. 2022). They move by half, in the exponent,
-    since those products' weights are rounded too.
+    The factors [hidden] apply to those products' columns; None: nothing moves. The largest channels of a
+    norm's output decide how coarsely its rows are rounded. So the norm's weights (gammas) move into the
+    products after it (gamma migration, Wei et al. 2022). Only their square roots move, because the weights of
+    those products are rounded too.
     """
     if norm.weight is None:
         return norm, None
@@ -57,7 +57,7 @@ def migrate_gammas(norm: Norm) -> tuple[Norm, torch.Tensor | None]:
 
 
 def scale_columns(blocks: Iterable[torch.Tensor], factors: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The rows of a weight, in blocks [rows, in], with each column multiplied by its factor [in]."""
+    """Multiplies each column of a weight's rows, in blocks [rows, in], by its factor [in]."""
     for block in blocks:
         for part in block.split(_ROWS_AT_ONCE):
             yield part.float() * factors

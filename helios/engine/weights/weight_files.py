@@ -1,4 +1,4 @@
-"""The files that hold weights, safetensors and pickles, read a few rows at a time."""
+"""Reads weight files, safetensors and pickles, a few rows at a time."""
 
 import math
 import os
@@ -21,14 +21,14 @@ _SAFETENSORS_DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-# Tensors are read through a buffer of this size, so that converting their type never doubles a tensor.
+# Size of the buffer through which tensors are read, so that converting their type never doubles a tensor.
 _BUFFER_BYTES = 4 << 20
 
 
 class WeightFile(Protocol):
-    """An open weight file, which several threads may read at once."""
+    """An open weight file. Several threads may read it at once."""
 
-    # Of weights so far. A pickle of the old format counts as a whole.
+    # Bytes of weights read so far. A pickle in the old format counts completely.
     bytes_read: int
 
     @property
@@ -41,31 +41,31 @@ class WeightFile(Protocol):
         ...
 
     def blocks(self, name: str) -> Iterator[torch.Tensor]:
-        """A tensor's rows in blocks, in their stored type. A block is valid until the next one is asked for.
+        """A tensor's rows in blocks, in their stored type. A block is valid until the next one is requested.
 
         Raises CheckpointError, OutOfMemoryError.
         """
         ...
 
     def is_alias(self, name: str, other: str) -> bool:
-        """Whether both names stand for the same stored bytes, as tied weights may."""
+        """Whether both names refer to the same stored bytes, as tied weights may."""
         ...
 
     def close(self) -> None:
-        """Gives back the file and what was mapped of it."""
+        """Closes the file and drops its mappings."""
         ...
 
 
 def open_weight_file(file: Path) -> WeightFile:
-    """A file that its name tells the format of. Raises CheckpointError."""
+    """Opens a file, whose name tells the format. Raises CheckpointError."""
     return SafetensorsFile(file) if file.suffix == ".safetensors" else PickleFile(file)
 
 
 class SafetensorsFile:
-    """A safetensors file, read with plain reads.
+    """A safetensors file, read with ordinary reads.
 
-    It is not mapped: pages of a mapping count as resident beside the copies, and a file that shrinks under
-    its mapping kills the process instead of raising an error.
+    It is not memory-mapped: mapped pages would count as resident memory beside the copies, and a mapped file
+    that shrinks kills the process instead of raising an error.
     """
 
     def __init__(self, file: Path) -> None:
@@ -79,7 +79,7 @@ class SafetensorsFile:
 
     @property
     def names(self) -> frozenset[str]:
-        """Its tensors."""
+        """Names of its tensors."""
         return frozenset(self._slots)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -103,12 +103,12 @@ class SafetensorsFile:
             self.bytes_read += slot.end - slot.start
 
     def is_alias(self, name: str, other: str) -> bool:
-        """Whether both names stand for the same stored bytes."""
+        """Whether both names refer to the same stored bytes."""
         slot = self._slots.get(name)
         return slot is not None and slot == self._slots.get(other)
 
     def close(self) -> None:
-        """Gives back the file."""
+        """Closes the file."""
         self._stream.close()
         self._own = threading.local()
 
@@ -132,7 +132,7 @@ class SafetensorsFile:
 
 
 class PickleFile:
-    """A pytorch_model.bin: mapped if it is a zip (torch 1.6 and later), else read as a whole.
+    """A pytorch_model.bin: memory-mapped if it is a zip (torch 1.6 and later), else read completely.
 
     Only tensors are unpickled (`weights_only`), so a hostile file cannot run code.
     """
@@ -146,7 +146,7 @@ class PickleFile:
 
     @property
     def names(self) -> frozenset[str]:
-        """Its tensors."""
+        """Names of its tensors."""
         return frozenset(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -164,19 +164,19 @@ class PickleFile:
                 self.bytes_read += stored.nbytes
 
     def is_alias(self, name: str, other: str) -> bool:
-        """Whether both names stand for the same stored bytes."""
+        """Whether both names refer to the same stored bytes."""
         one, two = self._tensors.get(name), self._tensors.get(other)
         if one is None or two is None:
             return False
         return one.data_ptr() == two.data_ptr() and one.shape == two.shape
 
     def close(self) -> None:
-        """Gives back what was mapped or read of the file."""
+        """Releases the mapped or read contents."""
         self._tensors = {}
 
 
 def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A tensor with any contents. Raises OutOfMemoryError."""
+    """A tensor with uninitialised contents. Raises OutOfMemoryError."""
     try:
         return torch.empty(tuple(shape), dtype=dtype, device=device)
     except RuntimeError as error:
@@ -193,7 +193,7 @@ def _unsupported(file: Path, name: str, dtype: str) -> CheckpointError:
 
 
 def _unpickle(file: Path) -> tuple[Mapping[str, torch.Tensor], bool]:
-    """The tensors of a pickle, and whether they are mapped."""
+    """The tensors of a pickle, and whether they are memory-mapped."""
     try:
         is_mapped = zipfile.is_zipfile(file)
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=is_mapped)
