@@ -1,1 +1,1 @@
-"""The architectures that Helios serves, each a description in one file. Free of torch."""
+"""The architectures that Helios serves. Each is a description in one file. Does not import torch."""

@@ -1,4 +1,4 @@
-"""What tells one architecture from another: how its config.json reads, and what its tensors are called."""
+"""What distinguishes architectures: the fields of config.json, and the names of tensors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from helios.architectures.spec import ModelConfig
 
 @dataclass(frozen=True, slots=True)
 class TensorNames:
-    """What a checkpoint calls the parts of a model, without `.weight` and `.bias`.
+    """The names of a model's parts in a checkpoint, without `.weight` and `.bias`.
 
-    {} stands for the layer, counted from 0. A part that the architecture never has is left empty.
-    prefixes: what may stand before a name, tried in this order; exports have the first, but not before the
+    {} stands for the layer, counted from 0. The name is empty for a part that the architecture never has.
+    prefixes: possible prefixes of all names, tried in this order. Exports use the first one, except for the
     LM head's name.
     """
 
@@ -37,10 +37,10 @@ class TensorNames:
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """One architecture. Add another: a file beside opt.py, and a line in registry.py.
+    """One architecture. To add another, write a file beside opt.py and a line in registry.py.
 
-    read: the model that the fields of a config.json describe; raises CheckpointError. write: the fields that
-    describe a model. class_name: transformers' class of the architecture's language models.
+    read: makes a model's config from the fields of a config.json; raises CheckpointError. write: the fields
+    that describe a model. class_name: transformers' class of the architecture's language models.
     """
 
     model_type: str

@@ -9,9 +9,9 @@ from helios.errors import CheckpointError
 
 @dataclass(frozen=True, slots=True)
 class Fields:
-    """The fields of a JSON object. Methods raise CheckpointError, naming file and field, for a wrong one.
+    """The fields of a JSON object. Methods raise CheckpointError naming file and field when one is wrong.
 
-    file: only named in errors.
+    file: used only in errors.
     """
 
     values: dict[str, Any]
@@ -29,7 +29,7 @@ class Fields:
         return value
 
     def switch(self, name: str, default: bool) -> bool:
-        """true or false."""
+        """A Boolean, true or false."""
         value = self.values.get(name, default)
         if not isinstance(value, bool):
             raise self.error(name, f"must be true or false, not {value!r}")
@@ -42,14 +42,14 @@ class Fields:
         return str(value)
 
     def tokens(self, name: str, default: int | None, vocab_size: int) -> tuple[int, ...]:
-        """One token id, or a list of them; none if the field is null."""
+        """One token id, or a list of them. Empty if the field is null."""
         value = self.values.get(name, default)
         items = value if isinstance(value, list) else [value]
         found = (self._token(name, item, vocab_size) for item in items)
         return tuple(token for token in found if token is not None)
 
     def token(self, name: str, default: int | None, vocab_size: int) -> int | None:
-        """One token id; None if the field is null."""
+        """One token id. None if the field is null."""
         return self._token(name, self.values.get(name, default), vocab_size)
 
     def _token(self, name: str, value: object, vocab_size: int) -> int | None:

@@ -1,7 +1,7 @@
-"""OPT (Zhang et al. 2022), as transformers' OPTConfig and OPTForCausalLM have it.
+"""OPT (Zhang et al. 2022), as in transformers' OPTConfig and OPTForCausalLM.
 
-All variants: norm before each block, or after it without a final norm (opt-350m); embeddings of another width
-projected in and out; with and without biases; tied and untied LM heads.
+Supports all variants: norm before each block, or after it without a final norm (opt-350m); embeddings of
+another width, projected in and out; with and without biases; tied and untied LM heads.
 """
 
 from typing import Any, cast
@@ -20,7 +20,7 @@ _DTYPES = ("float32", "float16", "bfloat16")
 
 
 def _read(fields: Fields) -> ModelConfig:
-    """Absent switches take OPTConfig's defaults, as older checkpoints rely on; sizes must be there."""
+    """Absent switches get OPTConfig's defaults, on which older checkpoints rely. Sizes must be present."""
     given = fields.values
     # transformers 5 writes `dtype`, older ones `torch_dtype`.
     dtype = given.get("dtype") or given.get("torch_dtype") or "float32"
@@ -28,7 +28,7 @@ def _read(fields: Fields) -> ModelConfig:
     heads = fields.size("num_attention_heads")
     if hidden % heads:
         raise fields.error("num_attention_heads", f"({heads}) must divide hidden_size ({hidden})")
-    # Old checkpoints carry null here for "not projected".
+    # Old checkpoints have null here, which means that embeddings are not projected.
     is_projected = given.get("word_embed_proj_dim") is not None
     norm_before = fields.switch("do_layer_norm_before", True)
     has_bias = fields.switch("enable_bias", True)
@@ -95,7 +95,7 @@ OPT = Architecture(
     model_type="opt",
     class_name="OPTForCausalLM",
     names=TensorNames(
-        # Of OPTForCausalLM and of OPTModel.
+        # Prefixes in OPTForCausalLM and in OPTModel.
         prefixes=("model.decoder.", "decoder.", ""),
         embed_tokens="embed_tokens",
         embed_positions="embed_positions",

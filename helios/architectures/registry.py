@@ -1,4 +1,4 @@
-"""Which architectures there are, and which one a checkpoint has."""
+"""The known architectures, and how a checkpoint's architecture is found."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -12,18 +12,18 @@ from helios.architectures.spec import ModelConfig
 from helios.json_object import read_json_object
 
 CONFIG_FILE = "config.json"
-# How to generate, where a checkpoint says it: its `eos_token_id` goes before that of config.json.
+# Generation settings of a checkpoint. Their `eos_token_id` overrides the one of config.json.
 GENERATION_FILE = "generation_config.json"
 
-# By `model_type` of config.json.
+# By `model_type` in config.json.
 ARCHITECTURES: Mapping[str, Architecture] = {one.model_type: one for one in (OPT,)}
 
 
 def read_config(path: Path) -> ModelConfig:
-    """The config of a checkpoint directory, with the ends of text that transformers takes.
+    """The config of a checkpoint directory, with the end-of-text tokens that transformers uses.
 
-    Those are generation_config.json's, or config.json's where the former names none.
-    Raises CheckpointError naming the file, and the field where one is wrong.
+    They come from generation_config.json, or from config.json if the former names none.
+    Raises CheckpointError naming the file, and the field if one is wrong.
     """
     file, generation = path / CONFIG_FILE, path / GENERATION_FILE
     config = config_of(read_json_object(file), file)

@@ -1,6 +1,6 @@
-"""What a model is, as data: its sizes, and the choices that its architecture makes.
+"""A model described as data: its sizes, and the choices of its architecture.
 
-All that Helios knows of a model's form is here, whatever the model's config.json calls it.
+This is the complete form of a model for Helios, with the same names for every architecture.
 """
 
 from dataclasses import dataclass
@@ -8,13 +8,13 @@ from typing import Literal
 
 Activation = Literal["relu", "gelu"]
 Dtype = Literal["float32", "float16", "bfloat16"]
-# layer: mean and variance, with a bias. rms: the root mean square alone, without a bias.
+# layer: uses mean and variance, and has a bias. rms: uses only the root mean square, and has no bias.
 NormKind = Literal["layer", "rms"]
 
 
 @dataclass(frozen=True, slots=True)
 class LearnedPositions:
-    """A table with a vector for each position. Its first `offset` rows are unused."""
+    """A table with one vector per position. Its first `offset` rows are unused."""
 
     offset: int
 
@@ -27,8 +27,8 @@ class ModelConfig:
     vocab_size: int
     hidden_size: int
     num_layers: int
-    num_heads: int  # of queries
-    num_kv_heads: int  # each serves a run of neighbouring query heads
+    num_heads: int  # query heads
+    num_kv_heads: int  # each serves a group of neighbouring query heads
     head_dim: int
     ffn_dim: int
     context_tokens: int
@@ -36,19 +36,20 @@ class ModelConfig:
     positions: LearnedPositions
     norm: NormKind
     norm_epsilon: float
-    norm_before: bool  # before each block, or else after it
+    norm_before: bool  # norms come before each block, or else after it
     norm_affine: bool  # norms have weights
     has_final_norm: bool
     activation: Activation  # gelu is the exact one (erf)
-    is_gated: bool  # the feed-forward is fc2(activation(gate(x)) * fc1(x)), or else fc2(activation(fc1(x)))
+    # the feed-forward network is fc2(activation(gate(x)) * fc1(x)), or else fc2(activation(fc1(x)))
+    is_gated: bool
     qkv_bias: bool
-    out_bias: bool  # of the attention's output projection
+    out_bias: bool  # bias of the attention's output projection
     ffn_bias: bool
     tied_head: bool  # the LM head is the token embedding
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]  # each ends a text
     pad_token_id: int | None
-    dtype: Dtype  # of the stored weights
+    dtype: Dtype  # type of the stored weights
 
     @property
     def query_size(self) -> int:
@@ -57,7 +58,7 @@ class ModelConfig:
 
     @property
     def kv_size(self) -> int:
-        """Width of all key heads together, and of all value heads."""
+        """Width of all key heads together, which is also that of all value heads."""
         return self.num_kv_heads * self.head_dim
 
     @property
@@ -67,18 +68,17 @@ class ModelConfig:
 
     @property
     def has_norm_bias(self) -> bool:
-        """Whether norms have a bias beside their weight."""
+        """Whether norms have a bias as well as a weight."""
         return self.norm_affine and self.norm == "layer"
 
     @property
     def position_rows(self) -> int:
-        """Rows of the table of positions."""
+        """Rows of the position table."""
         return self.positions.offset + self.context_tokens
 
     @property
     def layer_products(self) -> tuple[tuple[int, int], ...]:
-        """Shapes [out, in] of a layer's matrices: query, key and value; output; into and out of the
-        feed-forward."""
+        """Shapes [out, in] of a layer's matrices: joined query, key and value; output; feed-forward."""
         hidden, ffn = self.hidden_size, self.ffn_dim
         return (
             (self.query_size + 2 * self.kv_size, hidden),
@@ -89,7 +89,7 @@ class ModelConfig:
 
     @property
     def projections(self) -> tuple[tuple[int, int], ...]:
-        """Shapes [out, in] of the matrices between embeddings and layers; none if the widths are equal."""
+        """Shapes [out, in] of the projections between embeddings and layers. Empty for equal widths."""
         hidden, embed = self.hidden_size, self.embed_size
         return ((hidden, embed), (embed, hidden)) if self.is_projected else ()
 
@@ -99,7 +99,7 @@ class ModelConfig:
         return self.hidden_size * (self.norm_affine + self.has_norm_bias)
 
     def parameters(self, num_layers: int | None = None) -> int:
-        """Parameters with the first `num_layers` layers (default: all), tied weights counted once."""
+        """Parameters with the first `num_layers` layers (default: all). Tied weights count once."""
         qkv, out, into_ffn, out_of_ffn = (channels for channels, _ in self.layer_products)
         biases = self.qkv_bias * qkv + self.out_bias * out + self.ffn_bias * (into_ffn + out_of_ffn)
         layer = _total(self.layer_products) + biases + 2 * self.norm_parameters
@@ -118,7 +118,7 @@ class ModelConfig:
         return self.parameters(num_layers) - self.position_rows * self.hidden_size - untied
 
     def kv_numbers(self, num_layers: int) -> int:
-        """Numbers that the keys and values of one token hold in the first `num_layers` layers."""
+        """How many numbers one token's KV has in the first `num_layers` layers."""
         return 2 * num_layers * self.kv_size
 
 
