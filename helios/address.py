@@ -1,4 +1,4 @@
-"""Addresses of gRPC servers as people write them: host:port, checked before anything is dialled."""
+"""gRPC server addresses as people write them (host:port), checked before any connection is made."""
 
 import re
 
@@ -10,8 +10,8 @@ _LAST_PORT = 65535
 def parse(address: str, *, any_port: bool = False) -> tuple[str, int]:
     """Host and port of an address; an IPv6 host keeps its brackets.
 
-    `any_port` allows port 0, with which a server takes any free one. Raises ValueError, whose message says
-    how to write the address instead.
+    `any_port` allows port 0, with which a server takes any free port. Raises ValueError with a message that
+    says how to write the address.
     """
     if not address:
         raise ValueError("an address must not be empty: write HOST:PORT")

@@ -1,4 +1,4 @@
-"""The models of a models directory, and what is known of their exits. Free of torch."""
+"""The models of a models directory, and the known facts about their exits. Does not import torch."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ from helios.weight_map import WeightMap
 FACTS_FILE = "helios.json"
 EXITS_FILE = "exits.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
-# A checkpoint from the hub may have these instead of tokenizer.json.
+# A checkpoint from the hub may have these files instead of tokenizer.json.
 SLOW_TOKENIZER_FILES = ("vocab.json", "merges.txt")
 TOKENIZER_FILES = (
     TOKENIZER_FILE,
@@ -37,21 +37,22 @@ _EXIT_HEAD_KINDS = ("shared", "norm", "linear")
 class Fidelity:
     """An exit in one precision, compared with the same exit in float32 on given text."""
 
-    # A share: at 0.01 the perplexity is 1 % higher.
+    # A share: 0.01 means that the perplexity is 1 % higher.
     perplexity_increase: float
-    # Share of positions at which the most likely next token is the same.
+    # Share of positions with the same most likely next token.
     agreement: float
     tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class EarlyExitFacts:
-    """What helios.json says beside the weights (docs/early-exit-facts.md).
+    """The contents of helios.json, which lies beside the weights (docs/early-exit-facts.md).
 
-    exit_layers: layers after which a token may be read out, ascending; the last one is the model's last.
-    exit_head: `shared`, all exits are read through the model's final norm; `norm`, each through its own norm;
-    `linear`, each through its own norm and a square matrix after it. thresholds: the confidence that lets a
-    token leave, by exit layer. precisions: what `helios models measure` found, by precision and exit layer.
+    exit_layers: layers after which a token may be read out, ascending; the last one is the model's last
+    layer. exit_head: `shared`: all exits use the model's final norm; `norm`: each exit has its own norm;
+    `linear`: each exit has its own norm, followed by a square matrix. thresholds: by exit layer, the
+    confidence at which a token may leave. precisions: results of `helios models measure`, by precision and
+    exit layer.
     """
 
     exit_layers: tuple[int, ...]
@@ -64,14 +65,14 @@ class EarlyExitFacts:
 
     @property
     def num_layers(self) -> int:
-        """Layers of the whole model."""
+        """Number of layers of the whole model."""
         return self.exit_layers[-1]
 
     @classmethod
     def read(cls, path: Path, num_layers: int) -> Self:
-        """The facts of a checkpoint directory; without helios.json only the last layer is an exit.
+        """The facts of a checkpoint directory. Without helios.json only the last layer is an exit.
 
-        Raises CheckpointError naming the file and the field that is wrong.
+        Raises CheckpointError naming the file and the wrong field.
         """
         file = path / FACTS_FILE
         if not file.exists():
@@ -127,11 +128,11 @@ class EarlyExitFacts:
         )
 
     def has_own_head(self, exit_layer: int) -> bool:
-        """Whether an exit has a head of its own. The last layer never does: it has the model's final norm."""
+        """Whether an exit has its own head. The last layer never does: it uses the model's final norm."""
         return self.exit_head != "shared" and exit_layer != self.num_layers
 
     def check_depth(self, depth: int, model: str) -> None:
-        """Raises UnknownDepthError, naming the valid ones, unless `depth` is an exit layer."""
+        """Raises UnknownDepthError, naming the valid depths, unless `depth` is an exit layer."""
         if depth in self.exit_layers:
             return
         if len(self.exit_layers) == 1:
@@ -143,9 +144,9 @@ class EarlyExitFacts:
         raise UnknownDepthError(f"{model} has no exit after layer {depth}; its depths are {depths}")
 
     def check_exits(self, exits: Sequence[int], depth: int, model: str) -> None:
-        """Checks a depth, and the exits that are to be read out up to it.
+        """Checks a depth and the exits to be read out up to it.
 
-        Raises UnknownDepthError as `check_depth`, ValueError for an exit beyond the depth.
+        Raises UnknownDepthError as `check_depth` does, ValueError for an exit beyond the depth.
         """
         for layer in (depth, *exits):
             self.check_depth(layer, model)
@@ -165,12 +166,12 @@ class ModelEntry:
 
     @property
     def num_layers(self) -> int:
-        """Layers of the whole model."""
+        """Number of layers of the whole model."""
         return self.config.num_layers
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
-        """The depths it can be loaded at."""
+        """The depths at which it can be loaded."""
         return self.facts.exit_layers
 
     @property
@@ -180,28 +181,28 @@ class ModelEntry:
 
     @property
     def default_depth(self) -> int:
-        """The depth to load when nobody asks for another."""
+        """The depth to load by default."""
         return self.facts.default_depth
 
     @property
     def parameters(self) -> int:
-        """Parameters of the whole model without exit heads, tied weights counted once."""
+        """Parameters of the whole model without exit heads. Tied weights count once."""
         return self.config.parameters()
 
     @property
     def vocab_size(self) -> int:
-        """Token ids that it knows."""
+        """Number of token ids."""
         return self.config.vocab_size
 
     @property
     def context_tokens(self) -> int:
-        """Tokens of prompt and output together at most."""
+        """Most tokens of prompt and output together."""
         return self.config.context_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class BrokenModel:
-    """A directory that cannot be loaded as a model, and why."""
+    """A directory that cannot be loaded as a model, and the reason."""
 
     name: str
     path: Path
@@ -210,7 +211,7 @@ class BrokenModel:
 
 @dataclass(frozen=True, slots=True)
 class Catalog:
-    """What a models directory holds, by name."""
+    """The contents of a models directory, by name."""
 
     models: tuple[ModelEntry, ...]
     broken: tuple[BrokenModel, ...]
@@ -232,7 +233,7 @@ def read_model(path: Path) -> ModelEntry:
 
 
 def read_catalog(models_dir: Path) -> Catalog:
-    """All models of a directory, and the directories in it that cannot be loaded, with the reason.
+    """All models of a directory, and its subdirectories that cannot be loaded, with the reason.
 
     Raises SettingsError when the directory does not exist.
     """
@@ -251,11 +252,11 @@ def list_models(models_dir: Path) -> list[ModelEntry]:
 
 
 def find_model(models_dir: Path, name: str) -> ModelEntry:
-    """The named model.
+    """The model of this name.
 
     Raises UnknownModelError naming the available ones, CheckpointError when the model is broken.
     """
-    # The name is compared with what is there and never joined to a path: it cannot reach outside.
+    # The name is compared with existing names and never joined to a path, so it cannot point outside.
     paths = {path.name: path for path in _model_paths(models_dir)}
     if name not in paths:
         available = ", ".join(paths) or "none; fetch one with `helios models pull`"
@@ -264,7 +265,7 @@ def find_model(models_dir: Path, name: str) -> ModelEntry:
 
 
 def find_models_dir(models_dir: Path | None = None) -> Path:
-    """`models_dir` if given, else $HELIOS_MODELS_DIR, else ./models, else those beside the package.
+    """`models_dir` if given, else $HELIOS_MODELS_DIR, else ./models, else the models beside the package.
 
     Raises SettingsError when it does not exist.
     """
@@ -283,10 +284,10 @@ def find_models_dir(models_dir: Path | None = None) -> Path:
 
 
 def checkpoint_id(entry: ModelEntry) -> str:
-    """An id that differs whenever a file of the checkpoint does. No file is read.
+    """An id that changes whenever a file of the checkpoint changes. Reads no file.
 
-    It is made from the files' place, names, sizes and times. The time of the last change to the inode is
-    among them, because copying tools keep the time of the contents.
+    It is made from the files' path, names, sizes and times. It includes the inode change time, because
+    copying tools preserve the modification time.
     """
     digest = hashlib.sha256(f"{entry.path.resolve()}\n".encode())
     for file in sorted(path for path in entry.path.iterdir() if path.is_file()):

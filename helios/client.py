@@ -1,11 +1,11 @@
-"""The client library: streams tokens from a gateway, for programs and for the `helios` command.
+"""The client library streams tokens from a gateway, for programs and for the `helios` command.
 
     with Client("127.0.0.1:50051") as client:
         for event in client.generate(generate_request("Once upon a time")):
             ...
 
-Events are `Token` and, last, `Finish` messages (protos/helios/v1/generation.proto). Every failure is an
-error of helios/errors.py; an OverloadedError says when to come back.
+Events are `Token` messages and at the end one `Finish` (protos/helios/v1/generation.proto). Every failure is
+an error of helios/errors.py. An OverloadedError says when to retry.
 """
 
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
@@ -43,7 +43,7 @@ def generate_request(
     request_id: str = "",
     sampling: generation_pb2.SamplingParams | None = None,
 ) -> inference_pb2.GenerateRequest:
-    """A request for a text, or for token ids taken as they are. Unset fields take the gateway's defaults."""
+    """A request for a text or for token ids. Unset fields get the gateway's defaults."""
     request = inference_pb2.GenerateRequest(request_id=request_id, model=model, sampling=sampling)
     if isinstance(prompt, str):
         request.text = prompt
@@ -64,7 +64,7 @@ class Client:
     def generate(
         self, request: inference_pb2.GenerateRequest, timeout_seconds: float | None = None
     ) -> Iterator[Event]:
-        """Tokens as they come, then the finish. Leaving the loop cancels the request.
+        """Yields the tokens as they come, then the finish. Leaving the loop cancels the request.
 
         Raises a HeliosError for every status but OK.
         """
@@ -78,7 +78,7 @@ class Client:
             call.cancel()
 
     def status(self, timeout_seconds: float | None = None) -> inference_pb2.GetServingStatusResponse:
-        """What is being served. Raises a HeliosError for every status but OK."""
+        """The current models, workers and load. Raises a HeliosError for every status but OK."""
         try:
             return self._stub.GetServingStatus(
                 inference_pb2.GetServingStatusRequest(), timeout=timeout_seconds
@@ -87,7 +87,7 @@ class Client:
             raise error_from(error, self._target) from error
 
     def close(self) -> None:
-        """Ends the connection and what still streams on it."""
+        """Closes the connection and cancels its open streams."""
         self._channel.close()
 
     def __enter__(self) -> Self:
@@ -116,7 +116,7 @@ class AsyncClient:
     async def generate(
         self, request: inference_pb2.GenerateRequest, timeout_seconds: float | None = None
     ) -> AsyncIterator[Event]:
-        """Tokens as they come, then the finish. Closing the iterator cancels the request.
+        """Yields the tokens as they come, then the finish. Closing the iterator cancels the request.
 
         Raises a HeliosError for every status but OK.
         """
@@ -131,7 +131,7 @@ class AsyncClient:
             call.cancel()
 
     async def status(self, timeout_seconds: float | None = None) -> inference_pb2.GetServingStatusResponse:
-        """What is being served. Raises a HeliosError for every status but OK."""
+        """The current models, workers and load. Raises a HeliosError for every status but OK."""
         try:
             return await self._stub.GetServingStatus(
                 inference_pb2.GetServingStatusRequest(), timeout=timeout_seconds
@@ -140,7 +140,7 @@ class AsyncClient:
             raise error_from(error, self._target) from error
 
     async def close(self) -> None:
-        """Ends the connection and what still streams on it."""
+        """Closes the connection and cancels its open streams."""
         await self._channel.close()
 
     async def __aenter__(self) -> Self:
@@ -156,26 +156,26 @@ class AsyncClient:
 
 
 def error_from(rpc_error: grpc.RpcError, target: str) -> HeliosError:
-    """The error that a call's status from `target` (host:port) stands for: the inverse of server.abort."""
+    """The error for the status of a call to `target` (host:port). The inverse of server.abort."""
     code, message = rpc_error.code(), rpc_error.details() or rpc_error.code().name
     status = _rich_status(rpc_error)
     if code is grpc.StatusCode.UNAVAILABLE and not status.details:
-        # The status is gRPC's own: nothing listens there, or the connection broke.
+        # The status comes from gRPC itself: no server listens there, or the connection broke.
         message = f"{target} does not answer ({message}); is it running?"
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and not status.details and "larger than max" in message:
-        # Also gRPC's own words. To try again later would not help.
+        # gRPC's own message too. A retry would not help.
         return InvalidRequestError(f"the request is larger than {target} takes: {message}")
     return error_of(status_pb2.Status(code=code.value[0], message=message, details=status.details))
 
 
 def error_of(status: status_pb2.Status) -> HeliosError:
-    """The error that a status stands for: the inverse of errors.status_of.
+    """The error that a status represents. The inverse of errors.status_of.
 
-    A status that Helios did not make becomes the error of the same code, or else HeliosError.
+    A status that Helios did not create becomes the Helios error with the same code, or else HeliosError.
     """
     info, retry = error_details_pb2.ErrorInfo(), error_details_pb2.RetryInfo()
     for detail in status.details:
-        # Each detail is tried as both kinds; Unpack takes only its own.
+        # Each detail is tried as both types. Unpack ignores the wrong type.
         detail.Unpack(info)
         detail.Unpack(retry)
     if status.code == grpc.StatusCode.RESOURCE_EXHAUSTED.value[0] and info.reason != "OutOfMemoryError":
@@ -188,14 +188,14 @@ def error_of(status: status_pb2.Status) -> HeliosError:
 
 
 def _rich_status(rpc_error: grpc.RpcError) -> status_pb2.Status:
-    # Pairs at run time, whatever the stubs say.
+    # These are pairs at run time, although the stubs say otherwise.
     metadata = cast(Iterable[tuple[str, str | bytes]], rpc_error.trailing_metadata() or ())
     for key, value in metadata:
         if key == _STATUS_DETAILS_KEY and isinstance(value, bytes):
             try:
                 return status_pb2.Status.FromString(value)
             except DecodeError:
-                break  # Not ours; the code and the message are still good.
+                break  # Not written by Helios. The code and the message are still valid.
     return status_pb2.Status()
 
 

@@ -1,4 +1,4 @@
-"""Calls to a controller, for the commands that query or direct it."""
+"""A client of the controller, for the commands that query or direct it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ from helios.v1 import controller_pb2, controller_pb2_grpc
 
 _Answer = TypeVar("_Answer")
 
-# A pin returns once it serves, and a large model loads for minutes.
+# A pin returns only when the plan is served, and a large model takes minutes to load.
 _ORDER_SECONDS = 600.0
 _ANSWER_SECONDS = 10.0
 
@@ -27,27 +27,27 @@ class ControllerClient:
     stub: controller_pb2_grpc.ControllerServiceStub
 
     def get_plan(self) -> controller_pb2.GetPlanResponse:
-        """What each worker serves, the SLO, and what is amiss."""
+        """The plan of each worker, the SLO, and current problems."""
         request = controller_pb2.GetPlanRequest()
         return self._call(lambda: self.stub.GetPlan(request, timeout=_ANSWER_SECONDS))
 
     def set_slo(self, slo: controller_pb2.Slo) -> controller_pb2.Slo:
-        """Changes the objective."""
+        """Changes the SLO."""
         request = controller_pb2.SetSloRequest(slo=slo)
         return self._call(lambda: self.stub.SetSlo(request, timeout=_ORDER_SECONDS)).slo
 
     def pin(self, model: str, depth: int, worker_id: str) -> controller_pb2.PinResponse:
-        """Holds a plan; returns once it serves. An empty id is every worker."""
+        """Holds workers at a plan. Returns when they serve it. An empty id means every worker."""
         request = controller_pb2.PinRequest(model=model, depth=depth, worker_id=worker_id)
         return self._call(lambda: self.stub.Pin(request, timeout=_ORDER_SECONDS))
 
     def unpin(self, worker_id: str) -> controller_pb2.UnpinResponse:
-        """Gives plans back to the policy. An empty id is every worker."""
+        """Returns workers to the policy. An empty id means every worker."""
         request = controller_pb2.UnpinRequest(worker_id=worker_id)
         return self._call(lambda: self.stub.Unpin(request, timeout=_ANSWER_SECONDS))
 
     def decisions(self, history: int, *, follow: bool) -> Iterator[controller_pb2.Decision]:
-        """The last decisions; with `follow` then new ones, and each again when its outcome is known."""
+        """The last decisions. With `follow` also new ones, each repeated when its outcome is known."""
         request = controller_pb2.WatchDecisionsRequest(history=history, once=not follow)
         call = self.stub.WatchDecisions(request, timeout=None if follow else _ANSWER_SECONDS)
         try:
@@ -67,7 +67,7 @@ class ControllerClient:
 
 @contextmanager
 def connect(target: str | None) -> Iterator[ControllerClient]:
-    """A connection to the target, or to the running stack's controller.
+    """A connection to the target, or else to the running stack's controller.
 
     Raises UnavailableError when there is neither.
     """

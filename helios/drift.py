@@ -1,8 +1,8 @@
-"""Whether the traffic has drifted between two evaluations; while it has not, both are pooled.
+"""Tells whether the traffic has drifted between two evaluations. Without a drift they are pooled.
 
-Five requests say little: the perplexity of an exit over the last layer varies by a few per cent from one
-handful to the next, which is as much as the bound on it. Histograms stay valid as long as the traffic stays
-the same (the third insight of arXiv 2504.10724), so evaluations are pooled until a test finds a change.
+Five requests say little: from one group of five to the next, an exit's perplexity relative to the last layer
+varies by a few per cent, which is as much as the bound on it. Histograms stay valid as long as the traffic
+stays the same (the third insight of arXiv 2504.10724), so evaluations are pooled until a test finds a change.
 """
 
 import math
@@ -12,11 +12,11 @@ from collections.abc import Iterator, Sequence
 from helios.calibration import calibrated_threshold
 from helios.history import CONFIDENCE_BINS, ExitProfile, ModelProfile, RequestSample
 
-# The traffic has drifted when the means of old and new requests are this many standard errors apart. With
-# five new requests a false alarm comes about once in fifty evaluations. It only costs the pool.
+# The traffic has drifted when the means of old and new requests differ by this many standard errors. With
+# five new requests, about one evaluation in fifty gives a false alarm. A false alarm only loses the pool.
 DRIFT_SIGMAS = 3.5
-# The same once the controller has noticed a drift, which is then the likelier case. The few requests at the
-# start of a phase vary so much that a higher limit would hide the drift.
+# The limit after the controller has noticed a drift, because then a drift is likelier. The first requests of
+# a new phase vary so much that a higher limit would hide the drift.
 NOTICED_DRIFT_SIGMAS = 2.0
 _EDGES = [index / CONFIDENCE_BINS for index in range(CONFIDENCE_BINS)]
 
@@ -24,10 +24,10 @@ _EDGES = [index / CONFIDENCE_BINS for index in range(CONFIDENCE_BINS)]
 def has_drifted(
     before: Sequence[RequestSample], now: Sequence[RequestSample], sigmas: float = DRIFT_SIGMAS
 ) -> bool:
-    """Whether requests differ by more than chance: in the last layer's nats, or in what any exit loses to it.
+    """Whether requests differ by more than chance, in the last layer's nats or in any exit's loss against it.
 
-    sigmas: standard errors between their means that are a drift. With fewer than two requests on either side
-    nothing can be told, and they count as drifted.
+    sigmas: distance between their means, in standard errors, that counts as a drift. Fewer than two requests
+    on either side cannot be tested, and count as drifted.
     """
     if len(before) < 2 or len(now) < 2:
         return True
@@ -42,11 +42,11 @@ def pooled(
     *,
     is_noticed: bool = False,
 ) -> ModelProfile:
-    """The profile `now`, pooled with the newest requests of `before` up to `keep` requests in all.
+    """The profile `now`, pooled with the newest requests of `before` up to `keep` requests in total.
 
-    Only `now` counts when the traffic has drifted or `before` has other exits. Speeds, sizes and cost are
-    taken from `now`. target_agreement: what thresholds are calibrated to; None: they are taken from `now`.
-    is_noticed: the controller asks because it has noticed a drift.
+    Only `now` counts when the traffic has drifted or `before` has other exits. Speeds, sizes and costs come
+    from `now`. target_agreement: target for calibrating thresholds; None: they come from `now`. is_noticed:
+    whether the controller has already noticed a drift.
     """
     if before is None or [one.depth for one in before.exits] != [one.depth for one in now.exits]:
         return now
@@ -58,7 +58,7 @@ def pooled(
     if not kept or has_drifted(kept, now.samples, sigmas):
         return now
     samples = (*kept, *now.samples)
-    # Histograms are not kept per request, so dropped requests are assumed to be like those that stay.
+    # Histograms are not kept per request, so dropped requests are assumed to be like the kept ones.
     share = len(kept) / len(before.samples)
 
     def together(index: int) -> ExitProfile:
@@ -79,7 +79,7 @@ def pooled(
             }
         )
 
-    # The mean over all requests, each side weighted by its text.
+    # The mean over all requests. Each side is weighted by the length of its text.
     weights = (sum(one.text_bytes for one in kept), sum(one.text_bytes for one in now.samples))
     tokens = weights[0] / before.bytes_per_token + weights[1] / now.bytes_per_token
     bytes_per_token = sum(weights) / tokens
@@ -96,7 +96,7 @@ def pooled(
 
 
 def _series(samples: Sequence[RequestSample]) -> Iterator[list[float]]:
-    """Per request in nats per byte: the last layer, and each exit over the last layer."""
+    """Values per request, in nats per byte: the last layer, and each exit minus the last layer."""
     known = [sample for sample in samples if sample.text_bytes]
     yield [sample.nats[-1] / sample.text_bytes for sample in known]
     for index in range(len(samples[0].nats) - 1):
@@ -104,7 +104,7 @@ def _series(samples: Sequence[RequestSample]) -> Iterator[list[float]]:
 
 
 def _sigmas(old: Sequence[float], new: Sequence[float]) -> float:
-    """Distance of two means in standard errors (Welch)."""
+    """Distance between two means in standard errors (Welch)."""
     if len(old) < 2 or len(new) < 2:
         return math.inf
     error = math.sqrt(statistics.variance(old) / len(old) + statistics.variance(new) / len(new))

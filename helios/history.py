@@ -1,6 +1,6 @@
-"""The performance history table (PHT): what profiling measured for each candidate (arXiv 2504.10724).
+"""The performance history table (PHT): profiling results of each candidate (arXiv 2504.10724).
 
-One JSON document per model in Redis, under the schema of `helios.redis_schema`.
+Redis holds one JSON document per model, under the schema of `helios.redis_schema`.
 """
 
 import math
@@ -23,7 +23,7 @@ _Count = Annotated[int, Field(ge=0)]
 
 
 class _Record(BaseModel):
-    # A newer version may write more than this one knows.
+    # A newer version may write fields that this one does not know.
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
@@ -35,7 +35,7 @@ class DecodeSpeed(_Record):
 
 
 class ExitProfile(_Record):
-    """One exit of a candidate. Fields as in profiler.proto."""
+    """One exit of a candidate. The fields are those of profiler.proto."""
 
     depth: int = Field(ge=1)
     threshold: float = Field(ge=0, le=1)
@@ -53,17 +53,17 @@ class ExitProfile(_Record):
 
     @property
     def tokens(self) -> int:
-        """Tokens in the histogram."""
+        """Number of tokens in the histogram."""
         return sum(self.confidence_counts)
 
     @property
     def agreement(self) -> float:
-        """Share of tokens that equal the last layer's; 1 for an empty histogram."""
+        """Share of tokens that equal the last layer's. 1 for an empty histogram."""
         return sum(self.agreement_counts) / self.tokens if self.tokens else 1.0
 
     @property
     def confidence_nats(self) -> tuple[float, float]:
-        """Negative natural logarithm of a token's confidence: mean and standard deviation."""
+        """Mean and standard deviation of a token's -ln(confidence)."""
         bins = len(self.confidence_counts)
         values = [-math.log((index + 0.5) / bins) for index in range(bins)]
         tokens = max(self.tokens, 1)
@@ -81,7 +81,7 @@ class ExitProfile(_Record):
     def step_seconds(self, batch: int) -> float:
         """Seconds of a decode step at any batch size.
 
-        Linear between measured sizes; beyond the largest one the last slope goes on.
+        Interpolates linearly between measured sizes. Beyond the largest one the last slope continues.
         """
         points = self.decode
         if len(points) == 1 or batch <= points[0].batch:
@@ -93,7 +93,7 @@ class ExitProfile(_Record):
 
 
 class RequestSample(_Record):
-    """What one request's prompt says about a candidate: its bytes of text, and their nats at each exit."""
+    """One request's prompt under a candidate: its bytes of text, and their nats at each exit."""
 
     id: str
     text_bytes: int = Field(ge=0)
@@ -101,7 +101,7 @@ class RequestSample(_Record):
 
 
 class ModelProfile(_Record):
-    """What profiling measured of one candidate, with time and provenance."""
+    """Profiling results of one candidate, with time and provenance."""
 
     model: str
     time: float
@@ -127,29 +127,29 @@ class ModelProfile(_Record):
 
     @classmethod
     def from_proto(cls, message: profiler_pb2.ModelProfile) -> "ModelProfile":
-        """Raises pydantic.ValidationError for a message that is not a profile."""
-        # The fields have the same names.
+        """Raises pydantic.ValidationError for a message that is not a valid profile."""
+        # The fields have the same names in both.
         fields = MessageToDict(
             message, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
         )
         return cls.model_validate(fields)
 
     def to_proto(self) -> profiler_pb2.ModelProfile:
-        """The profile as a message."""
+        """Converts the profile to a message."""
         fields = self.model_dump(mode="json", exclude_none=True)
         return ParseDict(fields, profiler_pb2.ModelProfile())
 
     @property
     def full(self) -> ExitProfile:
-        """The last exit: the whole model."""
+        """The last exit, which is the whole model."""
         return self.exits[-1]
 
     def find_exit(self, depth: int) -> ExitProfile | None:
-        """The exit after `depth` layers; None when it was not profiled."""
+        """The exit after `depth` layers. None if it was not profiled."""
         return next((one for one in self.exits if one.depth == depth), None)
 
     def at(self, depth: int) -> ExitProfile:
-        """The exit after `depth` layers. Raises KeyError when it was not profiled."""
+        """The exit after `depth` layers. Raises KeyError if it was not profiled."""
         found = self.find_exit(depth)
         if found is None:
             raise KeyError(f"{self.model} was not profiled at depth {depth}")
@@ -162,7 +162,7 @@ async def write(redis: Redis, profile: ModelProfile) -> None:
 
 
 async def find(redis: Redis, model: str) -> ModelProfile | None:
-    """A model's profile; None when there is none, or none of this version.
+    """A model's profile. None if there is none, or none of this version.
 
     Raises redis.RedisError when Redis cannot be reached.
     """
@@ -174,7 +174,7 @@ async def find(redis: Redis, model: str) -> ModelProfile | None:
 
 
 async def read(redis: Redis) -> tuple[dict[str, ModelProfile], dict[str, str]]:
-    """All profiles by model, and what was ignored: by key, with the reason.
+    """All profiles by model, and the ignored keys with the reason.
 
     Raises redis.RedisError when Redis cannot be reached.
     """
@@ -188,7 +188,7 @@ async def read(redis: Redis) -> tuple[dict[str, ModelProfile], dict[str, str]]:
         try:
             document = await redis.get(raw_key)
         except ResponseError as error:
-            # It is not a string, or this user may not read it. The others may still be readable.
+            # It is not a string, or this user may not read it. Other profiles may still be readable.
             ignored[key] = f"it cannot be read: {error}"
             continue
         if document is None:

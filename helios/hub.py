@@ -1,4 +1,4 @@
-"""Gets a checkpoint into the models directory, from the hub or from a folder. Never runs the model's code."""
+"""Puts a checkpoint into the models directory, from the hub or a folder. Never runs the model's code."""
 
 import os
 import re
@@ -17,7 +17,7 @@ from helios.errors import (
 from helios.staging import check_free, staged
 from helios.weight_map import INDEX_SUFFIX, SINGLE_FILES, WeightMap, read_safetensors_header
 
-# Files that are fetched before the weights: small, and enough to refuse a model early.
+# Files that are downloaded before the weights. They are small, and enough to reject a model early.
 _FACTS = (
     CONFIG_FILE,
     GENERATION_FILE,
@@ -30,7 +30,7 @@ _FACTS = (
 )
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
-# Called with a file's name, and the files placed so far and in all.
+# (name of a file, files placed so far, all files)
 Progress = Callable[[str, int, int], None]
 
 
@@ -45,14 +45,14 @@ def pull(
 ) -> ModelEntry:
     """Puts a model into the models directory and returns its entry.
 
-    source: a folder, or else a repository's id on the Hugging Face hub (or in its local cache; the
-    library shows its own progress of the download). Safetensors are preferred to pickles. name: in the
-    models directory (default: the source's last part). The model appears there only once it is complete,
-    and nothing is written there unless it can be loaded at every depth (`helios.engine.plan.check_model`).
+    source: a folder, or else the id of a repository on the Hugging Face hub or in its local cache. The hub's
+    library shows its own download progress. Safetensors are preferred to pickles. name: name in the models
+    directory (default: the last part of the source). The model appears there only when it is complete and can
+    be loaded at every depth (`helios.engine.plan.check_model`).
 
-    Raises CheckpointError when it cannot, or the name is taken and not `force`; UnknownModelError when the
-    hub has no such repository or revision; UnavailableError when the hub cannot be reached; SettingsError
-    when the engine is not installed.
+    Raises CheckpointError when the model cannot be loaded, or when the name is taken and not `force`;
+    UnknownModelError when the hub has no such repository or revision; UnavailableError when the hub cannot be
+    reached; SettingsError when the engine is not installed.
     """
     folder = Path(source).expanduser()
     is_folder = folder.is_dir()
@@ -85,8 +85,8 @@ def pull(
 
 
 def _check(folder: Path) -> None:
-    """Raises CheckpointError unless the engine can load the model, SettingsError when there is no engine."""
-    # A missing file is reported at once, before torch is imported.
+    """Raises CheckpointError unless the engine can load the model, SettingsError if there is no engine."""
+    # Reports a missing file at once, before torch is imported.
     entry = read_model(folder)
     try:
         from helios.engine.plan import check_model  # noqa: PLC0415
@@ -104,12 +104,12 @@ def _place(source: Path, target: Path, *, may_link: bool) -> None:
             os.link(source.resolve(), target)
             return
         except OSError:
-            pass  # another file system, or one without hard links: copied instead
+            pass  # Another file system, or one without hard links: copy instead.
     shutil.copyfile(source, target)
 
 
 def _download(repository: str, revision: str | None) -> Path:
-    """The repository's files in the hub's cache: facts first, then the weights in the best format it has."""
+    """Downloads the repository into the hub's cache: facts first, then the weights in the best format."""
     try:
         import httpx2  # noqa: PLC0415
         from huggingface_hub import errors, snapshot_download  # noqa: PLC0415
@@ -123,7 +123,7 @@ def _download(repository: str, revision: str | None) -> Path:
         for single in SINGLE_FILES:
             stem, suffix = single.split(".")
             patterns = [single, single + INDEX_SUFFIX, f"{stem}-*.{suffix}"]
-            # The folder's name is the commit: facts and weights are of one revision.
+            # The folder's name is the commit, so facts and weights are from the same revision.
             snapshot_download(repository, revision=folder.name, allow_patterns=patterns)
             if (folder / single).exists() or (folder / (single + INDEX_SUFFIX)).exists():
                 break

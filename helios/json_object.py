@@ -1,4 +1,4 @@
-"""A JSON object in a file of a checkpoint. Free of torch."""
+"""Reads a JSON object from a file of a checkpoint. Does not import torch."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ from helios.errors import CheckpointError
 
 
 def read_json_object(file: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises CheckpointError naming the file when there is none."""
+    """The JSON object in a file. Raises CheckpointError naming the file if there is none."""
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -7,8 +7,8 @@ from typing import Literal, TypeAlias
 class ExitMode(enum.StrEnum):
     """How tokens leave the model.
 
-    full: all layers. greedy: the first d layers, every token read out at d (the HELIOS way).
-    dynamic: all layers loaded, each token read out at its own exit (the baseline).
+    full: all layers. greedy: only the first d layers, and every token is read out at d (the HELIOS way).
+    dynamic: all layers are loaded, and each token is read out at its own exit (the baseline).
     """
 
     FULL = "full"
@@ -17,11 +17,11 @@ class ExitMode(enum.StrEnum):
 
 
 class Precision(enum.StrEnum):
-    """The numbers that products are computed in.
+    """The number format of products.
 
-    auto: int8 on a CPU that multiplies bytes fast (AVX-512 VNNI), float32 on other CPUs, bfloat16 on a GPU.
-    On a CPU everything between products is computed in float32. int8: weights have a scale per output
-    channel, activations a scale per token. float16: computed by torch, which is slow on a CPU.
+    auto: int8 on a CPU with fast byte products (AVX-512 VNNI), float32 on other CPUs, bfloat16 on a GPU. On a
+    CPU everything between products is float32. int8: weights have one scale per output channel, activations
+    have one per token. float16: computed by torch, which is slow on a CPU.
     """
 
     AUTO = "auto"
@@ -31,6 +31,6 @@ class Precision(enum.StrEnum):
     INT8 = "int8"
 
 
-# The same names for settings, whose help would show an enum's members in capitals.
+# The same names for settings. With the enums, the help would show the members in capitals.
 ExitModeName: TypeAlias = Literal["full", "dynamic", "greedy"]
 PrecisionName: TypeAlias = Literal["auto", "float32", "bfloat16", "float16", "int8"]

@@ -1,7 +1,7 @@
-"""What workers must serve: the orders of the leading controller, as they are in Redis.
+"""Orders: the plans that workers must serve, as the leading controller stores them in Redis.
 
 The controller writes them with the rest of its state (`services/controller/state.py`). A worker reads them
-when it starts, so that it need not serve another plan until the controller gets to it.
+when it starts, so that it need not serve another plan until the controller reaches it.
 """
 
 from collections.abc import Mapping
@@ -21,33 +21,33 @@ ACTIVE = "active"
 
 
 class Orders(BaseModel):
-    """The pins of operators, and the plan that the policy has chosen."""
+    """The operators' pins, and the plan chosen by the policy."""
 
-    # The controller's state, which is kept in the same place, has more fields.
+    # The same entry also holds the rest of the controller's state.
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     pins: Mapping[str, ServedPlan] = {}
-    """By worker id. EVERY_WORKER pins all that have no pin of their own, future ones included."""
+    """By worker id. EVERY_WORKER pins all workers without their own pin, including future ones."""
     plan: ServedPlan | None = None
 
     def pin_of(self, worker_id: str) -> ServedPlan | None:
-        """The plan that an operator has pinned a worker to; None: no pin holds it."""
+        """The plan to which an operator has pinned a worker. None: the worker is not pinned."""
         return self.pins.get(worker_id) or self.pins.get(EVERY_WORKER)
 
     def wanted(self, worker_id: str) -> ServedPlan | None:
-        """What a worker must serve; None: whatever it serves now."""
+        """The plan that a worker must serve. None: it keeps its current plan."""
         return self.pin_of(worker_id) or self.plan
 
 
 async def read(redis: Redis) -> Orders:
-    """The orders in force; empty ones when there are none.
+    """The orders in force. Empty if there are none.
 
-    Pins are in force until they are taken back. The plan is in force only while a controller in active mode
-    leads: in other modes it only advises, and the plan of a stack that has ended does not bind the next
+    Pins are in force until they are removed. The plan is in force only while a controller in active mode
+    leads. In other modes it is only advice, and the plan of a stack that has ended does not bind the next
     stack.
 
-    Raises redis.RedisError when Redis cannot be reached, pydantic.ValidationError when the entry does not
-    hold orders of this version.
+    Raises redis.RedisError when Redis cannot be reached, pydantic.ValidationError when the entry holds no
+    orders of this version.
     """
     saved, mode = cast("list[bytes | None]", await redis.hmget(CONTROLLER_STATE, [STATE_FIELD, MODE_FIELD]))
     if saved is None:

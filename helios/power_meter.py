@@ -10,22 +10,22 @@ _MICRO, _MILLI = 1e-6, 1e-3
 
 @dataclass(frozen=True, slots=True)
 class PowerMeter:
-    """Counters of consumed energy. They count everything that runs on the device, not one process."""
+    """Counters of consumed energy. They count everything that runs on the device, not only one process."""
 
     name: str
-    # Joules, one reading per counter.
+    # Joules: one reading per counter.
     read: Callable[[], tuple[float, ...]]
-    # Joules after which each counter starts again from zero.
+    # The value in joules at which each counter restarts from zero.
     wraps_at: tuple[float, ...]
 
     def joules_since(self, start: tuple[float, ...]) -> float:
-        """Joules since the readings `start`, across at most one wrap of each counter."""
+        """Joules since the readings `start`. Each counter may have wrapped at most once."""
         counters = zip(start, self.read(), self.wraps_at, strict=True)
         return sum((now - then) % wrap for then, now, wrap in counters)
 
 
 def power_meter(device: str, powercap: Path = _POWERCAP) -> PowerMeter | None:
-    """The meter of a torch device (`cpu`, `cuda`, `cuda:1`); None when none is readable here."""
+    """The meter of a torch device (`cpu`, `cuda`, `cuda:1`). None if no meter is readable here."""
     if device.startswith("cuda"):
         return _nvml_meter(int(device.partition(":")[2] or 0))
     return _rapl_meter(powercap)
@@ -48,7 +48,7 @@ def _nvml_meter(index: int) -> PowerMeter | None:
 
 
 def _rapl_meter(powercap: Path) -> PowerMeter | None:
-    """All CPU packages together. Domains inside a package (`intel-rapl:0:1`) are part of it."""
+    """All CPU packages together. Domains inside a package (`intel-rapl:0:1`) are already included in it."""
     packages = [path for path in sorted(powercap.glob("intel-rapl:*")) if path.name.count(":") == 1]
     if not packages:
         return None
@@ -60,6 +60,6 @@ def _rapl_meter(powercap: Path) -> PowerMeter | None:
         read()
         wraps_at = read("max_energy_range_uj")
     except (OSError, ValueError):
-        # Kernels let only root read it (CVE-2020-8694).
+        # Newer kernels let only root read it (CVE-2020-8694).
         return None
     return PowerMeter(" ".join(package.name for package in packages), read, wraps_at)

@@ -1,6 +1,6 @@
-"""Recent prompts, as token ids: a capped stream in Redis, written by gateways, read by the profiler.
+"""Recent prompts as token ids, in a capped Redis stream. Gateways write it, the profiler reads it.
 
-A prompt is kept until its lifetime is over or enough newer ones have come. The whole stream expires one
+A prompt is kept until its lifetime ends or enough newer prompts have come. The whole stream expires one
 lifetime after its last prompt. An entry has the fields `tokenizer_id` and `ids` (a JSON list).
 """
 
@@ -21,7 +21,8 @@ _IDS: TypeAdapter[tuple[int, ...]] = TypeAdapter(Annotated[tuple[int, ...], Fiel
 _Entries: TypeAlias = list[tuple[bytes, dict[bytes, bytes]]]
 
 
-# KEYS: prompts. ARGV: entries kept, their life in milliseconds, then tokenizer id and ids of each new one.
+# KEYS: prompts. ARGV: entries kept, their lifetime in milliseconds, then tokenizer id and ids of each new
+# one.
 _WRITE = """
 for first = 3, #ARGV, 2 do
     redis.call('XADD', KEYS[1], 'MAXLEN', ARGV[1], '*', 'tokenizer_id', ARGV[first], 'ids', ARGV[first + 1])
@@ -36,14 +37,14 @@ if #ARGV > 2 then redis.call('PEXPIRE', KEYS[1], ARGV[2]) end
 
 @dataclass(frozen=True, slots=True)
 class RecentPrompt:
-    """Token ids, and the SHA-256 of their tokenizer."""
+    """A prompt's token ids, and the SHA-256 of their tokenizer."""
 
     tokenizer_id: str
     ids: tuple[int, ...]
 
 
 async def write(redis: Redis, prompts: Sequence[RecentPrompt], kept: int, lifetime_seconds: float) -> None:
-    """Appends prompts and drops those beyond the `kept` last or the lifetime.
+    """Appends prompts. Drops all but the last `kept` prompts, and those older than the lifetime.
 
     Raises redis.RedisError when Redis cannot be reached.
     """
@@ -54,10 +55,10 @@ async def write(redis: Redis, prompts: Sequence[RecentPrompt], kept: int, lifeti
 async def recent(
     redis: Redis, tokenizer_ids: Collection[str], count: int, newest_seconds: float | None = None
 ) -> tuple[list[RecentPrompt], dict[str, str]]:
-    """The newest prompts of these tokenizers, newest first; fewer than `count` when there are no more.
+    """The newest prompts of these tokenizers, newest first. Fewer than `count` if there are no more.
 
-    newest_seconds: age of the oldest prompt that counts; None: any age. Also returns what was ignored: by key
-    and position, with the reason.
+    newest_seconds: greatest age of a prompt; None: any age. Also returns the ignored entries, by key and
+    position, with the reason.
 
     Raises redis.RedisError when Redis cannot be reached.
     """
@@ -65,11 +66,11 @@ async def recent(
     ignored: dict[str, str] = {}
     before, oldest = "+", "-"
     if newest_seconds is not None:
-        # Redis's clock, which also numbers the entries.
+        # Redis's own clock, which also numbers the entries.
         seconds, microseconds = await redis.time()
         oldest = str(max(0, int(seconds) * 1000 + int(microseconds) // 1000 - int(newest_seconds * 1000)))
     while len(found) < count:
-        # Without decode_responses, which is how Helios connects, everything is bytes.
+        # Helios connects without decode_responses, so all values are bytes.
         entries = cast("_Entries", await redis.xrevrange(PROMPTS, max=before, min=oldest, count=_PAGE))
         for position, fields in entries:
             try:

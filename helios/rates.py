@@ -1,10 +1,10 @@
-"""What a worker did between two messages of its telemetry."""
+"""A worker's rates between two of its telemetry messages."""
 
 from dataclasses import dataclass
 
 from helios.v1 import worker_pb2
 
-# Tokens in the window of the confidence breach counter (CBC), unless the controller's settings say otherwise.
+# Tokens in the window of the confidence breach counter (CBC), unless the controller's settings differ.
 WINDOW_TOKENS = 100
 
 
@@ -22,12 +22,12 @@ class Rates:
 
     @property
     def cbc(self) -> float | None:
-        """Unsure tokens, scaled to a window of the default length; None: nothing was generated."""
+        """Unsure tokens, scaled to a window of the default length. None: nothing was generated."""
         return None if self.high_exit_share is None else self.high_exit_share * WINDOW_TOKENS
 
 
 def rates(now: worker_pb2.Telemetry, before: worker_pb2.Telemetry | None) -> Rates:
-    """The rates between two messages of one worker. Messages of different processes give none."""
+    """The rates between two messages of one worker. Messages of different processes have no rates."""
     if before is None or now.time <= before.time or now.generated_tokens <= before.generated_tokens:
         return Rates()
     tokens, seconds = now.generated_tokens - before.generated_tokens, now.time - before.time

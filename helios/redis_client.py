@@ -1,4 +1,4 @@
-"""The connection to Redis: every command ends within a bound, and at once when it is cancelled."""
+"""The connection to Redis. Every command ends within a time limit, and at once when it is cancelled."""
 
 import asyncio
 from typing import Any
@@ -8,17 +8,17 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 
 class _BoundedRedis(Redis):
-    """Bounds commands itself, because redis-py loses cancellations when it does.
+    """Limits the time of commands itself, because redis-py loses cancellations when it does so.
 
-    With a `socket_timeout` redis-py sends in `asyncio.wait_for`. Before Python 3.12 that loses a cancellation
-    which comes just as the sending ends (python/cpython#86296): the cancelled task runs on, and a service
-    that waits for it never stops. This bound is for a command as a whole; redis-py's is for each of its ten
-    retries.
+    With a `socket_timeout` redis-py sends inside `asyncio.wait_for`. Before Python 3.12 this loses a
+    cancellation that arrives just as sending ends (python/cpython#86296). The cancelled task then continues,
+    and a service that waits for it never stops. This limit applies to a command as a whole; redis-py's limit
+    would apply to each of its ten retries.
     """
 
     def __init__(self, url: str, timeout_seconds: float) -> None:
         pool = ConnectionPool.from_url(url, socket_connect_timeout=timeout_seconds)
-        # Also overrides a timeout in the URL.
+        # Also overrides a timeout given in the URL.
         pool.connection_kwargs["socket_timeout"] = None
         super().__init__(connection_pool=pool)
         self.auto_close_connection_pool = True
@@ -33,9 +33,9 @@ class _BoundedRedis(Redis):
 
 
 def connect(url: str, timeout_seconds: float = 5.0) -> Redis:
-    """A client of the Redis at `url`; it connects with its first command.
+    """A client of the Redis at `url`. It connects with its first command.
 
-    A command raises redis.RedisError when Redis cannot be reached or has not answered in `timeout_seconds`.
-    Pipelines have no bound; use a script instead, which is one command.
+    A command raises redis.RedisError when Redis cannot be reached or has not answered within
+    `timeout_seconds`. Pipelines have no limit. Use a script instead, which is one command.
     """
     return _BoundedRedis(url, timeout_seconds)

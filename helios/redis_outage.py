@@ -1,4 +1,4 @@
-"""Work in Redis off the data path: retried, and reported, while Redis is down or refuses it."""
+"""Work in Redis outside the data path. It is retried and reported while Redis is down or refuses it."""
 
 import logging
 import uuid
@@ -10,8 +10,8 @@ from redis.exceptions import AuthenticationError, RedisError, ResponseError
 
 from helios.redis_schema import PROBE_PREFIX, WORKER_PREFIX
 
-# What an answer of the server means and what to do, by a part of it in lower case. Errors of scripts have the
-# same parts.
+# Meaning of a server's error message and what to do, by a part of the message in lower case. Errors of
+# scripts contain the same parts.
 _REFUSALS = {
     "read only replica": "it is a read-only replica; name the primary's URL",
     "used memory > 'maxmemory'": "its memory is full; raise its maxmemory",
@@ -25,14 +25,14 @@ _PROBE_MILLISECONDS = 10_000
 
 
 def reason(error: Exception) -> str:
-    """Why something could not be done in Redis, in words that say what to do."""
+    """Why something in Redis failed, in words that say what to do."""
     if isinstance(error, AuthenticationError):
         return f"Redis does not let this user in ({error}); check user and password in its URL"
     if not isinstance(error, RedisError | OSError):
         return str(error)
     if not isinstance(error, ResponseError):
         return f"Redis cannot be reached: {error}"
-    # A pipeline's error begins with the command, which may hold somebody's prompt.
+    # A pipeline's error begins with the command, which may contain a user's prompt.
     said = str(error).rpartition(" of pipeline caused error: ")[2]
     for part, meaning in _REFUSALS.items():
         if part in said.lower():
@@ -41,9 +41,9 @@ def reason(error: Exception) -> str:
 
 
 async def probe(redis: Redis) -> None:
-    """Does everything that a stack needs of Redis: writes, reads and deletes a key, and looks for leases.
+    """Does everything that a stack needs from Redis: writes, reads and deletes a key, and lists leases.
 
-    Raises redis.RedisError when Redis cannot be reached or refuses it.
+    Raises redis.RedisError when Redis cannot be reached or refuses one of these.
     """
     key = PROBE_PREFIX + uuid.uuid4().hex
     await redis.set(key, "1", px=_PROBE_MILLISECONDS)
@@ -53,24 +53,24 @@ async def probe(redis: Redis) -> None:
 
 
 class RedisOutage:
-    """Whether one piece of repeated work fails in Redis. Logs each kind of failure once, and its end."""
+    """Tracks whether one repeated task fails in Redis. Logs each kind of failure once, and its end."""
 
     def __init__(self, log: logging.Logger, lost: str, back: str) -> None:
         self._log = log
         self._lost = lost
         self._back = back
         self._said: set[type[Exception]] = set()
-        # What Redis refuses and why; empty while all is well or Redis cannot be reached at all.
+        # What Redis refuses and why. Empty while all is well or Redis cannot be reached at all.
         self.refusal = ""
 
     @property
     def ongoing(self) -> bool:
-        """Whether the last try failed."""
+        """Whether the last attempt failed."""
         return bool(self._said)
 
     @contextmanager
     def bridged(self) -> Iterator[None]:
-        """Wraps one try of the work: a failure in Redis ends the block, not the caller."""
+        """Wraps one attempt. A failure in Redis ends the block but does not raise."""
         try:
             yield
         except (RedisError, OSError) as error:
@@ -79,7 +79,7 @@ class RedisOutage:
             self.over()
 
     def failed(self, error: Exception) -> None:
-        """The work failed."""
+        """Reports that an attempt failed."""
         said = f"{self._lost}: {reason(error)}"
         if type(error) not in self._said:
             self._log.warning(said)
@@ -87,7 +87,7 @@ class RedisOutage:
         self.refusal = said if isinstance(error, ResponseError) else ""
 
     def over(self) -> None:
-        """The work was done."""
+        """Reports that an attempt succeeded."""
         if self._said:
             self._log.info(self._back)
         self._said.clear()

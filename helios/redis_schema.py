@@ -1,4 +1,4 @@
-"""Everything that Helios keeps in Redis: the keys, what is under them, and the version. This module owns it.
+"""Everything that Helios keeps in Redis: keys, contents and version. This module owns the schema.
 
 | key | type | what |
 | --- | --- | --- |

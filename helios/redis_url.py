@@ -1,4 +1,4 @@
-"""The URL of a Redis server, which may hold a password: how it is checked, and how it may be shown."""
+"""Checks the URL of a Redis server, which may contain a password, and makes it safe to show."""
 
 import re
 from typing import Annotated
@@ -8,23 +8,24 @@ from pydantic import AfterValidator
 from redis.connection import URL_QUERY_ARGUMENT_PARSERS, parse_url
 
 _FORM = "redis://USER:PASSWORD@HOST:PORT/DB"
-# Nothing in such a text can be a password.
+# A text of this form cannot contain a password.
 _HARMLESS = re.compile(r"(?:[a-z]+://)?[\w.-]*(?::\d+)?(?:/\d*)?", re.ASCII | re.IGNORECASE)
 _SECRETS = ("password", "ssl_password")
 _PASSWORD_ARGUMENT = re.compile(r"[?&]password=([^&]*)")
-# Characters that end or split a part of a URL: before the host, and in the query. A `%` must begin a code.
+# Characters that would end or split a part of a URL: before the host, and in the query. A `%` must begin a
+# percent code.
 _SPECIAL_BEFORE_HOST = re.compile(r"[@/?#\[\]\s]|%(?![0-9A-Fa-f]{2})")
 _SPECIAL_IN_QUERY = re.compile(r"[#+\s]|%(?![0-9A-Fa-f]{2})")
 
 
 def checked(url: str) -> str:
-    """The URL itself. Raises ValueError, which quotes no part of it, when it is not a Redis URL."""
+    """Returns the URL. Raises ValueError, which quotes no part of it, if it is not a valid Redis URL."""
     try:
         parse_url(url)
         is_whole = not _is_split_by_password(url)
     except ValueError as error:
         is_whole = False
-        # Other messages may quote the password.
+        # Other messages of the parser may quote the password.
         said = str(error) if "schemes" in str(error) else f"write it as {_FORM}"
     else:
         said = f"write it as {_FORM}"
@@ -37,7 +38,7 @@ RedisUrl = Annotated[str, AfterValidator(checked)]
 
 
 def shown(url: str) -> str:
-    """The URL for people to read, with *** in place of what is or may be a password."""
+    """The URL for display, with *** in place of everything that is or may be a password."""
     try:
         parse_url(url)
         parts = urlsplit(url)
@@ -49,13 +50,13 @@ def shown(url: str) -> str:
     user, at, host = parts.netloc.rpartition("@")
     name, colon, _ = user.partition(":")
     query = "&".join(_shown_argument(argument) for argument in parts.query.split("&"))
-    # Nothing reads what follows a `#`, so it may be the rest of a password.
+    # Nothing uses the part after a `#`, so it may be the rest of a password.
     end = f"{query and '?' + query}{parts.fragment and '#***'}"
     return f"{parts.scheme}://{name}{colon and ':***'}{at}{host}{parts.path}{end}"
 
 
 def hint(url: str) -> str:
-    """Which character of the password must be percent-encoded, and how; empty: none."""
+    """Says which character of the password must be percent-encoded, and how. Empty if none must."""
     given = _PASSWORD_ARGUMENT.search(url)
     if given is not None:
         found = _SPECIAL_IN_QUERY.search(given[1])
@@ -71,13 +72,13 @@ def _shown_argument(argument: str) -> str:
     name = argument.partition("=")[0]
     if name in _SECRETS:
         return f"{name}=***"
-    # An unknown argument may be the rest of a password with an `&` in it.
+    # An unknown argument may be the rest of a password that contains an `&`.
     return argument if name in URL_QUERY_ARGUMENT_PARSERS or not argument else "***"
 
 
 def _is_split_by_password(url: str) -> bool:
-    """Whether a character of the password ended the part before the host, so that another host is read."""
+    """Whether a character in the password ended the part before the host, so that the host is wrong."""
     parts = urlsplit(url)
-    # The path of a socket may hold an @.
+    # The path of a Unix socket may contain an @.
     is_socket = parts.scheme == "unix" and not parts.netloc
     return "@" in url and "@" not in parts.netloc and not is_socket and not _PASSWORD_ARGUMENT.search(url)

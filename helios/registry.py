@@ -1,6 +1,6 @@
-"""Where workers announce themselves: a lease per worker in Redis, renewed by a heartbeat.
+"""Workers announce themselves here: one lease per worker in Redis, renewed by a heartbeat.
 
-The value is a JSON object with the fields of WorkerLease, expiring after the lease's seconds
+The value is a JSON object with the fields of WorkerLease. It expires at the end of the lease
 (`helios.redis_schema`). Fields that this version does not know are ignored.
 """
 
@@ -16,7 +16,7 @@ from helios.redis_schema import WORKER_PREFIX
 
 @dataclass(frozen=True, slots=True)
 class WorkerLease:
-    """A worker's announcement. `address` is host:port as gateways reach it."""
+    """A worker's announcement. `address` is the host:port at which gateways reach it."""
 
     worker_id: str
     address: str
@@ -31,12 +31,12 @@ async def announce(redis: Redis, lease: WorkerLease, lease_seconds: float) -> No
 
 
 async def withdraw(redis: Redis, worker_id: str) -> None:
-    """Ends a lease at once, as a worker that stops does."""
+    """Ends a lease at once, for a worker that stops."""
     await redis.delete(WORKER_PREFIX + worker_id)
 
 
 async def leases(redis: Redis) -> tuple[list[WorkerLease], dict[str, str]]:
-    """All living leases in the order of their ids, and what was ignored: by key, with the reason.
+    """All valid leases ordered by id, and the ignored keys with the reason.
 
     Raises redis.RedisError when Redis cannot be reached.
     """
@@ -45,7 +45,7 @@ async def leases(redis: Redis) -> tuple[list[WorkerLease], dict[str, str]]:
     found, ignored = [], {}
     for key, value in zip(keys, values, strict=True):
         name = key.decode(errors="replace")
-        # MGET answers None for a key that is gone and for one that is not a string.
+        # MGET returns None both for a missing key and for a key that is not a string.
         if value is None and await redis.type(key) in (b"none", b"string"):
             continue
         try:
@@ -56,7 +56,7 @@ async def leases(redis: Redis) -> tuple[list[WorkerLease], dict[str, str]]:
 
 
 def _parsed(key: str, value: bytes | str | None) -> WorkerLease:
-    """Raises ValueError, of which pydantic.ValidationError is one."""
+    """Raises ValueError, which includes pydantic.ValidationError."""
     if value is None:
         raise ValueError("it is not a string")
     lease = _LEASE.validate_json(value)

@@ -1,4 +1,4 @@
-"""How the next token is chosen: the request's parameters, checked once, the same in every service."""
+"""Sampling parameters of a request, checked once and identical in every service."""
 
 import math
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ _TOP_K_LIMIT = 1 << 32
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """Parameters of one request. `temperature` 0 is greedy; `top_k` 0 is no limit."""
+    """Parameters of one request. `temperature` 0 means greedy; `top_k` 0 means no limit."""
 
     max_tokens: int = 128
     temperature: float = 0.0
@@ -61,7 +61,7 @@ class SamplingParams:
     def from_proto(
         cls, message: generation_pb2.SamplingParams, *, default_max_tokens: int, default_seed: int
     ) -> "SamplingParams":
-        """The parameters of a request, unset fields filled with their defaults."""
+        """The parameters of a request. Unset fields get their defaults."""
         return cls(
             max_tokens=message.max_tokens if message.HasField("max_tokens") else default_max_tokens,
             temperature=message.temperature,

@@ -1,12 +1,12 @@
-"""What is served: the one value that gateway, controller, workers and engine share."""
+"""The served plan: the one value that gateway, controller, workers and engine share."""
 
 from pydantic import BaseModel, ConfigDict, Field
 
 
 class ServedPlan(BaseModel):
-    """A model, and how many of its layers are loaded.
+    """A model, and the number of its loaded layers.
 
-    It is kept in Redis (orders, decisions), so fields that only a newer version knows are ignored.
+    It is stored in Redis (orders, decisions), so unknown fields of a newer version are ignored.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")

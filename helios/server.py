@@ -1,4 +1,4 @@
-"""What every gRPC server of Helios has: health, reflection, keepalive, a graceful stop."""
+"""The parts that every gRPC server of Helios has: health, reflection, keepalive, graceful stop."""
 
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -32,14 +32,14 @@ class Server:
         reflection.enable_server_reflection(names, self.grpc_server)
 
     async def set_serving(self, serving: bool) -> None:
-        """What the health service answers for every service, and for the empty name."""
+        """Sets the health status of every service, and of the empty name (the whole server)."""
         answer = health_pb2.HealthCheckResponse
         status = answer.SERVING if serving else answer.NOT_SERVING
         for name in ("", *self._service_names):
             await self._health.set(name, status)
 
     def bind(self, address: str) -> int:
-        """Takes host:port (port 0: any free one) and returns the port.
+        """Binds to host:port (port 0: any free port) and returns the port.
 
         Raises SettingsError when it is not an address or cannot be bound.
         """
@@ -53,12 +53,12 @@ class Server:
             raise SettingsError(f"cannot listen on {address}: {error}; choose another port") from error
 
     async def start(self) -> None:
-        """Serves, and says so to health checks. Services are added before."""
+        """Starts to serve and sets the health status. All services must have been added before."""
         await self.grpc_server.start()
         await self.set_serving(True)
 
     async def stop(self, grace_seconds: float) -> None:
-        """Refuses new calls, gives running ones the grace, then cancels them."""
+        """Refuses new calls, waits for running ones until the grace period ends, then cancels the rest."""
         await self._health.enter_graceful_shutdown()
         await self.grpc_server.stop(grace_seconds)
 

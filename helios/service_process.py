@@ -1,4 +1,4 @@
-"""The process of a service: settings, logs and tracing set up, then served until it is told to stop."""
+"""Runs the process of a service: sets up settings, logs and tracing, then serves until told to stop."""
 
 import asyncio
 import faulthandler
@@ -29,11 +29,11 @@ def run(
     serve: Callable[[_Settings], Coroutine[None, None, int]],
     instance: Callable[[_Settings], str | None] = lambda _: None,
 ) -> int:
-    """Runs `serve` on the process's settings and returns its exit code; 1 when it cannot start.
+    """Runs `serve` with the process's settings and returns its exit code, or 1 when it cannot start.
 
-    `name` is the kind of service in logs and traces; `instance` tells two of a kind apart.
+    `name` is the kind of service in logs and traces. `instance` distinguishes services of one kind.
     """
-    # A crash of native code leaves the stack it happened in.
+    # After a crash of native code, the stack at the crash is printed.
     faulthandler.enable()
     try:
         settings = settings_type.from_command_line()
@@ -49,7 +49,7 @@ def run(
 
 
 def say_ready(address: str) -> None:
-    """The one line on stdout that tells whoever started the process that it serves, and where.
+    """Prints the one line on stdout that tells the parent process that this service is ready, and where.
 
     From here on the garbage collector skips all objects that exist now. In a process with torch, a pass over
     them takes a tenth of a second in which no stream gets a token.
@@ -60,25 +60,23 @@ def say_ready(address: str) -> None:
 
 
 class StopSignal:
-    """SIGTERM or SIGINT, noticed once this object exists: make it before saying that the service is ready."""
+    """Catches SIGTERM and SIGINT once created. Create it before reporting that the service is ready."""
 
     def __init__(self, stop_seconds: float) -> None:
-        """`stop_seconds`.
-
-        How long the process may take to end after the signal, grace included (StopDeadline).
-        """
+        """stop_seconds: longest time from signal to end of the process, grace included (StopDeadline)."""
         self._seconds = stop_seconds
         self._loop = asyncio.get_running_loop()
         self._came = asyncio.Event()
         self._deadline = StopDeadline(self._loop)
         for number in _STOP_SIGNALS:
-            # The loop's own handlers could not set the deadline while the loop is blocked.
+            # The event loop's own handlers could not set the deadline while the loop is blocked.
             signal.signal(number, self._take)
 
     async def wait(self) -> None:
-        """Returns when the signal comes. A second one ends the process at once.
+        """Returns when the signal comes. A second signal ends the process at once.
 
-        The deadline is also set when the wait is cancelled: then the service stops for another reason.
+        The deadline is also set when the wait is cancelled, because then the service stops for another
+        reason.
         """
         try:
             await self._came.wait()

@@ -1,4 +1,4 @@
-"""Settings of a service: one typed object, read from flags, then the environment, then defaults."""
+"""Settings of a service: one typed object, read from flags, then environment variables, then defaults."""
 
 import json
 import logging
@@ -13,9 +13,9 @@ from helios.errors import SettingsError
 
 log = logging.getLogger(__name__)
 
-# Default of a worker's burst, also used by benches. Nobody notices eight milliseconds.
+# Default length of a worker's burst, also used by benches. Nobody notices eight milliseconds.
 SERVED_BURST_SECONDS = 0.008
-# Default of the prompt positions that are read out to notice a drift, also used by benches.
+# Default number of prompt positions read out to notice a drift, also used by benches.
 SERVED_PROMPT_READINGS = 16
 
 
@@ -31,7 +31,7 @@ def _checked_listen_address(address: str) -> str:
 
 # host:port of another server.
 Address = Annotated[str, AfterValidator(_checked_address)]
-# host:port to listen on; port 0 takes any free one.
+# host:port to listen on. Port 0 takes any free one.
 ListenAddress = Annotated[str, AfterValidator(_checked_listen_address)]
 
 
@@ -44,7 +44,7 @@ class ServiceSettings(BaseSettings):
         frozen=True,
         extra="ignore",
         env_ignore_empty=True,
-        # A URL may hold a password.
+        # A URL may contain a password.
         hide_input_in_errors=True,
     )
 
@@ -57,9 +57,9 @@ class ServiceSettings(BaseSettings):
 
     @classmethod
     def from_command_line(cls) -> Self:
-        """Reads the process's flags and environment.
+        """Reads the process's flags and environment variables.
 
-        Raises SettingsError naming each setting that is wrong. `--help` prints all and exits.
+        Raises SettingsError naming each wrong setting. `--help` prints all settings and exits.
         """
         try:
             return CliApp.run(cls)
@@ -72,7 +72,7 @@ class ServiceSettings(BaseSettings):
             raise SettingsError(problems) from error
 
     def log_all(self) -> None:
-        """Prints every setting at start, as one log line; passwords in URLs are not shown."""
+        """Logs all settings in one line at the start. Passwords in URLs are hidden."""
         settings = self.model_dump(mode="json")
         urls = {key: value for key, value in settings.items() if isinstance(value, str) and "://" in value}
         shown = settings | {key: redis_url.shown(url) for key, url in urls.items()}

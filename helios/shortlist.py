@@ -1,4 +1,4 @@
-"""Which models are worth profiling (TopK in arXiv 2504.10724), by offline facts alone. Free of torch."""
+"""Selects the models worth profiling (TopK in arXiv 2504.10724) from offline facts. Does not import torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ TOP_K = 3
 
 @dataclass(frozen=True, slots=True)
 class Shortlist:
-    """The candidates, best first, and why each of the other models is not among them."""
+    """The candidates, best first, and for each other model the reason why it is not among them."""
 
     candidates: tuple[ModelEntry, ...]
     refused: Mapping[str, str]
@@ -30,12 +30,12 @@ def shortlist(
 ) -> Shortlist:
     """The `top_k` models for an objective that fit into memory whole, with the KV of one context.
 
-    Offline facts are coarse. A model is taken to be as fast and as cheap as its first exit is small, and as
-    accurate as it is large. Of two equally large models the one with fewer bits per byte in its training's
-    evaluation counts as more accurate. The most accurate model is always among the candidates, since bounds
-    on quality are relative to it.
+    Offline facts are coarse. The smaller a model's first exit, the faster and cheaper the model is assumed to
+    be. The larger a model, the more accurate it is assumed to be. Of two equally large models the one with
+    fewer bits per byte in its training evaluation counts as more accurate. The most accurate model is always
+    a candidate, because bounds on quality are relative to it.
 
-    memory_bytes: the budget for weights and KV. precision: the name of what products are computed in.
+    memory_bytes: budget for weights and KV. precision: name of the precision of products.
     """
     refused = {}
     fitting = []
@@ -60,7 +60,7 @@ def shortlist(
 
 
 def offline_bits_per_byte(model: ModelEntry) -> float | None:
-    """The last layer's mean over all domains of the training evaluation in helios.json; None without one."""
+    """The last layer's mean over all domains of the training evaluation in helios.json, if there is one."""
     table = model.facts.training.get("evaluation")
     last = str(model.num_layers)
     domains = list(table.values()) if isinstance(table, dict) else []

@@ -1,4 +1,4 @@
-"""The service level objective (SLO): what to optimise, and the bounds on the rest."""
+"""The service level objective (SLO): the figure to optimise, and bounds on the others."""
 
 import enum
 import math
@@ -9,7 +9,7 @@ from helios.v1 import controller_pb2
 
 
 class Objective(enum.StrEnum):
-    """What is optimised."""
+    """The figure to optimise."""
 
     THROUGHPUT = "throughput"
     LATENCY = "latency"
@@ -27,10 +27,10 @@ _OBJECTIVES = {
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """An objective and its bounds; None: no bound.
+    """An objective and its bounds. None: no bound.
 
-    `max_perplexity_increase` is a share over the best candidate at full depth on the same requests,
-    `min_agreement` a share of tokens that equal the full model's, times are seconds.
+    `max_perplexity_increase` is relative to the best candidate at full depth on the same requests.
+    `min_agreement` is the share of tokens that equal the full model's. Times are in seconds.
     """
 
     objective: Objective = Objective.THROUGHPUT
@@ -71,7 +71,7 @@ class Slo:
         )
 
     def to_proto(self) -> controller_pb2.Slo:
-        """The objective as a message."""
+        """Converts the SLO to a message."""
         return controller_pb2.Slo(
             objective=_OBJECTIVES[self.objective],
             max_perplexity_increase=self.max_perplexity_increase,

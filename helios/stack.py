@@ -1,4 +1,4 @@
-"""The whole system as processes of one machine: Redis, workers, a gateway, started, watched and stopped."""
+"""Runs the whole system as processes on one machine: starts, watches and stops all services."""
 
 import asyncio
 import contextlib
@@ -28,29 +28,29 @@ from helios.v1 import controller_pb2, controller_pb2_grpc, inference_pb2, infere
 
 log = logging.getLogger(__name__)
 
-# What every service prints on stdout once it serves.
+# The line that every service prints on stdout once it serves.
 _READY_LINE = re.compile(r"^ready address=\S+")
-# A checkpoint of many GB from a slow disk takes minutes.
+# Loading a checkpoint of many GB from a slow disk takes minutes.
 _START_SECONDS = 600.0
 _POLL_SECONDS = 0.05
 _ANSWER_SECONDS = 5.0
-# How long a start waits for a controller to lead: twice the lease of one that was killed.
+# Longest wait of a start for its controller to lead: twice the lease of a killed one.
 _STANDBY_SECONDS = 10.0
 _REDIS_SECONDS = 5.0
-# Longer than the services' own grace, in which open streams may end, and the bound on their stops.
+# Longer than the services' own grace period for open streams plus the limit on their stops.
 _GRACE_SECONDS = 25.0
 # Share of the memory available at the start that all workers together may use.
 _WORKERS_MEMORY_SHARE = 0.8
 _MEMORY_VARIABLE = "HELIOS_WORKER_MEMORY_BYTES"
-# Below the ports that Linux gives to outgoing connections: such a connection could take a port between the
-# check and the start of the process that listens there.
+# Below the ports that Linux gives to outgoing connections. Otherwise such a connection could take a port
+# between the check and the start of the process that listens on it.
 _FREE_PORTS = range(20_000, 32_000)
 _PORT_ATTEMPTS = 20
 
 
 @dataclass(frozen=True, slots=True)
 class StackSettings:
-    """What to run. `gateway` is host:port (port 0: any free one); `redis_url` None starts a Redis server."""
+    """What to run. `gateway` is host:port (port 0: any free port). `redis_url` None starts a Redis server."""
 
     models_dir: Path
     model: str
@@ -63,15 +63,15 @@ class StackSettings:
     redis_url: str | None = None
     profiler: bool = True
     controller: str = "active"
-    """Its mode: active, advisory or off; or none, without a controller."""
+    """The controller's mode: active, advisory or off; or none, for no controller."""
     log_bytes: int = LOG_BYTES
-    """Size at which a new log file of a process is begun."""
+    """Size at which a process's log file is rotated."""
     log_files: int = LOG_FILES
     """How many log files of a process are kept, the current one included; at least 2."""
 
 
 class Stack:
-    """The processes of one stack, in the order in which they stop: gateway, workers, Redis."""
+    """The processes of one stack: gateway, workers, controller, profiler and Redis."""
 
     def __init__(
         self,
@@ -81,10 +81,10 @@ class Stack:
         on_progress: Callable[[Iterable[str]], None],
         on_line: Callable[[str, str], None],
     ) -> None:
-        """Starts nothing yet. Raises SettingsError when the gateway's address is taken.
+        """Starts nothing yet. Raises SettingsError when the gateway's address is in use.
 
-        `on_progress` is called whenever a process answers for the first time, with the names of those that do
-        not answer yet. `on_line` is called with a process's name and each line that it logs.
+        `on_progress` is called whenever a process answers for the first time, with the names of those that
+        have not answered yet. `on_line` is called with a process's name and each of its log lines.
         """
         gateway_address = claim_address(settings.gateway, "--gateway")
         self.state = StackState(
@@ -120,39 +120,39 @@ class Stack:
         return [self._gateway, *self._workers, *last]
 
     async def start(self) -> None:
-        """Returns once everything answers: see `_until_serving`, `_until_deciding`.
+        """Returns once everything answers; see `_until_serving` and `_until_deciding`.
 
-        Raises UnavailableError when a process ends before that, with why.
+        Raises UnavailableError with the reason when a process ends before that.
         """
         if self._redis is not None:
             await self._await_start([self._redis], self._until_ready(self._redis))
         else:
             await _check_redis(self.state.redis_url)
             self._on_progress(self.state.starting)
-        # All at once: one after the other would take half as long again.
+        # All start at once. One after the other would take half as long again.
         beside = [child for child in (self._profiler, self._controller) if child is not None]
         await self._await_start([*self._workers, self._gateway, *beside], self._until_all_answer())
         self.state = replace(self.state, ready=True)
         self._record()
 
     async def watch(self) -> None:
-        """Runs until a process can no longer be kept running; raises what prevents it."""
+        """Runs until a process can no longer be kept running, then raises the reason."""
         done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
             task.result()
 
     async def stop(self) -> None:
-        """Stops the gateway first, so that no stream is offered to a worker that stops; Redis last."""
+        """Stops the gateway first, so that no stream is offered to a stopping worker, and Redis last."""
         await self._gateway.stop(_GRACE_SECONDS)
         beside = [child for child in (self._controller, self._profiler) if child is not None]
         await asyncio.gather(*(child.stop(_GRACE_SECONDS) for child in (*self._workers, *beside)))
         if self._redis is not None:
             await self._redis.stop(_GRACE_SECONDS)
-        # The first failure has been raised; those of others that ended with it are in their logs.
+        # The first failure has been raised. Processes that failed with it have their failures in their logs.
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def kill(self) -> None:
-        """Ends every process at once."""
+        """Kills every process at once."""
         for child in self.children:
             child.kill()
 
@@ -192,19 +192,19 @@ class Stack:
             self._on_progress(self.state.starting)
 
     async def _until_deciding(self, controller: Child) -> None:
-        """Returns once the controller leads and has heard every worker: from then on it obeys."""
+        """Returns once the controller leads and has heard from every worker. Then it obeys commands."""
         await controller.ready.wait()
         expected = {worker.name for worker in self._workers}
         patience_ends = time.monotonic() + _STANDBY_SECONDS
         async with channel.to_service_async(self.state.controller) as opened:
             stub = controller_pb2_grpc.ControllerServiceStub(opened)
             plan = controller_pb2.GetPlanResponse()
-            # In a Redis that the user named, another stack's controller may lead for as long as it lives.
+            # If the user named the Redis, another stack's controller may lead there for as long as it lives.
             while not (plan.leading or time.monotonic() > patience_ends) or not (
                 expected <= {one.worker_id for one in plan.plans}
             ):
                 await asyncio.sleep(_POLL_SECONDS)
-                # A dead one is noticed by its task.
+                # If the controller has ended, its task notices.
                 with contextlib.suppress(grpc.aio.AioRpcError):
                     plan = await stub.GetPlan(controller_pb2.GetPlanRequest(), timeout=_ANSWER_SECONDS)
         if not plan.leading:
@@ -218,7 +218,7 @@ class Stack:
         async with channel.to_service_async(self.state.gateway) as opened:
             stub = inference_pb2_grpc.InferenceServiceStub(opened)
             while True:
-                # A gateway that has just started may not answer yet; a dead one is noticed by its task.
+                # A gateway that has just started may not answer yet. If it has ended, its task notices.
                 with contextlib.suppress(grpc.aio.AioRpcError):
                     status = await stub.GetServingStatus(
                         inference_pb2.GetServingStatusRequest(),
@@ -252,11 +252,11 @@ class Stack:
         )
 
     def _service_child(self, service: str, name: str, **options: object) -> Child:
-        # -P: a directory `services` where the command runs is not ours.
+        # -P: do not import from a directory `services` in the working directory.
         command = [sys.executable, "-P", "-m", f"services.{service}"]
         for option, value in options.items():
             command += [f"--{option.replace('_', '-')}", str(value)]
-        # Not a flag: everybody can read those (ps), and the URL may hold a password.
+        # Not a flag: everybody can read flags (ps), and the URL may contain a password.
         environment = {f"HELIOS_{service.upper()}_REDIS_URL": self.state.redis_url}
         return self._child(name, command, _READY_LINE, **environment)
 
@@ -271,7 +271,7 @@ class Stack:
             "profiler",
             address=self.state.profiler,
             models_dir=self._settings.models_dir,
-            # Steps are timed as the workers run them.
+            # Steps are timed with the same number of threads as in the workers.
             timing_threads=self._settings.threads,
             precision=self._settings.precision,
         )
@@ -292,7 +292,7 @@ class Stack:
     def _worker_child(self, name: str) -> Child:
         settings = self._settings
         plan_file = self._directory / f"{name}.plan.json"
-        # A new stack serves what it was told to, not what an earlier one was moved to.
+        # A new stack serves the plan of its settings, not the plan to which an earlier stack was moved.
         plan_file.unlink(missing_ok=True)
         options: dict[str, object] = {}
         if self._memory_bytes is not None:
@@ -321,10 +321,10 @@ async def serve(
     on_progress: Callable[[Iterable[str]], None],
     on_line: Callable[[str, str], None],
 ) -> None:
-    """Runs a stack until SIGINT, SIGTERM or SIGHUP; a second signal ends it without grace.
+    """Runs a stack until SIGINT, SIGTERM or SIGHUP. A second signal ends it without grace.
 
     `directory` holds the state and logs of one stack at a time. `on_ready` is called once all processes
-    answer; `Stack` describes the other two.
+    answer. `Stack` describes the other two callbacks.
     Raises SettingsError when it cannot start as asked, UnavailableError when a process ends at start.
     """
     with stack_state.hold(directory):
@@ -358,10 +358,10 @@ async def _start_and_watch(stack: Stack, on_ready: Callable[[StackState], None])
 
 
 async def _check_redis(url: str) -> None:
-    """Tries what a stack needs of the Redis that the user named.
+    """Checks that the Redis that the user named can do what a stack needs.
 
     Services wait for a Redis that comes back, but a wrong URL stays wrong. Raises SettingsError when it is
-    not a URL or Redis refuses something, UnavailableError when no Redis answers.
+    not a URL or Redis refuses a command, UnavailableError when no Redis answers.
     """
     shown, hint = redis_url.shown(url), redis_url.hint(url)
     also = f"; {hint}" if hint else ""
@@ -384,9 +384,9 @@ async def _check_redis(url: str) -> None:
 
 
 def claim_address(address: str, option: str) -> str:
-    """The address, once it is known to be free; with a free port in place of port 0.
+    """Returns the address if it is free. Port 0 is replaced by a free port.
 
-    Raises SettingsError naming the option that chooses it.
+    Raises SettingsError naming the option that sets the address.
     """
     try:
         host, port = parse(address, any_port=True)
@@ -413,7 +413,7 @@ def _check_free(host: str, port: int) -> None:
 
 
 def _memory_per_worker(workers: int) -> int | None:
-    """Bytes for each worker, which cannot know how many start beside it; None: the worker decides."""
+    """Bytes for each worker, which cannot know how many others start. None: the worker decides."""
     if os.environ.get(_MEMORY_VARIABLE):
         return None
     return int(available_memory() * _WORKERS_MEMORY_SHARE) // workers

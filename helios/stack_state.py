@@ -1,7 +1,7 @@
-"""How other commands find a running local stack: a lock and a state file.
+"""Lets other commands find a running local stack, through a lock and a state file.
 
-The lock file is held (flock) by `helios up` for as long as it lives, so a state file without a held lock
-is stale, whatever process ids have been reused since.
+`helios up` holds the lock file (flock) for as long as it lives. So a state file without a held lock is stale,
+even if its process ids have been reused.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ _LOCK_PAUSE_SECONDS = 0.02
 
 @dataclass(frozen=True, slots=True)
 class StackState:
-    """A running stack. Addresses are host:port; `started` is in seconds since the epoch."""
+    """A running stack. Addresses are host:port. `started` is in seconds since the epoch."""
 
     pid: int
     gateway: str
@@ -33,20 +33,20 @@ class StackState:
     depth: int
     started: float
     models_dir: str = ""
-    """The folder of models that its workers load from."""
+    """The directory from which its workers load models."""
     ready: bool = False
     profiler: str = ""
-    """host:port; empty: the stack has none."""
+    """host:port. Empty: the stack has no profiler."""
     controller: str = ""
-    """host:port; empty: the stack has none."""
+    """host:port. Empty: the stack has no controller."""
     processes: dict[str, int] = field(default_factory=dict)
     """Process ids by name: redis, gateway, worker-0 and so on."""
     starting: list[str] = field(default_factory=list)
-    """Names of those that have not answered yet."""
+    """Names of the processes that have not answered yet."""
 
 
 def state_dir() -> Path:
-    """Where state and logs are kept: $HELIOS_STATE_DIR, or helios/ in the XDG state directory."""
+    """Directory of state and logs: $HELIOS_STATE_DIR, or helios/ in the XDG state directory."""
     if chosen := os.environ.get("HELIOS_STATE_DIR"):
         return Path(chosen)
     base = os.environ.get("XDG_STATE_HOME")
@@ -54,15 +54,15 @@ def state_dir() -> Path:
 
 
 def logs_dir(directory: Path) -> Path:
-    """Where the processes' logs are kept."""
+    """Directory of the processes' logs."""
     return directory / "logs"
 
 
 @contextlib.contextmanager
 def hold(directory: Path) -> Iterator[None]:
-    """Holds the lock of a state directory, and removes the state file at the end.
+    """Holds the lock of a state directory. Removes the state file at the end.
 
-    Raises SettingsError when another stack holds it, or the directory cannot be written.
+    Raises SettingsError when another stack holds the lock, or the directory is not writable.
     """
     try:
         logs_dir(directory).mkdir(parents=True, exist_ok=True)
@@ -81,18 +81,18 @@ def hold(directory: Path) -> Iterator[None]:
 
 
 def write(directory: Path, state: StackState) -> None:
-    """Replaces the state file atomically: readers see the old one or the new one."""
+    """Replaces the state file atomically, so that readers see either the old or the new one."""
     draft = directory / f"{_STATE_FILE}.new"
-    # A Redis URL may hold a password.
+    # A Redis URL may contain a password.
     with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as sink:
-        # A draft that a killed stack has left behind would keep its own mode.
+        # An existing draft of a killed stack would keep its old mode.
         os.fchmod(sink.fileno(), 0o600)
         sink.write(json.dumps(asdict(state), indent=2) + "\n")
     draft.replace(directory / _STATE_FILE)
 
 
 def read(directory: Path) -> StackState | None:
-    """The running stack, or None when there is none; a state file left by a dead one does not count."""
+    """The running stack. None if there is none; the state file of a dead stack does not count."""
     if not is_held(directory):
         return None
     try:
@@ -104,7 +104,7 @@ def read(directory: Path) -> StackState | None:
 
 
 def is_held(directory: Path) -> bool:
-    """Whether a stack runs with this state directory."""
+    """Whether a stack uses this state directory now."""
     try:
         lock = (directory / _LOCK_FILE).open("r")
     except FileNotFoundError:
@@ -120,8 +120,8 @@ def is_held(directory: Path) -> bool:
 def find_serving(part: str = "gateway") -> StackState:
     """The running stack.
 
-    Raises UnavailableError when there is none or it does not serve yet. `part`: what the error says to name
-    instead.
+    Raises UnavailableError when there is none or it does not serve yet. `part`: which service the error
+    message suggests to name instead.
     """
     directory = state_dir()
     state = read(directory)
@@ -135,7 +135,7 @@ def find_serving(part: str = "gateway") -> StackState:
 
 
 def find_gateway(target: str | None) -> str:
-    """The gateway to talk to: the target when one is given, otherwise the running stack's.
+    """The gateway's address: the target if given, otherwise the running stack's.
 
     Raises UnavailableError when there is neither.
     """
@@ -143,7 +143,7 @@ def find_gateway(target: str | None) -> str:
 
 
 def find_profiler(target: str | None) -> str:
-    """The profiler to talk to: the target when one is given, otherwise the running stack's.
+    """The profiler's address: the target if given, otherwise the running stack's.
 
     Raises UnavailableError when there is neither.
     """
@@ -157,7 +157,7 @@ def find_profiler(target: str | None) -> str:
 
 
 def find_controller(target: str | None) -> str:
-    """The controller to talk to: the target when one is given, otherwise the running stack's.
+    """The controller's address: the target if given, otherwise the running stack's.
 
     Raises UnavailableError when there is neither.
     """
@@ -168,7 +168,7 @@ def find_controller(target: str | None) -> str:
 
 
 def _parsed(file: Path) -> StackState:
-    """Fields that only a newer version knows are ignored. Raises OSError, ValueError, TypeError."""
+    """Parses a state file. Ignores fields of newer versions. Raises OSError, ValueError, TypeError."""
     content = json.loads(file.read_text())
     if not isinstance(content, dict):
         raise ValueError("it is not a JSON object")
@@ -177,7 +177,7 @@ def _parsed(file: Path) -> StackState:
 
 
 def _lock(lock: IO[str]) -> bool:
-    # A reader that checks whether the lock is held takes it for a moment.
+    # Another reader that checks the lock holds it for a moment, so this tries several times.
     for _ in range(_LOCK_ATTEMPTS):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

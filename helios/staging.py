@@ -1,4 +1,4 @@
-"""Directories that appear complete or not at all."""
+"""Creates directories that appear completely or not at all."""
 
 import contextlib
 import shutil
@@ -11,13 +11,13 @@ from helios.errors import CheckpointError
 
 @contextlib.contextmanager
 def staged(target: Path, *, replace: bool = False) -> Iterator[Path]:
-    """A hidden directory that becomes `target` when the block ends, and is removed if it fails.
+    """A hidden directory that becomes `target` when the block ends, and is removed if the block fails.
 
-    Raises CheckpointError when `target` exists and is not to be replaced, or cannot be written.
+    Raises CheckpointError when `target` exists and must not be replaced, or cannot be written.
     """
     check_free(target, replace=replace)
     mark = uuid.uuid4().hex[:8]
-    # Hidden from the catalog, and on the target's file system, so that the rename is atomic.
+    # Hidden from the catalog, and on the target's file system so that the rename is atomic.
     staging = target.parent / f".{target.name}-{mark}"
     retired = target.parent / f".{target.name}-{mark}-replaced"
     try:
@@ -36,6 +36,6 @@ def staged(target: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def check_free(target: Path, *, replace: bool) -> None:
-    """Raises CheckpointError when `target` exists and is not to be replaced."""
+    """Raises CheckpointError when `target` exists and must not be replaced."""
     if target.exists() and not replace:
         raise CheckpointError(f"{target} exists; choose another name, or --force to replace it")

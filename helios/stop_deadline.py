@@ -1,4 +1,4 @@
-"""A bound on stopping: a process that has not ended in time says what it still waits for, and ends."""
+"""A time limit on stopping. A process that exceeds it logs what it still waits for, and is ended."""
 
 import asyncio
 import faulthandler
@@ -12,33 +12,33 @@ from types import FrameType
 
 log = logging.getLogger(__name__)
 
-# Exit status of a process that had to be ended, the same as that of timeout(1).
+# Exit status of a process that had to be ended, as with timeout(1).
 EXIT_STATUS = 124
-# How much later the process ends if it cannot even say what it waits for.
+# The process ends this much later if it cannot even report what it waits for.
 _LAST_SECONDS = 2.0
 
-# Where coroutines, generators and asynchronous generators keep their frame, and what they await.
+# Attributes with the frame and the awaited object, for coroutines, generators and asynchronous generators.
 _AWAITING = (("cr_frame", "cr_await"), ("gi_frame", "gi_yieldfrom"), ("ag_frame", "ag_await"))
 
 
 class StopDeadline:
-    """Ends its process, with EXIT_STATUS, when it has not ended by itself in time.
+    """Ends its process, with EXIT_STATUS, if it has not ended by itself in time.
 
-    It watches from a thread. So it works even if a task refuses its cancellation, the event loop is blocked,
-    or the interpreter waits at its end for another thread. If some code never releases the interpreter's
-    lock, faulthandler ends the process with status 1.
+    It watches from its own thread. So it works even if a task ignores its cancellation, the event loop is
+    blocked, or the interpreter waits for another thread at its end. If some code never releases the GIL,
+    faulthandler ends the process with status 1.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        """`loop` is the one whose tasks are reported."""
+        """loop: its tasks are reported."""
         self._loop = loop
         self._is_set = False
-        # Unlike the primitives of threading, it can be used in a signal handler, whatever that interrupts.
+        # Unlike threading's primitives, it is safe in a signal handler that interrupts any code.
         self._seconds: SimpleQueue[float] = SimpleQueue()
         threading.Thread(target=self._watch, name="stop-deadline", daemon=True).start()
 
     def set(self, seconds: float) -> None:
-        """The process has `seconds` from now. Only the first call counts. Safe in a signal handler."""
+        """Sets the deadline to `seconds` from now. Only the first call counts. Safe in a signal handler."""
         if self._is_set:
             return
         self._is_set = True
@@ -54,7 +54,7 @@ class StopDeadline:
 
 
 def _tasks(loop: asyncio.AbstractEventLoop) -> list[str]:
-    """Each task that has not ended, with the lines at which it waits, outermost first."""
+    """Each unfinished task, with the lines at which it waits, outermost first."""
     found = []
     for task in asyncio.all_tasks(loop):
         lines = []
@@ -67,7 +67,7 @@ def _tasks(loop: asyncio.AbstractEventLoop) -> list[str]:
 
 
 def _step(awaited: object) -> tuple[FrameType | None, object]:
-    """The frame of an awaited object, and what that awaits in turn."""
+    """The frame of an awaited object, and the object that this one awaits."""
     for frame, inner in _AWAITING:
         if hasattr(awaited, frame):
             return getattr(awaited, frame), getattr(awaited, inner)
@@ -75,7 +75,7 @@ def _step(awaited: object) -> tuple[FrameType | None, object]:
 
 
 def _threads() -> list[str]:
-    """Each other thread that lives, with its line."""
+    """Each other live thread, with its current line."""
     frames = sys._current_frames()
     return [
         f"{'daemon ' if thread.daemon else ''}thread {thread.name} at {_line(frames[thread.ident])}"
@@ -86,6 +86,6 @@ def _threads() -> list[str]:
 
 def _line(frame: FrameType) -> str:
     code = frame.f_code
-    # Cython's frames, as uvloop's, have neither globals nor a line.
+    # Cython's frames, such as uvloop's, have neither globals nor a line.
     module, line = frame.f_globals.get("__name__", code.co_filename), frame.f_lineno or code.co_firstlineno
     return f"{module}:{line} ({code.co_qualname})"

@@ -1,4 +1,4 @@
-"""A child process that is kept running until it is told to stop."""
+"""Keeps a child process running until it is told to stop."""
 
 import asyncio
 import contextlib
@@ -21,17 +21,17 @@ log = logging.getLogger(__name__)
 
 FIRST_BACKOFF_SECONDS = 0.2
 MAX_BACKOFF_SECONDS = 30.0
-# After a child has lived this long, its next restart waits only for the first backoff.
+# After a child has run for this long, its next restart waits only for the shortest backoff.
 STABLE_SECONDS = 30.0
 LOG_BYTES = 10_000_000
 LOG_FILES = 5
-# How much of a process's log is remembered, to tell why it ended.
+# How much of a process's log is kept in memory, to tell why it ended.
 _REMEMBERED_LINES = 500
 _REMEMBERED_CHARACTERS = 16_384
 _READ_BYTES = 1 << 16
-# A longer line is cut in two.
+# A longer line is cut.
 _LINE_BYTES = 1 << 20
-# A child can log this much while the supervisor is stopped (Ctrl-Z); then it waits.
+# A child can log this much while the supervisor is suspended (Ctrl-Z). Then it blocks.
 _PIPE_BYTES = 1 << 20
 _TRACEBACK = "Traceback (most recent call last)"
 _ERROR = "error: "
@@ -39,10 +39,10 @@ _FATAL = "Fatal Python error: "
 
 
 class Child:
-    """One process: started, awaited until it says that it is ready, started again when it ends.
+    """One process. It is started, awaited until it reports that it is ready, and restarted when it ends.
 
     It runs in its own process group, so that Ctrl-C at the terminal reaches only the supervisor, which stops
-    its children in order. It is tethered, so that not even SIGKILL of the supervisor leaves it behind.
+    its children in order. It is tethered, so that it ends even if the supervisor gets SIGKILL.
     """
 
     def __init__(
@@ -60,9 +60,9 @@ class Child:
     ) -> None:
         """`ready_line` is searched in each line that the child writes. Its output goes to `log_path`.
 
-        At `log_bytes` the log is renamed to `log_path` with `.1`, and a new one is begun. `log_files`, at
-        least 2, are kept, the current one included. `on_change` is called whenever `pid` or `ready` has
-        changed, `on_line` with each line of the log. `environment` is added to this process's own.
+        At `log_bytes` the log is renamed to `log_path` with `.1`, and a new one begins. `log_files` (at least
+        2) are kept, including the current one. `on_change` is called whenever `pid` or `ready` has changed,
+        `on_line` with each line of the log. `environment` is added to this process's environment.
         """
         self.name = name
         self.ready = asyncio.Event()
@@ -75,7 +75,7 @@ class Child:
         self._log = RotatingFileHandler(
             log_path, maxBytes=log_bytes, backupCount=log_files - 1, encoding="utf-8", delay=True
         )
-        # The last lines of this run.
+        # The last lines of the current run.
         self._lines: deque[str] = deque(maxlen=_REMEMBERED_LINES)
         self._process: Process | None = None
         self._stopping = asyncio.Event()
@@ -83,15 +83,15 @@ class Child:
 
     @property
     def pid(self) -> int | None:
-        """Its process id; None while it does not run."""
+        """Its process id. None while it does not run."""
         running = self._process is not None and self._process.returncode is None
         return self._process.pid if self._process and running else None
 
     def start(self) -> asyncio.Task[None]:
         """Starts it. The task ends after `stop`.
 
-        It fails with UnavailableError when the process ends before it was ever ready. The message says why,
-        and where the log is. The log of an earlier run is kept as the one before.
+        The task fails with UnavailableError if the process ends before it was ever ready. The message gives
+        the reason and the place of the log. The log of an earlier run is kept as the previous log file.
         """
         if self.log_path.exists() and self.log_path.stat().st_size:
             self._log.doRollover()
@@ -99,7 +99,7 @@ class Child:
         return self._task
 
     async def stop(self, grace_seconds: float) -> None:
-        """Sends SIGTERM; once the grace is over, SIGKILL to its whole group."""
+        """Sends SIGTERM. After the grace period, sends SIGKILL to the whole process group."""
         self._stopping.set()
         self._signal(signal.SIGTERM)
         if self._task is None:
@@ -112,7 +112,7 @@ class Child:
         self._log.close()
 
     def kill(self) -> None:
-        """Ends it and its whole group at once, for good."""
+        """Kills it and its process group at once, without a restart."""
         self._stopping.set()
         self._signal(signal.SIGKILL)
 
@@ -158,7 +158,7 @@ class Child:
         assert process.stdout is not None
         reading = asyncio.create_task(self._read(process.stdout))
         code = await process.wait()
-        # Ends what the process may have started: that would keep its stdout open.
+        # Kills processes that this one started, because they would keep its stdout open.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         await reading
@@ -177,7 +177,7 @@ class Child:
             self._take(begun.decode(errors="replace"))
 
     def _take(self, line: str) -> None:
-        """One line that the process has written."""
+        """Handles one line that the process has written."""
         self._log.emit(logging.makeLogRecord({"msg": line}))
         self._lines.append(line[:_REMEMBERED_CHARACTERS])
         self._on_line(line)
@@ -188,16 +188,16 @@ class Child:
 
     def _reason(self, code: int) -> str:
         if code == -signal.SIGKILL:
-            # It had no time to say anything.
+            # The process was killed before it could log a reason.
             return "memory may have run out (`dmesg` tells): start fewer workers, or a smaller model"
         return reason_of_end(self._lines)
 
 
 def reason_of_end(lines: Iterable[str]) -> str:
-    """Why a process ended, from what it logged: its last exception, else its last error, else its last line.
+    """Why a process ended, from its log: its last exception, else its last error, else its last line.
 
-    An exception is a JSON line's `error`, the line after a traceback, or a line that begins with `error: `.
-    A cancellation counts only when there is nothing else, because something else has caused it.
+    An exception is the `error` of a JSON line, the line after a traceback, or a line that begins with `error:
+    `. A cancellation counts only if there is nothing else, because something else has caused it.
     """
     exceptions, errors, rest = [], [], "it said nothing"
     in_traceback = False

@@ -1,9 +1,9 @@
-"""What a service tells about itself: JSON log lines on stderr; OpenTelemetry spans and metrics on request.
+"""A service's telemetry: JSON log lines on stderr; OpenTelemetry spans and metrics on request.
 
-One trace follows one request through gateway and worker. Spans and metrics are off unless the standard
-`OTEL_*` variables ask for them. Even then they cost the engine's loop nothing: the loop only notes times and
-counts, `record_span` turns the times into spans when the request ends, and metrics are read from the counters
-when they are sent. A collector that is down costs spans and metrics, never a stream.
+One trace follows a request through gateway and worker. Spans and metrics are off unless the standard `OTEL_*`
+variables request them. Even then they cost the engine's loop nothing. The loop only records times and counts.
+`record_span` turns the times into spans when the request ends, and metrics are read from the counters when
+they are sent. If a collector is down, spans and metrics are lost, but never a stream.
 """
 
 import json
@@ -39,11 +39,11 @@ log = logging.getLogger(__name__)
 LOG_LEVEL_VARIABLE = "HELIOS_LOG_LEVEL"
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 _EXPORTERS = ("otlp", "console")
-# Most characters of an exception's message in a line's `error`; `exception` has all of it.
+# Most characters of an exception's message in a line's `error`. `exception` holds the complete message.
 _ERROR_CHARACTERS = 500
 _RECORD_FIELDS = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime"}
 
-# Without the SDK this tracer makes no spans, but passes on the trace that a caller has begun.
+# Without the SDK this tracer creates no spans, but it passes on the trace that a caller has begun.
 _tracer: trace.Tracer = trace.NoOpTracer()
 _meter: metrics.Meter = metrics.NoOpMeter("helios")
 _providers: "list[TracerProvider | MeterProvider]" = []
@@ -52,11 +52,11 @@ _Signal = Literal["traces", "metrics"]
 
 
 def configure(service: str, instance: str = "") -> None:
-    """Sets up logs and, if `OTEL_*` asks for them, traces and metrics. Call once, before anything is logged.
+    """Sets up logs and, if `OTEL_*` asks for them, traces and metrics. Call it once, before any logging.
 
-    `service` is the kind of process ("helios-gateway"), `instance` tells two of a kind apart (default: host
-    name and process id); `OTEL_*` overrides both in what is sent. Raises SettingsError when HELIOS_LOG_LEVEL
-    is not a level.
+    `service` is the kind of process ("helios-gateway"). `instance` distinguishes processes of one kind
+    (default: host name and process id). `OTEL_*` overrides both in the data that is sent. Raises
+    SettingsError when HELIOS_LOG_LEVEL is not a level.
     """
     global _meter, _tracer
     instance = instance or f"{socket.gethostname()}:{os.getpid()}"
@@ -65,12 +65,12 @@ def configure(service: str, instance: str = "") -> None:
 
 
 def shutdown(timeout_seconds: float = 3.0) -> None:
-    """Sends the spans and metrics still held, waiting no longer than the timeout; then both are off."""
+    """Sends remaining spans and metrics, waiting at most for the timeout. Then turns both off."""
     global _meter, _providers, _tracer
     providers, _providers = _providers, []
     _tracer, _meter = trace.NoOpTracer(), metrics.NoOpMeter("helios")
-    # The exporters retry for longer than a stopping process can wait, so they run on threads that are left
-    # behind.
+    # The exporters may retry for longer than a stopping process can wait, so they run on threads that are
+    # left behind.
     flushes = [
         threading.Thread(target=provider.shutdown, name="telemetry-shutdown", daemon=True)
         for provider in providers
@@ -85,22 +85,22 @@ def shutdown(timeout_seconds: float = 3.0) -> None:
 
 
 def meter() -> metrics.Meter:
-    """Where a service makes its instruments, once `configure` has run.
+    """The meter with which a service creates its instruments, once `configure` has run.
 
-    Unless metrics were asked for, they do nothing: recording costs a call, and observers are never called.
-    Observers are called on their own thread.
+    Unless metrics were requested, the instruments do nothing: recording is an empty call, and observers are
+    never called. Observers are called on their own thread.
     """
     return _meter
 
 
 def extract(metadata: Iterable[tuple[str, str | bytes]] | None) -> Context:
-    """The trace that a call's gRPC metadata belongs to (W3C Trace Context); empty when there is none."""
+    """The trace in a call's gRPC metadata (W3C Trace Context). Empty if there is none."""
     carrier = {key: value for key, value in metadata or () if isinstance(value, str)}
     return propagate.extract(carrier, context=Context())
 
 
 def inject(context: Context | None = None) -> list[tuple[str, str]]:
-    """gRPC metadata that carries a trace on to the next service; None is the current context."""
+    """gRPC metadata that passes a trace to the next service. None means the current context."""
     carrier: dict[str, str] = {}
     propagate.inject(carrier, context=context)
     return list(carrier.items())
@@ -113,10 +113,11 @@ def span(
     kind: SpanKind = SpanKind.INTERNAL,
     attributes: Mapping[str, AttributeValue] | None = None,
 ) -> Iterator[Span]:
-    """A span around a block, which becomes the current one: log lines carry its ids, `inject` its trace.
+    """A span around a block. It becomes the current one: log lines carry its ids, `inject` its trace.
 
-    `parent` None is the current context. An exception that leaves the block marks the span as failed.
-    For coroutines. Not around a `yield` of an asynchronous generator: its end may run in another context.
+    `parent` None means the current context. An exception that leaves the block marks the span as failed. Use
+    it in coroutines, but not around a `yield` of an asynchronous generator, whose end may run in another
+    context.
     """
     with _tracer.start_as_current_span(name, context=parent, kind=kind, attributes=attributes) as current:
         yield current
@@ -129,7 +130,7 @@ def record_span(
     end_ns: int,
     attributes: Mapping[str, AttributeValue] | None = None,
 ) -> None:
-    """Records a phase that is over, as a child of `parent` (None: of the current context's span).
+    """Records a finished phase as a child of `parent` (None: of the current context's span).
 
     Times are nanoseconds since the Unix epoch.
     """
@@ -137,14 +138,14 @@ def record_span(
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line; fields given as `extra` are kept."""
+    """Formats each record as a one-line JSON object. Fields given as `extra` are kept."""
 
     def __init__(self, service: str, instance: str) -> None:
         super().__init__()
         self._origin = {"service": service, "instance": instance}
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record as one line, with the ids of the span it was written in."""
+        """The record as one line, with the ids of the span in which it was logged."""
         fields: dict[str, object] = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="microseconds"),
             "level": record.levelname,
@@ -167,9 +168,9 @@ class JsonFormatter(logging.Formatter):
 
 
 def _in_words(error: BaseException) -> str:
-    """Type and message of the exception behind this one, in one line.
+    """Type and message of the exception that caused this one, in one line.
 
-    A group and a cancellation only pass on what happened elsewhere.
+    Exception groups and cancellations only pass on other exceptions, so they are not the cause.
     """
     while True:
         inner: BaseException | None = None
@@ -182,7 +183,7 @@ def _in_words(error: BaseException) -> str:
         if inner is None:
             break
         error = inner
-    # Lines without a letter or digit, such as a table's border, say nothing.
+    # Lines without a letter or digit, such as a table's border, carry no information.
     lines = (line.strip() for line in str(error).splitlines() if any(map(str.isalnum, line)))
     message = " ".join(" ".join(lines).split())
     if len(message) > _ERROR_CHARACTERS:
@@ -217,7 +218,7 @@ def _make_tracer(service: str, instance: str) -> trace.Tracer:
         return trace.NoOpTracer()
     try:
         provider = _trace_provider(service, instance, exporters)
-    except Exception:  # The SDK raises anything on bad OTEL_* values, and tracing must not stop serving.
+    except Exception:  # The SDK can raise anything on bad OTEL_* values, and tracing must not stop serving.
         log.exception("traces are off: the OTEL_* variables cannot be used")
         return trace.NoOpTracer()
     _providers.append(provider)
@@ -231,7 +232,7 @@ def _make_meter(service: str, instance: str) -> metrics.Meter:
         return metrics.NoOpMeter("helios")
     try:
         provider = _meter_provider(service, instance, exporters)
-    except Exception:  # As with traces.
+    except Exception:  # As for traces.
         log.exception("metrics are off: the OTEL_* variables cannot be used")
         return metrics.NoOpMeter("helios")
     _providers.append(provider)
@@ -240,7 +241,7 @@ def _make_meter(service: str, instance: str) -> metrics.Meter:
 
 
 def _asked_exporters(signal: _Signal) -> list[str]:
-    """Exporters that the environment asks for (OpenTelemetry environment variable specification)."""
+    """Exporters that the environment requests (OpenTelemetry environment variable specification)."""
     if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
         return []
     variable = f"OTEL_{signal.upper()}_EXPORTER"
@@ -256,14 +257,14 @@ def _asked_exporters(signal: _Signal) -> list[str]:
     return [name for name in names if name in _EXPORTERS]
 
 
-# The SDK is imported where it is used, so that a service that sends nothing never loads it.
+# The SDK is imported only where it is used, so that a service that sends nothing never loads it.
 
 
 def _resource(service: str, instance: str) -> "Resource":
     from opentelemetry.sdk.resources import OTELResourceDetector, Resource  # noqa: PLC0415
 
     origin = {"service.name": service, "service.instance.id": instance}
-    # The environment's description of the resource overrides the service's own.
+    # The environment's resource attributes override the service's own.
     return Resource.create({**origin, **OTELResourceDetector().detect().attributes})
 
 
@@ -286,7 +287,7 @@ def _meter_provider(service: str, instance: str, exporters: list[str]) -> "Meter
 
 
 def _span_exporter(name: str) -> "SpanExporter":
-    # stderr, because stdout belongs to the line that says `ready`.
+    # stderr, because stdout is reserved for the line that says `ready`.
     if name == "console":
         from opentelemetry.sdk.trace.export import ConsoleSpanExporter  # noqa: PLC0415
 

@@ -1,9 +1,9 @@
 """Runs a command that cannot outlive the process that started it.
 
-`python tether.py PARENT_PID COMMAND...` asks the kernel to kill this process when its parent ends, however it
-ends (prctl(2), PR_SET_PDEATHSIG: kept across execve), then becomes the command. It is a separate program,
-because Python code between fork and exec is unsafe in a parent with gRPC's threads. On systems other than
-Linux it only runs the command.
+`python tether.py PARENT_PID COMMAND...` asks the kernel to kill this process when its parent ends for any
+reason (prctl(2), PR_SET_PDEATHSIG, which execve preserves). Then it becomes the command. It is a separate
+program, because Python code between fork and exec is unsafe in a parent with gRPC's threads. On systems other
+than Linux it only runs the command.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ _PR_SET_PDEATHSIG = 1
 
 def tethered(command: Sequence[str]) -> list[str]:
     """The command line that runs `command` tethered to the calling process."""
-    # -I -S: no site, no environment; starts in about 20 ms.
+    # -I -S: ignore the environment, do not import site. Starts in about 20 ms.
     return [sys.executable, "-I", "-S", __file__, str(os.getpid()), *command]
 
 

@@ -1,6 +1,6 @@
-"""Where a checkpoint's tensors lie: its weight files and, in safetensors, the bytes of each tensor.
+"""Finds a checkpoint's tensors: its weight files and, in safetensors, the bytes of each tensor.
 
-Only headers and indexes are read, no weights. Free of torch.
+Reads only headers and indexes, no weights. Does not import torch.
 """
 
 import json
@@ -13,12 +13,12 @@ from typing import Any
 from helios.errors import CheckpointError
 from helios.json_object import read_json_object
 
-# In the order in which transformers looks for them.
+# In the order in which transformers looks for these files.
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_SUFFIX = ".index.json"
 
 _LENGTH_BYTES = 8
-# The format's own limit (safetensors, MAX_HEADER_SIZE).
+# The limit of the format (safetensors, MAX_HEADER_SIZE).
 _MAX_HEADER_BYTES = 100_000_000
 _ITEM_BYTES = {
     "F64": 8,
@@ -38,7 +38,7 @@ _ITEM_BYTES = {
 class TensorSlot:
     """A tensor's place in a safetensors file: bytes start..end of the file."""
 
-    dtype: str  # safetensors' name, as F32 or BF16
+    dtype: str  # name of the type in safetensors, such as F32 or BF16
     shape: tuple[int, ...]
     start: int
     end: int
@@ -46,21 +46,21 @@ class TensorSlot:
 
 @dataclass(frozen=True, slots=True)
 class WeightMap:
-    """A checkpoint's weight files. `file_of` maps tensor names to files; None: one file holds all tensors."""
+    """A checkpoint's weight files. `file_of` maps tensor names to files. None: one file holds all tensors."""
 
     files: tuple[Path, ...]
     file_of: Mapping[str, Path] | None
 
     @property
     def is_safetensors(self) -> bool:
-        """Whether the files are safetensors, or else pickles."""
+        """True for safetensors, False for pickles."""
         return self.files[0].suffix == ".safetensors"
 
     @classmethod
     def read(cls, path: Path) -> "WeightMap":
-        """The weight files of a checkpoint directory, safetensors before pickles.
+        """The weight files of a checkpoint directory. Safetensors are preferred to pickles.
 
-        Raises CheckpointError when there are none, or a shard that the index names is missing.
+        Raises CheckpointError when there are none, or when a shard named in the index is missing.
         """
         for name in SINGLE_FILES:
             if (path / name).is_file():
@@ -80,7 +80,7 @@ def _read_index(index: Path) -> WeightMap:
         raise CheckpointError(f"{index}: weight_map must map tensor names to files; fetch it again")
     file_of = {}
     for tensor, name in names.items():
-        # A checkpoint must not reach outside its own directory.
+        # A checkpoint must not refer to files outside its own directory.
         if not isinstance(name, str) or Path(name).name != name:
             raise CheckpointError(f"{index}: {tensor} lies in {name!r}, which is not a plain file name")
         file_of[tensor] = index.parent / name
@@ -100,7 +100,7 @@ def read_safetensors_header(file: Path) -> dict[str, TensorSlot]:
 
 
 def read_safetensors_header_and_metadata(file: Path) -> tuple[dict[str, TensorSlot], dict[str, Any]]:
-    """A safetensors file's tensors, and its writer's own metadata. Raises as `read_safetensors_header`."""
+    """A safetensors file's tensors, and its writer's metadata. Raises as `read_safetensors_header`."""
     try:
         size = file.stat().st_size
         with file.open("rb") as stream:

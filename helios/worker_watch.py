@@ -1,8 +1,8 @@
-"""Finding workers and watching them, as a gateway and a controller both do.
+"""Finds workers and watches them, for the gateway and the controller.
 
-Workers are found by their leases in Redis. One telemetry stream per worker tells whether it lives and what it
-serves. Redis only adds workers: a known one stays for as long as its telemetry comes, so a service goes on
-with the workers it knows while Redis is down.
+Workers are found by their leases in Redis. One telemetry stream per worker shows whether it is alive and what
+it serves. Redis only adds workers. A known worker stays for as long as its telemetry comes, so a service
+continues with its known workers while Redis is down.
 """
 
 import asyncio
@@ -27,36 +27,36 @@ _CHECKS_PER_TIMEOUT = 10
 
 @dataclass(frozen=True, slots=True)
 class WatchPace:
-    """How often workers are looked for and how long they may be silent. All in seconds."""
+    """How often workers are looked for, and how long they may be silent. All in seconds."""
 
     telemetry: float
-    """Between two telemetry messages of a worker."""
+    """Interval between two telemetry messages of a worker."""
     discovery: float
-    """Between two looks at the leases."""
+    """Interval between two reads of the leases."""
     redial: float
-    """Before a worker whose telemetry has ended is dialled again."""
+    """Delay before reconnecting to a worker whose telemetry has ended."""
     timeout: float
-    """A worker without telemetry for this long has stopped answering."""
+    """After this long without telemetry, a worker counts as silent."""
 
 
 class WatchedWorker:
-    """One worker: its connection, what it told last, and for how long it has been silent.
+    """One worker: its connection, its last messages, and the length of its silence.
 
-    A service adds what it keeps of a worker in a subclass.
+    A service adds its own data about a worker in a subclass.
     """
 
     def __init__(
         self, lease: WorkerLease, timeout_seconds: float, options: Sequence[tuple[str, int]] = ()
     ) -> None:
-        """`options` are gRPC channel options. Must be made in the event loop that uses it."""
+        """`options` are gRPC channel options. Create it in the event loop that uses it."""
         self.lease = lease
         self.channel = channel.to_service_async(lease.address, options)
         self.stub: worker_pb2_grpc.WorkerServiceAsyncStub = worker_pb2_grpc.WorkerServiceStub(self.channel)
-        # All three are None until it has been reached.
+        # All three are None until the worker has been reached.
         self.telemetry: worker_pb2.Telemetry | None = None
         self.status: worker_pb2.GetStatusResponse | None = None
         self.plan: ServedPlan | None = None
-        # Counted by the watch while this process runs, not read off a clock.
+        # Counted by the watch while this process runs, not computed from a clock.
         self.silent_seconds = 0.0
         self._timeout_seconds = timeout_seconds
 
@@ -71,10 +71,10 @@ class WatchedWorker:
         return self.silent_seconds > self._timeout_seconds
 
     async def take(self, message: worker_pb2.Telemetry) -> worker_pb2.Telemetry:
-        """Takes in one telemetry message and asks for the status when the plan is another.
+        """Handles one telemetry message. Requests the status when the plan has changed.
 
-        Returns the telemetry that now holds: the status brings a newer one. Raises grpc.aio.AioRpcError when
-        the worker does not give its status.
+        Returns the telemetry that is valid now, because the status brings a newer one. Raises
+        grpc.aio.AioRpcError when the worker does not return its status.
         """
         self.silent_seconds = 0.0
         is_new_plan = self.status is None or self.plan != _plan(message)
@@ -89,17 +89,17 @@ class WatchedWorker:
         return message
 
     def heard(self, telemetry: worker_pb2.Telemetry) -> None:
-        """For subclasses: called with each message."""
+        """For subclasses: called with each telemetry message."""
 
     def plan_changed(self) -> None:
-        """For subclasses: called after `heard` with the first message under a plan."""
+        """For subclasses: called after `heard` with the first message under a new plan."""
 
 
 _Worker = TypeVar("_Worker", bound=WatchedWorker)
 
 
 class WorkerWatch(Generic[_Worker]):
-    """The workers that one service knows, each with a telemetry stream that is kept open."""
+    """The workers that one service knows. Each has a telemetry stream that is kept open."""
 
     def __init__(
         self,
@@ -113,11 +113,11 @@ class WorkerWatch(Generic[_Worker]):
         on_silent: Callable[[_Worker], None] = lambda _: None,
         why_forget: Callable[[_Worker], str],
     ) -> None:
-        """`key` tells workers apart: by their ids or by their addresses. `log` is the service's.
+        """`key` identifies workers, by their ids or by their addresses. `log` is the service's logger.
 
-        on_heard: called with the telemetry before (None: it is the first) and the new one. on_lost: called
-        whenever a telemetry stream has ended, with the reason. on_silent: called again and again while a
-        worker is silent. why_forget: why a worker without a lease is to be forgotten; empty: it stays.
+        on_heard: called with the previous telemetry (None: there was none) and the new one. on_lost: called
+        whenever a telemetry stream has ended, with the reason. on_silent: called repeatedly while a worker is
+        silent. why_forget: why a worker without a lease should be forgotten; empty: it stays.
         """
         self._pace = pace
         self._make = make
@@ -131,34 +131,34 @@ class WorkerWatch(Generic[_Worker]):
         self._streams: dict[str, asyncio.Task[None]] = {}
         # Keys of workers that stay without a lease.
         self._fixed: set[str] = set()
-        # Why leases cannot be read; empty when they can.
+        # Why leases cannot be read. Empty if they can.
         self._problem = ""
         self._is_cut_off = False
         self._ignored = IgnoredEntries(log)
 
     @property
     def workers(self) -> tuple[_Worker, ...]:
-        """All known workers. Safe to ask for on another thread."""
+        """All known workers. Safe to call on another thread."""
         return tuple(self._workers.values())
 
     def find(self, key: str) -> _Worker | None:
-        """The worker of this key."""
+        """The worker with this key."""
         return self._workers.get(key)
 
     def problems(self) -> list[str]:
-        """Why workers cannot be found, in words."""
+        """Messages that say why workers cannot be found."""
         return [*([self._problem] if self._problem else []), *self._ignored.problems()]
 
     def add_fixed(self, address: str) -> None:
-        """Adds a worker that is known without a lease and is never forgotten."""
+        """Adds a worker without a lease. It is never forgotten."""
         lease = WorkerLease("", address)
         self._fixed.add(self._key(lease))
         self._add(lease)
 
     async def run(self, redis: Redis | None) -> None:
-        """Looks for workers, and counts the silence of those it knows, until cancelled.
+        """Looks for workers and counts the silence of the known ones, until cancelled.
 
-        `redis` is where leases are; None: only fixed workers are watched.
+        `redis` holds the leases. None: only fixed workers are watched.
         """
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._count_silence())
@@ -166,7 +166,7 @@ class WorkerWatch(Generic[_Worker]):
                 tasks.create_task(self._discover(redis))
 
     async def close(self) -> None:
-        """Ends all streams and connections; `run` has been cancelled before."""
+        """Ends all streams and connections. Cancel `run` first."""
         for stream in self._streams.values():
             stream.cancel()
         await asyncio.gather(*self._streams.values(), return_exceptions=True)
@@ -177,7 +177,7 @@ class WorkerWatch(Generic[_Worker]):
         while True:
             try:
                 leases, ignored = await registry.leases(redis)
-            # Whatever is wrong with Redis or in it, the service goes on with the workers it knows.
+            # Whatever is wrong with Redis or its contents, the service continues with the known workers.
             except Exception as error:
                 if not self._is_cut_off:
                     self._log.warning("discovery stands still: %s", reason(error))
@@ -194,7 +194,7 @@ class WorkerWatch(Generic[_Worker]):
             await asyncio.sleep(self._pace.discovery)
 
     async def _follow(self, announced: Mapping[str, WorkerLease]) -> None:
-        """Adds the workers that have a lease, and forgets those that have neither a lease nor a future."""
+        """Adds workers with a new lease. Forgets those at another address now, or if `why_forget` says so."""
         for key, worker in tuple(self._workers.items()):
             lease = announced.get(key)
             if key in self._fixed:
@@ -222,7 +222,7 @@ class WorkerWatch(Generic[_Worker]):
         await worker.channel.close()
 
     async def _stream(self, worker: _Worker) -> None:
-        """Reads a worker's telemetry, and dials again whenever it ends."""
+        """Reads a worker's telemetry. Reconnects whenever it ends."""
         request = worker_pb2.WatchTelemetryRequest(interval_seconds=self._pace.telemetry)
         while True:
             try:
@@ -236,13 +236,13 @@ class WorkerWatch(Generic[_Worker]):
             await asyncio.sleep(self._pace.redial)
 
     async def _count_silence(self) -> None:
-        """Adds up how long each worker has been silent. Telemetry sets the sum back to zero."""
+        """Adds up how long each worker has been silent. Telemetry resets the sum to zero."""
         period = self._pace.timeout / _CHECKS_PER_TIMEOUT
         checked_at = time.monotonic()
         while True:
             await asyncio.sleep(period)
             now = time.monotonic()
-            # If this process itself stood still, that is not the workers' silence.
+            # A pause of this process itself does not count as silence of the workers.
             elapsed, checked_at = min(now - checked_at, 2 * period), now
             for worker in self.workers:
                 worker.silent_seconds += elapsed
@@ -251,7 +251,7 @@ class WorkerWatch(Generic[_Worker]):
 
 
 def _plan(telemetry: worker_pb2.Telemetry) -> ServedPlan | None:
-    """What the worker serves; None when it does not say."""
+    """The plan that the worker serves. None when it does not report one."""
     if not telemetry.model or not telemetry.depth:
         return None
     return ServedPlan(model=telemetry.model, depth=telemetry.depth)

@@ -65,7 +65,7 @@ class Plan:
         return self.model.weights.checkpoint_id
 
     def not_finite(self, exit_layers: Sequence[int], confidences: Sequence[float]) -> CheckpointError:
-        """The error for a sequence with probabilities that are not finite. Arguments have one item per token."""
+        """The error for a sequence with probabilities that are not finite. Arguments are per token."""
         pairs = zip(exit_layers, confidences, strict=False)
         layer = next((layer for layer, found in pairs if not math.isfinite(found)), exit_layers[-1])
         return _not_finite(self.entry.name, layer, self.model.weights.precision)

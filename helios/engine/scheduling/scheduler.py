@@ -138,7 +138,7 @@ class Scheduler:
         insort(self.waiting, seq, key=lambda waiting: waiting.arrival)
 
     def preempt_all(self) -> int:
-        """Preempts every running sequence. Returns the arrival number of the youngest, -1 if there is none."""
+        """Preempts every running sequence. Returns the arrival number of the youngest, or -1."""
         last = self.running[-1].arrival if self.running else -1
         while self.running:
             self.preempt(self.running[-1])
@@ -199,7 +199,7 @@ class Scheduler:
         return True
 
     def _secure_blocks(self) -> None:
-        """Gives running sequences the blocks that they need, oldest first. Preempts the youngest if needed."""
+        """Gives running sequences the blocks that they need, oldest first. May preempt the youngest."""
         index = 0
         while index < len(self.running):
             seq = self.running[index]

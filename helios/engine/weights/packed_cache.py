@@ -102,7 +102,8 @@ class PackedCache:
     def write(self, name: str, part: _Part) -> _Part:
         """Stores a part and returns it mapped, so that later loads share its memory.
 
-        A part that cannot be stored is returned unchanged."""
+        A part that cannot be stored is returned unchanged.
+        """
         if not self._is_usable:
             return part
         file = self._own / (name + _SUFFIX)
@@ -218,7 +219,8 @@ def _write(file: Path, part: Part) -> None:
 def _map(file: Path, kind: type[_Part], *, check: bool = True) -> tuple[_Part, int]:
     """Maps a part of a model from its file. Returns the part and the size of the file.
 
-    Raises the errors that `read` treats as damage."""
+    Raises the errors that `read` treats as damage.
+    """
     with file.open("rb") as stream:
         slots, metadata = read_safetensors_header_and_metadata(file)
         # torch needs writable memory. A page is copied only when someone writes to it, and nobody does.
