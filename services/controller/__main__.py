@@ -23,7 +23,7 @@ def main() -> int:
 
 async def _serve(settings: ControllerSettings) -> int:
     if settings.models_dir is not None:
-        catalog.list_models(settings.models_dir)  # Raises when there is no such directory.
+        catalog.list_models(settings.models_dir)  # Raises if the directory does not exist.
     server = Server([SERVICE_NAME])
     port = server.bind(settings.address)
     address = settings.advertise or f"{settings.address.rpartition(':')[0]}:{port}"

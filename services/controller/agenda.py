@@ -1,6 +1,6 @@
-"""What the controller is to do now: evaluate, decide, or nothing. Pure: no IO and no clock.
+"""Decides what the controller must do now: evaluate, decide, or nothing. Pure: no IO and no clock.
 
-The service and the simulator of `helios bench paper` ask the same agenda.
+The service and the simulator of `helios bench paper` both use this agenda.
 """
 
 import enum
@@ -21,17 +21,17 @@ from services.controller.policy.settings import PolicySettings
 from services.controller.situation import Bar, Reading, Trigger, WorkerView
 from services.controller.traffic_watch import Served, Side, TrafficWatch
 
-# Sums that may raise an alarm: two figures, each to both sides.
+# Number of sums that may raise an alarm: two figures, each in both directions.
 _TESTS = 4
 _SECONDS_PER_DAY = 86400.0
-# Fewest and most requests between two false alarms, whatever the operator asks for.
+# Limits on the number of requests between two false alarms, whatever the operator sets.
 _FEWEST_BETWEEN_ALARMS, _MOST_BETWEEN_ALARMS = 1e3, 1e8
-# The tests depend on the logarithm of the request rate. They are tuned anew when it has changed by this
-# factor.
+# The tests depend on the logarithm of the request rate. They are tuned again when the rate has changed by
+# this factor.
 _RETUNE_FACTOR = 1.25
-# Triggers whose decisions rest on all that has been evaluated.
+# Triggers whose decisions use all evaluations so far.
 _FROM_EVALUATIONS = (Trigger.START, Trigger.REASSESSMENT, Trigger.FOLLOW_UP, Trigger.DRIFT)
-# Between two attempts at an evaluation that failed.
+# Delay before a failed evaluation is tried again.
 _RETRY_SECONDS = 10.0
 
 
@@ -43,7 +43,7 @@ class Detection(enum.StrEnum):
 
 
 class AgendaSettings(PolicySettings):
-    """What an operator can set about when something is evaluated or decided."""
+    """The operator's settings for when to evaluate and when to decide."""
 
     detection: Detection = Field(
         Detection.SEQUENTIAL,
@@ -92,23 +92,23 @@ class AgendaSettings(PolicySettings):
 
 @dataclass(frozen=True, slots=True)
 class Evaluate:
-    """Have the profiler evaluate candidates on recent requests."""
+    """The profiler must evaluate candidates on recent requests."""
 
     models: tuple[str, ...] = ()
-    """Empty: all candidates."""
+    """Names of the models. Empty: all candidates."""
     requests: int | None = None
-    """None: as many as the profiler chooses."""
+    """None: the profiler chooses the number."""
     fresh: bool = False
-    """Whether the traffic seems to have changed. Then it is urgent, and few of the earlier requests count."""
+    """Whether the traffic seems to have changed. Then it is urgent, and few earlier requests count."""
     newest_seconds: float | None = None
-    """Age of the oldest request that is evaluated; None: any."""
+    """Greatest age of an evaluated request. None: any age."""
     prompts_only: bool = False
-    """Whether perplexity is enough. Then prompts are not continued, which is half the work."""
+    """Whether perplexity is enough. Then prompts are not continued, which saves half the work."""
 
 
 @dataclass(frozen=True, slots=True)
 class Decide:
-    """Ask the policy."""
+    """The policy must decide."""
 
     trigger: Trigger
     bar: Bar | None = None
@@ -119,61 +119,63 @@ Due: TypeAlias = Evaluate | Decide | None
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """What the agenda looks at. `workers` are those that no operator has pinned."""
+    """The agenda's input. `workers` are those that no operator has pinned."""
 
     now: float
-    """Seconds on a monotonic clock."""
+    """Time in seconds on a monotonic clock."""
     finished: int
-    """Requests since the controller began to watch."""
+    """Number of finished requests since the controller began to watch."""
     workers: Sequence[WorkerView]
     history: Mapping[str, ModelProfile]
     history_times: Mapping[str, float]
     can_evaluate: bool
     evaluating: bool
     moving: bool
-    """Whether workers are on their way to a plan, or cannot get there."""
+    """Whether workers are moving to a plan, or failed to."""
 
 
 class Agenda:
-    """When to evaluate and when to decide. Its owner does both and reports back."""
+    """Says when to evaluate and when to decide. Its owner does both and reports back."""
 
     def __init__(self, settings: AgendaSettings, allowance: Allowance) -> None:
         self._settings = settings
         self._allowance = allowance
         self._began: Moment | None = None
         self._started = False
-        # Finished requests at the last evaluation; None: there was none.
+        # Count of finished requests at the last evaluation. None: there was none.
         self._evaluated_at: int | None = None
         self._retry_at = -math.inf
-        # Whether an evaluation has ended that no decision rests on yet, and what it was for.
+        # Whether an evaluation has ended that no decision has used yet, and its trigger.
         self._evaluation_has_ended = False
         self._evaluated_for = Trigger.REASSESSMENT
-        # The times of the profiles that the last decision rests on.
+        # The times of the profiles that the last decision used.
         self._decided_on: Mapping[str, float] = {}
         self._between_alarms = _FEWEST_BETWEEN_ALARMS
         self._tuned = tunings(self._between_alarms, settings.drift_delay_requests)
-        # The watch over the plan in force; None until its profile says what to expect.
+        # Watches the traffic under the plan in force. None until the plan's profile gives expectations.
         self._watch: TrafficWatch | None = None
-        # A drift that was noticed and that no evaluation has answered yet.
+        # A noticed drift that no evaluation has answered yet.
         self._drift: _Drift | None = None
-        # The plan that was kept after the last drift, which was a false alarm then; None: another was chosen.
+        # The plan that was kept after the last drift, which was thus a false alarm. None: another plan was
+        # chosen.
         self._false_alarm: ServedPlan | None = None
-        # False alarms in a row, and the count of finished requests up to which no drift is looked for.
+        # False alarms in a row, and the count of finished requests before which no drift is looked for.
         self._false_alarms = self._quiet_until = 0
-        # The next evaluation of models where chance may have decided; None: the decision is clear.
+        # The next evaluation of models for which chance may have decided. None: the decision is clear.
         self._follow_up: _FollowUp | None = None
-        # In window mode: the count of finished requests at which a breach asks for an evaluation, and the
+        # In window mode: the count of finished requests at which a breach requires an evaluation, and the
         # plans whose breach has been answered.
         self._breach_due_at: int | None = None
         self._breaches_answered: set[ServedPlan] = set()
-        # The count of finished requests at which the dwell ends that kept a better plan out; None: none did.
+        # The count of finished requests at which the dwell ends that kept a better plan out. None: there is
+        # none.
         self._dwell_over_at: int | None = None
-        # Since when a reassessment has been put off; None: none is.
+        # Time since which a reassessment has been postponed. None: none is.
         self._delayed_since: float | None = None
-        # How long the last one was put off.
+        # How long the last reassessment was postponed.
         self.delayed_seconds = 0.0
 
-    # -- what has happened ------------------------------------------------------------------------
+    # -- events -----------------------------------------------------------------------------------
 
     def observe(self, served: Served, history: Mapping[str, ModelProfile], now: float) -> None:
         """Takes in what was served under the plan in force. `now` is in seconds."""
@@ -186,10 +188,10 @@ class Agenda:
         self._watch.add(served, self._tuned, now)
 
     def evaluation_began(self, due: Evaluate, seen: Outlook) -> None:
-        """An evaluation is under way."""
+        """Notes that an evaluation has begun."""
         self._evaluated_at = seen.finished
         self._retry_at = seen.now + _RETRY_SECONDS
-        # Remembered, because a drift may be noticed while it is under way, and it says nothing of that.
+        # Remembered, because a drift noticed during the evaluation is not answered by it.
         self._evaluated_for = Trigger.REASSESSMENT
         if due.fresh:
             self._evaluated_for = Trigger.DRIFT
@@ -197,31 +199,31 @@ class Agenda:
             self._evaluated_for = Trigger.FOLLOW_UP
 
     def evaluation_ended(self, cpu_seconds: float, threads: int, *, failed: bool) -> None:
-        """An evaluation has ended.
+        """Notes that an evaluation has ended.
 
-        `threads`: of all workers. One that failed is tried again after a while.
+        `threads`: of all workers. A failed evaluation is tried again after a while.
         """
         self._allowance.spend(cpu_seconds, threads)
         if not failed:
             self._retry_at = -math.inf
-        # After a failed evaluation, a drift cannot be decided on.
+        # A failed evaluation gives no basis for deciding on a drift.
         self._evaluation_has_ended = not failed or self._drift is None
 
     def decided(self, trigger: Trigger, decision: Decision, seen: Outlook) -> None:
-        """A decision has been made and recorded."""
+        """Notes that a decision has been made and recorded."""
         settings = self._settings
         again = decision.again_after_requests
         if again is not None:
             self._dwell_over_at = seen.finished + again
         elif decision.moves or trigger is Trigger.DWELL or trigger in _FROM_EVALUATIONS:
-            # Other decisions, such as the answer to a breach, do not know what evaluations found before.
+            # Other decisions, such as the answer to a breach, do not consider what evaluations found before.
             self._dwell_over_at = None
         if trigger is Trigger.RETREAT and self._drift is not None:
             self._drift = replace(self._drift, retreated=True)
         if trigger not in _FROM_EVALUATIONS:
             return
         self._started, self._evaluation_has_ended = True, False
-        # Profiles that somebody else writes meanwhile count as a reassessment.
+        # Profiles that someone else writes meanwhile count as a reassessment.
         self._evaluated_for = Trigger.REASSESSMENT
         if not seen.can_evaluate:
             self._evaluated_at = seen.finished
@@ -241,14 +243,14 @@ class Agenda:
 
     @property
     def reading(self) -> Reading | None:
-        """What recent prompts gave under the plan in force.
+        """Nats of recent prompts under the plan in force.
 
-        None: none was read, or a drift is not answered.
+        None: no prompt was read, or a drift has not been answered.
         """
         return None if self._watch is None or self._drift is not None else self._watch.reading
 
     def due(self, seen: Outlook) -> Due:
-        """What is to be done now; None: nothing."""
+        """The next thing to do. None: nothing."""
         self._tune(seen)
         if not seen.history:
             may = seen.can_evaluate and not seen.evaluating and seen.now >= self._retry_at
@@ -264,7 +266,7 @@ class Agenda:
         if seen.evaluating:
             return self._answer_breach(seen)
         follow_up = self._follow_up
-        # Not while workers move: it would take CPU from their loading.
+        # Not while workers move, because it would take CPU from their loading.
         may_follow_up = seen.can_evaluate and not seen.moving
         if follow_up is not None and seen.finished >= follow_up.due_at and may_follow_up:
             requests = min(follow_up.wait, self._settings.most_follow_up_requests)
@@ -276,7 +278,7 @@ class Agenda:
         return self._answer_breach(seen)
 
     def next_evaluation(self, seen: Outlook) -> str:
-        """When candidates are evaluated again, in words."""
+        """When candidates are evaluated again, as text."""
         if seen.evaluating:
             return "now"
         if self._follow_up is not None:
@@ -292,7 +294,7 @@ class Agenda:
         return f"in {wait:.0f} s: it is due, and put off {cap}" if wait else "now"
 
     def _answer_drift(self, seen: Outlook) -> Due:
-        """Evaluates a drift once enough of its requests have come, and does not wait too long for that."""
+        """Evaluates a drift once enough of its requests have come. If that takes too long, retreats first."""
         settings = self._settings
         if settings.detection is Detection.WINDOW:
             return None
@@ -310,16 +312,16 @@ class Agenda:
             return Decide(Trigger.RETREAT)
         if seen.evaluating or not seen.can_evaluate or seen.now < self._retry_at:
             return None
-        # Older requests are of the traffic before the drift.
+        # Older requests belong to the traffic before the drift.
         recent = drift.began.requests + seen.finished - drift.noticed.requests
         if recent < settings.drift_requests:
             return None
-        # As few requests as allow a choice at once; follow-ups evaluate more.
+        # The fewest requests that allow an immediate choice. Follow-ups evaluate more.
         age = seen.now - drift.began.seconds
         return Evaluate(requests=settings.drift_requests, fresh=True, newest_seconds=age, prompts_only=True)
 
     def _answer_breach(self, seen: Outlook) -> Due:
-        """In window mode: the paper's rule."""
+        """In window mode: the rule of the paper."""
         if self._settings.detection is not Detection.WINDOW or seen.moving:
             return None
         for view in seen.workers:
@@ -328,7 +330,7 @@ class Agenda:
             ):
                 continue
             self._breaches_answered.add(view.plan)
-            # The answer rests on what was measured before the traffic changed, so an evaluation is to follow.
+            # The answer uses measurements from before the traffic changed, so an evaluation must follow.
             self._breach_due_at = seen.finished + self._settings.breach_reassess_requests
             bar = Bar(
                 model=view.model,
@@ -344,12 +346,12 @@ class Agenda:
     @property
     def _evaluation_due_at(self) -> int:
         """The count of finished requests at which all candidates are evaluated again."""
-        # Without an evaluation of its own, what it decides on may be old.
+        # If the controller has not evaluated yet, its profiles may be old, so an evaluation is due at once.
         regular = 0 if self._evaluated_at is None else self._evaluated_at + self._settings.reassess_requests
         return regular if self._breach_due_at is None else min(regular, self._breach_due_at)
 
     def _is_affordable(self, seen: Outlook) -> bool:
-        """Whether the reassessment that is due may begin. One after a breach is urgent."""
+        """Whether the reassessment that is due may begin. It is urgent after a breach."""
         if not seen.can_evaluate:
             return True
         urgent = self._breach_due_at is not None and seen.finished >= self._breach_due_at
@@ -361,7 +363,7 @@ class Agenda:
         return True
 
     def _tune(self, seen: Outlook) -> None:
-        """Tunes the tests to the request rate, because false alarms are counted per day."""
+        """Tunes the tests to the request rate, because false alarms are limited per day."""
         if self._began is None:
             self._began = Moment(seen.finished, seen.now)
         seconds, requests = seen.now - self._began.seconds, seen.finished - self._began.requests
@@ -373,7 +375,7 @@ class Agenda:
             self._tuned = tunings(wanted, self._settings.drift_delay_requests)
 
     def _plan_follow_up(self, decision: Decision, seen: Outlook, *, anew: bool) -> None:
-        """Plans to evaluate more requests while chance may have decided, each time after twice as many."""
+        """Plans an evaluation of more requests while chance may have decided. The wait doubles each time."""
         before, self._follow_up = self._follow_up, None
         if decision.undecided:
             wait = 2 * before.wait if before is not None and not anew else self._settings.follow_up_requests
@@ -382,7 +384,7 @@ class Agenda:
 
 @dataclass(frozen=True, slots=True)
 class _FollowUp:
-    # The count of finished requests at which it is due, and the requests before it.
+    # The count of finished requests at which it is due, and the number of requests waited for.
     due_at: int
     wait: int
     models: tuple[str, ...]
@@ -391,8 +393,8 @@ class _FollowUp:
 @dataclass(frozen=True, slots=True)
 class _Drift:
     noticed: Moment
-    # When it began. Its requests are those that came from then until the drift was noticed.
+    # When the drift began. `requests` counts those from then until the drift was noticed.
     began: Moment
     is_worse: bool
-    # Whether workers have been sent to the safest plan known.
+    # Whether workers have been sent to the safest known plan.
     retreated: bool = False

@@ -1,21 +1,21 @@
-"""The share of the fleet's CPU that profiling may take, and when the next evaluation is within it."""
+"""Limits profiling to a share of the fleet's CPU, and tells when the next evaluation fits into it."""
 
 import time
 from collections.abc import Callable
 
-# Most urgent evaluations before everything is paid off. Several drifts in a row can be followed, but a plan
-# that always breaches does not set the pace.
+# Most urgent evaluations before all costs are paid off. Several drifts in a row can be followed, but a plan
+# that always breaches cannot cause endless evaluations.
 MOST_AHEAD = 3
 
 
 class Allowance:
-    """Spaces evaluations so that their CPU stays a share of the workers'.
+    """Spaces evaluations so that their CPU time stays a share of the workers'.
 
-    An evaluation is paid off once the share has added up to its cost. A few urgent ones may begin earlier.
+    An evaluation is paid off once the share has accumulated to its cost. A few urgent ones may begin earlier.
     """
 
     def __init__(self, share: float, clock: Callable[[], float] = time.monotonic) -> None:
-        """share: of the CPU of the workers' threads, in (0, 1]; 1: no spacing. clock: in seconds."""
+        """share: of the workers' CPU threads, in (0, 1]; 1: no spacing. clock: in seconds."""
         self._share = share
         self._clock = clock
         self._paid_at = clock()
@@ -23,7 +23,7 @@ class Allowance:
 
     @property
     def wait_seconds(self) -> float:
-        """Seconds until the next evaluation is within the share."""
+        """Seconds until the next evaluation fits into the share."""
         return max(0.0, self._paid_at - self._clock())
 
     def permits(self, *, urgent: bool) -> bool:
@@ -37,6 +37,6 @@ class Allowance:
         return False
 
     def spend(self, cpu_seconds: float, threads: int) -> None:
-        """Takes in what an evaluation cost. `threads`: of all workers together."""
+        """Adds the cost of an evaluation. `threads`: of all workers together."""
         if self._share < 1:
             self._paid_at = max(self._paid_at, self._clock()) + cpu_seconds / (self._share * max(1, threads))

@@ -1,4 +1,4 @@
-"""Asking the profiler to evaluate the candidates on recent requests (arXiv 2504.10724)."""
+"""Asks the profiler to evaluate the candidates on recent requests (arXiv 2504.10724)."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -14,15 +14,15 @@ from services.controller.settings import ControllerSettings
 
 @dataclass(frozen=True, slots=True)
 class Assessment:
-    """What an evaluation of the candidates cost, and what went wrong, in words; empty when nothing did."""
+    """The cost of an evaluation, and what went wrong as text; empty if nothing did."""
 
     cpu_seconds: float = 0.0
-    """Without what is done once for a model: loading it, timing its steps."""
+    """Without the one-time work for a model: loading it and timing its steps."""
     problem: str = ""
 
 
 class Assessor:
-    """Has the profiler evaluate candidates beside everything else, one evaluation at a time."""
+    """Has the profiler evaluate candidates in the background, one evaluation at a time."""
 
     def __init__(
         self,
@@ -30,30 +30,30 @@ class Assessor:
         candidates: Callable[[], Awaitable[tuple[str, ...]]],
         on_end: Callable[[], None],
     ) -> None:
-        """candidates: the models of an evaluation that names none. on_end: called when one has ended."""
+        """candidates: the models for an evaluation that names none. on_end: called when one has ended."""
         self._settings = settings
         self._candidates = candidates
         self._on_end = on_end
         self._running: asyncio.Task[Assessment] | None = None
-        # What went wrong with the last evaluation, in words; empty when nothing did.
+        # What went wrong in the last evaluation, as text. Empty if nothing did.
         self.problem = ""
 
     @property
     def has_profiler(self) -> bool:
-        """Whether there is anyone to ask."""
+        """Whether there is a profiler to ask."""
         return self._settings.profiler is not None
 
     @property
     def is_evaluating(self) -> bool:
-        """Whether an evaluation is under way, or has ended and was not taken."""
+        """Whether an evaluation is running, or has ended and was not taken yet."""
         return self._running is not None
 
     def begin(self, due: Evaluate, *, is_history_empty: bool) -> None:
-        """Begins an evaluation. With an empty history it waits longer for the profiler to be there."""
+        """Begins an evaluation. With an empty history it waits longer for the profiler to be ready."""
         address = self._settings.profiler
         if address is None:
             raise ValueError("there is no profiler to ask")
-        # A profiler that has just started still imports its engine. With a history nothing depends on it.
+        # A profiler that has just started still imports its engine. With a history the result is not urgent.
         connect_seconds = (
             self._settings.evaluate_timeout_seconds
             if is_history_empty
@@ -63,9 +63,9 @@ class Assessor:
         self._running.add_done_callback(lambda _: self._on_end())
 
     def take_ended(self) -> Assessment | None:
-        """The evaluation that has ended since the last call; None: none has.
+        """The evaluation that has ended since the last call. None: none has.
 
-        Raises what `candidates` has raised.
+        Raises the errors of `candidates`.
         """
         if self._running is None or not self._running.done():
             return None
@@ -75,7 +75,7 @@ class Assessor:
         return assessment
 
     async def close(self) -> None:
-        """Gives up the evaluation that is under way."""
+        """Cancels the running evaluation."""
         if self._running is not None:
             self._running.cancel()
             await asyncio.gather(self._running, return_exceptions=True)
@@ -94,7 +94,7 @@ class Assessor:
 async def evaluate(
     address: str, models: Sequence[str], due: Evaluate, *, connect_seconds: float, timeout_seconds: float
 ) -> Assessment:
-    """Has the profiler at `address` evaluate the models as it is due; the results go to Redis."""
+    """Has the profiler at `address` evaluate the models as `due` says. The results go to Redis."""
     cpu_seconds = 0.0
     request = profiler_pb2.EvaluateRequest(
         models=models,

@@ -4,18 +4,18 @@ from collections import deque
 
 
 class BreachWindow:
-    """The shortest stretch of telemetry samples that holds at least `size` tokens.
+    """The shortest run of telemetry samples that covers at least `size` tokens.
 
-    A worker counts tokens and does not list them, so the window is only as fine as its telemetry.
+    A worker counts tokens but does not list them, so the window is only as precise as its telemetry.
     """
 
     def __init__(self, size: int) -> None:
         self._size = size
-        # Counters of generated and of unsure tokens, oldest first.
+        # (generated tokens, unsure tokens) counters, oldest first.
         self._samples: deque[tuple[int, int]] = deque()
 
     def add(self, generated: int, high_exit: int) -> None:
-        """Takes in a worker's counters. Counters that went back are those of a new process."""
+        """Adds a worker's counters. Counters that have decreased come from a new process."""
         if self._samples and generated < self._samples[-1][0]:
             self._samples.clear()
         self._samples.append((generated, high_exit))
@@ -35,6 +35,6 @@ class BreachWindow:
     @property
     def high_exit_tokens(self) -> int:
         """Unsure tokens in the window."""
-        # Copied in one step: metrics are read on a thread of their own.
+        # Copied in one step, because metrics are read on another thread.
         samples = tuple(self._samples)
         return samples[-1][1] - samples[0][1] if samples else 0

@@ -1,4 +1,4 @@
-"""Which models are weighed: the shortlist (TopK in arXiv 2504.10724) of those that workers can load."""
+"""Selects the models to consider: the shortlist (TopK in arXiv 2504.10724) of those that workers can load."""
 
 import asyncio
 from pathlib import Path
@@ -11,19 +11,19 @@ from services.controller.fleet import Fleet
 
 
 class Candidates:
-    """Makes the shortlist from offline facts; without a folder of models, from what workers say."""
+    """Makes the shortlist from offline facts, or, without a models directory, from what workers report."""
 
     def __init__(self, models_dir: Path | None, top_k: int, fleet: Fleet) -> None:
         self._models_dir = models_dir
         self._top_k = top_k
         self._fleet = fleet
-        # Read once, when it is first needed.
+        # Read once, at first use.
         self._catalog: list[ModelEntry] | None = None
 
     async def names(self, objective: Objective) -> tuple[str, ...]:
-        """The shortlist for an objective; every model that workers can load where nothing more is known.
+        """The shortlist for an objective. Without offline facts, every model that workers can load.
 
-        Raises SettingsError when the folder of models cannot be read.
+        Raises SettingsError when the models directory cannot be read.
         """
         serving, loadable = self._fleet.serving, self._fleet.loadable
         if self._models_dir is None or not serving:

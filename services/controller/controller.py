@@ -35,8 +35,8 @@ log = logging.getLogger(__name__)
 class Controller:
     """Decides for a fleet while this replica leads.
 
-    It puts the parts together: `fleet` and `history` say what is known, the agenda what is due, `decisions`
-    asks the policy, `rollout` moves the workers, and `operator` takes commands.
+    It connects the parts: `fleet` and `history` hold the known facts, the agenda says what is due,
+    `decisions` asks the policy, `rollout` moves the workers, and `operator` handles commands.
     """
 
     def __init__(self, redis: Redis, settings: ControllerSettings, leadership: Leadership) -> None:
@@ -65,20 +65,20 @@ class Controller:
             contradiction=self._contradiction,
             decide=self._decide_for_operator,
         )
-        # Why nothing can be decided at the moment; empty when something can.
+        # Why no decision is possible at the moment. Empty if one is.
         self._problem = ""
         observe_fleet(self._fleet, leadership)
 
-    # -- its life ---------------------------------------------------------------------------------
+    # -- lifetime ---------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Watches, and leads when nobody else does, until cancelled. Ends only by a fault of its own."""
+        """Watches, and leads when no other replica does, until cancelled. Otherwise only a fault ends it."""
         async with asyncio.TaskGroup() as tasks:
             for loop in (self._fleet.run(), self.replica.run(), self._watch(), self._rollout.run()):
                 tasks.create_task(loop)
 
     async def close(self) -> None:
-        """After `run`: the lock is given up; what is being reloaded ends by itself."""
+        """Call it after `run`. Gives up the lock. Running reloads end by themselves."""
         await self._assessor.close()
         await self._fleet.close()
         await self.replica.resign()
@@ -87,14 +87,14 @@ class Controller:
         return Agenda(self._settings, Allowance(self._settings.profiling_share))
 
     def _begin_anew(self) -> None:
-        """This replica begins to lead: what it saw while another one led may be of long ago."""
+        """Called when this replica begins to lead: what it saw while another one led may be outdated."""
         self._agenda = self._new_agenda()
         self._fleet.take_served()
 
-    # -- what it tells ----------------------------------------------------------------------------
+    # -- reports ----------------------------------------------------------------------------------
 
     def problems(self) -> list[str]:
-        """What is amiss at the moment, in words."""
+        """Messages about current problems."""
         found = [
             *self._fleet.problems(),
             *self.replica.problems(),
@@ -106,7 +106,7 @@ class Controller:
         return [problem for problem in found if problem]
 
     def plans(self) -> list[WorkerPlan]:
-        """What each worker serves."""
+        """The plan of each worker."""
         return [
             WorkerPlan(
                 worker_id=worker.worker_id,
@@ -119,7 +119,7 @@ class Controller:
         ]
 
     def next_assessment(self) -> str:
-        """When the candidates are evaluated again, in words; empty without a profiler."""
+        """When the candidates are evaluated again, as text. Empty without a profiler."""
         if not self._assessor.has_profiler or self._settings.mode == "off" or not self._fleet.is_settled:
             return ""
         return self._agenda.next_evaluation(self._outlook())
@@ -127,7 +127,7 @@ class Controller:
     # -- watching ---------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
-        """Looks whether there is something to do, as often as telemetry comes."""
+        """Checks whether there is something to do, as often as telemetry comes."""
         history_due = 0.0
         while True:
             try:
@@ -144,7 +144,7 @@ class Controller:
             await self._fleet.news.wait(self._settings.telemetry_seconds)
 
     async def _look(self) -> None:
-        """Takes in what has happened, and does what is due."""
+        """Takes in recent events, and does what is due."""
         finished = self._fleet.totals.finished
         await self._decisions.record_outcome_when_due()
         self._observe_traffic()
@@ -161,26 +161,26 @@ class Controller:
         """Tells the agenda what was served under the plan in force."""
         in_force = self._in_force()
         for served in self._fleet.take_served():
-            # The policy does not answer for what an operator holds, or for what has not been moved yet.
+            # The policy is not responsible for pinned workers, nor for workers that have not moved yet.
             if served.plan == in_force:
                 self._agenda.observe(served, self._history.profiles, time.monotonic())
 
     async def _take_evaluation(self) -> None:
-        """Tells the agenda of an evaluation that has ended, and reads what it wrote."""
+        """Tells the agenda about an evaluation that has ended, and reads its results."""
         ended = self._assessor.take_ended()
         if ended is not None:
             self._agenda.evaluation_ended(ended.cpu_seconds, self._fleet.threads, failed=bool(ended.problem))
             await self._history.read()
 
     def _in_force(self) -> ServedPlan | None:
-        """The plan that the policy has chosen; where it only advises, the one that most workers serve."""
+        """The plan chosen by the policy. If the policy only advises, the plan that most workers serve."""
         if self._settings.mode == "active" and self.replica.state.plan is not None:
             return self.replica.state.plan
         served = Counter(worker.plan for worker in self._fleet.serving)
         return served.most_common(1)[0][0] if served else None
 
     def _outlook(self, finished: int | None = None) -> Outlook:
-        """What the agenda looks at. `finished`: requests up to which it is told; None: all."""
+        """The input of the agenda. `finished`: number of requests to report; None: all."""
         return Outlook(
             now=time.monotonic(),
             finished=self._fleet.totals.finished if finished is None else finished,
@@ -203,10 +203,10 @@ class Controller:
     # -- deciding ---------------------------------------------------------------------------------
 
     async def _decide(self, trigger: Trigger, bar: Bar | None = None) -> None:
-        """One decision, and what follows from it. Raises what DecisionMaker.make raises."""
+        """Makes one decision and acts on it. Raises the errors of DecisionMaker.make."""
         async with self._deciding:
             decision = await self._decisions.make(trigger, bar, self._agenda)
-            # A decision that keeps the plan leaves the way to it as it was.
+            # A decision that keeps the plan does not change the urgency of the rollout.
             self._rollout.begin(urgent=decision.urgent if decision.moves else self._rollout.progress.urgent)
             self._agenda.decided(trigger, decision, self._outlook())
 
@@ -218,7 +218,7 @@ class Controller:
         return self._decisions.contradiction(slo, self._agenda)
 
     async def _answer_halt(self, worker: Worker, plan: ServedPlan, error: HeliosError) -> None:
-        """Tells the record of a halt. A plan that a worker refused is out, and another one is looked for."""
+        """Records a halt. Bars a plan that a worker refused, and looks for another one."""
         try:
             await self._decisions.record_outcome(is_final=False)
             if isinstance(error, WorkerLostError) or self._is_pinned(worker):

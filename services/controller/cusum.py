@@ -1,10 +1,10 @@
-"""A sequential test for a change in a figure that comes with every request: CUSUM (Page 1954), two-sided.
+"""A two-sided sequential test for a change in a figure that comes with every request: CUSUM (Page 1954).
 
-It adds up how far the figure is from what was expected, less a slack. The alarm is raised when the sum
-reaches a limit. A large change is noticed within a few requests, a small one later, and chance rarely raises
+It adds up the distance of the figure from its expectation, minus a slack. It raises the alarm when the sum
+reaches a limit. It notices a large change within a few requests, a small one later, and chance rarely raises
 an alarm.
 
-Two tests run side by side: one is tuned for large changes, which it notices soon, the other for smaller ones.
+Two tests run side by side. One is tuned for large changes, which it notices soon, the other for smaller ones.
 """
 
 import math
@@ -12,17 +12,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# Delays of the tests, as multiples of the delay that is asked for.
+# Delays of the tests, as multiples of the requested delay.
 _SCALES = (1.0, 4.0)
-# After this many requests the expectation is no longer refined: it would learn a slow drift.
+# After this many requests the expectation is no longer refined, because it would learn a slow drift.
 _LEARNT = 50.0
-# Up to this many requests it is refined in any case, after them only while nothing looks like a drift.
+# Up to this many requests it is always refined, later only while nothing looks like a drift.
 _UNSURE = 10.0
-# Chance often drives a sum up to this share of the limit. Above it, requests count as those of a change.
+# Chance often raises a sum up to this share of the limit. Only above it do requests count as part of a
+# change.
 _BEGUN = 0.25
-# A request counts as at most this many standard deviations: one odd prompt is not a drift.
+# A request's distance is cut at this many standard deviations, because one odd prompt is not a drift.
 _CLIP = 3.0
-# This many standard errors of the expectation itself do not count as a change.
+# A deviation of up to this many standard errors of the expectation does not count as a change.
 _DOUBT = 0.5
 # Correction for the overshoot of a sum over its limit (Siegmund, Sequential Analysis, 1985).
 _OVERSHOOT = 1.166
@@ -30,10 +31,10 @@ _OVERSHOOT = 1.166
 
 @dataclass(frozen=True, slots=True)
 class Tuning:
-    """How a test is set. Both values are in standard deviations of one request."""
+    """The settings of a test. Both values are in standard deviations of one request."""
 
     slack: float
-    """Half of the smallest change that is noticed in time."""
+    """Half of the smallest change that is noticed within the delay."""
     limit: float
     """Sum at which the test raises the alarm."""
 
@@ -41,13 +42,13 @@ class Tuning:
     def of(cls, false_alarm_requests: float, delay_requests: float) -> "Tuning":
         """The tuning that gives one false alarm in `false_alarm_requests`.
 
-        It notices a change after `delay_requests` on average. The smallest change for which both hold
-        follows.
+        It notices a change after `delay_requests` on average. The smallest change for which both hold is
+        derived from them.
         """
         low, high = 0.05, 3.0
         for _ in range(40):
             slack = (low + high) / 2
-            # A change of twice the slack drives the sum up as fast as no change drives it down.
+            # A change of twice the slack raises the sum as fast as no change lowers it.
             if _mean_run(-slack, _limit(slack, false_alarm_requests)) > delay_requests:
                 low = slack
             else:
@@ -56,9 +57,9 @@ class Tuning:
 
 
 def tunings(false_alarm_requests: float, delay_requests: float) -> tuple[Tuning, ...]:
-    """The tunings of all tests, for one false alarm of any of them in `false_alarm_requests`.
+    """The tunings of all tests, which together give one false alarm in `false_alarm_requests`.
 
-    The first has the delay `delay_requests`, the second a multiple of it.
+    The first test has the delay `delay_requests`, the second a multiple of it.
     """
     apart = false_alarm_requests * len(_SCALES)
     return tuple(Tuning.of(apart, delay_requests * scale) for scale in _SCALES)
@@ -80,28 +81,28 @@ def _limit(slack: float, false_alarm_requests: float) -> float:
 
 
 class Moment(NamedTuple):
-    """A point in time: requests that had come by then, and seconds on the caller's clock."""
+    """A point in time: the number of requests so far, and seconds on the caller's clock."""
 
     requests: int
     seconds: float
 
 
 class _Sum:
-    """The sum of how far a figure went to one side."""
+    """The accumulated distance of a figure in one direction."""
 
     def __init__(self) -> None:
         self.value = 0.0
-        # As a share of the limit: 1 is an alarm.
+        # The sum as a share of the limit. 1 is an alarm.
         self.share = 0.0
-        # When it rose beyond what chance often makes of it, which is when the change began.
+        # When it rose above the level that chance often reaches. This is when the change began.
         self.began = Moment(0, 0.0)
 
     def add(self, distance: float, requests: float, tuning: Tuning, until: Moment) -> None:
-        """Takes in the mean `distance` of some requests, in standard deviations to this side.
+        """Adds the mean `distance` of some requests, in standard deviations in this direction.
 
         until: when these requests had come.
         """
-        # These requests may be from before the change. Those that come after them are not.
+        # These requests may still be from before the change, but later ones are not.
         if self.value < tuning.limit * _BEGUN:
             self.began = until
         self.value = max(0.0, self.value + requests * (distance - tuning.slack))
@@ -109,35 +110,35 @@ class _Sum:
 
 
 class Cusum:
-    """The tests of one figure. The first requests that are served refine what they expect."""
+    """The tests of one figure. The first requests that are served refine its expected value."""
 
     def __init__(self, mean: float, deviation: float, weight: float) -> None:
-        """mean, deviation: expected of one request. weight: requests that the expectation rests on."""
+        """mean, deviation: expected values of one request. weight: number of requests behind these values."""
         self._mean = mean
         self._weight = weight
         self._spread = weight * deviation**2
         self._freedom = weight
-        # One sum per test for a figure above the expectation, and one for a figure below it.
+        # For each test, one sum for values above the expectation and one for values below it.
         self._rises = [_Sum() for _ in _SCALES]
         self._falls = [_Sum() for _ in _SCALES]
 
     @property
     def rise(self) -> float:
-        """How far the figure was above the expectation; 1 is an alarm."""
+        """How far the figure is above the expectation. 1 is an alarm."""
         return max(one.share for one in self._rises)
 
     @property
     def fall(self) -> float:
-        """How far the figure was below the expectation; 1 is an alarm."""
+        """How far the figure is below the expectation. 1 is an alarm."""
         return max(one.share for one in self._falls)
 
     @property
     def began(self) -> Moment:
-        """When the figure began to differ, as far as can be told."""
+        """When the figure began to differ, as far as this can be told."""
         return max(self._rises + self._falls, key=lambda one: one.share).began
 
     def add(self, mean: float, requests: float, tuned: Sequence[Tuning], until: Moment) -> None:
-        """Takes in the mean figure of some requests that were served together.
+        """Adds the mean figure of some requests that were served together.
 
         `until`: when they had come.
         """
@@ -147,7 +148,7 @@ class Cusum:
         # The expectation is itself uncertain.
         error = deviation * math.sqrt(1 + requests / self._weight)
         distance = max(-_CLIP, min(_CLIP, (mean - self._mean) / error))
-        # If the expected mean is a little off, that must not add up.
+        # A small error of the expected mean must not add up.
         doubt = _DOUBT / math.sqrt(self._weight)
         for tuning, rise, fall in zip(tuned, self._rises, self._falls, strict=True):
             rise.add(distance - doubt, requests, tuning, until)

@@ -1,42 +1,44 @@
-"""What was decided: every option that was weighed, the choice, and why."""
+"""A decision: every option that was considered, the choice, and the reason."""
 
 from helios.served import ServedPlan
 from services.controller.situation import Record, Trigger
 
 
 class Option(Record):
-    """One plan that was weighed. Figures are expectations for one worker."""
+    """One plan that was considered. Figures are expectations for one worker."""
 
     model: str
     depth: int
     tokens_per_second: float
-    """With the largest batch that memory allows. Includes the prefill of new requests."""
+    """With the largest batch that fits into memory. Includes the prefill of new requests."""
     batch: int
     tpot_seconds: float
-    """At the present load, like the time to the first token."""
+    """At the present load, as is the time to the first token."""
     ttft_seconds: float
     perplexity_increase: float
-    """Over the best candidate at full depth on the same requests. Measured per byte of text, given as a share
-    per token of that candidate."""
+    """Relative to the best candidate at full depth on the same requests.
+
+    It is measured per byte of text and expressed per token of that candidate.
+    """
     perplexity_increase_error: float | None = None
-    """Its standard error; None: measured on too few requests to tell."""
+    """Its standard error. None: measured on too few requests."""
     agreement: float
     exit_share: float
     joules_per_token: float | None
     cost_seconds: float
-    """Once: the load, and the prefill of what is in flight."""
+    """One-time cost: the load, and a new prefill of the sequences in flight."""
     loss: float
-    """What the objective minimises. The cost is spread over the requests of one interval."""
+    """The value that the objective minimises. The cost is spread over the requests of one interval."""
     refused: str = ""
 
     @property
     def plan(self) -> ServedPlan:
-        """The model and depth."""
+        """Model and depth."""
         return ServedPlan(model=self.model, depth=self.depth)
 
 
 class WorkerPlan(Record):
-    """What one worker is to serve."""
+    """The plan chosen for one worker."""
 
     worker_id: str
     model: str
@@ -45,23 +47,23 @@ class WorkerPlan(Record):
 
 
 class Decision(Record):
-    """The choice, what else was weighed, and why."""
+    """The choice, the options, and the reason."""
 
     trigger: Trigger
     before: ServedPlan | None
     plan: ServedPlan | None
-    """For all workers that are not pinned; None: nothing is known to choose from."""
+    """For all workers that are not pinned. None: there are no options to choose from."""
     chosen: tuple[WorkerPlan, ...]
     options: tuple[Option, ...]
     reason: str
     again_after_requests: int | None = None
-    """Finished requests until a better plan may be chosen; None: the dwell kept no better plan out."""
+    """Finished requests until a better plan may be chosen. None: the dwell did not keep a better plan out."""
     undecided: tuple[str, ...] = ()
-    """Models of which more requests should be evaluated because chance may have decided."""
+    """Models of which more requests should be evaluated, because chance may have decided."""
     urgent: bool = False
-    """Whether workers load the plan at full speed: the one before breaks a bound, or traffic has left it."""
+    """Whether workers load at full speed: the old plan breaks a bound or no longer fits the traffic."""
 
     @property
     def moves(self) -> bool:
-        """Whether the plan is another one than before."""
+        """Whether the plan differs from the one before."""
         return self.plan != self.before

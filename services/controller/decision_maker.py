@@ -1,4 +1,4 @@
-"""Decisions as they are made: the situation gathered, the policy asked, and both kept in the record."""
+"""Makes decisions: gathers the situation, asks the policy, and records both."""
 
 import logging
 import time
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class DecisionMaker:
-    """Makes one decision after the other, and measures what becomes of each."""
+    """Makes one decision after the other, and measures the outcome of each."""
 
     def __init__(
         self,
@@ -47,16 +47,16 @@ class DecisionMaker:
         self._rollout = rollout
         self._candidates = candidates
         self._workload = Workload(settings.prompt_tokens, settings.output_tokens)
-        # Of the last decision, until its outcome is recorded.
+        # Measures the last decision until its outcome is recorded.
         self._measurement: Measurement | None = None
-        # Finished requests at the last move; None: the plan has never been moved.
+        # Count of finished requests at the last move. None: the plan has never been moved.
         self._moved_at: int | None = None
         self._counter = decision_counter()
 
     async def make(self, trigger: Trigger, bar: Bar | None, agenda: Agenda) -> Decision:
-        """One decision: recorded first, then made the plan in force. `bar` keeps a plan out from now on.
+        """Makes one decision: records it, then puts its plan in force. `bar` keeps a plan out from now on.
 
-        Raises StaleLeaderError, UnavailableError, redis.RedisError; no other plan is in force then.
+        Raises StaleLeaderError, UnavailableError, redis.RedisError. Then the plan in force does not change.
         """
         await self.record_outcome()
         candidates = await self._candidates.names(self._replica.state.slo.objective)
@@ -66,7 +66,7 @@ class DecisionMaker:
         with telemetry.span("Decide", attributes={"helios.trigger": str(trigger)}) as span:
             decision = decide(situation, self._policy)
             number = await self._record(situation, decision)
-            # Without options nothing was chosen, and the operator's plan is not made the policy's.
+            # Without options nothing was chosen, so the operator's plan does not become the policy's.
             if self._settings.mode == "active" and decision.options:
                 await self._replica.change(plan=decision.plan)
             span.set_attributes(
@@ -85,7 +85,7 @@ class DecisionMaker:
         return decision
 
     def contradiction(self, slo: Slo, agenda: Agenda) -> str | None:
-        """Which bounds of an SLO no profiled option satisfies together; None: some option does."""
+        """The bounds of an SLO that no profiled option satisfies together. None: some option does."""
         situation = self._situation(Trigger.SLO, agenda, tuple(sorted(self._history.profiles)))
         return contradiction(situation.model_copy(update={"slo": slo}), self._policy)
 
@@ -96,7 +96,7 @@ class DecisionMaker:
             await self.record_outcome()
 
     async def record_outcome(self, *, is_final: bool = True) -> None:
-        """Appends what was measured since the last decision. One that is not final is followed by another."""
+        """Appends the measurements since the last decision. If they are not final, another entry follows."""
         measured = self._measurement
         if measured is None:
             return

@@ -1,4 +1,4 @@
-"""The workers as the controller sees them: what each serves, and what all of them have done."""
+"""The workers as the controller sees them: what each serves, and the totals of all."""
 
 import logging
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ _REDIAL_SECONDS = 0.5
 
 @dataclass(slots=True)
 class Totals:
-    """What all workers have done since this controller watches them."""
+    """Totals of all workers since this controller watches them."""
 
     finished: int = 0
     prefilled: int = 0
@@ -36,7 +36,7 @@ class Worker(WatchedWorker):
     def __init__(self, lease: WorkerLease, settings: ControllerSettings) -> None:
         super().__init__(lease, settings.worker_timeout_seconds)
         self.window = BreachWindow(settings.window_tokens)
-        # Whether its telemetry has ended and not begun again.
+        # Whether its telemetry has ended and not restarted.
         self.is_cut_off = False
 
     @property
@@ -46,45 +46,45 @@ class Worker(WatchedWorker):
 
     @property
     def is_serving(self) -> bool:
-        """Whether it answers and takes sequences."""
+        """Whether it answers and accepts sequences."""
         known = self.telemetry is not None and self.status is not None
         return known and not self.is_silent and not (self.telemetry and self.telemetry.draining)
 
     @property
     def model(self) -> worker_pb2.ModelInfo:
-        """The model of its plan. Raises ValueError until it has been heard."""
+        """The model of its plan. Raises ValueError before its first message."""
         return self._known()[1].model
 
     @property
     def threads(self) -> int:
-        """CPU threads of its engine. Raises ValueError until it has been heard."""
+        """CPU threads of its engine. Raises ValueError before its first message."""
         return self._known()[1].threads
 
     @property
     def memory_bytes(self) -> int:
-        """Its budget for weights and KV. Raises ValueError until it has been heard."""
+        """Its budget for weights and KV. Raises ValueError before its first message."""
         return self._known()[1].memory_bytes
 
     @property
     def precision(self) -> str:
-        """What its products are computed in. Raises ValueError until it has been heard."""
+        """The precision of its products. Raises ValueError before its first message."""
         return self._known()[1].precision
 
     @property
     def models(self) -> frozenset[str]:
-        """Names of the models that it could load."""
+        """Names of the models that it can load."""
         return frozenset(self.status.models) if self.status is not None else frozenset()
 
     def heard(self, telemetry: worker_pb2.Telemetry) -> None:
-        """Counts what it has generated, for the breach window."""
+        """Adds its counters to the breach window."""
         self.window.add(telemetry.generated_tokens, telemetry.high_exit_tokens)
 
     def plan_changed(self) -> None:
-        """Begins the breach window anew: earlier tokens may have been generated under the plan before."""
+        """Starts a new breach window, because earlier tokens may belong to the old plan."""
         self.window.clear()
 
     def view(self, *, pinned: bool) -> WorkerView:
-        """The policy's view of a worker that has been heard."""
+        """The policy's view of a worker that has sent a message."""
         telemetry, status = self._known()
         used = telemetry.blocks_total - telemetry.blocks_free
         return WorkerView(
@@ -130,13 +130,13 @@ class Fleet:
             why_forget=lambda worker: "it has stopped answering" if worker.is_silent else "",
         )
         self.totals = Totals()
-        # What was served since it was asked last, by plan.
+        # What was served since the last `take_served`, by plan.
         self._served: dict[ServedPlan, Served] = {}
-        # Told whenever a worker was heard.
+        # Told whenever a worker's telemetry comes.
         self.news = News()
 
     def problems(self) -> list[str]:
-        """Why workers cannot be found, and which do not answer, in words."""
+        """Messages that say why workers cannot be found and which ones do not answer."""
         silent = [
             f"{worker.worker_id} at {worker.address} does not answer"
             for worker in self.workers
@@ -146,41 +146,41 @@ class Fleet:
 
     @property
     def workers(self) -> list[Worker]:
-        """All known workers, in the order of their ids. Safe to ask for on another thread."""
+        """All known workers, ordered by id. Safe to call on another thread."""
         return sorted(self._watch.workers, key=lambda worker: worker.worker_id)
 
     @property
     def serving(self) -> list[Worker]:
-        """Those that answer and take sequences."""
+        """The workers that answer and accept sequences."""
         return [worker for worker in self.workers if worker.is_serving]
 
     @property
     def threads(self) -> int:
-        """CPU threads of all that serve."""
+        """CPU threads of all serving workers."""
         return sum(worker.threads for worker in self.serving)
 
     @property
     def loadable(self) -> frozenset[str]:
-        """Names of the models that some serving worker could load."""
+        """Names of the models that at least one serving worker can load."""
         return frozenset().union(*(worker.models for worker in self.serving))
 
     @property
     def is_settled(self) -> bool:
-        """Whether leases have been read, some worker serves and each has answered or gone silent."""
+        """Whether leases have been read, some worker serves, and each has answered or is silent."""
         return bool(self.serving) and all(
             worker.status is not None or worker.is_silent for worker in self.workers
         )
 
     def find(self, worker_id: str) -> Worker | None:
-        """The worker of this id."""
+        """The worker with this id."""
         return self._watch.find(worker_id)
 
     async def run(self) -> None:
-        """Looks for workers and listens to them until cancelled. Without Redis those that are known stay."""
+        """Finds workers and reads their telemetry until cancelled. Without Redis the known workers stay."""
         await self._watch.run(self._redis)
 
     async def close(self) -> None:
-        """Ends all connections; `run` has been cancelled before."""
+        """Closes all connections. Cancel `run` first."""
         await self._watch.close()
 
     def take_served(self) -> list[Served]:
@@ -205,14 +205,14 @@ class Fleet:
 
     def _count(self, before: worker_pb2.Telemetry, now: worker_pb2.Telemetry, plan: ServedPlan) -> None:
         if now.generated_tokens < before.generated_tokens:
-            return  # Another process under the same name, which begins at zero.
+            return  # Another process under the same name, whose counters begin at zero.
         finished = now.finished_sequences - before.finished_sequences
         self.totals.finished += finished
         self.totals.prefilled += now.prefill_tokens - before.prefill_tokens
         self.totals.generated += now.generated_tokens - before.generated_tokens
         self.totals.high_exit += now.high_exit_tokens - before.high_exit_tokens
         if (before.model, before.depth) != (plan.model, plan.depth):
-            return  # What was served in between is of both plans.
+            return  # These counts belong to both plans.
         served = Served(
             plan,
             finished,

@@ -1,4 +1,4 @@
-"""The performance history, as far as decisions can rest on it."""
+"""The performance history, limited to the profiles that decisions can use."""
 
 import logging
 from collections.abc import Mapping
@@ -16,14 +16,14 @@ log = logging.getLogger(__name__)
 
 
 class History:
-    """The profiles of all models that workers can load, as read last."""
+    """The profiles of all models that workers can load, as of the last read."""
 
     def __init__(self, redis: Redis, fleet: Fleet) -> None:
         self._redis = redis
         self._fleet = fleet
         self._ignored = IgnoredEntries(log)
         self.profiles: Mapping[str, ModelProfile] = {}
-        # What was found but cannot be used, and what is wrong with what is used, in words.
+        # Messages about profiles that cannot be used, and about faults of those that are used.
         self.problems: list[str] = []
 
     @property
@@ -32,7 +32,7 @@ class History:
         return {model: profile.time for model, profile in self.profiles.items()}
 
     async def read(self) -> None:
-        """Reads all profiles anew. Raises redis.RedisError when Redis cannot be reached."""
+        """Reads all profiles again. Raises redis.RedisError when Redis cannot be reached."""
         profiles, left_out = await history.read(self._redis)
         self._ignored.update(left_out)
         loadable = self._fleet.loadable
@@ -48,18 +48,18 @@ class History:
         ]
 
     def threshold(self, plan: ServedPlan) -> float | None:
-        """The confidence that the plan's exit was calibrated to on recent requests; None: not profiled."""
+        """The confidence to which the plan's exit was calibrated on recent requests. None: not profiled."""
         profile = self.profiles.get(plan.model)
         found = None if profile is None else profile.find_exit(plan.depth)
         return None if found is None else found.threshold
 
     def upholds(self, bar: Bar) -> bool:
-        """Whether the barred model has not been profiled since."""
+        """Whether the bar still holds: its model has not been profiled since."""
         profile = self.profiles.get(bar.model)
         return profile is None or profile.time <= bar.time
 
     def _mistimed(self) -> list[str]:
-        """Says so when speeds were measured with another number of threads than a worker has."""
+        """Messages about speeds that were measured with another number of threads than a worker has."""
         facts = [profile.provenance for profile in self.profiles.values()]
         timed = {one["threads"] for one in facts if "threads" in one}
         for worker in self._fleet.serving:

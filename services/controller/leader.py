@@ -1,7 +1,7 @@
 """One leader among the replicas of the controller: a lock in Redis that expires, with a fencing number.
 
-The number grows with each leader. Every write of a leader carries it, and is refused once a newer leader
-exists. So a leader that stood still and wakes up late does no harm (Kleppmann, "How to do distributed
+The number grows with each leader. Every write of a leader carries it, and is refused once there is a newer
+leader. So a leader that was paused and continues late does no harm (Kleppmann, "How to do distributed
 locking").
 """
 
@@ -24,7 +24,7 @@ redis.call('SET', KEYS[1], holder, 'PX', ARGV[3])
 return fence
 """
 
-# A lock that cannot be read is not ours. It is not taken either: a newer version may hold it.
+# An unreadable lock is not ours. It is not taken over either, because a newer version may hold it.
 _HOLDER = """
 local function holder_of(held)
   local read, holder = pcall(cjson.decode, held)
@@ -32,7 +32,7 @@ local function holder_of(held)
 end
 """
 
-# KEYS: leader. ARGV: id, fence, milliseconds (0: give it up).
+# KEYS: leader. ARGV: id, fence, milliseconds (0: release it).
 _RENEW = (
     _HOLDER
     + """
@@ -44,7 +44,7 @@ return redis.call('PEXPIRE', KEYS[1], ARGV[3])
 """
 )
 
-# Stands before a leader's writes. KEYS: leader, fence, ...; ARGV: id, fence, ...
+# Runs before a leader's writes. KEYS: leader, fence, ...; ARGV: id, fence, ...
 _GUARD = (
     _HOLDER
     + """
@@ -61,7 +61,7 @@ class StaleLeaderError(UnavailableError):
 
 @dataclass(frozen=True, slots=True)
 class Leader:
-    """The replica that leads; `address` is host:port as others reach it."""
+    """The replica that leads. `address` is the host:port at which others reach it."""
 
     controller_id: str
     address: str
@@ -72,7 +72,7 @@ _LEADER = TypeAdapter(Leader)
 
 
 async def find_leader(redis: Redis) -> Leader | None:
-    """Who leads now.
+    """The current leader.
 
     Raises UnavailableError when the lock cannot be read, redis.RedisError when Redis cannot be reached.
     """
@@ -89,10 +89,10 @@ async def find_leader(redis: Redis) -> Leader | None:
 
 
 class Leadership:
-    """This replica's claim to lead."""
+    """This replica's side of the leader election."""
 
     def __init__(self, redis: Redis, controller_id: str, address: str, lease_seconds: float) -> None:
-        """`controller_id` is unique to this process: a restarted one has another."""
+        """`controller_id` is unique to this process. A restarted process has another one."""
         self.controller_id = controller_id
         # How often this replica has taken the lock.
         self.terms = 0
@@ -104,11 +104,11 @@ class Leadership:
 
     @property
     def is_held(self) -> bool:
-        """Whether this replica leads. Ends by itself when the lock was not renewed in time."""
+        """Whether this replica leads. Becomes False by itself when the lock is not renewed in time."""
         return self._fence is not None and time.monotonic() < self._valid_until
 
     async def campaign(self) -> bool:
-        """Renews the lock, or takes it when nobody holds it; call it several times in a lease.
+        """Renews the lock, or takes it when nobody holds it. Call it several times per lease.
 
         Raises redis.RedisError when Redis cannot be reached.
         """
@@ -129,15 +129,15 @@ class Leadership:
         return self.is_held
 
     async def resign(self) -> None:
-        """Gives the lock up, so that another replica need not wait until it expires."""
+        """Releases the lock, so that another replica need not wait until it expires."""
         if self._fence is not None:
             fence, self._fence = self._fence, None
             await self.redis.eval(_RENEW, 1, CONTROLLER_LEADER, self.controller_id, fence, 0)
 
     async def write(self, script: str, keys: tuple[str, ...], values: tuple[str | int, ...]) -> object:
-        """Runs a Lua script whose KEYS and ARGV begin at 3, as the leader. Returns what it returns.
+        """Runs a Lua script as the leader and returns its result. Its KEYS and ARGV begin at index 3.
 
-        Raises StaleLeaderError when this replica does not lead; nothing is written then.
+        Raises StaleLeaderError when this replica does not lead. Then nothing is written.
         """
         all_keys = (CONTROLLER_LEADER, CONTROLLER_FENCE, *keys)
         result = None

@@ -1,4 +1,4 @@
-"""What becomes of a decision: measured from the moment it is made."""
+"""Measures the outcome of a decision, from the moment it is made."""
 
 import time
 from dataclasses import replace
@@ -9,7 +9,7 @@ from services.controller.rollout import Progress
 
 
 class Measurement:
-    """The counters at the moment of a decision, and what they have gained since."""
+    """The counters at the moment of a decision, and their growth since."""
 
     def __init__(self, number: int, totals: Totals, workers: int) -> None:
         self.number = number
@@ -27,7 +27,7 @@ class Measurement:
         return totals.finished - self._before.finished
 
     def since(self, totals: Totals) -> Totals:
-        """What was done since the decision."""
+        """What all workers have done since the decision."""
         before = self._before
         return Totals(
             totals.finished - before.finished,
@@ -37,7 +37,7 @@ class Measurement:
         )
 
     def outcome(self, totals: Totals, progress: Progress) -> OutcomeEntry:
-        """What has become of the decision by now."""
+        """The outcome of the decision so far."""
         since, seconds = self.since(totals), self.seconds
         return OutcomeEntry(
             time=time.time(),

@@ -1,4 +1,4 @@
-"""The controller's own metrics: breach counters, whether it leads, and how often it decides."""
+"""The controller's metrics: breach counters, whether it leads, and how often it decides."""
 
 from opentelemetry.metrics import CallbackOptions, Counter, Observation
 
@@ -8,7 +8,7 @@ from services.controller.leader import Leadership
 
 
 def observe_fleet(fleet: Fleet, leadership: Leadership) -> None:
-    """Has breach counters and leadership read whenever metrics are sent."""
+    """Registers breach counters and leadership, which are read whenever metrics are sent."""
 
     def cbc(_: CallbackOptions) -> list[Observation]:
         return [
@@ -27,5 +27,5 @@ def observe_fleet(fleet: Fleet, leadership: Leadership) -> None:
 
 
 def decision_counter() -> Counter:
-    """Counts decisions, by trigger."""
+    """A counter of decisions, by trigger."""
     return telemetry.meter().create_counter("helios.controller.decisions", "{decision}", "Decisions made")

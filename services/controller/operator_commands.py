@@ -1,4 +1,4 @@
-"""What an operator can tell the controller: another SLO, and pins that hold workers at a plan."""
+"""The operator's commands: change the SLO, and pin workers to a plan."""
 
 from collections.abc import Awaitable, Callable
 
@@ -13,7 +13,7 @@ from services.controller.situation import Trigger
 
 
 class OperatorCommands:
-    """Changes the leader's state and brings the fleet to it. Each command raises when it has no effect."""
+    """Changes the leader's state and applies it to the fleet. Each command raises if it has no effect."""
 
     def __init__(
         self,
@@ -23,7 +23,7 @@ class OperatorCommands:
         contradiction: Callable[[Slo], str | None],
         decide: Callable[[Trigger], Awaitable[None]],
     ) -> None:
-        """contradiction: why nothing can satisfy an SLO. decide: called when a command has changed things."""
+        """contradiction: why nothing can satisfy an SLO. decide: called after a command made a change."""
         self._replica = replica
         self._fleet = fleet
         self._rollout = rollout
@@ -31,7 +31,7 @@ class OperatorCommands:
         self._decide = decide
 
     async def set_slo(self, slo: Slo) -> None:
-        """Changes the objective and decides anew.
+        """Changes the SLO and decides again.
 
         Raises InvalidRequestError naming bounds that contradict each other, UnavailableError when this
         replica cannot act.
@@ -43,11 +43,11 @@ class OperatorCommands:
         await self._decide(Trigger.SLO)
 
     async def pin(self, plan: ServedPlan, worker_id: str) -> None:
-        """Brings one worker, or every one, to a plan and holds it there. Returns once it serves.
+        """Moves one worker, or all, to a plan and holds it there. Returns when it is served.
 
         `worker_id` may be EVERY_WORKER. Raises UnknownWorkerError, UnknownModelError, UnknownDepthError and
-        what else a worker refuses with; UnavailableError when this replica cannot act or a worker is lost on
-        the way.
+        any other refusal of a worker; UnavailableError when this replica cannot act or a worker is lost
+        during the move.
         """
         await self._replica.check_leading()
         targets = self._targets(worker_id)
@@ -60,7 +60,7 @@ class OperatorCommands:
         await self._decide(Trigger.OPERATOR)
 
     async def unpin(self, worker_id: str) -> None:
-        """Gives one worker, or every one, back to the policy.
+        """Returns one worker, or all, to the policy.
 
         `worker_id` may be EVERY_WORKER. Raises UnknownWorkerError, UnavailableError when this replica cannot
         act.
@@ -73,7 +73,7 @@ class OperatorCommands:
                 self._targets(worker_id)
             held = pins.pop(EVERY_WORKER, None)
             if held is not None:
-                # All others stay where they are held.
+                # All other workers stay pinned.
                 pins = {worker.worker_id: held for worker in self._fleet.workers} | pins
             pins.pop(worker_id, None)
         await self._replica.change(pins=pins)
@@ -81,7 +81,7 @@ class OperatorCommands:
         await self._decide(Trigger.OPERATOR)
 
     def _targets(self, worker_id: str) -> list[Worker]:
-        """The workers that are meant. Raises UnknownWorkerError, UnavailableError when none serves."""
+        """The workers that a command names. Raises UnknownWorkerError, UnavailableError when none serves."""
         if worker_id == EVERY_WORKER:
             if not self._fleet.serving:
                 raise UnavailableError("no worker serves; start one")

@@ -1,8 +1,8 @@
 """The decision record: an append-only, capped stream in Redis (helios.redis_schema).
 
-An entry has the fields `kind` ("decision" or "outcome"), `number` and `json`. A decision's JSON holds the
-situation and the settings it was made with, so `decide` can be run on it again. An outcome follows later as
-a separate entry under the number of its decision.
+An entry has the fields `kind` ("decision" or "outcome"), `number` and `json`. A decision's JSON holds its
+situation and settings, so `decide` can be run on it again. The outcome follows later as a separate entry with
+the number of its decision.
 """
 
 from collections.abc import AsyncIterator
@@ -28,12 +28,12 @@ redis.call('XADD', KEYS[3], 'MAXLEN', '~', ARGV[6], '*', 'kind', ARGV[3], 'numbe
 return number
 """
 _PAGE = 100
-# Entries as Redis gives them: position and fields.
+# Entries in Redis's form: position and fields.
 _Entries: TypeAlias = list[tuple[bytes, dict[bytes, bytes]]]
 
 
 class DecisionEntry(Record):
-    """A decision with all that it rests on. `time` is in seconds since the Unix epoch."""
+    """A decision with its complete input. `time` is in seconds since the Unix epoch."""
 
     kind: Literal["decision"] = "decision"
     time: float
@@ -43,12 +43,12 @@ class DecisionEntry(Record):
     decision: Decision
 
     def replay(self) -> Decision:
-        """What the policy decides on the same input today."""
+        """The result of today's policy for the same input."""
         return decide(self.situation, self.settings)
 
 
 class OutcomeEntry(Record):
-    """What was measured after a decision. Fields as in controller.proto."""
+    """Measurements after a decision. The fields are those of controller.proto."""
 
     kind: Literal["outcome"] = "outcome"
     time: float
@@ -66,12 +66,12 @@ _KINDS: dict[bytes, type[DecisionEntry | OutcomeEntry]] = {
     b"decision": DecisionEntry,
     b"outcome": OutcomeEntry,
 }
-# An SLO that is out of range raises a HeliosError.
+# A stored SLO that is out of range raises a HeliosError.
 _UNREADABLE = (KeyError, ValueError, HeliosError)
 
 
 class NumberedDecision(Record):
-    """A decision as it is read back, with its outcome once there is one."""
+    """A decision read from the record, with its outcome once there is one."""
 
     number: int
     entry: DecisionEntry
@@ -81,7 +81,7 @@ class NumberedDecision(Record):
 async def append(
     leadership: Leadership, entry: DecisionEntry | OutcomeEntry, *, number: int = 0, keep: int
 ) -> int:
-    """Appends an entry and returns its number. `number`: of an outcome's decision; 0: the next one.
+    """Appends an entry and returns its number. `number`: that of an outcome's decision; 0: the next one.
 
     About the last `keep` entries are kept. Raises StaleLeaderError, redis.RedisError.
     """
@@ -91,9 +91,9 @@ async def append(
 
 
 async def read_last(redis: Redis, count: int) -> tuple[list[NumberedDecision], str, dict[str, str]]:
-    """The last decisions, oldest first; the position from which `follow` goes on; and what was ignored.
+    """The last decisions, oldest first; the position at which `follow` continues; and the ignored entries.
 
-    What was ignored is given by entry, with the reason.
+    Ignored entries are given with the reason.
     """
     position, before = "0-0", "+"
     outcomes: dict[int, OutcomeEntry] = {}
@@ -136,7 +136,7 @@ async def follow(
                     ignored.note(_name(entry_id), _why(error))
                     continue
                 if isinstance(entry, DecisionEntry):
-                    # The decision before may still get its outcome; older ones have theirs.
+                    # Only the last two decisions are kept: older ones already have their outcome.
                     decisions = {key: value for key, value in decisions.items() if key >= number - 1}
                     decisions[number] = entry
                     yield NumberedDecision(number=number, entry=entry)
@@ -148,7 +148,7 @@ async def follow(
 
 
 def _parse(fields: dict[bytes, bytes]) -> tuple[int, DecisionEntry | OutcomeEntry]:
-    """Raises one of _UNREADABLE; ValueError includes pydantic.ValidationError."""
+    """Raises one of _UNREADABLE. ValueError includes pydantic.ValidationError."""
     name = fields[b"kind"]
     if name not in _KINDS:
         raise ValueError(f"this version knows no entries of the kind {name.decode(errors='replace')!r}")

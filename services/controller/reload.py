@@ -1,4 +1,4 @@
-"""The reload of one worker: asked for, followed stage by stage, and given up when the worker is lost."""
+"""Reloads one worker: requests it, follows its stages, and gives up when the worker is lost."""
 
 import asyncio
 import logging
@@ -15,7 +15,7 @@ from services.controller.fleet import Worker
 log = logging.getLogger(__name__)
 
 _CHECK_SECONDS = 0.1
-# Statuses that say something of the worker or the way to it, not of what was asked.
+# Statuses that concern the worker or the connection to it, not the request.
 _LOST = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED)
 
 
@@ -25,7 +25,7 @@ class WorkerLostError(UnavailableError):
 
 @dataclass(frozen=True, slots=True)
 class Reloaded:
-    """What a reload took, as the worker reports it."""
+    """What a reload took, as reported by the worker."""
 
     seconds: float
     stall_seconds: float
@@ -41,13 +41,13 @@ async def reload(
     urgent: bool = False,
     loaded: asyncio.Event | None = None,
 ) -> Reloaded:
-    """Reloads one worker; returns once its telemetry shows the plan.
+    """Reloads one worker. Returns when its telemetry shows the plan.
 
-    `threshold` is the confidence below which the worker counts a token as unsure; None: its own. `urgent`:
-    loading does not give way to serving. `loaded` is set when the plan takes in new sequences.
+    `threshold`: confidence below which the worker counts a token as unsure; None: its own. `urgent`: loading
+    does not yield to serving. `loaded` is set when new sequences get the plan.
 
-    Raises WorkerLostError when the worker stops answering, else the worker's own refusal. Its old plan serves
-    on then.
+    Raises WorkerLostError when the worker stops answering, or else the worker's own refusal. After a refusal
+    it continues to serve its old plan.
     """
     loaded = loaded or asyncio.Event()
     reading = asyncio.create_task(

@@ -1,4 +1,4 @@
-"""This replica of the controller: whether it leads, and the state that it goes by."""
+"""This replica of the controller: whether it leads, and its state."""
 
 import asyncio
 import logging
@@ -20,7 +20,7 @@ _RENEWALS_PER_LEASE = 3
 
 
 class Replica:
-    """Leads, or stands by while another replica leads. Only the leader changes the state."""
+    """Leads, or waits while another replica leads. Only the leader changes the state."""
 
     def __init__(
         self,
@@ -35,24 +35,24 @@ class Replica:
         self._settings = settings
         self._on_lead = on_lead
         self._state = ControllerState(slo=settings.slo)
-        # The term of leadership for which the state was resumed.
+        # The term of leadership for which the state was loaded.
         self._resumed_term = 0
         self._changing = asyncio.Lock()
-        # What is amiss in words, by what it concerns.
+        # Messages about current problems, by subject.
         self._problems: dict[str, str] = {}
 
     @property
     def is_leading(self) -> bool:
-        """Whether this replica decides."""
+        """Whether this replica leads and so decides."""
         return self._leadership.is_held and self._resumed_term == self._leadership.terms
 
     @property
     def state(self) -> ControllerState:
-        """What this replica goes by; while another one leads, what that one saved last."""
+        """This replica's state. While another replica leads, the state that that one saved last."""
         return self._state
 
     def problems(self) -> list[str]:
-        """Why this replica does not lead, in words."""
+        """Messages that say why this replica does not lead."""
         return list(self._problems.values())
 
     async def run(self) -> None:
@@ -75,14 +75,14 @@ class Replica:
             await asyncio.sleep(self._settings.lease_seconds / _RENEWALS_PER_LEASE)
 
     async def resign(self) -> None:
-        """After `run`: gives the lock up, so that another replica can lead at once."""
+        """Call it after `run`. Releases the lock, so that another replica can lead at once."""
         try:
             await self._leadership.resign()
         except (RedisError, OSError) as error:
             log.warning("the leader's lock ends by itself: %s", reason(error))
 
     async def check_leading(self) -> None:
-        """Raises UnavailableError, saying whom to ask, when this replica does not lead."""
+        """Raises UnavailableError, naming the leader to ask, when this replica does not lead."""
         if self.is_leading:
             return
         try:
@@ -94,10 +94,10 @@ class Replica:
         raise UnavailableError(f"this controller stands by; the one at {leader.address} leads, ask it")
 
     async def change(self, **fields: object) -> None:
-        """Saves the state with these fields changed; then it is in force.
+        """Saves the state with these fields changed. Then the change is in force.
 
         Raises UnavailableError when this replica does not lead or Redis refuses, SettingsError when the saved
-        state cannot be read. Nothing has changed then.
+        state cannot be read. Then nothing has changed.
         """
         # One change at a time, so that none is lost.
         async with self._changing:
@@ -109,7 +109,7 @@ class Replica:
             self.note(**fields)
 
     def note(self, **fields: object) -> None:
-        """Changes fields of the state for now; they are saved with the next change."""
+        """Changes fields of the state in memory. They are saved with the next change."""
         self._state = self._state.model_copy(update=fields)
 
     async def _campaign(self) -> None:
@@ -125,11 +125,11 @@ class Replica:
         self._state = await state.load(self._redis) or self._state
 
     async def _resume(self) -> None:
-        """Goes on with what the last leader saved."""
+        """Continues with the state that the last leader saved."""
         saved = await state.load(self._redis)
-        # If Redis is new, or has lost everything, what this replica knows is the best there is.
+        # If Redis is new or has lost its data, this replica's own state is the best one available.
         self._state = saved or self._state
-        # The leader before may have had another mode.
+        # The previous leader may have had another mode.
         await state.save(self._leadership, self._state, self._settings.mode)
         self._problems.pop("leader", None)
         self._on_lead()

@@ -1,4 +1,4 @@
-"""Bringing workers to their plans: one after the other, halting at the first that does not come along."""
+"""Moves workers to their plans one after the other. Halts at the first that fails."""
 
 import asyncio
 import logging
@@ -21,26 +21,26 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Progress:
-    """How far the rollout of the last plan has got."""
+    """The progress of the last plan's rollout."""
 
-    # Whether what is served until it ends is probably out of its bounds.
+    # Whether the plan that is served until then probably breaks its bounds.
     urgent: bool = False
     reload_seconds: float = 0.0
     stall_seconds: float = 0.0
     sequences_moved: int = 0
-    # Where and why it halted; empty while it goes on. `lost` is the id of the worker whose return ends the
-    # halt.
+    # Where and why the rollout halted. Empty while it continues. `lost` is the id of the worker whose return
+    # ends the halt.
     halted: str = ""
     lost: str = ""
 
     def add(self, moved: Reloaded) -> None:
-        """Counts one worker's reload."""
+        """Adds one worker's reload."""
         self.reload_seconds += moved.seconds
         self.stall_seconds = max(self.stall_seconds, moved.stall_seconds)
         self.sequences_moved += moved.sequences_moved
 
     def halt(self, worker: Worker, plan: ServedPlan, error: HeliosError) -> None:
-        """Stops here, saying why."""
+        """Halts the rollout at this worker, with the reason."""
         self.halted = f"the rollout of {plan} halted at {worker.worker_id}: {error.message}"
         self.lost = worker.worker_id if isinstance(error, WorkerLostError) else ""
         log.warning("%s", self.halted)
@@ -51,7 +51,7 @@ class Progress:
 
 
 class Rollout:
-    """Brings each worker to the plan that is wanted of it, while this replica leads."""
+    """Moves each worker to its wanted plan while this replica leads."""
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class Rollout:
         history: History,
         on_halt: Callable[[Worker, ServedPlan, HeliosError], Awaitable[None]],
     ) -> None:
-        """`on_halt` is called when a worker has not come along to its plan, with the reason."""
+        """`on_halt` is called with the reason when a worker has failed to move to its plan."""
         self._settings = settings
         self._fleet = fleet
         self._replica = replica
@@ -72,7 +72,7 @@ class Rollout:
         self._news = News()
 
     async def run(self) -> None:
-        """Moves workers, one after the other, for as long as none fails; until cancelled."""
+        """Moves workers one after the other, as long as none fails, until cancelled."""
         while True:
             self._go_on_after_loss()
             moved = False
@@ -83,42 +83,42 @@ class Rollout:
                 await self._news.wait(self._settings.telemetry_seconds)
 
     def begin(self, *, urgent: bool = False) -> None:
-        """Begins the rollout of what is wanted now. `urgent`: what is served is probably out of bounds."""
+        """Begins a rollout of the wanted plans. `urgent`: the plan served now probably breaks its bounds."""
         self.progress = Progress(urgent=urgent)
         self._news.tell()
 
     @property
     def is_moving(self) -> bool:
-        """Whether workers are on their way to a plan, or cannot get there."""
+        """Whether workers are moving to a plan, or failed to."""
         return bool(self.progress.halted) or self._following() is not None
 
     @asynccontextmanager
     async def paused(self) -> AsyncIterator[None]:
-        """No worker is moved within the block, except by `bring`."""
+        """Within the block no worker is moved, except by `bring`."""
         async with self._moving:
             yield
 
     async def bring(self, worker: Worker, plan: ServedPlan) -> None:
-        """Brings a worker to a plan at once. Raises what `reload` raises."""
+        """Moves a worker to a plan at once. Raises the errors of `reload`."""
         if worker.plan != plan:
             await reload(worker, plan, self._settings.reload_timeout_seconds, self._history.threshold(plan))
 
     def _go_on_after_loss(self) -> None:
-        """Ends a halt at a worker that was lost, once that answers again."""
+        """Ends a halt at a lost worker once that worker answers again."""
         lost = self._fleet.find(self.progress.lost)
         if self.progress.halted and lost is not None and lost.is_serving:
             log.info("%s answers again, the rollout goes on", lost.worker_id)
             self.progress.go_on()
 
     async def _move_next(self) -> bool:
-        """Moves the next worker; all that are left where it is urgent. Returns whether any came along."""
+        """Moves the next worker, or all remaining ones if urgent. Returns whether any move succeeded."""
         if self.progress.urgent:
             return await move_overlapping(self._following, self._move)
         found = self._following()
         return found is not None and await self._move(*found)
 
     async def _move(self, worker: Worker, plan: ServedPlan, loaded: asyncio.Event | None = None) -> bool:
-        """Returns whether the worker came along. `loaded` is set when it has loaded the plan."""
+        """Returns whether the move succeeded. `loaded` is set when the worker has loaded the plan."""
         try:
             moved = await reload(
                 worker,
@@ -136,7 +136,7 @@ class Rollout:
         return True
 
     def _following(self, besides: Collection[str] = ()) -> tuple[Worker, ServedPlan] | None:
-        """The worker that moves next, and where to; none of those `besides`."""
+        """The worker to move next and its plan, except those in `besides`."""
         if not self._replica.is_leading:
             return None
 
@@ -146,7 +146,7 @@ class Rollout:
         return next_to_move(self._fleet.workers, wanted, self._settings.min_ready)
 
     def _wanted(self, worker_id: str) -> ServedPlan | None:
-        # Operators are obeyed in every mode.
+        # Pins of operators apply in every mode.
         if self._settings.mode == "active":
             return self._replica.state.wanted(worker_id)
         return self._replica.state.pin_of(worker_id)
@@ -156,11 +156,11 @@ async def move_overlapping(
     following: Callable[[Collection[str]], tuple[Worker, ServedPlan] | None],
     move: Callable[[Worker, ServedPlan, asyncio.Event], Coroutine[Any, Any, bool]],
 ) -> bool:
-    """Moves all workers that are to move. Each begins once the one before has loaded its plan.
+    """Moves all workers that must move. Each begins once the one before has loaded its plan.
 
-    Loading is what may fail. Sequences in flight still move to that plan meanwhile. following: the next
-    worker besides these, with its plan. move: returns whether the worker came along, and sets the event when
-    it has loaded the plan. Returns whether workers moved and none failed.
+    Only loading may fail, so the next worker can begin while sequences of the one before still move.
+    following: the next worker and its plan, except for the given workers. move: returns whether the worker
+    succeeded, and sets the event when it has loaded the plan. Returns whether workers moved and none failed.
     """
     moves: dict[str, asyncio.Task[bool]] = {}
     async with asyncio.TaskGroup() as group:
@@ -179,10 +179,10 @@ async def move_overlapping(
 def next_to_move(
     workers: Sequence[Worker], wanted: Callable[[str], ServedPlan | None], min_ready: int
 ) -> tuple[Worker, ServedPlan] | None:
-    """The serving worker that should be reloaded next, and its plan; None: no worker.
+    """The serving worker that should be reloaded next, and its plan. None: no worker.
 
     A worker serves while it reloads, but it may fail. So `min_ready` others must serve, as far as there are
-    any.
+    that many.
     """
     serving = [worker for worker in workers if worker.is_serving]
     if len(serving) - 1 < min(min_ready, len(workers) - 1):

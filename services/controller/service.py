@@ -29,12 +29,12 @@ _Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
 _DEFAULT_HISTORY = 10
 _MAX_HISTORY = 1000
-# How long one look for new decisions takes, as a share of the Redis timeout.
+# Time of one poll for new decisions, as a share of the Redis timeout.
 _BLOCK_SHARE = 0.3
 
 
 class ControllerService(controller_pb2_grpc.ControllerServiceServicer):
-    """Answers operators."""
+    """Serves operators."""
 
     def __init__(self, controller: Controller, redis: Redis, settings: ControllerSettings) -> None:
         self._controller = controller
@@ -45,7 +45,7 @@ class ControllerService(controller_pb2_grpc.ControllerServiceServicer):
     async def GetPlan(
         self, request: controller_pb2.GetPlanRequest, context: _Context
     ) -> controller_pb2.GetPlanResponse:
-        """What each worker serves, the SLO, and what is amiss."""
+        """The plan of each worker, the SLO, and current problems."""
         controller = self._controller
         return controller_pb2.GetPlanResponse(
             plans=self._plans(),
@@ -59,7 +59,7 @@ class ControllerService(controller_pb2_grpc.ControllerServiceServicer):
     async def SetSlo(
         self, request: controller_pb2.SetSloRequest, context: _Context
     ) -> controller_pb2.SetSloResponse:
-        """Changes the objective; the decision is in the record when this returns."""
+        """Changes the SLO. The resulting decision is in the record when this returns."""
         try:
             await self._controller.operator.set_slo(Slo.from_proto(request.slo))
         except (HeliosError, RedisError, OSError) as error:
@@ -67,7 +67,7 @@ class ControllerService(controller_pb2_grpc.ControllerServiceServicer):
         return controller_pb2.SetSloResponse(slo=self._controller.replica.state.slo.to_proto())
 
     async def Pin(self, request: controller_pb2.PinRequest, context: _Context) -> controller_pb2.PinResponse:
-        """Holds a plan; returns once it serves."""
+        """Holds workers at a plan. Returns when they serve it."""
         try:
             if not request.model or not request.depth:
                 raise InvalidRequestError("model and depth must be set: which plan is to be held?")
@@ -80,7 +80,7 @@ class ControllerService(controller_pb2_grpc.ControllerServiceServicer):
     async def Unpin(
         self, request: controller_pb2.UnpinRequest, context: _Context
     ) -> controller_pb2.UnpinResponse:
-        """Gives workers back to the policy."""
+        """Returns workers to the policy."""
         try:
             await self._controller.operator.unpin(request.worker_id)
         except (HeliosError, RedisError, OSError) as error:
@@ -90,7 +90,7 @@ class ControllerService(controller_pb2_grpc.ControllerServiceServicer):
     async def WatchDecisions(
         self, request: controller_pb2.WatchDecisionsRequest, context: _Context
     ) -> AsyncIterator[controller_pb2.WatchDecisionsResponse]:
-        """The last decisions, then new ones and outcomes as they come."""
+        """Streams the last decisions, then new ones and outcomes as they come."""
         history = request.history if request.HasField("history") else _DEFAULT_HISTORY
         if history > _MAX_HISTORY:
             await abort(
@@ -112,7 +112,7 @@ class ControllerService(controller_pb2_grpc.ControllerServiceServicer):
             await abort(context, _as_helios(error))
 
     def _told(self, one: NumberedDecision) -> list[controller_pb2.WatchDecisionsResponse]:
-        """The decision as a message; none if its figures do not fit into one."""
+        """The decision as a message. Empty if its figures do not fit into a message."""
         try:
             return [_response(one)]
         except (TypeError, ValueError) as error:

@@ -14,7 +14,7 @@ from services.controller.policy.settings import PolicySettings
 
 
 class ControllerSettings(ServiceSettings, AgendaSettings):
-    """Everything about a controller that an operator can set, the policy included."""
+    """Everything about a controller that an operator can set, including the policy."""
 
     model_config = SettingsConfigDict(
         env_prefix="HELIOS_CONTROLLER_", cli_prog_name="python -m services.controller", extra="ignore"
@@ -81,10 +81,10 @@ class ControllerSettings(ServiceSettings, AgendaSettings):
 
     @property
     def policy(self) -> PolicySettings:
-        """The settings that decisions depend on."""
+        """The settings on which decisions depend."""
         return PolicySettings(**{name: getattr(self, name) for name in PolicySettings.model_fields})
 
     @property
     def slo(self) -> Slo:
-        """The objective until an operator sets one."""
+        """The SLO until an operator sets one."""
         return Slo(self.objective, self.max_perplexity_increase)

@@ -1,4 +1,4 @@
-"""What a decision rests on. It is kept as JSON, so that the decision can be replayed from the record."""
+"""The input of a decision. It is kept as JSON, so that the decision can be replayed from the record."""
 
 import enum
 from collections.abc import Mapping
@@ -11,13 +11,13 @@ from helios.slo import Slo
 
 
 class Record(BaseModel):
-    """Base of what is kept: immutable. Fields that only a newer version knows are ignored."""
+    """Base of stored records: immutable. Unknown fields of a newer version are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
 class Trigger(enum.StrEnum):
-    """What a decision answers."""
+    """The event that a decision answers."""
 
     START = "start"
     REASSESSMENT = "reassessment"
@@ -32,17 +32,17 @@ class Trigger(enum.StrEnum):
 
 
 class Bar(Record):
-    """A plan that failed in service. It is out until its model is profiled anew."""
+    """A plan that failed in service. It is excluded until its model is profiled again."""
 
     model: str
     depth: int
     time: float
     reason: str
     shallower: bool = False
-    """Whether all shallower depths are out, too."""
+    """Whether all shallower depths are excluded, too."""
 
     def covers(self, profile: ModelProfile, depth: int) -> bool:
-        """Whether it keeps this depth of this profile out."""
+        """Whether it excludes this depth of this profile."""
         hit = depth == self.depth or (self.shallower and depth < self.depth)
         return self.model == profile.model and hit and profile.time <= self.time
 
@@ -59,22 +59,22 @@ class WorkerView(Record):
     waiting: int = 0
     tokens_in_flight: int = 0
     window_tokens: int = 0
-    """Generated tokens in the breach counter's window. The next field has the unsure ones among them."""
+    """Generated tokens in the breach counter's window. The next field counts the unsure ones among them."""
     window_high_exit_tokens: int = 0
     threshold: float | None = None
-    """Confidence below which the worker counts a token as unsure; None: the profile's."""
+    """Confidence below which the worker counts a token as unsure. None: the profile's."""
     max_running: int = Field(ge=1)
     memory_bytes: int | None = None
-    """Bytes for weights and KV together; None: more than its present plan can use."""
+    """Bytes for weights and KV together. None: more than its present plan can use."""
 
     @property
     def plan(self) -> ServedPlan:
-        """What it serves."""
+        """The plan that it serves."""
         return ServedPlan(model=self.model, depth=self.depth)
 
 
 class Reading(Record):
-    """What the prompts of recent traffic gave under the plan that served them."""
+    """Nats of recent prompts under the plan that served them."""
 
     model: str
     depth: int
@@ -84,7 +84,7 @@ class Reading(Record):
 
 
 class Situation(Record):
-    """Everything that a decision rests on."""
+    """The complete input of a decision."""
 
     trigger: Trigger
     slo: Slo
@@ -92,15 +92,15 @@ class Situation(Record):
     candidates: tuple[str, ...]
     workers: tuple[WorkerView, ...]
     plan: ServedPlan | None = None
-    """The plan in force for workers that are not pinned; None: none was ever chosen."""
+    """The plan in force for workers that are not pinned. None: none was ever chosen."""
     reading: Reading | None = None
     bars: tuple[Bar, ...] = ()
     delayed_seconds: float = 0.0
-    """How long this reassessment was put off to keep profiling within its share of the CPU."""
+    """How long this reassessment was postponed to keep profiling within its share of the CPU."""
     requests_since_move: int | None = None
     """None: the plan has never been moved."""
     prompt_tokens: float = Field(gt=0)
-    """Tokens in the prompt of a mean request. The next field has the generated ones."""
+    """Mean number of prompt tokens per request. The next field is the mean number of generated tokens."""
     output_tokens: float = Field(gt=0)
 
     @property

@@ -1,4 +1,4 @@
-"""What a controller resumes after a restart or a change of leaders: SLO, pins, plan, bars."""
+"""The state that a controller resumes after a restart or a change of leader: SLO, pins, plan, bars."""
 
 import json
 from typing import Any
@@ -19,7 +19,7 @@ _SAVE = "redis.call('HSET', KEYS[3], ARGV[3], ARGV[4], ARGV[5], ARGV[6]) return 
 
 
 class ControllerState(Orders):
-    """The orders, which workers also read, and what only controllers need."""
+    """The orders, which workers read too, and data that only controllers need."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -37,13 +37,13 @@ async def load(redis: Redis) -> ControllerState | None:
 
 
 async def save(leadership: Leadership, state: ControllerState, mode: str) -> None:
-    """Replaces the state. Fields that a newer version added stay where the part around them has not changed.
+    """Replaces the state. Fields of a newer version are kept if the part around them has not changed.
 
     `mode` tells workers whether the plan is in force. Raises SettingsError when the saved state cannot be
     read, StaleLeaderError, redis.RedisError.
     """
     document = state.model_dump(mode="json")
-    # Nobody else writes between this read and the write, which is refused unless this replica leads.
+    # No other replica writes between this read and the write, which is refused unless this one leads.
     saved = await leadership.redis.hget(CONTROLLER_STATE, STATE_FIELD)
     if saved is not None:
         understood, raw = _parsed(saved).model_dump(mode="json"), json.loads(saved)
@@ -64,7 +64,7 @@ def _parsed(saved: bytes | str) -> ControllerState:
 
 
 def _with_unknown(raw: Any, understood: Any, now: Any) -> Any:
-    """`now` as JSON. Parts that equal what was `understood` of `raw` are taken from `raw` as they are."""
+    """`now` as JSON. Parts that equal those `understood` of `raw` are taken unchanged from `raw`."""
     if now == understood:
         return raw
     if isinstance(now, dict) and isinstance(understood, dict):
@@ -74,5 +74,5 @@ def _with_unknown(raw: Any, understood: Any, now: Any) -> Any:
         }
     if isinstance(now, list):
         return [raw[understood.index(one)] if one in understood else one for one in now]
-    # A number, a text, or a dictionary in the place of None.
+    # A number, a text, or a dictionary that replaces None.
     return now

@@ -1,4 +1,4 @@
-"""The bounds that an option must keep: the SLO's, the operator's, and those that the workers set."""
+"""The bounds that an option must keep: from the SLO, the operator's settings, and the workers."""
 
 from collections.abc import Sequence
 
@@ -22,7 +22,7 @@ def refusals_of(
     settings: PolicySettings,
     before: ServedPlan | None,
 ) -> dict[str, str]:
-    """The bounds that an option breaks: a text for each, by the bound's name."""
+    """The bounds that an option breaks. Maps each bound's name to a text."""
     slo = situation.slo
     found: dict[str, str] = {}
 
@@ -34,8 +34,8 @@ def refusals_of(
             by = f" by more than noise, {noise:.2g}" if noise else ""
             found[bound] = f"{bound}: {value:.4g} is {side} {limit:.4g}{by}"
 
-    # The plan in force is refused only when it is beyond the bound by more than noise. Another depth of its
-    # model has that tolerance against other models, and none against its own last layer.
+    # The plan in force is refused only if it exceeds the bound by more than noise. Another depth of the same
+    # model gets this tolerance against other models, but none against its own last layer.
     stays, same_model = option.plan == before, before is not None and option.model == before.model
     tolerated = [
         (increase, (settings.leave_sigmas if is_own else settings.stay_sigmas) * (error or 0.0))

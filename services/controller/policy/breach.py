@@ -1,4 +1,4 @@
-"""When a worker's plan counts as breached: the paper's confidence breach counter (CBC)."""
+"""When a worker's plan counts as breached, by the paper's confidence breach counter (CBC)."""
 
 import math
 
@@ -9,18 +9,19 @@ from services.controller.situation import WorkerView
 
 
 def breach_limit(worker: WorkerView, profile: ModelProfile | None, settings: PolicySettings) -> int:
-    """Fewest high-exit tokens in a window with which the worker's plan counts as breached.
+    """The fewest high-exit tokens in a window at which the worker's plan counts as breached.
 
-    It is the setting `breach_limit`, unless the profile already expects about as many. A breach says that the
-    traffic is no longer what was profiled, not that an exit is unsure by nature (spec, insight 2).
+    This is the setting `breach_limit`, unless the profile already expects about as many. A breach means that
+    the traffic no longer matches the profile, not that an exit is generally unsure (spec, insight 2).
     """
     expected = 0.0
     if profile is not None and profile.find_exit(worker.depth) is not None:
-        # A profile without any unsure token still allows for three in as many others (the rule of three).
+        # Even a profile without unsure tokens allows for three in as many tokens as it has (the rule of
+        # three).
         expected = max(1 - exit_share(profile, worker.depth, worker.threshold), 3 / max(profile.tokens, 3))
     mean = expected * settings.window_tokens
     noise = settings.breach_sigmas * math.sqrt(mean * (1 - expected))
-    # Always above what is expected, even where the profile expects that no token is sure.
+    # Always above the expected count, even if the profile expects that no token is sure.
     return max(settings.breach_limit, math.floor(mean + noise) + 1)
 
 
@@ -30,7 +31,7 @@ def is_breached(worker: WorkerView, profile: ModelProfile | None, settings: Poli
 
 
 def _counter(worker: WorkerView, settings: PolicySettings) -> float:
-    """High-exit tokens, scaled to a window of `window_tokens`; 0 while the window is not full."""
+    """High-exit tokens, scaled to a window of `window_tokens`. 0 while the window is not full."""
     if worker.window_tokens < settings.window_tokens:
         return 0.0
     return worker.window_high_exit_tokens * settings.window_tokens / worker.window_tokens

@@ -1,4 +1,4 @@
-"""The choice among the options: the best by the SLO, the answer to a breach, or the safest plan known."""
+"""Chooses among the options: the best by the SLO, the answer to a breach, or the safest known plan."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from services.controller.situation import Situation, Trigger
 def best_by_slo(
     weighed: Sequence[Weighed], before: ServedPlan | None, situation: Situation, settings: PolicySettings
 ) -> tuple[ServedPlan | None, str]:
-    """The best option by the SLO, with hysteresis for the plan in force."""
+    """The best option by the SLO, with hysteresis in favour of the plan in force."""
     stays = f"{before} stays" if before is not None else "nothing is changed"
     if not situation.workers:
         return before, f"{stays}: no worker serves"
@@ -50,7 +50,7 @@ def best_by_slo(
     gain = 1 - best.option.loss / current.option.loss
     if gain <= 0:
         return before, f"{stays}: {best.option.plan} would not pay, its cost included"
-    # No hysteresis when the operator has just changed the SLO or nobody has chosen the plan in force.
+    # No hysteresis if the operator has just changed the SLO, or if nobody has chosen the plan in force.
     at_once = situation.trigger is Trigger.SLO or situation.plan is None
     if not at_once and gain < settings.min_gain:
         best.note = f"gains {gain:.1%}, less than {settings.min_gain:.1%}"
@@ -73,15 +73,15 @@ def _entrants(
 ) -> list[Weighed]:
     """The options that may be chosen: those within the bounds.
 
-    A new plan must keep a distance from the bounds, if any option does: one at the very bound would be in
-    with one measurement and out with the next.
+    A new plan must keep a distance from the bounds if any option does. Otherwise a plan very near a bound
+    would be accepted after one measurement and refused after the next.
     """
     share = 1 - settings.bound_margin
 
     def is_safe(option: Option) -> bool:
-        # A perplexity with a known error needs no margin here: `leave_sigmas` gives it one.
+        # A perplexity with a known error needs no margin here, because `leave_sigmas` provides one.
         is_noisy = option.perplexity_increase_error is None
-        # Each is a distance from perfect, so that one comparison serves ceilings and floors.
+        # Each is a distance from perfect, so that one comparison works for upper and lower bounds.
         distances = (
             (option.perplexity_increase, slo.max_perplexity_increase if is_noisy else None),
             (option.ttft_seconds, slo.max_ttft_seconds),
@@ -102,13 +102,13 @@ def _entrants(
             switch_sigmas = settings.switch_sigmas if stays else settings.enter_sigmas
             return one.is_surely_within(bound, settings.enter_sigmas, switch_sigmas)
 
-        # A new plan must be within the bound by more than chance, if any is.
+        # A new plan must be within the bound by more than chance, if any plan is.
         eligible = [one for one in eligible if one.option.plan == before or is_sure(one)] or eligible
     return [one for one in eligible if one.option.plan == before or is_safe(one.option)] or eligible
 
 
 def _smallest_depths(weighed: Sequence[Weighed]) -> list[Weighed]:
-    """The smallest depth of each model; options come with depths ascending."""
+    """The smallest depth of each model. Options are sorted by ascending depth."""
     smallest: dict[str, Weighed] = {}
     for one in weighed:
         smallest.setdefault(one.option.model, one)
@@ -116,14 +116,14 @@ def _smallest_depths(weighed: Sequence[Weighed]) -> list[Weighed]:
 
 
 def _rank(option: Option, before: ServedPlan | None) -> tuple[float, float, bool, str, int]:
-    """Sort key of options: by the objective, then speed, then the plan in force first, then by name."""
+    """Sort key of options: by objective, then speed, then the plan in force first, then name."""
     return option.loss, -option.tokens_per_second, option.plan != before, option.model, option.depth
 
 
 def answer_breach(
     weighed: Sequence[Weighed], before: ServedPlan, situation: Situation, settings: PolicySettings
 ) -> tuple[ServedPlan | None, str]:
-    """The cheaper of deeper and switch: by the time of the next interval's tokens and of the move itself."""
+    """The cheaper of deeper and switch, by the time of the next interval's tokens plus the move itself."""
     deeper = [one for one in weighed if one.option.model == before.model and one.option.depth > before.depth]
     pool = [one for one in deeper if one.eligible][:1]
     others = dict.fromkeys(one.option.model for one in weighed if one.option.model != before.model)
@@ -157,7 +157,7 @@ def answer_breach(
 
 
 def retreat(weighed: Sequence[Weighed], before: ServedPlan) -> tuple[ServedPlan, str]:
-    """The plan of the best quality known. It serves until the new traffic is evaluated."""
+    """The known plan with the best quality. It serves until the new traffic is evaluated."""
     said = "the traffic has changed and is not evaluated yet"
     known = [one for one in weighed if one.eligible]
     known = known or [one for one in weighed if set(one.refusals) <= {QUALITY, "min_agreement"}]
@@ -172,7 +172,7 @@ def retreat(weighed: Sequence[Weighed], before: ServedPlan) -> tuple[ServedPlan,
 def excuse(
     weighed: Sequence[Weighed], before: ServedPlan | None, plan: ServedPlan | None, situation: Situation
 ) -> str:
-    """Why the plan stays although its perplexity was measured beyond the bound; empty: it was not."""
+    """Why the plan stays although its measured perplexity exceeds the bound. Empty if it does not."""
     bound = situation.slo.max_perplexity_increase
     option = next((one.option for one in weighed if one.option.plan == plan), None)
     if plan != before or option is None or bound is None or option.perplexity_increase <= bound:
@@ -188,9 +188,9 @@ def excuse(
 def undecided(
     weighed: Sequence[Weighed], plan: ServedPlan | None, slo: Slo, settings: PolicySettings
 ) -> tuple[str, ...]:
-    """Models of which more requests should be evaluated because chance may have decided.
+    """Models of which more requests should be evaluated, because chance may have decided.
 
-    The chosen plan may really be beyond the bound on perplexity, or a cheaper one within it.
+    The chosen plan may really exceed the bound on perplexity, or a cheaper one may keep it.
     """
     bound = slo.max_perplexity_increase
     chosen = next((one.option for one in weighed if one.option.plan == plan), None)
@@ -206,7 +206,7 @@ def undecided(
         )
         if matters and doubtful and set(one.refusals) <= {QUALITY}:
             found.add(option.model)
-    # All others are compared with the best at full depth, so that must be evaluated with them.
+    # The best candidate at full depth must be evaluated too, because all others are compared with it.
     if found:
         found |= {
             one.option.model

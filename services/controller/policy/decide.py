@@ -1,4 +1,4 @@
-"""The decision: which plan the workers are to serve, and why."""
+"""Decides which plan the workers must serve, and gives the reason."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -14,9 +14,9 @@ _AFTER_A_DRIFT = (Trigger.DRIFT, Trigger.RETREAT)
 
 
 def decide(situation: Situation, settings: PolicySettings) -> Decision:
-    """The plan for all workers that are not pinned, from what was measured of every option.
+    """The plan for all workers that are not pinned, from the measurements of every option.
 
-    The plan in force stays when nothing is known, when no option satisfies all bounds, and when no other is
+    The plan in force stays if nothing is known, if no option satisfies all bounds, or if no other option is
     better by `min_gain`. The decision's reason says which.
     """
     before = _in_force(situation)
@@ -57,7 +57,7 @@ def decide(situation: Situation, settings: PolicySettings) -> Decision:
 
 
 def contradiction(situation: Situation, settings: PolicySettings) -> str | None:
-    """Which bounds of the SLO no profiled option satisfies together; None when one does, or none is known."""
+    """The SLO's bounds that no profiled option satisfies together. None if one does, or none is known."""
     clean = situation.model_copy(update={"bars": ()})
     weighed = list(weigh(clean, settings, _in_force(clean)))
     if not weighed or any(one.eligible for one in weighed):
@@ -72,7 +72,7 @@ def contradiction(situation: Situation, settings: PolicySettings) -> str | None:
 
 
 def _in_force(situation: Situation) -> ServedPlan | None:
-    """The plan chosen last, unless it failed to load; else the one that most free workers serve."""
+    """The plan chosen last, unless it failed to load. Otherwise the plan that most unpinned workers serve."""
     chosen = situation.plan
     if chosen is not None and not _has_failed(chosen, situation):
         return chosen

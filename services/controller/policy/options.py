@@ -1,4 +1,4 @@
-"""The options: each profiled depth of each candidate, with what to expect of it and the bounds it breaks."""
+"""The options: each profiled depth of each candidate, with expected figures and broken bounds."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -21,13 +21,13 @@ class Weighed:
         refusals: Mapping[str, str],
         increases: Sequence[Increase],
     ) -> None:
-        """`refusals` has a text for each broken bound, by the bound's name. `increases` are of perplexity."""
+        """`refusals` maps the name of each broken bound to a text. `increases` are those of perplexity."""
         self.option = option
         self.refusals = dict(refusals)
         self.increases = increases
-        # Why an option within the bounds was passed over. It goes into the record.
+        # Why an option within the bounds was not chosen. It goes into the record.
         self.note = ""
-        # Requests for which it is passed over because another plan has just been chosen; None: it is not.
+        # Requests for which it is passed over, because another plan was chosen recently. None: it is not.
         self.dwell_left: int | None = None
 
     @property
@@ -38,8 +38,8 @@ class Weighed:
     def is_surely_within(self, bound: float, sigmas: float, switch_sigmas: float | None) -> bool:
         """Whether its perplexity is within the bound by more than chance, whichever candidate is the best.
 
-        sigmas: standard errors against the option's own model; switch_sigmas: against other models, None:
-        these do not count.
+        sigmas: standard errors against the option's own model; switch_sigmas: against other models. None:
+        those do not count.
         """
         return all(
             increase + (sigmas if is_own else switch_sigmas or 0.0) * (error or 0.0) <= bound
@@ -48,17 +48,17 @@ class Weighed:
         )
 
     def is_surely_beyond(self, bound: float, sigmas: float) -> bool:
-        """Whether its perplexity is beyond the bound by more than chance."""
+        """Whether its perplexity exceeds the bound by more than chance."""
         return any(increase - sigmas * (error or 0.0) > bound for increase, error, _ in self.increases)
 
     def explained(self, chosen: ServedPlan | None) -> Option:
-        """The option as it goes into the record, with the reason why it was not `chosen`."""
+        """The option for the record, with the reason why it was not `chosen`."""
         said = "" if self.option.plan == chosen else self.note
         return self.option.model_copy(update={"refused": "; ".join(self.refusals.values()) or said})
 
 
 def exit_share(profile: ModelProfile, depth: int, threshold: float | None = None) -> float:
-    """Share of tokens that are sure at a depth, by this threshold; None: the profile's own.
+    """Share of tokens that are sure at a depth with this threshold. None: the profile's own threshold.
 
     At the last layer every token counts as sure.
     """
@@ -69,7 +69,7 @@ def exit_share(profile: ModelProfile, depth: int, threshold: float | None = None
 
 
 def weigh(situation: Situation, settings: PolicySettings, before: ServedPlan | None) -> Iterator[Weighed]:
-    """Weighs every profiled depth of every candidate; depths of a model ascend."""
+    """Considers every profiled depth of every candidate. A model's depths come in ascending order."""
     known = [situation.history[name] for name in situation.candidates if name in situation.history]
     if not known or not situation.workers:
         return
@@ -95,13 +95,13 @@ def _expect(
     in_flight = sum(worker.running + worker.waiting for worker in workers)
     load = max(1, min(-(-in_flight // len(workers)), batch))
     tpot = one.step_seconds(load)
-    # It was measured for a single request. At a loaded worker, the step under way comes first.
+    # Measured for a single request. At a loaded worker, the step in progress must end first.
     ttft = one.ttft_seconds + (tpot if load > 1 else 0.0)
     prefill = situation.prompt_tokens / situation.output_tokens / one.prefill_tokens_per_second
-    # Where memory holds no sequence the option is refused; its figures are those of one sequence.
+    # If memory holds no sequence, the option is refused. Its figures are then those of one sequence.
     full_batch = max(1, batch)
     token_seconds = one.step_seconds(full_batch) / full_batch + prefill
-    # The rise over the best candidate is the largest.
+    # The largest rise is the one over the best candidate.
     increase, error, _ = max(increases, key=lambda one: one[0])
     plan = ServedPlan(model=profile.model, depth=one.depth)
     cost = _cost(plan, one, workers, before)
@@ -132,7 +132,7 @@ def _expect(
 
 
 def _batch(one: ExitProfile, worker: WorkerView, situation: Situation) -> int:
-    """Sequences that fit into the memory that the weights leave, each at the middle of its life."""
+    """How many sequences, each half generated, fit into the memory that the weights leave."""
     if worker.memory_bytes is None:
         return worker.max_running
     context = situation.prompt_tokens + situation.output_tokens / 2
@@ -143,7 +143,7 @@ def _batch(one: ExitProfile, worker: WorkerView, situation: Situation) -> int:
 def _cost(
     plan: ServedPlan, one: ExitProfile, workers: Sequence[WorkerView], before: ServedPlan | None
 ) -> float:
-    """Seconds that a move costs one worker: the load, and a new prefill of what is in flight."""
+    """Seconds that a move costs one worker: the load, and a new prefill of the sequences in flight."""
     kept = before.depth if before is not None and plan.model == before.model else 0
     if plan.depth <= kept:
         # Nothing is loaded, and the KV of the lower layers stays valid.

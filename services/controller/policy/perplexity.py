@@ -1,4 +1,4 @@
-"""How much worse an option reads recent traffic than a whole model, and how sure that is."""
+"""How much worse an option predicts recent traffic than a whole model, and how certain that is."""
 
 import math
 from collections.abc import Sequence
@@ -7,15 +7,15 @@ from typing import NamedTuple
 from helios.history import ExitProfile, ModelProfile
 from services.controller.situation import Reading, Situation
 
-# exp() of more overflows. Any bound refuses an option that is so bad.
+# exp() of larger numbers overflows. Any bound refuses such a bad option.
 _MAX_EXPONENT = 700.0
-# Fewest requests that give a standard error.
+# Fewest requests for which a standard error is computed.
 _FEWEST_PAIRS = 2
-# Evaluated requests and all traffic may differ by this many standard errors by chance.
+# Within this many standard errors, the evaluated requests differ from all traffic only by chance.
 _LIKELY_SIGMAS = 3.0
-# Factor on the variance that two or three requests give.
+# Factor on the variance when there are only two or three requests.
 _FEW_FACTOR = 5.0
-# Fewest requests whose difference is corrected by what is known of all traffic.
+# Fewest requests for which a difference is corrected by what is known about all traffic.
 _FEWEST_CONTROLLED = 10
 
 
@@ -24,7 +24,7 @@ class Increase(NamedTuple):
 
     share: float
     error: float | None
-    """Standard error of the share; None: measured on too few requests to tell."""
+    """Standard error of the share. None: measured on too few requests."""
     is_own: bool
     """Whether that candidate is the option's own model."""
 
@@ -45,24 +45,24 @@ def increases_of(
 
 
 class Control:
-    """A control variate: what all recent prompts gave under the plan that is served.
+    """A control variate: the nats of all recent prompts under the served plan.
 
-    By chance, the few evaluated requests are easier or harder than the traffic. The served plan has read
-    both, so it tells by how much. Regression on that corrects the difference of two options (Cochran,
+    By chance, the few evaluated requests may be easier or harder than the traffic. The served plan has read
+    both, so it shows by how much. Regression on this corrects the difference of two options (Cochran,
     Sampling Techniques, 7).
     """
 
     def __init__(self, reading: Reading, profile: ModelProfile) -> None:
         index = profile.exits.index(profile.at(reading.depth))
-        # Nats under the plan, by request.
+        # Nats under the served plan, by request.
         self.nats = {sample.id: sample.nats[index] for sample in profile.samples}
-        # Both per byte, like the options.
+        # Both are per byte, like the options.
         self.mean = reading.nats_per_token / profile.bytes_per_token
         self.variance = (reading.error / profile.bytes_per_token) ** 2
 
     @classmethod
     def of(cls, situation: Situation) -> "Control | None":
-        """From a situation; None when no prompt was read or the served plan was not profiled."""
+        """Builds it from a situation. None when no prompt was read or the served plan was not profiled."""
         reading = situation.reading
         profile = None if reading is None else situation.history.get(reading.model)
         if reading is None or profile is None or profile.find_exit(reading.depth) is None:
@@ -73,15 +73,16 @@ class Control:
 def _excess(
     profile: ModelProfile, one: ExitProfile, reference: ModelProfile, control: Control | None
 ) -> tuple[float, float | None]:
-    """Nats per byte over the reference at full depth, and the standard error of that.
+    """Nats per byte in excess of the reference at full depth, and their standard error.
 
-    Both come from the requests that both models were evaluated on, so what is hard for both cancels out. With
-    fewer than two such requests the result is the difference of the means, with an unknown error.
+    Both are computed on the requests on which both models were evaluated, so that the difficulty of a request
+    cancels out. With fewer than two such requests the result is the difference of the means, with an unknown
+    error.
     """
     index = profile.exits.index(one)
     others = {sample.id: sample for sample in reference.samples}
     pairs = [(sample, others[sample.id]) for sample in profile.samples if sample.id in others]
-    # Both samples of a pair are of the same text.
+    # Both samples of a pair have the same text.
     sizes = [own.text_bytes for own, _ in pairs]
     if len(pairs) < _FEWEST_PAIRS or not sum(sizes):
         return one.nats_per_byte - reference.full.nats_per_byte, None
@@ -96,16 +97,16 @@ def _excess(
         mean, deviations = _rate([control.nats[own.id] for own, _ in pairs], sizes)
         spread = math.fsum(d * d for d in deviations)
         own_variance = spread / (count * (count - 1))
-        # More than chance: they are not of the same traffic, or not of the same part of its prompts.
+        # A larger difference means other traffic, or another part of its prompts. Then nothing is corrected.
         likely = _LIKELY_SIGMAS * math.sqrt(own_variance + control.variance)
         if spread and abs(control.mean - mean) <= likely:
             slope = math.fsum(r * d for r, d in zip(residuals, deviations, strict=True)) / spread
-            # Each of the two means counts by how sure it is.
+            # Each of the two means is weighted by its certainty.
             slope *= own_variance / (own_variance + control.variance)
             excess += slope * (control.mean - mean)
             left = math.fsum((r - slope * d) ** 2 for r, d in zip(residuals, deviations, strict=True))
             variance = left / (count * (count - 2)) + slope**2 * control.variance
-    # A standard error from few requests is itself uncertain: Student's t has this much more variance.
+    # A standard error from few requests is itself uncertain. Student's t has this much more variance.
     freedom = count - 1
     return excess, math.sqrt(variance * (freedom / (freedom - 2) if freedom > 2 else _FEW_FACTOR))
 

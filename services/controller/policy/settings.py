@@ -1,4 +1,4 @@
-"""What an operator can set about decisions."""
+"""The operator's settings for decisions."""
 
 import enum
 
@@ -9,7 +9,7 @@ from services.controller.situation import Record
 
 
 class Moves(enum.StrEnum):
-    """Which moves are allowed: the ablation of the paper, and both by default."""
+    """Which moves are allowed: both by default, fewer for the paper's ablation."""
 
     BOTH = "both"
     SWITCH = "switch"
@@ -17,7 +17,7 @@ class Moves(enum.StrEnum):
 
 
 class PolicySettings(Record):
-    """What an operator can set about decisions. Shares are in [0, 1]."""
+    """The operator's settings for decisions. Shares are in [0, 1]."""
 
     window_tokens: int = Field(
         WINDOW_TOKENS, ge=1, description="tokens in the window of the breach counter (CBC)"
