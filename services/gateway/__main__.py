@@ -9,7 +9,7 @@ from services.gateway.service import SERVICE_NAME, InferenceService
 from services.gateway.settings import GatewaySettings
 from services.gateway.worker_pool import WorkerPool
 
-# Time for the last statuses to leave.
+# Time for the last statuses to be sent.
 _FAREWELL_SECONDS = 3.0
 
 
@@ -31,7 +31,7 @@ async def _serve(settings: GatewaySettings) -> int:
     stop = service_process.StopSignal(settings.grace_seconds + settings.stop_seconds)
     service_process.say_ready(f"{settings.address.rpartition(':')[0]}:{port}")
     await stop.wait()
-    # Until the last stream ends, new callers are told to go elsewhere.
+    # Until the last stream ends, health checks direct new callers elsewhere.
     await server.set_serving(False)
     await service.stop(settings.grace_seconds)
     await server.stop(_FAREWELL_SECONDS)

@@ -1,4 +1,4 @@
-"""Which streams are admitted: bounds on open streams and on those that wait for their first token."""
+"""Decides which streams are admitted: limits on open streams and on streams waiting for a first token."""
 
 import math
 import time
@@ -12,7 +12,7 @@ _SHORTEST_HINT_SECONDS = 0.05
 
 
 class EventRate:
-    """How often something happens: a count in which every occurrence fades over `window_seconds`."""
+    """The rate of an event: a count in which every occurrence fades over `window_seconds`."""
 
     def __init__(self, window_seconds: float) -> None:
         self._window_seconds = window_seconds
@@ -20,12 +20,12 @@ class EventRate:
         self._counted_at = 0.0
 
     def observe(self, now: float) -> None:
-        """Notes one occurrence."""
+        """Records one occurrence."""
         self._count = self._faded(now) + 1
         self._counted_at = now
 
     def seconds_between(self, now: float) -> float | None:
-        """Estimated time between two occurrences; None before the first. It grows while nothing happens."""
+        """Estimated time between two occurrences. None before the first. It grows while nothing happens."""
         count = self._faded(now)
         return self._window_seconds / count if count > 0 else None
 
@@ -34,14 +34,14 @@ class EventRate:
 
 
 class Place:
-    """One admitted stream: queued until its first token, open until it ends."""
+    """One admitted stream. It is queued until its first token, and open until it ends."""
 
     def __init__(self, admission: "Admission") -> None:
         self._admission = admission
         self._queued = True
 
     def first_token(self) -> None:
-        """The stream no longer waits. Later calls change nothing."""
+        """Notes that the stream no longer waits. Later calls change nothing."""
         if self._queued:
             self._queued = False
             self._admission.left_queue()
@@ -53,7 +53,7 @@ class Place:
 
 
 class Admission:
-    """Counts open and queued streams and refuses those above the limits."""
+    """Counts open and queued streams, and refuses those above the limits."""
 
     def __init__(self, settings: GatewaySettings, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings = settings
@@ -65,10 +65,10 @@ class Admission:
 
     @contextmanager
     def admit(self) -> Iterator[Place]:
-        """A place for one stream, given back on leaving the block.
+        """A place for one stream, released when the block ends.
 
-        Raises OverloadedError, with a hint from the rate at which places have become free, when a limit
-        is reached.
+        Raises OverloadedError when a limit is reached. Its retry hint comes from the rate at which places
+        have become free.
         """
         settings = self._settings
         if self.queued_streams >= settings.max_queued_streams:
@@ -94,12 +94,12 @@ class Admission:
             self._ends.observe(self._clock())
 
     def left_queue(self) -> None:
-        """One stream has stopped waiting for its first token."""
+        """Notes that one stream no longer waits for its first token."""
         self.queued_streams -= 1
         self._starts.observe(self._clock())
 
     def _hint(self, rate: EventRate) -> float:
-        """Seconds until a place is likely to be free."""
+        """Seconds until a place will probably be free."""
         seconds = rate.seconds_between(self._clock())
         if seconds is None:
             return self._settings.overload_retry_seconds

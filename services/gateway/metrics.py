@@ -1,4 +1,4 @@
-"""The gateway's own metrics: the streams that it holds, and how they ended."""
+"""The gateway's metrics: its open streams, and how streams ended."""
 
 from opentelemetry.metrics import CallbackOptions, Observation
 
@@ -7,7 +7,7 @@ from services.gateway.admission import Admission
 
 
 class StreamMetrics:
-    """Counts of streams. Recording does nothing unless metrics are asked for."""
+    """Counts of streams. Recording does nothing unless metrics are enabled."""
 
     def __init__(self, admission: Admission) -> None:
         meter = telemetry.meter()
@@ -30,9 +30,9 @@ class StreamMetrics:
         )
 
     def ended(self, status: str) -> None:
-        """One stream has ended, with this gRPC status."""
+        """Records that one stream has ended with this gRPC status."""
         self._streams.add(1, {"helios.status": status})
 
     def resumed(self, times: int) -> None:
-        """A stream has ended that was resumed this many times."""
+        """Records that a stream has ended that was resumed this many times."""
         self._resumes.add(times)

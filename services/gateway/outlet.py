@@ -1,4 +1,4 @@
-"""The way of one stream's tokens to its client."""
+"""Writes one stream's tokens to its client."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -11,27 +11,27 @@ from helios.v1 import worker_pb2
 class Outlet:
     """Writes tokens to the client as they come, in its own task.
 
-    Tokens that come while a write is under way are gathered and leave in one message, so a slow client slows
-    only itself. The request's max_tokens bounds what can gather.
+    Tokens that come during a write are collected and sent in one message, so a slow client slows only itself.
+    The request's max_tokens limits how much can collect.
 
-    The task is shallow on purpose. The handler is a dozen coroutines deep in gRPC and in the gateway: to
-    resume it twice per token would cost more than all other code of the gateway for that token.
+    The task's call stack is shallow on purpose. The handler is a dozen coroutines deep in gRPC and in the
+    gateway. To resume it twice per token would cost more than all other code of the gateway for that token.
     """
 
     def __init__(self, write: Callable[[bytes], Awaitable[None]]) -> None:
         self._write = write
         self._gathered: worker_pb2.WorkerServiceGenerateResponse | None = None
         self._ending = False
-        # What the task waits for while there is nothing to write.
+        # The future for which the task waits while there is nothing to write.
         self._wanted: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begins to write."""
+        """Starts the task."""
         self._task = asyncio.create_task(self._run())
 
     def put(self, response: worker_pb2.WorkerServiceGenerateResponse) -> None:
-        """Takes in a chunk. The outlet owns it from now on."""
+        """Adds a chunk. The outlet owns it from now on."""
         if self._gathered is None:
             self._gathered = response
         else:
@@ -39,14 +39,14 @@ class Outlet:
         self._wake()
 
     async def finish(self) -> None:
-        """Returns when everything has been written. Raises what a write has raised."""
+        """Returns when everything has been written. Raises the error of a failed write."""
         assert self._task is not None
         self._ending = True
         self._wake()
         await self._task
 
     def cancel(self) -> None:
-        """Stops writing, even if tokens have gathered."""
+        """Stops writing, even if collected tokens remain."""
         if self._task is not None:
             self._task.cancel()
 
@@ -67,5 +67,5 @@ class Outlet:
                     self._wanted = loop.create_future()
                     await self._wanted
         except grpc.aio.InternalError:
-            # A client that is gone; gRPC cancels the stream.
+            # The client has disconnected; gRPC cancels the stream.
             return

@@ -1,4 +1,4 @@
-"""From a request to the token ids that workers compute: the prompt, and the models it can run on."""
+"""Turns a request into the token ids that workers compute, and the models that can continue them."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from services.gateway.worker_pool import Worker, WorkerPool
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """Token ids, the models that may continue them (empty: any), and the context they must fit."""
+    """Token ids, the models that may continue them (empty: any), and the context into which they must fit."""
 
     ids: list[int]
     models: frozenset[str]
@@ -25,12 +25,12 @@ class Prompt:
     context_tokens: int
 
     def fitted(self, sampling: SamplingParams) -> SamplingParams:
-        """The parameters with max_tokens cut to what the context leaves."""
+        """The parameters with max_tokens cut to the remaining context."""
         room = self.context_tokens - len(self.ids)
         return dataclasses.replace(sampling, max_tokens=min(sampling.max_tokens, room))
 
     def needs(self, sampling: SamplingParams) -> Needs:
-        """What a worker must have to take this prompt with these (fitted) parameters."""
+        """The requirements for a worker that takes this prompt with these (fitted) parameters."""
         return Needs(self.models, self.tokenizer_id, len(self.ids) + sampling.max_tokens)
 
 
@@ -40,10 +40,10 @@ async def read_prompt(
     tokenizers: TokenizerCache,
     settings: GatewaySettings,
 ) -> Prompt:
-    """The request's prompt as ids that fit a model that is served.
+    """The request's prompt as ids that fit a served model.
 
-    Waits for a worker if there is none. Raises InvalidRequestError when the prompt is too long or not of
-    the model's vocabulary, and what WorkerPool.wait_for raises.
+    Waits for a worker if there is none. Raises InvalidRequestError when the prompt is too long or not in the
+    model's vocabulary, and the errors of WorkerPool.wait_for.
     """
     models = frozenset({request.model}) if request.model else frozenset[str]()
     worker, tokenizer = await _worker_and_tokenizer(Needs(models), request, pool, tokenizers, settings)
@@ -66,7 +66,7 @@ async def _worker_and_tokenizer(
     tokenizers: TokenizerCache,
     settings: GatewaySettings,
 ) -> tuple[Worker, PromptTokenizer | None]:
-    """A worker for the prompt, and for a text its tokenizer. A worker that cannot give it is passed over."""
+    """A worker for the prompt and, for a text, its tokenizer. Skips workers that cannot return theirs."""
     reason = ""
     for _ in range(settings.max_resumes + 1):
         worker = await pool.wait_for(needs)

@@ -1,4 +1,4 @@
-"""Samples prompts for the profiler, off the data path: a stream never waits for it or for Redis."""
+"""Samples prompts for the profiler, outside the data path. A stream never waits for it or for Redis."""
 
 import asyncio
 import contextlib
@@ -16,9 +16,10 @@ from services.gateway.settings import GatewaySettings
 
 log = logging.getLogger(__name__)
 
-# Seconds between two writes. Prompts beyond `prompts_per_second` push older ones out of the queue.
+# Seconds between two writes. If more prompts than `prompts_per_second` come, they push older ones out of the
+# queue.
 _WRITE_SECONDS = 0.1
-# The same while no prompt comes.
+# Seconds between two writes while no prompt comes.
 _IDLE_SECONDS = 1.0
 
 
@@ -36,23 +37,23 @@ class PromptSampler:
         )
 
     def start(self) -> None:
-        """Writes from now on, if there is a Redis and prompts are to be sampled."""
+        """Starts to write, if there is a Redis and prompts are to be sampled."""
         if self._settings.redis_url and self._settings.prompt_share > 0:
             self._task = asyncio.create_task(self._write(self._settings.redis_url))
 
     async def close(self) -> None:
-        """Ends the writing; what has not been written is lost."""
+        """Stops writing. Prompts that have not been written are lost."""
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
 
     def problems(self) -> list[str]:
-        """What Redis refuses, in words. That it cannot be reached is said by the worker pool."""
+        """Messages about what Redis refuses. The worker pool reports when Redis cannot be reached."""
         return [self._outage.refusal] if self._outage.refusal else []
 
     def offer(self, tokenizer_id: str, ids: Sequence[int]) -> None:
-        """Samples the prompt with the probability `prompt_share`. Returns at once."""
+        """Samples the prompt with probability `prompt_share`. Returns at once."""
         if self._task is not None and random.random() < self._settings.prompt_share:
             self._queue.append(RecentPrompt(tokenizer_id, tuple(ids)))
 
@@ -64,12 +65,12 @@ class PromptSampler:
                 await asyncio.sleep(_WRITE_SECONDS)
                 taken = list(self._queue)
                 self._queue.clear()
-                # Now and then also without new prompts, to delete those whose lifetime is over.
+                # Also writes from time to time without new prompts, to delete expired ones.
                 if not taken and time.monotonic() < idle_until:
                     continue
                 idle_until = time.monotonic() + _IDLE_SECONDS
                 with self._outage.bridged():
                     if self._outage.ongoing:
-                        # A full Redis still deletes, so only a probe tells whether it takes writes again.
+                        # A full Redis still deletes, so only a probe shows whether it accepts writes again.
                         await probe(redis)
                     await prompts.write(redis, taken, settings.prompts_kept, settings.prompt_lifetime_seconds)

@@ -1,4 +1,4 @@
-"""The choice of a worker for a stream: a pure function of what is known about the workers."""
+"""Chooses a worker for a stream: a pure function of the known facts about the workers."""
 
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from helios.served import ServedPlan
 class Candidate:
     """A ready worker as the router sees it.
 
-    `sequences` is its load: streams of this gateway and of others. `free_share` is the free part of its
-    KV blocks, 0 to 1. `suspects` are streams of this gateway under which another worker has failed and which
+    `sequences` is its load: streams of this gateway and of others. `free_share` is the free part of its KV
+    blocks, 0 to 1. `suspects` counts streams of this gateway under which another worker has failed and which
     have not settled on this one.
     """
 
@@ -26,7 +26,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a stream needs of a worker. Empty or 0: no such need."""
+    """A stream's requirements for a worker. Empty or 0: no such requirement."""
 
     models: frozenset[str] = frozenset()
     tokenizer_id: str = ""
@@ -50,13 +50,13 @@ def choose(
     exclude: Set[str] = frozenset(),
     alone: bool = False,
 ) -> Candidate | None:
-    """The worker to take a stream, or None when none can.
+    """The worker that takes a stream, or None if none can.
 
-    A new stream goes to the least loaded worker. `avoid` and `exclude` are addresses: an avoided worker is
-    taken if there is no other, an excluded one never. A stream that goes on after a loss names the plan it
-    ran under in `prefer`, because only the same model and depth continue it with the same tokens. A stream
-    that must be the only suspect on its worker (`alone`) goes to a worker without suspects if there is one.
-    If the chosen worker has suspects, the caller must wait.
+    A new stream goes to the least loaded worker. `avoid` and `exclude` are addresses. An avoided worker is
+    used if there is no other, an excluded one never. A stream that continues after a loss names its plan in
+    `prefer`, because only the same model and depth continue it with the same tokens. A stream that must be
+    the only suspect on its worker (`alone`) goes to a worker without suspects if there is one. If the chosen
+    worker has suspects, the caller must wait.
     """
 
     def cost(worker: Candidate) -> tuple[bool, int, bool, int, float, str]:

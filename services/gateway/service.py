@@ -36,9 +36,10 @@ Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
 
 
 class InferenceService:
-    """Serves clients. Requests arrive and responses leave as bytes.
+    """Serves clients. Requests and responses are raw bytes.
 
-    So a request that cannot be parsed gets one of our statuses, and a worker's chunk is passed on as it is.
+    So a request that cannot be parsed gets one of Helios's own statuses, and a worker's chunk is passed on
+    unchanged.
     """
 
     def __init__(self, settings: GatewaySettings, pool: WorkerPool, sampler: PromptSampler) -> None:
@@ -54,7 +55,7 @@ class InferenceService:
         self._stopping = False
 
     def add_to(self, server: grpc.aio.Server) -> None:
-        """Registers the service's methods, without the generated code's (de)serialisers."""
+        """Registers the service's methods without the (de)serialisers of the generated code."""
         handlers: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
             "Generate": grpc.unary_stream_rpc_method_handler(self.generate),
             "GetServingStatus": grpc.unary_unary_rpc_method_handler(self.get_serving_status),
@@ -62,7 +63,7 @@ class InferenceService:
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE_NAME, handlers),))
 
     async def stop(self, grace_seconds: float) -> None:
-        """Refuses new streams and returns when the open ones have ended. After the grace they are ended."""
+        """Refuses new streams and waits for the open ones. After the grace period, ends those that remain."""
         self._stopping = True
         latest = asyncio.get_running_loop().time() + grace_seconds
         for timeout in self._deadlines:
@@ -73,7 +74,7 @@ class InferenceService:
             await self._stream_ended.wait()
 
     async def generate(self, raw: bytes, context: Context) -> None:
-        """One stream. Every failure becomes a status with a reason, also of the span."""
+        """Serves one stream. Every failure becomes a status with a reason, which the span gets too."""
         parent = telemetry.extract(context.invocation_metadata())
         status = grpc.StatusCode.CANCELLED
         try:
@@ -110,7 +111,7 @@ class InferenceService:
         ).SerializeToString()
 
     async def _generate(self, raw: bytes, context: Context, span: Span) -> HeliosError | None:
-        """Serves the stream; returns the error to answer with, if any."""
+        """Serves the stream. Returns the error to answer with, if any."""
         request_id = ""
         try:
             request = parse(raw)
@@ -127,7 +128,7 @@ class InferenceService:
             span.set_status(Status(StatusCode.ERROR, "ended by the client"))
             raise
         except grpc.aio.InternalError:
-            # A write to a client that is gone; gRPC ends the call.
+            # The client disconnected during a write; gRPC ends the call.
             log.info("stream %s: its client is gone", request_id)
             raise
         except Exception:
@@ -151,7 +152,7 @@ class InferenceService:
         context: Context,
         span: Span,
     ) -> generation_pb2.Finish:
-        """Admits the stream and runs it within its deadline."""
+        """Admits the stream and runs it until its deadline."""
         if self._stopping:
             raise UnavailableError("this gateway is stopping; retry with another")
         limit = self._settings.max_request_seconds
@@ -196,7 +197,7 @@ class InferenceService:
 
 @contextmanager
 def _described(span: Span, stream: Stream) -> Iterator[None]:
-    """Puts into the span how far the stream got, however it ends."""
+    """Records in the span how far the stream got, however it ends."""
     try:
         yield
     finally:

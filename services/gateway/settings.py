@@ -103,5 +103,5 @@ class GatewaySettings(ServiceSettings):
 
     @property
     def worker_addresses(self) -> tuple[str, ...]:
-        """The static list of workers."""
+        """The static list of worker addresses."""
         return tuple(part.strip() for part in self.workers.split(",") if part.strip())

@@ -1,4 +1,4 @@
-"""One stream's way through the gateway: relayed from a worker, and from the next one if that is lost."""
+"""Relays one stream from a worker to the client, and from the next worker if that one is lost."""
 
 import asyncio
 import dataclasses
@@ -27,7 +27,7 @@ from services.gateway.worker_pool import Worker, WorkerPool
 
 log = logging.getLogger(__name__)
 
-# Errors that the request itself causes: another worker would give the same answer.
+# Errors that the request itself causes. Another worker would return the same error.
 _REQUEST_FAULTS = frozenset({grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.FAILED_PRECONDITION})
 
 
@@ -36,7 +36,7 @@ class _PlanChangedError(WorkerLostError):
 
 
 class _WorkerFullError(Exception):
-    """The worker has no place for the stream."""
+    """The worker has no free place for the stream."""
 
     def __init__(self, refusal: HeliosError) -> None:
         super().__init__(refusal.message)
@@ -44,14 +44,14 @@ class _WorkerFullError(Exception):
 
 
 class Stream:
-    """A request that the gateway owns until it ends: what was asked, and what has been emitted so far.
+    """A request that the gateway owns until it ends: its parameters, and the tokens emitted so far.
 
-    A request may be what makes workers fail, so its failures in a row are counted. Once it has settled on a
-    worker (`worker_call.py`) the count begins anew: a stream that only shared workers with the one that
-    killed them never gets to two. A stream that had not settled when its worker failed, or under which two
-    have failed, goes on at a worker without other suspects. If that worker fails too, the stream ends,
-    because nothing else there can have caused both failures. A stream that had settled goes on at once,
-    beside others. docs/decisions/0018 has the reasons.
+    A request may itself cause workers to fail, so its failures in a row are counted. When it has settled on a
+    worker (`worker_call.py`), the count restarts. So a stream that only shared workers with the stream that
+    killed them never reaches two failures. A stream continues at a worker without other suspects if it had
+    not settled when its worker failed, or if two workers have failed under it. If that worker fails too, the
+    stream ends, because nothing else there can have caused both failures. A stream that had settled continues
+    at once, beside others. docs/decisions/0018 gives the reasons.
     """
 
     def __init__(
@@ -77,26 +77,26 @@ class Stream:
         self._on_first_token = on_first_token
         self.emitted_ids: list[int] = []
         self.resumed = 0
-        # Since the last token: the number of workers lost, their addresses, and those that had no place.
+        # Since the last token: number of lost workers, their addresses, and addresses of full workers.
         self._losses = 0
         self._failed: set[str] = set()
         self._full: set[str] = set()
         self._refusal: HeliosError | None = None
         self._refused_since: float | None = None
-        # Workers that failed under it since it last settled on one, and whether it goes on alone.
+        # Number of workers that failed under it since it last settled on one, and whether it continues alone.
         self._failures = 0
         self._alone = False
-        # The model of the last token, and the plan of the worker that was lost: only the same plan continues
-        # with the same tokens.
+        # The model of the last token, and the plan of the lost worker. Only the same plan continues with the
+        # same tokens.
         self.model = ""
         self._plan: ServedPlan | None = None
 
     async def run(self, deadline: float) -> generation_pb2.Finish:
-        """Relays until the finish is written, and returns it. `deadline` is the event loop's time.
+        """Relays until the finish is written, and returns it. `deadline` is in the event loop's time.
 
-        Raises UnavailableError when no worker can be had or too many are lost, QuarantinedError when workers
-        fail because of it, OverloadedError when all are full, the worker's own error when the request is at
-        fault, and TimeoutError when a worker sees the deadline pass first.
+        Raises UnavailableError when no worker is available or too many are lost, QuarantinedError when the
+        stream makes workers fail, OverloadedError when all are full, the worker's own error when the request
+        is at fault, and TimeoutError when a worker notices first that the deadline has passed.
         """
         self._outlet.start()
         try:
@@ -105,14 +105,14 @@ class Stream:
             await self._write(response.SerializeToString())
             return response.finish
         except (HeliosError, TimeoutError):
-            # The client gets the tokens that came before the error.
+            # The client gets the tokens from before the error.
             await self._outlet.finish()
             raise
         finally:
             self._outlet.cancel()
 
     async def _generated(self, deadline: float) -> worker_pb2.WorkerServiceGenerateResponse:
-        """Has the whole stream generated, and returns its finish."""
+        """Has workers generate the whole stream, and returns its finish."""
         while True:
             worker = await self._next_worker()
             try:
@@ -129,7 +129,7 @@ class Stream:
 
     async def _next_worker(self) -> Worker:
         loop = asyncio.get_running_loop()
-        # Beside other suspects nobody can tell which one is the cause. So a stream that may have to end waits
+        # Beside other suspects the cause of a failure is not clear. So a stream that may have to end waits
         # until it is alone.
         patience = self._settings.isolation_seconds
         if self._failures >= self._settings.quarantine_after:
@@ -159,7 +159,7 @@ class Stream:
                 await self._pool.changed()
 
     async def _wait_for_place(self, refusal: HeliosError) -> None:
-        """After every worker has refused: refuses a new stream; one that is under way waits."""
+        """Called when every worker has refused. Refuses a new stream; one that is under way waits."""
         now = asyncio.get_running_loop().time()
         since = now if self._refused_since is None else self._refused_since
         if not self._under_way or now - since >= self._settings.worker_wait_seconds:
@@ -176,7 +176,7 @@ class Stream:
             prompt_ids=self._prompt_ids,
             emitted_ids=self.emitted_ids,
             sampling=self._sampling.to_proto(),
-            # Named even if the client named no model: the ids are of this model's tokenizer.
+            # Named even if the client named no model, because the ids belong to this model's tokenizer.
             model=worker.model.name,
         )
         timeout = max(0.0, deadline - asyncio.get_running_loop().time())
@@ -186,8 +186,8 @@ class Stream:
             except HeliosError as error:
                 raise self._judged(worker, error) from error
             except WorkerFailedError as failure:
-                # Its next telemetry tells whether it is back. A worker that was given up has a problem
-                # already.
+                # Its next telemetry shows whether it is back. A worker that was given up already has a
+                # problem set.
                 if worker.ready:
                     self._pool.suspect(worker, f"it failed under its streams: {failure}")
                 raise
@@ -198,7 +198,7 @@ class Stream:
         return response
 
     def _take(self, response: worker_pb2.WorkerServiceGenerateResponse) -> None:
-        """Passes a worker's tokens on, without those that the client already has."""
+        """Passes a worker's tokens on, except those that the client already has."""
         first, ids = len(self.emitted_ids), list[int]()
         tokens = response.chunk.tokens
         for token in tokens:
@@ -228,7 +228,7 @@ class Stream:
         finish.resumed = self.resumed
 
     def _judged(self, worker: Worker, error: HeliosError) -> Exception:
-        """What a worker's error means for the stream."""
+        """Translates a worker's error into its consequence for the stream."""
         code = error.code
         if code in _REQUEST_FAULTS or isinstance(error, SequenceFailedError):
             return error
@@ -237,8 +237,8 @@ class Stream:
         if code is grpc.StatusCode.RESOURCE_EXHAUSTED:
             return _WorkerFullError(error)
         reason = f"{code.name}, {error.message}"
-        # The worker is gone, drains or has another model: its next telemetry tells which. Other errors
-        # concern only this stream, and the worker goes on for others.
+        # The worker has ended, drains or has another model; its next telemetry shows which. Other errors
+        # concern only this stream, and the worker continues to serve others.
         if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.NOT_FOUND):
             self._pool.suspect(worker, f"it ended a stream with {reason}")
         return _PlanChangedError(reason) if code is grpc.StatusCode.NOT_FOUND else WorkerLostError(reason)
@@ -263,7 +263,8 @@ class Stream:
             self.resumed += 1
             self._plan = worker.plan
         if self._needs.models and self.model:
-            # A reload may have moved the stream to another model than the client named; it may go on there.
+            # A reload may have moved the stream to another model than the client named. It may continue
+            # there.
             self._needs = dataclasses.replace(self._needs, models=self._needs.models | {self.model})
         if isinstance(loss, WorkerFailedError) and loss.ran:
             self._note_failure(worker, loss)

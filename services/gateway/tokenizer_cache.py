@@ -1,4 +1,4 @@
-"""Tokenizers of the models that are served, each fetched once from a worker."""
+"""Caches the tokenizers of served models. Each is fetched once from a worker."""
 
 import asyncio
 from dataclasses import dataclass
@@ -8,20 +8,20 @@ from tokenizers import Tokenizer
 from helios.v1 import worker_pb2
 from services.gateway.worker_pool import Worker
 
-# Longer texts are tokenized in a thread: this much takes about a millisecond.
+# Longer texts are tokenized in a thread. A text of this length takes about a millisecond.
 _INLINE_CHARACTERS = 2048
 
 
 @dataclass(frozen=True, slots=True)
 class PromptTokenizer:
-    """A tokenizer, its id, and the length of its longest token in bytes of UTF-8."""
+    """A tokenizer, its id, and the length of its longest token in UTF-8 bytes."""
 
     tokenizer_id: str
     tokenizer: Tokenizer
     longest_token_bytes: int
 
     async def encode(self, text: str) -> list[int]:
-        """The text's ids, with the start token that the model expects (OPT: `</s>`)."""
+        """The text's ids, including the start token that the model expects (OPT: `</s>`)."""
         if len(text) <= _INLINE_CHARACTERS:
             return list(self.tokenizer.encode(text, add_special_tokens=True).ids)
         encoding = await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=True)
@@ -29,7 +29,7 @@ class PromptTokenizer:
 
 
 class TokenizerCache:
-    """Tokenizers by id (SHA-256 of their JSON)."""
+    """Tokenizers by id (the SHA-256 of their JSON)."""
 
     def __init__(self, fetch_seconds: float) -> None:
         self._fetch_seconds = fetch_seconds
@@ -47,7 +47,7 @@ class TokenizerCache:
             request = worker_pb2.GetTokenizerRequest()
             response = await worker.stub.GetTokenizer(request, timeout=self._fetch_seconds)
             tokenizer = await asyncio.to_thread(Tokenizer.from_str, response.tokenizer_json.decode())
-            # A prompt must never be silently cut or padded, whatever the checkpoint's file says.
+            # A prompt must never be silently truncated or padded, whatever the checkpoint's file says.
             tokenizer.no_truncation()
             tokenizer.no_padding()
             longest = max(len(token.encode()) for token in tokenizer.get_vocab())

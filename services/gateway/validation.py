@@ -1,4 +1,4 @@
-"""Checks of a request before any worker sees it. Each refusal says what to change."""
+"""Checks a request before any worker sees it. Each refusal says what to change."""
 
 from collections.abc import Sequence
 
@@ -19,10 +19,10 @@ _PROMPT_FIELDS = {
 
 
 def parse(raw: bytes) -> inference_pb2.GenerateRequest:
-    """The request in the bytes received.
+    """Parses the received bytes as a request.
 
-    Raises InvalidRequestError if they are not a request, or set both prompts. Only the bytes tell the latter:
-    of a oneof's members the parser silently keeps the last.
+    Raises InvalidRequestError if they are not a request, or if both prompts are set. Only the bytes show the
+    latter, because the parser silently keeps the last member of a oneof.
     """
     try:
         request = inference_pb2.GenerateRequest.FromString(raw)
@@ -72,7 +72,7 @@ def sampling_params(
 def check_prompt_bytes(size: int, longest_token_bytes: int, limit: int) -> None:
     """Refuses a text that certainly has more than `limit` tokens, without tokenizing it.
 
-    size: of the text in bytes of UTF-8. Raises InvalidRequestError.
+    size: length of the text in UTF-8 bytes. Raises InvalidRequestError.
     """
     at_least = -(-size // longest_token_bytes)
     if at_least > limit:
@@ -82,7 +82,7 @@ def check_prompt_bytes(size: int, longest_token_bytes: int, limit: int) -> None:
 
 
 def prompt_limit(context_tokens: int, settings: GatewaySettings) -> int:
-    """Most tokens that a prompt may have: the model's context must have room for one more."""
+    """The most tokens that a prompt may have. The model's context must have room for one more."""
     return min(settings.max_prompt_tokens, context_tokens - 1)
 
 

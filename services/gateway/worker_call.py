@@ -1,4 +1,4 @@
-"""The call that carries all of a gateway's streams on one worker: a message per step, not per stream."""
+"""The call that carries all of a gateway's streams on one worker, with one message per step."""
 
 import asyncio
 import itertools
@@ -14,22 +14,22 @@ from helios.client import error_from, error_of
 from helios.errors import EngineFailedError
 from helios.v1 import worker_pb2, worker_pb2_grpc
 
-# Called with what one step gave a sequence, as soon as it arrives. What it raises ends the sequence.
+# Called with a step's output for a sequence as soon as it arrives. If it raises, the sequence ends.
 Take: TypeAlias = Callable[[worker_pb2.WorkerServiceGenerateResponse], None]
-# A stream has settled on a worker with the second message from there. The first may only bring tokens that
-# the worker before had also computed, and that were lost on their way when it failed.
+# A stream has settled on a worker with the second message from it. The first may only repeat tokens that the
+# previous worker had computed and that were lost in transit when it failed.
 _SETTLED_MESSAGES = 2
 
 
 class WorkerLostError(Exception):
-    """A stream cannot go on at its worker. Never leaves the gateway: the stream goes on elsewhere."""
+    """A stream cannot continue at its worker. It continues elsewhere, so clients never see this error."""
 
 
 class WorkerFailedError(WorkerLostError):
-    """The worker itself was lost, with all its streams: it died, its engine failed, or it hangs."""
+    """The worker was lost with all its streams: its process or its engine failed, or it does not respond."""
 
     def __init__(self, reason: str, *, ran: bool, settled: bool, suspects: int) -> None:
-        """The stream's `ran` and `settled` (Attempt), and how many `suspects` the call had."""
+        """`ran` and `settled`: of the stream's Attempt. `suspects`: how many suspects the call had."""
         super().__init__(reason)
         self.ran = ran
         self.settled = settled
@@ -40,21 +40,21 @@ class Attempt:
     """One stream on one worker."""
 
     def __init__(self, number: int, take: Take, *, reached: bool) -> None:
-        """`reached`: the worker was known to be alive when the stream was sent."""
+        """`reached`: whether the worker was known to be alive when the stream was sent."""
         self.number = number
         self._take = take
         self._reached = reached
         self._messages = 0
-        # An error is set as a result: an exception that nobody awaits would be logged.
+        # An error is set as a result, because an exception that nobody awaits would be logged.
         self._end: asyncio.Future[worker_pb2.WorkerServiceGenerateResponse | Exception] = (
             asyncio.get_running_loop().create_future()
         )
 
     async def finish(self) -> worker_pb2.WorkerServiceGenerateResponse:
-        """The finish, once the sequence has ended and all its tokens have been taken.
+        """Returns the finish, once the sequence has ended and all its tokens have been taken.
 
         Raises the HeliosError with which the worker ended the sequence, WorkerLostError when the pool has
-        given the worker up, and what the taker of its tokens has raised.
+        given the worker up, and any error of `take`.
         """
         end = await self._end
         if isinstance(end, Exception):
@@ -68,22 +68,22 @@ class Attempt:
 
     @property
     def settled(self) -> bool:
-        """Whether the worker has computed enough of it to show that it does not make the worker fail."""
+        """Whether the worker has computed enough of it to show that the stream does not make it fail."""
         return self._messages >= _SETTLED_MESSAGES
 
     def take(self, response: worker_pb2.WorkerServiceGenerateResponse) -> None:
-        """Passes on the tokens of one step, unless it has ended."""
+        """Passes on the tokens of one step, unless the stream has ended."""
         if self._end.done():
             return
         self._messages += 1
         try:
             self._take(response)
         except Exception as error:
-            # Ends this stream, whose task raises it; the call reads on for the others.
+            # Ends only this stream, whose task raises the error. The call continues for the others.
             self.end(error)
 
     def end(self, end: worker_pb2.WorkerServiceGenerateResponse | Exception) -> None:
-        """Ends it, unless it has ended already: nothing more will come."""
+        """Ends it, unless it has ended already. No more output will come."""
         if not self._end.done():
             self._end.set_result(end)
 
@@ -115,7 +115,7 @@ class WorkerCall:
 
     @property
     def suspects(self) -> int:
-        """Streams under which another worker has failed and which have not settled here."""
+        """Number of streams under which another worker has failed and which have not settled here."""
         return len(self._suspects)
 
     def start(
@@ -127,9 +127,10 @@ class WorkerCall:
         suspect: bool,
         reached: bool,
     ) -> Attempt:
-        """Begins a sequence, in the current trace; `take` gets its tokens.
+        """Begins a sequence in the current trace. `take` gets its tokens.
 
-        `suspect`: another worker has failed under it. `reached`: this worker is known to be alive.
+        `suspect`: whether another worker has failed under it. `reached`: whether this worker is known to be
+        alive.
         """
         attempt = Attempt(next(self._numbers), take, reached=reached)
         self._attempts[attempt.number] = attempt
@@ -145,13 +146,13 @@ class WorkerCall:
         return attempt
 
     def forget(self, attempt: Attempt) -> None:
-        """Ends a sequence, in whatever state it is."""
+        """Ends a sequence in any state."""
         if self._attempts.pop(attempt.number, None) is not None:
             self._unsent.put_nowait(worker_pb2.GenerateManyRequest(cancel=attempt.number))
         self._acquit(attempt)
 
     def close(self, reason: str) -> None:
-        """Ends the call because the worker is lost; its streams get WorkerFailedError."""
+        """Ends the call because the worker is lost. Its streams get WorkerFailedError."""
         self._end(reason)
         self._call.cancel()
 
@@ -175,13 +176,13 @@ class WorkerCall:
 
     def _take(self, output: worker_pb2.SequenceOutput) -> None:
         attempt = self._attempts.get(output.sequence)
-        # Output of a sequence that has been cancelled may still have been on its way.
+        # Output of a cancelled sequence may still arrive.
         if attempt is None:
             return
         if output.HasField("status"):
             error = error_of(status_pb2.Status.FromString(output.status))
             if isinstance(error, EngineFailedError):
-                # The same status is on its way to all the others: end them at once.
+                # All other streams are about to get the same status, so they are ended at once.
                 self.close(error.message)
                 return
             del self._attempts[output.sequence]

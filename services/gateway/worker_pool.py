@@ -1,4 +1,4 @@
-"""The workers this gateway knows: which of them take streams, and which is the best for one."""
+"""The workers that this gateway knows: which of them accept streams, and which is the best for a stream."""
 
 import asyncio
 import logging
@@ -24,9 +24,9 @@ _WORKER_OPTIONS = (
     # Tokenizers of large vocabularies exceed gRPC's default of 4 MiB.
     ("grpc.max_receive_message_length", 64 << 20),
 )
-# A status travels in HTTP/2 trailers, which hold about 8 KiB.
+# Limits a status message, because it travels in HTTP/2 trailers, which hold about 8 KiB.
 _WORKERS_TOLD = 5
-# What is known of the model of a worker that has not been reached.
+# Stands for the model of a worker that has not been reached.
 _UNKNOWN_MODEL = worker_pb2.ModelInfo()
 
 
@@ -36,37 +36,37 @@ class Worker(WatchedWorker):
     def __init__(
         self, lease: WorkerLease, settings: GatewaySettings, on_acquitted: Callable[[], None]
     ) -> None:
-        """`on_acquitted`: as in WorkerCall."""
+        """`on_acquitted`: see WorkerCall."""
         super().__init__(lease, settings.worker_timeout_seconds, _WORKER_OPTIONS)
-        # After this much silence it may be dead.
+        # After this much silence the worker may be dead.
         self._overdue_seconds = (settings.telemetry_seconds + settings.worker_timeout_seconds) / 2
         self._on_acquitted = on_acquitted
-        # Why it takes no streams; empty when it does.
+        # Why it accepts no streams. Empty if it does.
         self.problem = "it has not been reached yet"
-        # Streams of this gateway.
+        # Number of streams of this gateway.
         self.open_streams = 0
-        # Sequences in the last telemetry that are not of this gateway.
+        # Number of sequences in the last telemetry that belong to others.
         self._foreign_sequences = 0
         self._call: WorkerCall | None = None
 
     @property
     def ready(self) -> bool:
-        """Whether it takes streams."""
+        """Whether it accepts streams."""
         return not self.problem
 
     @property
     def worker_id(self) -> str:
-        """Its own name for itself; empty until it has been reached."""
+        """The worker's own id. Empty until it has been reached."""
         return "" if self.telemetry is None else self.telemetry.worker_id
 
     @property
     def model(self) -> worker_pb2.ModelInfo:
-        """The model that it serves; without a name until it has been reached."""
+        """The model that it serves. Has no name until the worker has been reached."""
         return _UNKNOWN_MODEL if self.status is None else self.status.model
 
     @property
     def suspects(self) -> int:
-        """Streams here under which another worker has failed and which have not settled."""
+        """Number of streams here under which another worker has failed and which have not settled."""
         return 0 if self._call is None else self._call.suspects
 
     @contextmanager
@@ -78,14 +78,14 @@ class Worker(WatchedWorker):
         *,
         suspect: bool,
     ) -> Iterator[Attempt]:
-        """A stream that is counted as this worker's load, and ended there if it outlives the block.
+        """A stream on this worker. It counts as load, and is ended there if it outlives the block.
 
-        `take` gets its tokens. `suspect`: another worker has failed under it.
+        `take` gets its tokens. `suspect`: whether another worker has failed under it.
         """
         if self._call is None or self._call.ended:
             self._call = WorkerCall(self.stub, self.address, self._on_acquitted)
         call = self._call
-        # If it has just died and nobody has noticed, it does not fail because of what is sent now.
+        # If the worker has just died unnoticed, this stream is not the cause.
         reached = (
             self.channel.get_state() is grpc.ChannelConnectivity.READY
             and self.silent_seconds < self._overdue_seconds
@@ -105,11 +105,11 @@ class Worker(WatchedWorker):
             self._call = None
 
     def heard(self, telemetry: worker_pb2.Telemetry) -> None:
-        """Counts the load that others put on it."""
+        """Computes the load that others put on it."""
         self._foreign_sequences = max(0, telemetry.running + telemetry.waiting - self.open_streams)
 
     def candidate(self) -> Candidate | None:
-        """The router's view of it; None while it is not ready."""
+        """The router's view of it. None while it is not ready."""
         if self.problem or self.telemetry is None or self.plan is None:
             return None
         return Candidate(
@@ -123,7 +123,7 @@ class Worker(WatchedWorker):
         )
 
     def state(self) -> inference_pb2.WorkerState:
-        """What GetServingStatus tells of it."""
+        """The worker's entry in GetServingStatus."""
         return inference_pb2.WorkerState(
             worker_id=self.worker_id,
             address=self.address,
@@ -135,7 +135,7 @@ class Worker(WatchedWorker):
 
 
 class WorkerPool:
-    """Knows which workers take streams, and hands out the best one for a stream."""
+    """Knows which workers accept streams, and picks the best one for a stream."""
 
     def __init__(self, settings: GatewaySettings) -> None:
         self._settings = settings
@@ -147,7 +147,7 @@ class WorkerPool:
                 timeout=settings.worker_timeout_seconds,
             ),
             make=lambda lease: Worker(lease, settings, self._wake),
-            # Workers that the settings name have no id before they are reached.
+            # Workers from the settings have no id before they are reached.
             key=lambda lease: lease.address,
             log=log,
             on_heard=self._heard,
@@ -160,7 +160,7 @@ class WorkerPool:
         self._changed = asyncio.Event()
 
     def start(self) -> None:
-        """Begins to look for workers and to watch them."""
+        """Starts to look for workers and to watch them."""
         for address in self._settings.worker_addresses:
             self._watch.add_fixed(address)
         if self._settings.redis_url:
@@ -184,7 +184,7 @@ class WorkerPool:
         return self._watch.workers
 
     def problems(self) -> list[str]:
-        """What cannot be reached at the moment, in words."""
+        """Messages about what cannot be reached at the moment."""
         found = self._watch.problems()
         if not any(worker.ready for worker in self.workers):
             found.append(f"no worker is ready: {self._waited_for()}")
@@ -204,7 +204,7 @@ class WorkerPool:
         return None if chosen is None else self._watch.find(chosen.address)
 
     def context_tokens(self, needs: Needs) -> int:
-        """The longest context among the ready workers that meet the needs; 0 without any."""
+        """The longest context among the ready workers that meet the needs. 0 if there are none."""
         return max((one.context_tokens for one in self._candidates() if needs.met_by(one)), default=0)
 
     async def wait_for(
@@ -218,9 +218,9 @@ class WorkerPool:
     ) -> Worker:
         """Like `choose`, but waits `worker_wait_seconds` for a worker.
 
-        Raises UnavailableError, saying what was waited for, when none came. Raises UnknownModelError at once
-        when workers are ready and none of those known serves the model. A stream that is `under_way` waits
-        even then: its model has been served and may come back.
+        Raises UnavailableError, which says what was waited for, if none came. Raises UnknownModelError at
+        once if workers are ready and no known worker serves the model. A stream that is `under_way` waits
+        even then, because its model has been served and may come back.
         """
         seconds = self._settings.worker_wait_seconds
         try:
@@ -237,11 +237,11 @@ class WorkerPool:
         return worker
 
     async def changed(self) -> None:
-        """Waits for news of any worker or of the streams on it: at the latest for the next telemetry."""
+        """Waits for a change of any worker or of its streams, at most until the next telemetry."""
         await self._changed.wait()
 
     def suspect(self, worker: Worker, problem: str) -> None:
-        """Takes a worker out until its next telemetry, because a stream found that it does not serve."""
+        """Excludes a worker until its next telemetry, because a stream found that it does not serve."""
         self._set_problem(worker, problem)
 
     def _candidates(self) -> Iterator[Candidate]:
@@ -253,7 +253,7 @@ class WorkerPool:
     def _check_model_is_served(self, needs: Needs) -> None:
         served = {worker.model.name for worker in self.workers}
         ready = any(worker.ready for worker in self.workers)
-        # A worker that has not been reached yet may serve it.
+        # A worker that has not been reached yet may serve the model.
         if needs.models and ready and "" not in served and not needs.models & served:
             asked = " or ".join(sorted(needs.models))
             raise UnknownModelError(f"model {asked} is not served; served are {', '.join(sorted(served))}")
@@ -282,7 +282,7 @@ class WorkerPool:
             self._set_problem(worker, "it is draining" if telemetry.draining else "")
 
     def _give_up(self, worker: Worker) -> None:
-        """Gives up a worker that has fallen silent, and frees its streams."""
+        """Gives up a silent worker and releases its streams."""
         if worker.ready:
             timeout = self._settings.worker_timeout_seconds
             self._set_problem(worker, f"it has sent no telemetry for {timeout:g} s")
@@ -295,10 +295,10 @@ class WorkerPool:
             else:
                 log.info("worker %s at %s is ready: serves %s", worker.worker_id, worker.address, worker.plan)
         worker.problem = problem
-        # Waiters look again after every message, because the load or the plan may have changed.
+        # Waiters check again after every message, because the load or the plan may have changed.
         self._wake()
 
     def _wake(self) -> None:
-        """Makes everyone who waits for a worker look again."""
+        """Makes everyone who waits for a worker check again."""
         self._changed.set()
         self._changed = asyncio.Event()

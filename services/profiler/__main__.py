@@ -1,4 +1,4 @@
-"""`python -m services.profiler`: evaluates candidate models beside serving."""
+"""`python -m services.profiler`: evaluates candidate models while others are served."""
 
 import asyncio
 import logging
@@ -13,7 +13,7 @@ from services.profiler.settings import ProfilerSettings
 
 log = logging.getLogger(__name__)
 
-# A running evaluation is cancelled at once: its caller asks again.
+# A running evaluation is cancelled at once, because its caller asks again.
 _GRACE_SECONDS = 0.5
 
 

@@ -1,4 +1,4 @@
-"""The candidates that stay loaded between evaluations, so that a reassessment reads no weights."""
+"""Candidates stay loaded between evaluations, so that a reassessment reads no weights."""
 
 import logging
 from collections.abc import Sequence
@@ -12,24 +12,24 @@ log = logging.getLogger(__name__)
 
 
 class Candidates:
-    """Loaded models: as many as the budget holds beside the one that is being evaluated. For one thread."""
+    """Loaded models: as many as fit into the budget beside the one being evaluated. Used by one thread."""
 
     def __init__(self, settings: EvaluationSettings, budget: int) -> None:
-        """budget: bytes for the weights of all and the KV of one."""
+        """budget: bytes for the weights of all models and the KV of one."""
         self._settings = settings
         self._budget = budget
-        # By name. The one that was evaluated longest ago comes first.
+        # By name. The least recently evaluated comes first.
         self._kept: dict[str, Candidate] = {}
 
     @property
     def names(self) -> list[str]:
-        """Those that are loaded."""
+        """Names of the loaded models."""
         return list(self._kept)
 
     def take(self, entry: ModelEntry, prompts: Sequence[Sequence[int]]) -> tuple[Candidate, bool]:
-        """The loaded model, and whether it had to be loaded now. Others go where it needs their memory.
+        """The model, and whether it had to be loaded now. Removes others if it needs their memory.
 
-        Raises OutOfMemoryError, before anything is loaded, when the model exceeds the budget alone;
+        Raises OutOfMemoryError, before anything is loaded, if the model alone exceeds the budget;
         InvalidRequestError for prompts that it cannot run; CheckpointError naming the file.
         """
         needed = needed_bytes(entry, prompts, self._settings)
@@ -45,7 +45,7 @@ class Candidates:
             log.info("%s is no longer kept loaded: %s needs its memory", gone, entry.name)
         is_fresh = candidate is None or candidate.checkpoint != checkpoint_id(entry)
         if candidate is None or is_fresh:
-            # The old files' weights are given back before the new files' weights are loaded.
+            # Releases the old files' weights before the new files' weights are loaded.
             candidate = None
             candidate = load_candidate(entry, self._settings)
         self._kept[entry.name] = candidate

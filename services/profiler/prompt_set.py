@@ -1,4 +1,4 @@
-"""The prompts of an evaluation: recent ones, or the bundled ones while there is no traffic."""
+"""The prompts of an evaluation: recent ones, or bundled ones while there is no traffic."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from helios.redis_outage import reason
 log = logging.getLogger(__name__)
 
 _ignored = IgnoredEntries(log)
-# Recent prompts are read up to this number; more would make an evaluation long.
+# Most recent prompts that are read. More would make an evaluation long.
 _MOST_RECENT = 256
 DEFAULT_PROMPTS = Path(__file__).parent / "default_prompts.json"
 
@@ -42,7 +42,7 @@ class Tokenizers:
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """The prompts that every candidate is evaluated on, each as ids of its tokenizer or as text."""
+    """The prompts on which every candidate is evaluated, each as ids of its tokenizer or as text."""
 
     source: str
     prompts: tuple[RecentPrompt | str, ...]
@@ -56,7 +56,7 @@ class PromptSet:
     def ids_for(
         self, entry: ModelEntry, known: Mapping[str, Tokenizer], own: LoadedTokenizer
     ) -> list[list[int]]:
-        """The prompts as ids of `own`, a model's tokenizer. known: the recent prompts' tokenizers, by id."""
+        """The prompts as ids of `own`, a model's tokenizer. known: tokenizers of recent prompts, by id."""
         found = []
         for prompt in self.prompts:
             if isinstance(prompt, str):
@@ -64,7 +64,7 @@ class PromptSet:
             elif prompt.tokenizer_id == own.tokenizer_id and max(prompt.ids) < entry.vocab_size:
                 ids = list(prompt.ids)
             else:
-                # The same text, so that models with different tokenizers can be compared per byte.
+                # Encodes the same text, so that models with different tokenizers can be compared per byte.
                 ids = own.tokenizer.encode(known[prompt.tokenizer_id].decode(list(prompt.ids))).ids
             found.append(ids)
         return found
@@ -77,11 +77,11 @@ async def choose(
     min_tokens: int,
     newest_seconds: float | None = None,
 ) -> PromptSet:
-    """The `count` newest prompts that hold text, and more until they have `min_tokens` together.
+    """The `count` newest prompts that contain text, and more until they have `min_tokens` in total.
 
-    Where recent prompts do not suffice, bundled ones fill up. known: tokenizers by id; prompts of other
-    tokenizers cannot be read. newest_seconds: only prompts that are at most this old, however few, and no
-    bundled ones; None: of any age.
+    If there are not enough recent prompts, bundled ones are added. known: tokenizers by id. Prompts of other
+    tokenizers cannot be read. newest_seconds: use only prompts up to this age, however few, and no bundled
+    ones; None: any age.
     """
     recent = await _recent(redis, known, newest_seconds)
     if newest_seconds is not None:
@@ -102,7 +102,7 @@ async def choose(
     for text in _bundled():
         if tokens < min_tokens:
             chosen.append(text)
-            # Any tokenizer tells the text's length well enough.
+            # Any tokenizer measures the length of the text well enough.
             tokens += len(next(iter(known.values())).encode(text).ids)
     return PromptSet("recent and bundled", tuple(chosen))
 
@@ -115,7 +115,7 @@ def _bundled() -> list[str]:
 async def _recent(
     redis: Redis | None, known: Mapping[str, Tokenizer], newest_seconds: float | None
 ) -> list[RecentPrompt]:
-    """Newest first."""
+    """Recent prompts, newest first."""
     if redis is None:
         return []
     try:

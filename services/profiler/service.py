@@ -1,4 +1,4 @@
-"""ProfilerService: evaluates candidates one after the other, and keeps the results in Redis."""
+"""ProfilerService: evaluates candidates one after the other, and stores the results in Redis."""
 
 import asyncio
 import logging
@@ -48,16 +48,16 @@ log = logging.getLogger(__name__)
 
 _Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
-# With these errors one candidate fails while the others go on.
+# With these errors one candidate fails, but the others continue.
 _CandidateErrors = (CheckpointError, OutOfMemoryError, InvalidRequestError)
-# How long to wait for prompts that are young enough, and between two looks for them.
+# How long to wait for recent enough prompts, and the interval between two checks.
 _YOUNG_PROMPTS_SECONDS, _LOOK_SECONDS = 1.0, 0.05
-# Retry hint while no evaluation has ended yet.
+# Retry hint until the first evaluation has ended.
 _FIRST_RETRY_SECONDS = 5.0
 
 
 class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
-    """Runs one evaluation at a time, in its own thread. Without `redis` no result is kept."""
+    """Runs one evaluation at a time in its own thread. Without `redis` no result is stored."""
 
     def __init__(self, settings: ProfilerSettings, models_dir: Path, redis: Redis | None) -> None:
         self._settings = settings
@@ -78,35 +78,36 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
             packed_cache_dir=settings.packed_cache_dir,
             packed_cache_bytes=settings.packed_cache_bytes,
         )
-        # One thread stands back behind serving, the other is for what cannot wait. One works at a time.
+        # One thread has a lower priority than serving, the other is for urgent work. Only one works at a
+        # time.
         self._thread, self._urgent_thread = (
             ThreadPoolExecutor(1, initializer=_begin_thread, initargs=(settings, niceness))
             for niceness in (settings.niceness, 0)
         )
         self._tokenizers = Tokenizers()
-        # Taken from what is free now: later, what is kept loaded counts as taken.
+        # Computed from the memory that is free now. Later, models that stay loaded would count as used.
         self._budget = self._evaluation.budget
         self._candidates = Candidates(self._evaluation, self._budget)
         self._turn = asyncio.Lock()
         self._waiting = 0
         self._last_seconds = _FIRST_RETRY_SECONDS
-        # The last profile of each model, for when Redis cannot be asked.
+        # The last profile of each model, used when Redis cannot be reached.
         self._last: dict[str, ModelProfile] = {}
         self._ignored = IgnoredEntries(log)
 
     def close(self) -> None:
-        """Waits until the threads end. Their evaluation has been cancelled before."""
+        """Waits until the threads end. Cancel their evaluation first."""
         self._thread.shutdown()
         self._urgent_thread.shutdown()
 
     async def Evaluate(  # type: ignore[override]  # a coroutine that writes, which grpc.aio takes as well
         self, request: profiler_pb2.EvaluateRequest, context: _Context
     ) -> None:
-        """Evaluates the named models, or the shortlist; results are sent and stored one by one.
+        """Evaluates the named models, or the shortlist. Results are sent and stored one by one.
 
-        A model that cannot be evaluated does not stop the others: the call ends with its status when all
-        have had their turn. UNAVAILABLE after results means that they could not be stored, RESOURCE_EXHAUSTED
-        that too many evaluations wait.
+        A model that cannot be evaluated does not stop the others. The call ends with its status after all
+        have had their turn. UNAVAILABLE after results means that they could not be stored. RESOURCE_EXHAUSTED
+        means that too many evaluations wait.
         """
         parent = telemetry.extract(context.invocation_metadata())
         with telemetry.span("Evaluate", parent, SpanKind.SERVER) as span:
@@ -120,7 +121,7 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
     async def GetHistory(
         self, request: profiler_pb2.GetHistoryRequest, context: _Context
     ) -> profiler_pb2.GetHistoryResponse:
-        """The profiles in Redis of models that the models directory has. Others are ignored and logged."""
+        """The profiles in Redis of models in the models directory. Others are ignored and logged."""
         try:
             profiles = await self._history()
         except HeliosError as error:
@@ -169,12 +170,12 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
         try:
             catalog.find_model(self._models_dir, name)
         except CheckpointError:
-            # The model is there. What is wrong with it is said when its turn comes.
+            # The model exists. What is wrong with it is reported when its turn comes.
             return
 
     @asynccontextmanager
     async def _take_turn(self) -> AsyncIterator[None]:
-        """Waits until no other evaluation runs. Raises OverloadedError when too many wait already."""
+        """Waits until no other evaluation runs. Raises OverloadedError when too many already wait."""
         if self._turn.locked() and self._waiting >= self._settings.max_waiting:
             raise OverloadedError(
                 f"an evaluation runs and {self._waiting} wait; come back later", self._last_seconds
@@ -194,7 +195,7 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
     async def _evaluate_in_turn(
         self, request: profiler_pb2.EvaluateRequest, context: _Context
     ) -> HeliosError | None:
-        """Returns the error to end the call with, if any."""
+        """Returns the error with which to end the call, if any."""
         try:
             if request.HasField("requests") and not request.requests:
                 raise InvalidRequestError("requests must be at least 1; leave it unset for the default")
@@ -218,7 +219,7 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
         newest_seconds = request.newest_seconds if request.HasField("newest_seconds") else None
         began = time.monotonic()
         prompts = await choose(self._redis, known, count, settings.min_tokens, newest_seconds)
-        # The traffic has just begun, so more prompts are on their way.
+        # The traffic has just begun, so more prompts will come soon.
         while newest_seconds is not None and len(prompts.prompts) < count:
             await asyncio.sleep(_LOOK_SECONDS)
             waited = time.monotonic() - began
@@ -299,7 +300,7 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
         finally:
             pace.stop()
             await asyncio.wait({task})
-        # Requests are pooled only if they are of the same traffic and were read by the same weights.
+        # Requests are pooled only if they belong to the same traffic and were read by the same weights.
         if before is not None and _is_poolable(before, profile):
             settings = self._settings
             target = settings.target_agreement if settings.threshold is None else None
@@ -311,7 +312,7 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
         return profile
 
     async def _before(self, name: str) -> ModelProfile | None:
-        """The model's last profile: from Redis, or else from this process's memory."""
+        """The model's last profile, from Redis or else from this process's memory."""
         if self._redis is None:
             return self._last.get(name)
         try:
@@ -334,7 +335,7 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
 
 
 def _begin_thread(settings: ProfilerSettings, niceness: int) -> None:
-    """Sets up a thread of evaluations. Each thread has its own torch thread count and, on Linux, niceness."""
+    """Sets up an evaluation thread. Each thread has its own torch thread count and, on Linux, niceness."""
     set_threads(settings.threads, settings.precision, settings.device)
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + niceness)
 
@@ -346,7 +347,7 @@ def _is_poolable(before: ModelProfile, now: ModelProfile) -> bool:
 
 
 def _joined(failures: Sequence[HeliosError]) -> HeliosError:
-    """One error for all failures, with the status of the first."""
+    """One error for all failures. It has the status of the first."""
     if len(failures) == 1:
         return failures[0]
     return type(failures[0])("; ".join(error.message for error in failures))

@@ -22,7 +22,7 @@ from services.worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
 
-# Seconds between two looks at whether the engine still runs.
+# Seconds between two checks whether the engine still runs.
 _WATCH_SECONDS = 0.5
 
 
@@ -82,21 +82,21 @@ async def _load(
     depth: int,
     plan_file: PlanFile,
 ) -> ServingEngine:
-    """An engine with the plan to start with (first_plan.py); the flags say `entry` at `depth`."""
+    """An engine with the plan to start with (first_plan.py). The flags specify `entry` at `depth`."""
     load = ENGINES[OWN]
     port = settings.address.rpartition(":")[2]
     has_port = port.isdecimal() and int(port) > 0
-    # Without a name and a fixed port it is another worker at each start.
+    # Without an id and a fixed port it counts as another worker at each start.
     worker_id = settings.worker_id or (_advertised(settings, int(port)) if has_port else EVERY_WORKER)
     first = await first_plan.find(settings.redis_url, worker_id, plan_file)
     if first is not None:
         try:
             other = catalog.find_model(models_dir, first.plan.model)
             if len({other.tokenizer_id, entry.tokenizer_id} - {None}) > 1:
-                # A reload would refuse it as well.
+                # A reload would refuse it too.
                 raise SettingsError(f"{other.name} has another tokenizer than {entry.name}")
             engine = load(settings, other.path, first.plan.depth, first.threshold)
-        # Whatever is wrong with that plan, the worker can serve what its flags say.
+        # Whatever is wrong with that plan, the worker can serve the plan of its flags.
         except Exception as error:
             log.warning(
                 "%s, which %s, cannot be loaded, starting with %s at depth %d as the flags say: %s",
@@ -114,7 +114,7 @@ async def _load(
 
 
 async def _watch(engine: ServingEngine) -> None:
-    """Returns when the engine has failed, so that the process ends and can be started anew."""
+    """Returns when the engine has failed, so that the process ends and can be restarted."""
     while engine.running:
         await asyncio.sleep(_WATCH_SECONDS)
 
@@ -129,11 +129,11 @@ def _choose(models_dir: Path, name: str | None) -> catalog.ModelEntry:
 
 
 def _advertised(settings: WorkerSettings, port: int) -> str:
-    """host:port under which gateways reach this worker."""
+    """The host:port at which gateways reach this worker."""
     if settings.advertise is not None:
         return settings.advertise if ":" in settings.advertise else f"{settings.advertise}:{port}"
     host = settings.address.rpartition(":")[0]
-    # A wildcard is no address that others can dial.
+    # Others cannot connect to a wildcard address.
     return f"{socket.gethostname() if host in ('', '0.0.0.0', '[::]') else host}:{port}"
 
 

@@ -1,4 +1,4 @@
-"""The engines that a worker can serve with, by name. The rest of the service knows only their interface."""
+"""The engines that a worker can use, by name. The rest of the service knows only their interface."""
 
 import logging
 from collections.abc import Mapping
@@ -15,12 +15,12 @@ log = logging.getLogger(__name__)
 
 
 class LoadEngine(Protocol):
-    """Makes an engine."""
+    """Creates an engine."""
 
     def __call__(
         self, settings: WorkerSettings, path: Path, depth: int, threshold: float | None = None
     ) -> ServingEngine:
-        """An engine that serves the first `depth` layers of a checkpoint directory, once it is started.
+        """An engine that serves the first `depth` layers of a checkpoint directory once it is started.
 
         `threshold` overrides that of the settings until a reload. Raises HeliosError.
         """
@@ -29,7 +29,7 @@ class LoadEngine(Protocol):
 def load_own(
     settings: WorkerSettings, path: Path, depth: int, threshold: float | None = None
 ) -> ServingEngine:
-    """The engine that computes in this process, whose threads are given here."""
+    """The engine that computes in this process. Also sets the number of threads."""
     set_threads(settings.threads, settings.precision, settings.device)
     log.info("%s", jit.describe())
     engine = Engine.load(path, depth, _engine_settings(settings), threshold)

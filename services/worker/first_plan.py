@@ -1,4 +1,4 @@
-"""The plan that a worker starts with: what is in force, what it served last, or what its flags say."""
+"""Finds the plan that a worker starts with: the one in force, the last one served, or that of its flags."""
 
 import asyncio
 import logging
@@ -14,13 +14,13 @@ from helios.served import ServedPlan
 
 log = logging.getLogger(__name__)
 
-# A worker that cannot reach its Redis starts this much later.
+# Time limit for Redis: a worker that cannot reach it starts this much later.
 _REDIS_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class FirstPlan:
-    """A plan other than the flags', the confidence threshold to load it with, and why it is to be served."""
+    """A plan that replaces the flags' plan, the confidence threshold to load it with, and the reason."""
 
     plan: ServedPlan
     threshold: float | None
@@ -28,7 +28,7 @@ class FirstPlan:
 
 
 class _Kept(BaseModel):
-    """What a plan file holds: the plan served last, and the plan that the flags of that worker said."""
+    """The contents of a plan file: the plan served last, and the plan of the flags of that worker."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -38,15 +38,15 @@ class _Kept(BaseModel):
 
 
 class PlanFile:
-    """The file in which a worker keeps what it serves, for the process that replaces it. No path: no file."""
+    """The file in which a worker stores its plan for the process that replaces it. No path: no file."""
 
     def __init__(self, path: Path | None, flags: ServedPlan) -> None:
-        """flags: the plan that this process's flags say. A plan kept under other flags is ignored."""
+        """flags: the plan of this process's flags. A plan stored under other flags is ignored."""
         self._path = path
         self._flags = flags
 
     def read(self) -> FirstPlan | None:
-        """The plan that was kept under the same flags, or None."""
+        """The plan that was stored under the same flags, or None."""
         if self._path is None:
             return None
         try:
@@ -61,7 +61,7 @@ class PlanFile:
         return FirstPlan(kept.plan, kept.threshold, "was served before the restart")
 
     def write(self, plan: ServedPlan, threshold: float | None) -> None:
-        """Keeps a plan. A file that cannot be written is logged: serving goes on."""
+        """Stores a plan. If the file cannot be written, that is logged and serving continues."""
         if self._path is None:
             return
         kept = _Kept(plan=plan, threshold=threshold, flags=self._flags)
@@ -74,9 +74,9 @@ class PlanFile:
 
 
 async def find(redis_url: str | None, worker_id: str, plan_file: PlanFile) -> FirstPlan | None:
-    """What this worker is to serve first; None: what its flags say.
+    """The plan that this worker must serve first. None: the plan of its flags.
 
-    Never raises, and takes a few seconds at most: faults of Redis or of the file are logged.
+    Never raises, and takes at most a few seconds. Faults of Redis or of the file are logged.
     """
     ordered = None if redis_url is None else await _ordered(redis_url, worker_id)
     return ordered or plan_file.read()

@@ -12,9 +12,9 @@ log = logging.getLogger(__name__)
 
 
 async def keep_announced(redis: Redis, lease: registry.WorkerLease, lease_seconds: float) -> None:
-    """Renews the lease three times in its life, until cancelled; then withdraws it.
+    """Renews the lease three times in its lifetime, until cancelled. Then withdraws it.
 
-    Redis being gone is logged once and retried: gateways that know this worker go on with it.
+    A Redis outage is logged once and retried. Gateways that know this worker continue to use it.
     """
     outage = RedisOutage(log, "cannot announce in Redis, trying again", "announced in Redis again")
     try:

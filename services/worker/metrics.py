@@ -1,4 +1,4 @@
-"""What a worker measures of itself: the engine's load, read when it is sent, and each sequence's latency."""
+"""A worker's metrics: the engine's load, read when metrics are sent, and each sequence's latency."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,14 +11,14 @@ from helios.engine.interface import PhaseTimes, ServingEngine, Telemetry
 from helios.served import ServedPlan
 
 _NANOSECONDS = 1e9
-# Bounds of the histograms' buckets, seconds.
+# Bounds of the histograms' buckets in seconds.
 _TTFT_BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _TPOT_BOUNDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
 class _Figure:
-    """One figure of the load. Its metric is `helios.worker.` and the name; the unit is UCUM's."""
+    """One figure of the load. Its metric is `helios.worker.` plus the name. The unit is a UCUM unit."""
 
     name: str
     unit: str
@@ -61,7 +61,7 @@ _COUNTERS = (
 
 
 def observe_load(engine: ServingEngine, worker_id: str) -> None:
-    """Reports the engine's load, which is read whenever metrics are sent: never, if none are."""
+    """Reports the engine's load, which is read only when metrics are sent."""
     meter = telemetry.meter()
     worker: dict[str, AttributeValue] = {"helios.worker": worker_id}
 
@@ -82,7 +82,7 @@ def observe_load(engine: ServingEngine, worker_id: str) -> None:
 
 
 class Latency:
-    """Time to the first token and per further token of the sequences served."""
+    """Time to the first token and time per further token of the served sequences."""
 
     def __init__(self) -> None:
         histogram = telemetry.meter().create_histogram
@@ -100,7 +100,7 @@ class Latency:
         )
 
     def record(self, times: PhaseTimes, tokens: int, served: ServedPlan) -> None:
-        """Notes a sequence that ended after `tokens` tokens, under a plan. One without any does not count."""
+        """Records an ended sequence of `tokens` tokens under a plan. Without tokens it does not count."""
         if not times.first_token or not times.finished:
             return
         plan: dict[str, AttributeValue] = {"helios.model": served.model, "helios.depth": served.depth}

@@ -43,7 +43,7 @@ _DEFAULT_DRAIN_SECONDS = 30.0
 
 
 class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
-    """Serves `engine`, which runs in its own thread. Made on the event loop."""
+    """Serves `engine`, which runs in its own thread. Create it on the event loop."""
 
     def __init__(
         self,
@@ -72,7 +72,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
     async def Generate(  # type: ignore[override]  # a coroutine that writes, which grpc.aio takes as well
         self, request: worker_pb2.WorkerServiceGenerateRequest, context: _Context
     ) -> None:
-        """One sequence, from its prompt and the tokens already emitted to its end."""
+        """Generates one sequence, from its prompt and the tokens already emitted to its end."""
         outbox = Outbox()
         parent = telemetry.extract(context.invocation_metadata())
         try:
@@ -99,7 +99,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
     async def GenerateMany(  # type: ignore[override]  # as Generate
         self, request_iterator: AsyncIterator[worker_pb2.GenerateManyRequest], context: _Context
     ) -> None:
-        """Many sequences; what one step generates for all of them leaves in one message."""
+        """Generates many sequences. The output of one step for all of them is sent in one message."""
         outbox = Outbox()
         ends: dict[int, asyncio.Future[HeliosError | None]] = {}
         async with asyncio.TaskGroup() as writing:
@@ -120,7 +120,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         outbox: Outbox,
         end: "asyncio.Future[HeliosError | None]",
     ) -> None:
-        """One sequence of a call, until its end has been sent or it is cancelled."""
+        """Runs one sequence of a call, until its end has been sent or it is cancelled."""
         parent = telemetry.extract(start.trace_context.items())
         seconds = start.timeout_seconds if start.HasField("timeout_seconds") else None
         try:
@@ -145,7 +145,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         parent: Context,
         sink: Callable[[Output], None],
     ) -> Iterator[None]:
-        """A sequence in the engine and its span, both ended with the block.
+        """A sequence in the engine and its span. Both end with the block.
 
         `seconds` is the time until its deadline. Raises the HeliosError with which it is refused.
         """
@@ -179,7 +179,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
                 "sampling.max_tokens and sampling.seed must be set on a worker's request"
             )
         sampling = SamplingParams.from_proto(request.sampling, default_max_tokens=0, default_seed=0)
-        # Callers may reuse a request id; inside the engine each sequence has its own.
+        # Callers may reuse a request id, so each sequence gets its own id inside the engine.
         name = f"{request.request_id}#{next(self._numbers)}"
         sequence = self._engine.submit(
             name,
@@ -194,7 +194,8 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         try:
             yield
         finally:
-            # Reached also when the client went away or the deadline passed: the engine frees the KV at once.
+            # Also reached when the client disconnected or the deadline passed. The engine frees the KV at
+            # once.
             self._engine.cancel(name)
             self._streams.discard(name)
             if not self._streams:
@@ -221,7 +222,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
     async def Reload(
         self, request: worker_pb2.ReloadRequest, context: _Context
     ) -> AsyncIterator[worker_pb2.ReloadResponse]:
-        """Loads another model or depth in a thread beside the serving loop, and reports its stages."""
+        """Loads another model or depth in a separate thread while serving, and reports its stages."""
         began = time.monotonic()
         loop = asyncio.get_running_loop()
         stages: asyncio.Queue[tuple[int, int]] = asyncio.Queue()
@@ -240,7 +241,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             return reloaded
 
         task = asyncio.ensure_future(asyncio.to_thread(reload))
-        # Also when the caller has gone away meanwhile.
+        # Also announces the end if the caller has disconnected meanwhile.
         task.add_done_callback(lambda _: self._announce())
         loaded = total = 0
         while not task.done() or not stages.empty():
@@ -312,7 +313,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
     async def WatchTelemetry(
         self, request: worker_pb2.WatchTelemetryRequest, context: _Context
     ) -> AsyncIterator[worker_pb2.WatchTelemetryResponse]:
-        """The load, at an interval and whenever the plan changes, until the caller goes away."""
+        """The load, at an interval and whenever the plan changes, until the caller disconnects."""
         interval = _DEFAULT_TELEMETRY_SECONDS
         if request.HasField("interval_seconds"):
             interval = request.interval_seconds
@@ -336,7 +337,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         )
 
     async def Drain(self, request: worker_pb2.DrainRequest, context: _Context) -> worker_pb2.DrainResponse:
-        """Stops taking sequences and waits for the running ones."""
+        """Stops accepting sequences and waits for the running ones."""
         grace = request.grace_seconds if request.HasField("grace_seconds") else _DEFAULT_DRAIN_SECONDS
         if not grace >= 0:
             await abort(context, InvalidRequestError(f"grace_seconds must be at least 0, not {grace}"))
@@ -344,9 +345,9 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         return worker_pb2.DrainResponse(finished=finished, handed_back=handed_back)
 
     async def drain(self, grace_seconds: float) -> tuple[int, int]:
-        """Stops taking sequences; after the grace hands back those that still run.
+        """Stops accepting sequences. After the grace period, hands back those that still run.
 
-        Returns (ended by themselves, handed back).
+        Returns (sequences that ended by themselves, sequences handed back).
         """
         self._draining = True
         self._announce()
@@ -364,7 +365,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         return streams - len(handed_back), len(handed_back)
 
     def _announce(self) -> None:
-        """Sends telemetry to those who watch, without waiting for their interval."""
+        """Sends telemetry to all watchers without waiting for their interval."""
         self._changed.set()
         self._changed = asyncio.Event()
 
@@ -399,7 +400,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
 async def _write(
     outbox: Outbox, ends: "dict[int, asyncio.Future[HeliosError | None]]", context: _Context
 ) -> None:
-    """Sends the outputs of a call's sequences, and resolves a sequence's future when its end is sent."""
+    """Sends the outputs of a call's sequences. Resolves a sequence's future when its end is sent."""
     while True:
         response = worker_pb2.GenerateManyResponse()
         ended: list[tuple[asyncio.Future[HeliosError | None], HeliosError | None]] = []
@@ -420,7 +421,7 @@ async def _write(
             if response.outputs:
                 await context.write(response)
         except grpc.aio.InternalError:
-            # The caller is gone; gRPC cancels the call.
+            # The caller has disconnected; gRPC cancels the call.
             return
         for end, error in ended:
             end.set_result(error)
@@ -451,7 +452,7 @@ def _finish(finish: Finish) -> worker_pb2.WorkerServiceGenerateResponse:
 
 
 def _record_phases(times: PhaseTimes, preemptions: int) -> None:
-    """Records a sequence's phases that are over as spans: three per request, none per token."""
+    """Records a sequence's finished phases as spans: three per request, none per token."""
     now = times.finished or time.time_ns()
     telemetry.record_span("queue", None, times.submitted, times.scheduled or now)
     if times.scheduled:

@@ -18,7 +18,7 @@ from helios.settings import (
 
 
 def _checked_advertise(address: str) -> str:
-    # A host alone gets the port that the worker listens on.
+    # A host without a port gets the port on which the worker listens.
     parse(address if ":" in address else f"{address}:1")
     return address
 
