@@ -1,16 +1,15 @@
 """Everything that Helios keeps in Redis: keys, contents and version. This module owns the schema.
 
-| key | type | what |
+| key | type | contents |
 | --- | --- | --- |
 | `helios:v1:worker:<id>` | string, JSON, expires | a worker's lease (`helios.registry`) |
 | `helios:v1:prompts` | stream, capped, entries expire | ids of recent prompts, sampled by gateways |
-| `helios:v1:profile:<model>` | string, JSON | performance history, a document a model (`helios.history`) |
+| `helios:v1:profile:<model>` | string, JSON | performance history of one model (`helios.history`) |
 | `helios:v1:decisions` | stream, capped, append-only | the controller's decision record |
 | `helios:v1:controller:state` | hash | SLO, pins, plan and mode: orders, and what a controller resumes from |
 | `helios:v1:controller:leader` | string, expires | the leading controller and its fencing number |
 | `helios:v1:controller:fence` | integer | the last fencing number given out |
-| `helios:v1:probe:<id>` | string, expires | written to see whether Redis takes writes (`helios.redis_outage`)
-|
+| `helios:v1:probe:<id>` | string, expires | tests whether Redis takes writes (`helios.redis_outage`) |
 
 A new layout gets a new version in its keys, so that old and new versions never read each other's entries.
 """

@@ -29,7 +29,7 @@ LOG_FILES = 5
 _REMEMBERED_LINES = 500
 _REMEMBERED_CHARACTERS = 16_384
 _READ_BYTES = 1 << 16
-# A longer line is cut.
+# A longer line is split.
 _LINE_BYTES = 1 << 20
 # A child can log this much while the supervisor is suspended (Ctrl-Z). Then it blocks.
 _PIPE_BYTES = 1 << 20

@@ -14,7 +14,7 @@ from services.controller.policy.settings import PolicySettings
 
 
 class ControllerSettings(ServiceSettings, AgendaSettings):
-    """Everything about a controller that an operator can set, including the policy."""
+    """Everything about a controller that an operator can set, the policy included."""
 
     model_config = SettingsConfigDict(
         env_prefix="HELIOS_CONTROLLER_", cli_prog_name="python -m services.controller", extra="ignore"
