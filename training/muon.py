@@ -15,7 +15,7 @@ _QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalise(matrices: Tensor, steps: int) -> Tensor:
-    """Approximates the orthogonal factor of each [rows, cols] of `matrices` [..., rows, cols]."""
+    """The orthogonal factor of each [rows, cols] of `matrices` [..., rows, cols], by Newton-Schulz."""
     a, b, c = _QUINTIC
     x = matrices.flatten(0, -3).bfloat16()  # [stack, rows, cols]
     tall = x.size(1) > x.size(2)
