@@ -1,4 +1,4 @@
-"""`helios demo`, and what `helios status` and `top` say when a part of the stack is gone."""
+"""`helios demo`, and the output of `helios status` and `top` when a part of the stack is gone."""
 
 import json
 import os
