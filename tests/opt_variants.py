@@ -153,7 +153,7 @@ def save_tokenizer(path: Path) -> None:
 
 
 def truncated(model: OPTForCausalLM, depth: int, path: Path | None = None) -> OPTForCausalLM:
-    """What transformers computes with the first `depth` layers, read out through that exit's head.
+    """A transformers model of the first `depth` layers, which reads out through that exit's head.
 
     `path`: the checkpoint whose exits.safetensors, if it has one, holds the heads.
     """

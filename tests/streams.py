@@ -1,4 +1,4 @@
-"""Collects what a client sees of a stream, and waits for a condition with a deadline."""
+"""Collects the messages of a stream as a client sees them, and waits for conditions with a deadline."""
 
 import asyncio
 from collections.abc import Awaitable, Callable

@@ -101,7 +101,7 @@ def wait_until_dead(pids: list[int]) -> None:
 
 @pytest.fixture
 def helios(tmp_path: Path, tiny_models: Path) -> Iterator[Helios]:
-    """A stack that is not running yet. What the test starts is stopped at the end."""
+    """A stack that is not running yet. If the test starts it, it is stopped at the end."""
     command = Helios(tmp_path / "state", tiny_models)
     yield command
     command.run("down")
