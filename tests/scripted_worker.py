@@ -54,7 +54,7 @@ class ScriptedWorker(worker_pb2_grpc.WorkerServiceServicer):
             pass
 
     async def _run(self, start: worker_pb2.SequenceStart, context: Context, sending: asyncio.Lock) -> None:
-        """Sends all responses of the script. A script that ends without a finish or an error ends the call."""
+        """Sends the responses of the script. If it ends without a finish or an error, the call ends."""
         self.requests.append(start.request)
 
         async def send(**event: Any) -> None:
