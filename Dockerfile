@@ -1,9 +1,9 @@
-# One target for the image of each service. Gateway and controller have no torch. BuildKit is not needed.
+# Each service's image has one target. Gateway and controller have no torch. BuildKit is not needed.
 #   docker build --target gateway --tag helios-gateway .
 # The base can be any image with Python 3.11, venv and pip: a Python image, or Debian bookworm with python3-venv.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
-# Lists the packages to install, so that other changes of pyproject.toml do not install them again.
+# Lists the packages to install. Other changes of pyproject.toml then do not install the packages again.
 FROM ${BASE_IMAGE} AS requirements
 COPY pyproject.toml /
 RUN python3 -c 'import tomllib; \
@@ -15,14 +15,14 @@ print(*torch, sep="\n", file=open("/torch.txt", "w")); \
 print(*engine, sep="\n", file=open("/engine.txt", "w"))'
 
 FROM ${BASE_IMAGE} AS core-dependencies
-# For networks without the public package index. pip reads these variables. Otherwise they are not set.
+# pip reads these variables. They are set only for networks without the public package index.
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 ARG PIP_CERT
 RUN python3 -m venv /opt/helios
 ENV PATH=/opt/helios/bin:$PATH
 WORKDIR /build
-# The files of a folder `wheels` come here, and pip finds them. The folder may be missing, hence the pattern.
+# Copies the files of the folder `wheels`, so that pip finds them. The pattern allows the folder to be missing.
 COPY LICENSE wheel[s] ./
 COPY --from=requirements /core.txt ./
 RUN pip install --no-cache-dir --find-links . --requirement core.txt
@@ -88,7 +88,7 @@ COPY --from=engine-dependencies /opt/helios /opt/helios
 COPY models /models
 COPY --from=code /code /opt/helios
 COPY --from=kernels /kernels /opt/helios/kernels
-# Nobody can write there. Whatever else is compiled is kept with the rest of the cache.
+# No user can write to this folder. Code that is compiled later is kept with the rest of the cache.
 ENV HELIOS_MODELS_DIR=/models \
     HELIOS_KERNEL_CACHE_DIR=/opt/helios/kernels \
     XDG_CACHE_HOME=/tmp/cache

@@ -1,4 +1,4 @@
-# Every command a person runs is the command CI runs.
+# People and CI run the same commands.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -10,7 +10,7 @@ GENERATED := helios/v1
 
 setup: $(STAMP) $(COMPILED)
 
-# torch first and alone: its pinned CPU build is taken where pip finds one.
+# torch is installed first and alone, so that pip takes its pinned CPU build if an index has one.
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
@@ -18,8 +18,8 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[engine,local,training,dev]'
 	touch $(STAMP)
 
-# Compiles the CPU's kernels, for which the first start would have to wait otherwise. What is compiled of the
-# same sources is taken as it is, so files too many cost a few seconds.
+# Compiles the CPU's kernels, so that the first start need not wait for them. Code that was compiled from the same
+# sources is reused. So after a change of other files this takes only a few seconds.
 $(COMPILED): $(STAMP) $(wildcard helios/*.py helios/engine/*.py helios/engine/*/*.py)
 	$(BIN)/python -m helios.engine.precompile
 	touch $(COMPILED)
@@ -27,7 +27,7 @@ $(COMPILED): $(STAMP) $(wildcard helios/*.py helios/engine/*.py helios/engine/*/
 run: setup
 	$(BIN)/helios up
 
-# What can run at once does: linters beside the compilation of kernels, then a process of tests on each core.
+# The linters run while the kernels compile. Then the tests run in one process per core.
 test: $(STAMP)
 	$(MAKE) --jobs 2 --output-sync lint $(COMPILED)
 	$(BIN)/pytest --numprocesses auto --dist worksteal
@@ -49,7 +49,7 @@ protos: setup
 	  --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
 	  --python_out=. --grpc_python_out=. --mypy_out=. --mypy_grpc_out=. protos/helios/v1/*.proto
 
-# The checked-in stubs are what the protos generate.
+# Checks that the checked-in stubs are those that the protos generate.
 check-protos: $(STAMP)
 	rm -rf $(VENV)/protos && mkdir -p $(VENV)/protos
 	$(BIN)/python -m grpc_tools.protoc -Iprotos --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \
@@ -58,7 +58,7 @@ check-protos: $(STAMP)
 	  --mypy_out=$(VENV)/protos --mypy_grpc_out=$(VENV)/protos protos/helios/v1/*.proto
 	diff -r --exclude=__init__.py --exclude=__pycache__ $(VENV)/protos/helios/v1 $(GENERATED)
 
-# The tables of docs/settings.md, from the settings themselves.
+# Writes the tables of docs/settings.md from the settings classes.
 docs: setup
 	$(BIN)/python scripts/settings_reference.py
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def check_plots() -> None:
-    """Raises SettingsError when plots cannot be drawn here: to be asked before anything is measured."""
+    """Raises SettingsError when plots cannot be drawn here. Call it before anything is measured."""
     if importlib.util.find_spec("matplotlib") is None:
         raise SettingsError(
             "--report needs matplotlib; install it with `pip install 'helios-serving[training]'`"
@@ -40,7 +40,7 @@ class Page:
         self._lines.append("")
 
     def targets(self, targets: Sequence[Target]) -> None:
-        """Adds the table of a report's targets."""
+        """Adds a table of targets."""
         self.say("## Targets")
         self.table(
             ("target", "to be", "measured", "met"),

@@ -1,6 +1,6 @@
-"""What a bench hands back: figures, the machine and command they come from, and targets met or missed.
+"""The result of a bench: figures, their machine and command, and targets that were met or missed.
 
-A bench that was stopped goes on from the figures in its JSON file.
+A bench that was stopped resumes from the figures in its JSON file.
 """
 
 import importlib.metadata
@@ -26,7 +26,7 @@ _VERSIONS_OF = ("torch", "transformers", "grpcio", "tokenizers")
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A figure and what it is to be. `target` says that in words."""
+    """A measured figure and its target. `target` says in words which value it must have."""
 
     name: str
     target: str
@@ -36,7 +36,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The outcome of a bench. `rows` (name, figure) are what a person reads first."""
+    """The outcome of a bench. A person reads `rows` (name, figure) first."""
 
     results: dict[str, Any]
     targets: list[Target]
@@ -70,11 +70,11 @@ class Report:
 def earlier(
     path: Path | None, empty: Mapping[str, Any], remedy: str = "name another file or --fresh"
 ) -> dict[str, Any]:
-    """The results that an earlier run left in `path`, to be added to.
+    """The results that an earlier run left in `path`. New results are added to them.
 
-    `empty` is what a run has before it measures anything: its settings, under `settings`, and empty lists. It
-    is returned when there is no file. Raises SettingsError, which names the `remedy`, when the file is not of
-    this bench or was measured with other settings.
+    `empty` holds the settings of this run, under `settings`, and empty lists of results. It is returned when
+    there is no file. Raises SettingsError, which names the `remedy`, when another bench wrote the file or its
+    settings differ.
     """
     if path is None or not path.exists():
         return dict(empty)
@@ -90,7 +90,7 @@ def earlier(
 
 
 def machine() -> dict[str, Any]:
-    """The machine, and the versions of the packages that decide speed."""
+    """The machine, and the versions of the packages on which speed depends."""
     return {
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
@@ -103,7 +103,7 @@ def machine() -> dict[str, Any]:
 
 
 def _finite(value: Any) -> Any:
-    # JSON has no NaN. What could not be measured becomes null.
+    # JSON has no NaN. A figure that could not be measured becomes null.
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,6 +1,6 @@
 """Writes the tables of docs/settings.md from the settings classes: `python scripts/settings_reference.py`.
 
-A test fails when they are not current.
+A test fails when the tables are not current.
 """
 
 import types
@@ -26,7 +26,7 @@ _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
 
 
 def table(settings: type[ServiceSettings]) -> str:
-    """One row a setting: flag, variable, default, what it is and which values it takes."""
+    """One row per setting: flag, variable, default, description and allowed values."""
     prefix = settings.model_config.get("env_prefix", "")
     rows = ["| flag | variable | default | what |", "| --- | --- | --- | --- |"]
     for name, field in settings.model_fields.items():
@@ -37,7 +37,7 @@ def table(settings: type[ServiceSettings]) -> str:
 
 
 def render(page: str) -> str:
-    """The page with the table of each service renewed between its two marks.
+    """Returns the page with new tables. The table of each service is between two marks.
 
     Raises ValueError when a mark is missing.
     """
@@ -69,7 +69,7 @@ def _description(field: FieldInfo) -> str:
 
 
 def _choices(annotation: object) -> list[str]:
-    """Values of a Literal, or of one in a union."""
+    """The values of a Literal, or of a Literal within a union."""
     origin = typing.get_origin(annotation)
     if origin is typing.Literal:
         return [str(value) for value in typing.get_args(annotation)]

@@ -10,15 +10,15 @@ from hypothesis import HealthCheck, settings
 
 from tests.stack import Process, Stack, start_redis, write_tiny_models
 
-# Tiny products gain nothing from a second thread, and lose much when the cores are busy. torch reads this at
-# its first import, so it is set here, before the test modules are imported.
+# Tiny products gain nothing from a second thread, and are much slower with one when the cores are busy. torch
+# reads this at its first import, so it is set here, before the test modules are imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# On a shared machine the time to make and check an example says nothing.
+# On a shared machine the time of an example means nothing, so it has no deadline.
 settings.register_profile("any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any machine")
 
-# A shell starts background processes with SIGINT ignored, and children would inherit that.
+# A shell starts background processes with SIGINT ignored. Without this, children would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

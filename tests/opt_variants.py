@@ -34,7 +34,7 @@ _BASE: dict[str, Any] = {
 # How each variant differs from opt-125m's architecture.
 VARIANTS: dict[str, dict[str, Any]] = {
     "pre-norm": _BASE,
-    "post-norm": _BASE | {"do_layer_norm_before": False, "word_embed_proj_dim": 16},  # as opt-350m
+    "post-norm": _BASE | {"do_layer_norm_before": False, "word_embed_proj_dim": 16},  # like opt-350m
     "projected": _BASE | {"word_embed_proj_dim": 16},
     "no-bias": _BASE | {"enable_bias": False},
     "no-affine": _BASE | {"layer_norm_elementwise_affine": False},
@@ -85,7 +85,7 @@ def save_variant(
 
 
 def random_model(seed: int, **config: Any) -> OPTForCausalLM:
-    """A model in which every parameter, also of biases and norms, differs from its neutral value."""
+    """A model in which no parameter has its neutral value, not even in biases and norms."""
     model = OPTForCausalLM(OPTConfig(**config))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -153,7 +153,7 @@ def save_tokenizer(path: Path) -> None:
 
 
 def truncated(model: OPTForCausalLM, depth: int, path: Path | None = None) -> OPTForCausalLM:
-    """What transformers computes with the first `depth` layers, read out through that exit's head.
+    """A transformers model of the first `depth` layers, which reads out through that exit's head.
 
     `path`: the checkpoint whose exits.safetensors, if it has one, holds the heads.
     """
@@ -197,7 +197,7 @@ def _save_exits(
     hidden = model.config.hidden_size
     generator = torch.Generator().manual_seed(seed + 1)
     tensors = {}
-    # The last layer reads out through the model's own final norm.
+    # The last layer is read out through the model's own final norm.
     for layer in exits[:-1]:
         tensors[f"exits.{layer}.norm.weight"] = 1 + 0.2 * torch.randn(hidden, generator=generator)
         tensors[f"exits.{layer}.norm.bias"] = 0.2 * torch.randn(hidden, generator=generator)

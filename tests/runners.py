@@ -1,4 +1,4 @@
-"""Runners that do something beside a plan's own: the seam at which tests look into an engine's steps."""
+"""Runners that wrap the runner of a plan, so that tests can look into an engine's steps."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from helios.engine.scheduling.batch import Batch
 
 @dataclass
 class HookedRunner:
-    """Runs what `runner` does, between two hooks."""
+    """Calls one hook before and one after each call of `runner`."""
 
     runner: Runner
     before: Callable[[Burst], None]

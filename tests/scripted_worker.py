@@ -1,4 +1,4 @@
-"""A worker on a real socket whose answers the test decides, for faults that no real worker commits."""
+"""A worker on a real socket whose answers the test decides. It can have faults that no real worker has."""
 
 import asyncio
 import time
@@ -15,22 +15,22 @@ from tests.stack import VOCAB_SIZE, write_tokenizer
 Request: TypeAlias = worker_pb2.WorkerServiceGenerateRequest
 Response: TypeAlias = worker_pb2.WorkerServiceGenerateResponse
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
-# Takes a request and the seconds until its deadline. A HeliosError that it raises ends the sequence.
+# Takes a request and the seconds until its deadline. If it raises a HeliosError, the sequence ends with it.
 Script: TypeAlias = Callable[[Request, float], AsyncIterator[Response]]
 
 
 class _EndOfCallError(Exception):
-    """A script wants its call to end."""
+    """A script raises this to end its call."""
 
 
 class ScriptedWorker(worker_pb2_grpc.WorkerServiceServicer):
-    """Answers each sequence by its script and keeps the requests. It reports `telemetry` as its own."""
+    """Answers each sequence by its script and keeps the requests. It reports `telemetry`."""
 
     def __init__(self, worker_id: str, script: Script, model: str = "tiny") -> None:
         self.script = script
         self.requests: list[Request] = []
         self.address = ""
-        # While it is, it tells nothing of itself, and keeps its connections.
+        # While it is quiet, it sends no telemetry, but keeps its connections.
         self.is_quiet = False
         self.telemetry = worker_pb2.Telemetry(
             worker_id=worker_id, model=model, depth=4, blocks_total=100, blocks_free=100
@@ -54,7 +54,7 @@ class ScriptedWorker(worker_pb2_grpc.WorkerServiceServicer):
             pass
 
     async def _run(self, start: worker_pb2.SequenceStart, context: Context, sending: asyncio.Lock) -> None:
-        """Sends what the script yields. A script that ends without a finish or an error ends the call."""
+        """Sends the responses of the script. If it ends without a finish or an error, the call ends."""
         self.requests.append(start.request)
 
         async def send(**event: Any) -> None:
@@ -117,7 +117,7 @@ async def scripted_workers(*scripts: Script) -> AsyncIterator[list[ScriptedWorke
 
 
 def chunk(*indices: int, text: str = "x") -> Response:
-    """Tokens at these indices; each token's id is 100 + its index."""
+    """A chunk of tokens with these indices. The id of a token is 100 + its index."""
     return Response(
         chunk=generation_pb2.Chunk(
             tokens=[
@@ -129,7 +129,7 @@ def chunk(*indices: int, text: str = "x") -> Response:
 
 
 def finish(tokens: int, text: str = "x") -> Response:
-    """The end of a stream of so many tokens."""
+    """The end of a stream with this many tokens."""
     return Response(
         finish=generation_pb2.Finish(
             reason=generation_pb2.FINISH_REASON_LENGTH, text=text * tokens, completion_tokens=tokens
@@ -138,7 +138,7 @@ def finish(tokens: int, text: str = "x") -> Response:
 
 
 async def well_behaved(request: Request, seconds: float) -> AsyncIterator[Response]:
-    """Goes on after the emitted tokens up to max_tokens."""
+    """Continues after the emitted tokens, up to max_tokens."""
     for index in range(len(request.emitted_ids), request.sampling.max_tokens):
         yield chunk(index)
     yield finish(request.sampling.max_tokens)

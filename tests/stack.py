@@ -38,7 +38,7 @@ class Process:
         ready_text: str,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """`environment` is added to the test's own, from which HELIOS_* and OTEL_* are removed."""
+        """`environment` is added to that of the test, without its HELIOS_* and OTEL_* variables."""
         self.name = name
         self.log_path = directory / f"{name}.log"
         clean = {key: value for key, value in os.environ.items() if not key.startswith(("HELIOS_", "OTEL_"))}
@@ -67,7 +67,7 @@ class Process:
         return self.log_path.read_text(errors="replace")
 
     def suspend(self) -> None:
-        """Freezes it: sockets stay open, nothing answers."""
+        """Freezes it: its sockets stay open, but it does not answer."""
         self.process.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
@@ -76,7 +76,7 @@ class Process:
 
     @contextmanager
     def frozen(self) -> Iterator[None]:
-        """Freezes it until the block ends. So a worker's streams stay under way, however slow the test is."""
+        """Freezes it until the block ends, so that a worker's streams stay open however slow the test is."""
         self.suspend()
         try:
             yield
@@ -123,7 +123,7 @@ class Stack:
         self.directory = directory
         self.models_dir = models_dir
         self.processes: list[Process] = []
-        self.environment: dict[str, str] = {}  # of all processes that are started from now on
+        self.environment: dict[str, str] = {}  # for all processes that are started from now on
         self.redis: Process | None = None
         self.redis_url = ""
 
@@ -227,7 +227,7 @@ def start_redis(directory: Path, number: int = 0, port: int | None = None) -> tu
 
 
 def free_port() -> int:
-    """A TCP port that was free just now."""
+    """A TCP port that was free a moment ago."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
@@ -236,7 +236,7 @@ def free_port() -> int:
 def write_tokenizer() -> str:
     """A byte-level BPE tokenizer like OPT's, as JSON: `</s>` before each text, ids 0 to 3 as in OPT.
 
-    Trained on the standard library's own text, which every machine has.
+    It is trained on text of the standard library, which every machine has.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -274,7 +274,7 @@ def write_model(
     def matrix(rows: int, columns: int, scale: float) -> np.ndarray:
         return (random.standard_normal((rows, columns)) * scale).astype(np.float32)
 
-    # All rows have the same length. Otherwise the few longest would win every argmax.
+    # All rows have the same norm. Otherwise the few largest would win every argmax.
     embedding = matrix(VOCAB_SIZE, hidden, 1.0)
     embedding *= 3 / np.linalg.norm(embedding, axis=1, keepdims=True)
     ffn = 4 * hidden

@@ -1,4 +1,4 @@
-"""Collects what a client sees of a stream, and waits for a condition with a deadline."""
+"""Collects the messages of a stream as a client sees them, and waits for conditions with a deadline."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -26,9 +26,9 @@ class Streamed:
 
     @property
     def said(self) -> tuple[list[int], list[str], "generation_pb2.FinishReason.ValueType"]:
-        """What must not change from run to run: ids, deltas and why it ended.
+        """The parts that must be the same in every run: ids, deltas and the reason of the end.
 
-        The last digits of logprobs may change, because products depend on the batch's shape.
+        The last digits of logprobs may differ, because products depend on the shape of the batch.
         """
         return self.ids, [token.text for token in self.tokens], self.finish.reason
 
@@ -70,7 +70,7 @@ async def all_free(client: AsyncClient) -> bool:
 async def until(
     condition: Callable[[], Awaitable[bool]], what: str, seconds: float = 60, interval: float = 0.05
 ) -> None:
-    """Waits until the condition holds. After the time it fails and says what it waited for."""
+    """Waits until the condition holds. When the time is over, it fails and says what it waited for."""
     deadline = asyncio.get_running_loop().time() + seconds
     while not await condition():
         if asyncio.get_running_loop().time() > deadline:

@@ -35,9 +35,9 @@ from training.loss_log import LossLog
 from training.stream import WindowStream, encode_documents, held_out_windows
 
 STATE_ROOT = Path("~/.cache/helios/training").expanduser()
-_HELD_SHARE = 0.1  # of the text, its end: calibrates the thresholds
+_HELD_SHARE = 0.1  # share of the text, at its end, that calibrates the thresholds
 _HELD_WINDOWS = 64
-_LOSS_ROWS = 256  # positions whose logits are held at a time
+_LOSS_ROWS = 256  # positions whose logits are in memory at once
 
 
 @dataclass(frozen=True)
@@ -56,16 +56,16 @@ class TuningOptions:
 
     steps: int = 500
     tokens_per_step: int = 2048
-    length: int = 256  # tokens of a window; the model's context if that is shorter
+    length: int = 256  # tokens in a window; at most the model's context
     lr: float = 1e-3
-    exit_weight: float = 0.5  # of the cross-entropy
-    distill_weight: float = 0.5  # of KL(last layer || exit)
+    exit_weight: float = 0.5  # weight of the cross-entropy
+    distill_weight: float = 0.5  # weight of KL(last layer || exit)
     seed: int = 0
     save_minutes: float = 10.0
 
 
 def default_exit_layers(num_layers: int) -> tuple[int, ...]:
-    """Every quarter of the model."""
+    """Exits at every quarter of the model's depth."""
     return tuple(sorted({max(1, round(num_layers * part / 4)) for part in (1, 2, 3, 4)}))
 
 
@@ -84,8 +84,9 @@ def add_exits(
     """Write to `target` the checkpoint `source` with tuned exit heads and calibrated thresholds.
 
     exit_layers: ascending; the last layer is added when it is missing; default every quarter. texts: UTF-8
-    files of the kind of text that will be served; the last tenth calibrates. state: where the run's state is
-    kept, until it is done. Weights are hard-linked where the file system allows.
+    files of the kind of text that will be served; their last tenth calibrates the thresholds. state: the
+    directory that keeps the run's state until the run ends. Weights are hard-linked where the file system
+    allows it.
 
     Raises CheckpointError when `source` cannot be used or `target` exists, InvalidRequestError for bad
     arguments.
@@ -108,7 +109,7 @@ def add_exits(
     windows = WindowStream({"text": ids[:-held_size]}, {"text": 1.0}, options.seed, {})
     directory = state or STATE_ROOT / f"add-exits-{target.name}"
     tuning = _Tuning(reader, windows, options, length, directory)
-    if head != "shared":  # nothing to tune otherwise
+    if head != "shared":  # the shared head has nothing to tune
         identity = {"source": str(source.resolve()), "exit_layers": list(layers), "head": head}
         tuning.resume(identity | {"text_tokens": len(ids)})
         tuning.run(progress)
@@ -142,7 +143,7 @@ def add_exits(
 
 
 def read_texts(paths: Sequence[Path]) -> list[str]:
-    """The texts of UTF-8 files, one document each; of `.jsonl` files the field "text" of every line."""
+    """Texts of UTF-8 files: one document per file, or per line of a `.jsonl` file (its field "text")."""
     documents = []
     for path in paths:
         try:
@@ -186,7 +187,7 @@ class _Tuning:
         )
 
     def resume(self, identity: dict[str, Any]) -> None:
-        """Go on from the state directory, or start. `identity` is what must not have changed in between."""
+        """Resume from the state directory, or start. `identity` must be the same as in the saved run."""
         self._identity = identity
         path = self._directory / "state.pt"
         self._directory.mkdir(parents=True, exist_ok=True)
@@ -227,7 +228,7 @@ class _Tuning:
         self._log.plot(self._directory / "loss.png")
 
     def finish(self) -> None:
-        """Drop the state of a finished run; the log and its plot stay."""
+        """Delete the state of a finished run. The log and its plot stay."""
         (self._directory / "state.pt").unlink(missing_ok=True)
 
     def _save(self) -> None:
@@ -269,7 +270,7 @@ class _Tuning:
 
 
 def _link_checkpoint(source: Path, target: Path) -> None:
-    """The files of `source` as hard links or else copies; not its facts about exits, nor its card."""
+    """Link or copy the files of `source`, except its facts about exits and its card."""
     for path in source.iterdir():
         if path.is_file() and path.name not in (FACTS_FILE, EXITS_FILE, TOKENIZER_FILE, "README.md"):
             try:

@@ -1,4 +1,4 @@
-"""From held-out text to the facts that serving needs: a confidence threshold per exit and a default depth."""
+"""Computes from held-out text what serving needs: a confidence threshold per exit, and a default depth."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch import Tensor
 from helios.calibration import TARGET_AGREEMENT, calibrated_threshold
 from training.exit_reader import ExitFacts
 
-DEPTH_TOLERANCE = 1.05  # of the last layer's perplexity
+DEPTH_TOLERANCE = 1.05  # largest ratio of an exit's perplexity to the last layer's
 
 
 def calibrate_threshold(confidence: Tensor, agrees: Tensor, target: float = TARGET_AGREEMENT) -> float:
-    """The lowest confidence at and above which at least `target` of the tokens agree with the last layer.
+    """The lowest threshold such that at least `target` of the tokens above it agree with the last layer.
 
     confidence: [tokens] in 0..1; agrees: [tokens] bool. Returns 1.0 when there is no such confidence.
     """
@@ -26,7 +26,7 @@ def calibrate_threshold(confidence: Tensor, agrees: Tensor, target: float = TARG
 
 
 def calibrate_thresholds(facts: Mapping[int, ExitFacts]) -> dict[int, float]:
-    """Threshold of every exit; the last layer's is 0, as it reads out every token."""
+    """The threshold of every exit. The last layer's is 0, because every token may leave there."""
     *early, last = sorted(facts)
     return {
         layer: calibrate_threshold(facts[layer].confidence, facts[layer].top == facts[last].top)

@@ -12,7 +12,7 @@ from helios.catalog import EarlyExitFacts, Fidelity
 
 
 def write_card(directory: Path, exits: EarlyExitFacts, licences: Mapping[str, Mapping[str, Any]]) -> Path:
-    """Write `directory`/README.md; every figure in it is the evaluation's."""
+    """Write `directory`/README.md. All its figures come from the evaluation."""
     facts = exits.training
     config = json.loads((directory / "config.json").read_text())
     own = facts["own_domains"]

@@ -1,4 +1,4 @@
-"""A run's saved state: written whole or not at all, refused with a reason when damaged."""
+"""The saved state of a run. It is written atomically, and a damaged file is refused with a reason."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from helios.errors import HeliosError, UnavailableError
 
 DEFAULT_DIRECTORY = Path("~/.cache/helios/corpora").expanduser()
 
-# Of every 50 documents in their natural order the last two are held out: contiguous, spread over the domain.
+# Of every 50 documents in their natural order, the last two are held out: they are spread over the domain.
 _HELD_PERIOD, _HELD_LAST = 50, 2
 _APT_ATTEMPTS = 4
 
@@ -74,9 +74,9 @@ def _download(package: str, archives: Path) -> None:
         if done.returncode == 0:
             return
         reason = done.stderr.strip()
-        if attempt == 0:  # package lists may be missing or old; waits while another process holds the lock
+        if attempt == 0:  # package lists may be missing or old
             subprocess.run(["apt-get", "update"], check=False, capture_output=True)
-        time.sleep(5 * attempt)
+        time.sleep(5 * attempt)  # another process may hold apt's lock
     raise UnavailableError(
         f"apt-get could not download {package}: {reason}. This needs a Debian 12 machine with package lists "
         f"(`apt-get update`), or put {package}_*.deb into {archives}."
@@ -93,7 +93,7 @@ def read_kjv(root: Path) -> Iterator[Document]:
     program = root / "bible-kjv/usr/bin/bible"
     data = root / "bible-kjv-text/usr/lib"
     done = subprocess.run(
-        # -f: one verse a line, "Ge1:1 In the beginning"
+        # -f: one verse per line, "Ge1:1 In the beginning"
         [str(program), "-f", "-p", str(data), "gen1:1-rev22:21"],
         check=False,
         capture_output=True,
@@ -114,7 +114,7 @@ def read_kjv(root: Path) -> Iterator[Document]:
 
 
 class _PageText(html.parser.HTMLParser):
-    """Text of a DocBook page: paragraphs apart, code lines kept, navigation left out."""
+    """The text of a DocBook page: separate paragraphs, code line by line, no navigation."""
 
     _PARAGRAPHS = frozenset({"p", "h1", "h2", "h3", "h4", "h5", "li", "pre", "dt", "dd", "div", "tr"})
 
@@ -169,7 +169,7 @@ def read_wordnet(root: Path) -> Iterator[Document]:
         entries = []
         for line in path.read_text(encoding="utf-8").splitlines():
             if line.startswith("  "):
-                continue  # the licence at the head
+                continue  # skips the licence at the top
             fields, _, gloss = line.partition(" | ")
             columns = fields.split()
             words = [columns[4 + 2 * index].replace("_", " ") for index in range(int(columns[3], 16))]
@@ -192,9 +192,9 @@ _RST_LABELS = {
 
 
 def clean_rst(source: str) -> str:
-    """reStructuredText as Sphinx reads it -> plain text: no markup, no labels, no comments."""
+    """Converts Sphinx's reStructuredText to plain text without markup, labels and comments."""
     lines: list[str] = []
-    skipping: int | None = None  # indent of a directive whose body is dropped
+    skipping: int | None = None  # indent of the directive whose body is being skipped
     for line in source.splitlines():
         indent = len(line) - len(line.lstrip())
         if skipping is not None and (not line.strip() or indent > skipping):
@@ -231,7 +231,7 @@ def read_python(root: Path) -> Iterator[Document]:
         if path.name not in (
             "contents.rst.txt",
             "license.rst.txt",
-        ):  # a list of links; other people's licences
+        ):  # a list of links; licences of other projects
             yield Document(str(path.relative_to(pages)), clean_rst(path.read_text(encoding="utf-8")))
 
 
@@ -245,7 +245,7 @@ _ROFF_GLYPH = re.compile("|".join(re.escape(glyph) for glyph in sorted(_ROFF_GLY
 
 
 def clean_roff(source: str) -> str:
-    """A man(7) page -> plain text: sections, filled paragraphs, examples line by line, tables left out."""
+    """Converts a man(7) page to plain text: joins paragraphs, keeps examples line by line, drops tables."""
     out: list[str] = []
     filled, skipping = True, False
     for raw in source.splitlines():
@@ -296,9 +296,9 @@ def read_man(root: Path) -> Iterator[Document]:
     paths = [path for package in ("manpages", "manpages-dev") for path in (root / package).rglob("man?/*.gz")]
     for path in sorted(paths, key=lambda path: path.name):
         if path.is_symlink():
-            continue  # another name of a page that is read already
+            continue  # another name of a page that has been read
         source = gzip.decompress(path.read_bytes()).decode("utf-8", errors="replace")
-        if not re.search(r"^\.so ", source, flags=re.MULTILINE):  # a page that only names another one
+        if not re.search(r"^\.so ", source, flags=re.MULTILINE):  # not a page that only includes another one
             yield Document(path.name.removesuffix(".gz"), clean_roff(source))
 
 
@@ -306,7 +306,7 @@ _POD_ESCAPES = {"lt": "<", "gt": ">", "sol": "/", "verbar": "|"}
 
 
 def clean_pod(source: str) -> str:
-    """Perl's plain old documentation -> plain text."""
+    """Converts Perl's plain old documentation (POD) to plain text."""
     paragraphs: list[str] = []
     skipping = False
     for part in re.split(r"\n\s*\n", source):
@@ -329,7 +329,7 @@ def clean_pod(source: str) -> str:
 
 
 def _plain_pod(text: str) -> str:
-    for _ in range(6):  # codes nest, so the innermost goes first
+    for _ in range(6):  # codes are nested, so the innermost is replaced first
         before = text
         text = re.sub(r"\b[XZ]<[^<>]*>", "", text)
         text = re.sub(r"\bL<(?:([^<>|]+)\|)?([^<>]*)>", lambda match: match[1] or match[2].strip("/"), text)
@@ -342,7 +342,7 @@ def _plain_pod(text: str) -> str:
 
 
 def read_perl(root: Path) -> Iterator[Document]:
-    """Perl's manual, one document per pod."""
+    """Perl's manual, one document per POD file."""
     for path in sorted((root / "perl-doc/usr/share/perl").rglob("pod/*.pod")):
         if path.name not in ("perltoc.pod", "perluniprops.pod"):  # a list of headings; a table
             yield Document(path.name, clean_pod(path.read_text(encoding="utf-8", errors="replace")))
@@ -379,14 +379,14 @@ DOMAINS = (
 
 
 def tidy(text: str) -> str:
-    """One kind of line end, no trailing blanks, at most one empty line in a row."""
+    """Unifies line ends, removes trailing blanks, and leaves at most one empty line in a row."""
     text = text.replace("\r\n", "\n").replace("\u00a0", " ").expandtabs(8)
     text = re.sub(r"[ ]+\n", "\n", text)
     return re.sub(r"\n{3,}", "\n\n", text).strip()
 
 
 def write_domain(domain: Domain, root: Path, directory: Path) -> dict[str, object]:
-    """Write a domain's two files; returns its record (terms and sizes)."""
+    """Write the two files of a domain. Returns its record (licence terms and sizes)."""
     documents = [Document(document.name, tidy(document.text)) for document in domain.read(root)]
     documents = [document for document in documents if len(document.text) >= 200]
     if len(documents) < _HELD_PERIOD:

@@ -43,22 +43,22 @@ _PROMPTS = {
 
 @dataclass(frozen=True)
 class ExitFigures:
-    """One exit on one domain's held-out text. Shares are of tokens; None where there are no such tokens."""
+    """One exit on the held-out text of one domain. Shares are of tokens. None: there are no such tokens."""
 
     perplexity: float
     bits_per_byte: float
-    agreement: float  # share whose top token is the last layer's
-    confident: float  # share with confidence >= 0.8
-    above_threshold: float  # share with confidence >= the exit's calibrated threshold
+    agreement: float  # share of tokens whose most likely token is the same as the last layer's
+    confident: float  # share of tokens with confidence >= 0.8
+    above_threshold: float  # share of tokens with confidence >= the exit's calibrated threshold
     agreement_above_threshold: float | None
-    agreement_unsure: float | None  # of the tokens with confidence < 0.5
+    agreement_unsure: float | None  # the same among tokens with confidence < 0.5
     agreement_below_threshold: float | None
 
 
 def exit_figures(
     facts: Mapping[int, ExitFacts], thresholds: Mapping[int, float], target_bytes: int
 ) -> dict[int, ExitFigures]:
-    """Figures of every exit; `target_bytes` is the length of the text that `facts` are about."""
+    """Figures of every exit; `target_bytes` is the length of the text that `facts` describe."""
     last = facts[max(facts)]
     figures = {}
     for layer, found in facts.items():
@@ -82,12 +82,12 @@ def _share(chosen: Tensor) -> float | None:
 
 
 def token_bytes(tokenizer: Tokenizer) -> Tensor:
-    """Length in bytes of every token's text; special tokens have none. [vocab]"""
+    """Length in bytes of every token's text, 0 for special tokens. [vocab]"""
     special = {index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     sizes = [0] * tokenizer.get_vocab_size()
     for piece, index in tokenizer.get_vocab().items():
         if index not in special:
-            sizes[index] = len(piece)  # byte-level BPE writes one character for a byte
+            sizes[index] = len(piece)  # byte-level BPE writes one character per byte
     return torch.tensor(sizes)
 
 
@@ -100,7 +100,7 @@ def sample(
     sampling: dict[str, Any] = {"do_sample": temperature > 0}
     if temperature > 0:
         sampling |= {"temperature": temperature, "top_k": 0, "top_p": 0.95}
-    model: Any = reader.model  # the mixin that generates is typed for other classes
+    model: Any = reader.model  # transformers types its mixin with `generate` for other classes
     out = model.generate(ids, max_new_tokens=length, pad_token_id=1, **sampling)
     return str(tokenizer.decode(out[0].tolist()))
 
@@ -110,7 +110,7 @@ class Evaluation:
     """All figures of one model."""
 
     figures: dict[str, dict[int, ExitFigures]]  # domain -> exit layer
-    own: dict[int, ExitFigures]  # over all tokens of the own domains
+    own: dict[int, ExitFigures]  # over all tokens of the model's own domains
     thresholds: dict[int, float]
     default_depth: int
     samples: list[dict[str, Any]]
@@ -156,7 +156,7 @@ def evaluate(
 
 
 def write_results(directory: Path, evaluation: Evaluation) -> EarlyExitFacts:
-    """Put the evaluation into helios.json; returns the new facts."""
+    """Write the evaluation into helios.json. Returns the new facts."""
     facts = read_model(directory).facts
     training = {
         "own_evaluation": _as_json(evaluation.own),

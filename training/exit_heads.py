@@ -1,4 +1,4 @@
-"""Exit heads: what stands between a layer's output and the LM head when a token is read out early."""
+"""Exit heads: the modules between a layer's output and the LM head when a token leaves early."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from helios.catalog import ExitHeadKind
 class ExitHeads(nn.Module):
     """Heads of the exits before the last layer, applied before OPT's `project_out` and LM head.
 
-    `shared` reads through the model's final norm (or directly, where a post-norm model has none). `norm` has
-    a LayerNorm per exit; `linear` adds a square matrix without a bias after it (EE-Tuning, Pan et al. 2024).
+    `shared` uses the model's final norm. A post-norm model has none: its layers' outputs are read directly.
+    `norm` has a LayerNorm per exit. `linear` adds a square matrix without a bias after it (EE-Tuning, Pan et
+    al. 2024).
     """
 
     def __init__(
@@ -35,11 +36,11 @@ class ExitHeads(nn.Module):
 
     @torch.no_grad()
     def start_from(self, states: dict[int, Tensor]) -> None:
-        """Make each own norm as near as possible to how the last layer is read.
+        """Initialise each exit's own norm so that the exit is read like the last layer.
 
-        Pre-norm: a copy of the final norm. Post-norm models read their last layer's output as it is, so the
-        norm undoes its own normalisation on average: `states` (layer -> [batch, length, hidden]) give the
-        mean and deviation that it must put back.
+        Pre-norm models: the norm is a copy of the final norm. Post-norm models read their last layer's output
+        without a norm. There the exit's norm is set so that on average it undoes its own normalisation:
+        `states` (layer -> [batch, length, hidden]) give the mean and deviation that it must restore.
         """
         for name, norm in self.norms.items():
             assert isinstance(norm, nn.LayerNorm)
@@ -52,7 +53,7 @@ class ExitHeads(nn.Module):
                 norm.bias.fill_(state.mean().item())
 
     def forward(self, layer: int, state: Tensor) -> Tensor:
-        """Output of `layer` -> what `project_out` and the LM head read; both [..., hidden]."""
+        """Maps a layer's output to the input of `project_out` and the LM head. Both are [..., hidden]."""
         if self.kind == "shared":
             return state if self.final_norm is None else self.final_norm(state)
         read: Tensor = self.norms[str(layer)](state)
@@ -62,7 +63,7 @@ class ExitHeads(nn.Module):
         return [*self.norms.parameters(), *self.linears.parameters()]
 
     def save(self, path: Path) -> None:
-        """Write the own heads' tensors, fp32, as `exits.{layer}.norm.weight` and so on."""
+        """Write the exits' own tensors in fp32, named `exits.{layer}.norm.weight` and so on."""
         tensors: dict[str, Tensor] = {}
         for name, norm in self.norms.items():
             for part, tensor in norm.state_dict().items():

@@ -14,20 +14,20 @@ from transformers.utils import logging
 from helios.catalog import EXITS_FILE, ExitHeadKind
 from training.exit_heads import ExitHeads
 
-_ROWS = 512  # positions whose logits are held at a time
+_ROWS = 512  # positions whose logits are in memory at once
 
 
 @dataclass
 class ExitFacts:
-    """What one exit says about each token of a text. All [tokens]."""
+    """The predictions of one exit for each token of a text. Every tensor is [tokens]."""
 
-    log_probability: Tensor  # of the token that follows, nats
-    confidence: Tensor  # probability of the exit's own top token
-    top: Tensor  # the exit's top token
+    log_probability: Tensor  # of the token that really follows, in nats
+    confidence: Tensor  # probability of the exit's most likely token
+    top: Tensor  # the exit's most likely token
 
     @staticmethod
     def of(logits: Tensor, targets: Tensor) -> ExitFacts:
-        """logits [tokens, vocab], targets [tokens]."""
+        """Computes the facts from logits [tokens, vocab] and targets [tokens]."""
         log_probabilities = torch.log_softmax(logits.float(), dim=-1)
         confidence, top = log_probabilities.max(dim=-1)
         return ExitFacts(log_probabilities.gather(1, targets[:, None])[:, 0], confidence.exp(), top)
@@ -68,10 +68,10 @@ class ExitReader:
 
     @torch.no_grad()
     def states(self, ids: Tensor) -> tuple[dict[int, Tensor], Tensor]:
-        """What the exits read for ids [batch, length].
+        """The states that the exits read for ids [batch, length].
 
-        Outputs of the exit layers before the last, [batch, length, hidden], and what the last layer gives to
-        the LM head, [batch, length, word_embed_proj_dim].
+        Returns the outputs of the exit layers before the last, [batch, length, hidden], and the input of the
+        LM head from the last layer, [batch, length, word_embed_proj_dim].
         """
         done = self.model.model.decoder(ids, output_hidden_states=True)
         return {layer: done.hidden_states[layer] for layer in self.exit_layers[:-1]}, done.last_hidden_state
@@ -88,7 +88,7 @@ class ExitReader:
 
     @torch.no_grad()
     def facts(self, windows: Tensor) -> dict[int, ExitFacts]:
-        """windows [rows, length + 1] -> per exit layer the facts about its rows x length targets."""
+        """For windows [rows, length + 1]: the facts of each exit layer about all rows x length targets."""
         parts: dict[int, list[ExitFacts]] = {layer: [] for layer in self.exit_layers}
         for row in windows:
             states, last = self.states(row[None, :-1])

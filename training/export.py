@@ -29,10 +29,10 @@ def hf_tensors(model: EarlyExitOPT) -> dict[str, Tensor]:
 
 
 def export_model(state_path: Path, target: Path, tokenizer: Path, *, force: bool = False) -> None:
-    """Write a checkpoint directory, whole or not at all, from a state of training.train.
+    """Write a checkpoint directory atomically from a state of training.train.
 
     Its helios.json is not calibrated yet: see training/evaluate.py. Raises CheckpointError when the state
-    cannot be read, or `target` exists and not `force`.
+    cannot be read, or when `target` exists and `force` is false.
     """
     check_free(target, replace=force)
     state = load_state(state_path)

@@ -1,8 +1,9 @@
-"""The joint loss of the last layer and of exits, with its gradients written down rather than derived.
+"""The joint loss of the last layer and the exits. Its gradients are written by hand, without autograd.
 
-last: cross-entropy. Each exit: `exit_weight` x cross-entropy + `distill_weight` x KL(last || exit), the last
-layer being the teacher and therefore without a gradient from the exits. In chunks, so that a chunk's logits
-[chunk, vocab] stay in the cache; that is a third faster on a CPU than autograd over all of them.
+The last layer's loss is the cross-entropy. Each exit's loss is `exit_weight` x cross-entropy +
+`distill_weight` x KL(last || exit). The last layer is the teacher, so it gets no gradient from the exits.
+Logits [chunk, vocab] are computed in chunks that stay in the cache. On a CPU that is a third faster than
+autograd over all of them.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from training.model import EarlyExitOPT
 
-_CHUNK = 256  # rows of logits at a time
+_CHUNK = 256  # rows of logits that are computed at once
 
 
 class _JointLoss(torch.autograd.Function):
@@ -70,11 +71,11 @@ def joint_loss(
     exit_weight: float,
     distill_weight: float,
 ) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropies (nats) of the last layer, and of the exits on average (0 without any).
+    """Mean cross-entropies (nats): of the last layer, and of the exits on average (0 without exits).
 
     last, exits: normed hidden states [rows, hidden]; head: [vocab, hidden]; targets: [rows] int64. Call
-    `backward()` on the first value alone: it carries the gradient of the whole weighted loss, in which every
-    exit counts with both weights.
+    `backward()` on the first value only: it carries the gradient of the whole weighted loss, to which every
+    exit adds with both weights.
     """
     return _JointLoss.apply(head, targets, exit_weight, distill_weight, last, *exits)  # type: ignore[no-any-return,no-untyped-call]
 

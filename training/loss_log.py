@@ -1,4 +1,4 @@
-"""A run's losses: one JSON object a line, in step with its checkpoint, and a picture of them."""
+"""The losses of a run: a log with one JSON object per line, which matches the checkpoint, and a plot."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class LossLog:
         self._path = path
 
     def entries(self) -> list[dict[str, Any]]:
-        """All entries; none when there is no file yet."""
+        """All entries. The list is empty when there is no file yet."""
         if not self._path.exists():
             return []
         return [json.loads(line) for line in self._path.read_text().splitlines()]
@@ -30,12 +30,12 @@ class LossLog:
             log.write(json.dumps(entry) + "\n")
 
     def cut(self, step: int) -> None:
-        """Forget what came after `step`: a resumed run does it again."""
+        """Delete the entries after `step`, because a resumed run computes them again."""
         kept = [json.dumps(entry) + "\n" for entry in self.entries() if entry["step"] <= step]
         self._path.write_text("".join(kept))
 
     def plot(self, target: Path) -> None:
-        """Draw the losses over steps into a PNG."""
+        """Plot the losses over the steps as a PNG."""
         entries = self.entries()
         if not entries:
             return

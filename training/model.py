@@ -1,7 +1,7 @@
-"""The trained model: OPT with its layers' weights stacked, so that an optimiser step is few products.
+"""The trained model: OPT with the weights of its layers stacked, so that an optimiser step has few products.
 
-Same function as `transformers.OPTForCausalLM` (pre-norm, ReLU, biases, tied embeddings, learned positions
-with an offset of 2); `training.export` translates to its tensor names.
+It computes the same function as `transformers.OPTForCausalLM` (pre-norm, ReLU, biases, tied embeddings,
+learned positions with an offset of 2). `training.export` renames the tensors to that class's names.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from training.attention import causal_attention
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Size of an early-exit OPT. `exit_layers` are counts of layers run, the last one is `num_layers`."""
+    """Size of an early-exit OPT. `exit_layers` are numbers of layers; the last one is `num_layers`."""
 
     num_layers: int
     hidden_size: int
@@ -79,7 +79,7 @@ class ModelShape:
 
 
 class EarlyExitOPT(nn.Module):
-    """OPT decoder whose forward returns the normed hidden states of the exits that are asked for."""
+    """An OPT decoder. `forward` returns the normed hidden states of the requested exits."""
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class EarlyExitOPT(nn.Module):
         self.final_norm_bias = nn.Parameter(torch.zeros(hidden))
 
     def matrices(self) -> list[nn.Parameter]:
-        """Stacked hidden matrices [..., out, in], which Muon trains; AdamW trains the rest."""
+        """Stacked hidden matrices [..., out, in]. Muon trains these, AdamW all other parameters."""
         return [self.attention, self.fc1, self.fc2]
 
     def vectors(self) -> list[nn.Parameter]:
@@ -110,7 +110,7 @@ class EarlyExitOPT(nn.Module):
         return [parameter for parameter in self.parameters() if id(parameter) not in matrices]
 
     def hf_views(self) -> dict[str, Tensor]:
-        """The weights themselves under `OPTForCausalLM`'s names, but for the LM head, which is tied."""
+        """Views of the weights under `OPTForCausalLM`'s names, without the LM head, which is tied."""
         decoder = "model.decoder"
         tensors: dict[str, Tensor] = {
             f"{decoder}.embed_tokens.weight": self.embed_tokens,
@@ -132,7 +132,7 @@ class EarlyExitOPT(nn.Module):
         return {name: tensor.detach() for name, tensor in tensors.items()}
 
     def forward(self, tokens: Tensor, exits: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
-        """tokens [batch, length] -> per exit the normed hidden state, [batch, length, hidden] in `dtype`."""
+        """For tokens [batch, length]: each exit's normed hidden state [batch, length, hidden] in `dtype`."""
         shape = self.shape
         batch, length = tokens.shape
         hidden, heads = shape.hidden_size, shape.num_heads

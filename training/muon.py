@@ -1,7 +1,7 @@
-"""Muon for stacked matrices: momentum, then the nearest orthogonal matrix, all layers in one product.
+"""Muon for stacked matrices: momentum, then the nearest orthogonal matrix, for all layers in one product.
 
-Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". `torch.optim.Muon` does one
-matrix at a time, which on a CPU costs a third of a step at width 192; batched products cost half of that.
+Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks". `torch.optim.Muon` works
+on one matrix at a time. On a CPU that takes a third of a step at width 192; batched products take half of it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalise(matrices: Tensor, steps: int) -> Tensor:
-    """Newton-Schulz towards the orthogonal factor of each [rows, cols] of `matrices` [..., rows, cols]."""
+    """The orthogonal factor of each [rows, cols] of `matrices` [..., rows, cols], by Newton-Schulz."""
     a, b, c = _QUINTIC
     x = matrices.flatten(0, -3).bfloat16()  # [stack, rows, cols]
     tall = x.size(1) > x.size(2)

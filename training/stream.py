@@ -1,4 +1,4 @@
-"""Training windows: documents of the mixed domains as token ids, drawn in a reproducible, resumable order."""
+"""Training windows of token ids from mixed domains, drawn in an order that is reproducible and resumable."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Tokens = npt.NDArray[np.int64]
 
 
 def encode_documents(tokenizer: Tokenizer, texts: list[str]) -> Tokens:
-    """Ids of all texts end to end, each starting with `</s>`. [tokens]"""
+    """The ids of all texts in one sequence. Each text starts with `</s>`. [tokens]"""
     encodings = tokenizer.encode_batch(texts)
     return np.fromiter((token for encoding in encodings for token in encoding.ids), dtype=np.int64)
 
@@ -29,7 +29,7 @@ def load_tokens(corpora: Path, tokenizer: Tokenizer, domain: str, split: str) ->
 
 
 def held_out_windows(stream: Tokens, length: int, limit: int | None = None) -> Tokens:
-    """Windows that cover `stream` without overlap, evenly thinned to `limit`: [windows, length + 1].
+    """Windows that cover `stream` without overlap, at most `limit`, evenly spread: [windows, length + 1].
 
     The first id of each is `</s>`, as the first id of every served sequence is.
     """
@@ -46,10 +46,10 @@ def held_out_windows(stream: Tokens, length: int, limit: int | None = None) -> T
 
 @dataclass
 class WindowStream:
-    """Draws windows from weighted domains. All its state is `drawn`: windows so far by "domain/length".
+    """Draws windows from weighted domains. Its only state is `drawn`: the windows so far by "domain/length".
 
-    Each length goes through a domain in its own passes. A pass visits every window once, in an order and
-    at an offset that depend on (seed, domain, length, pass) only.
+    For each length a domain is read in separate passes. A pass visits every window once. Its order and
+    offset depend only on (seed, domain, length, pass).
     """
 
     streams: Mapping[str, Tokens]
@@ -62,7 +62,7 @@ class WindowStream:
             raise SettingsError(f"weights for {sorted(self.weights)} but texts for {sorted(self.streams)}")
 
     def batch(self, step: int, rows: int, length: int) -> Tokens:
-        """Windows of step `step`: [rows, length + 1], each starting with `</s>` as served sequences do."""
+        """The windows of a step: [rows, length + 1]. Each starts with `</s>`, as served sequences do."""
         names = sorted(self.weights)
         share = np.array([self.weights[name] for name in names])
         chosen = np.random.default_rng((self.seed, step)).choice(len(names), size=rows, p=share / share.sum())

@@ -19,13 +19,13 @@ VOCAB_SIZE = 4096
 END_OF_TEXT = 2  # "</s>": starts a prompt and ends a text, as in OPT
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")  # ids 0 to 3
 
-# At most this much of a domain decides the merges, so that the large ones do not crowd out the smallest.
+# Most bytes of a domain that decide the merges, so that large domains do not crowd out the smallest.
 _BYTES_PER_DOMAIN = {"kjv": 5_000_000, "wordnet": 2_000_000}
 _BYTES_OTHERWISE = 4_000_000
 
 
 def train_tokenizer(texts: list[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
-    """Byte-level BPE over `texts`; encoding puts `</s>` in front, as OPT's own tokenizer does."""
+    """Trains byte-level BPE on `texts`. Encoding puts `</s>` in front, as OPT's own tokenizer does."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -59,7 +59,7 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path, context: int) -> None:
 
 
 def tokenizer_id(path: Path) -> str:
-    """What two models must share to take over each other's sequences: the hash of tokenizer.json."""
+    """The hash of tokenizer.json. Streams move only between models with the same hash."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 

@@ -41,10 +41,10 @@ STATE_ROOT = Path("~/.cache/helios/training").expanduser()
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One run.
+    """The settings of one run.
 
-    lengths: window lengths that steps take in turn, each with `tokens_per_step` in all. exit_rates: of each
-    exit before the last layer the share of steps that read it; a step may read several, or none.
+    lengths: window lengths that steps use in turn; every step has `tokens_per_step` tokens. exit_rates: for
+    each exit before the last layer, the share of steps that read it. A step may read several exits, or none.
     """
 
     name: str
@@ -66,7 +66,7 @@ class TrainConfig:
 
     @classmethod
     def read(cls, path: Path) -> TrainConfig:
-        """Read a config file; raises SettingsError naming what is wrong with it."""
+        """Read a config file. Raises SettingsError that names the fault."""
         try:
             raw: dict[str, Any] = json.loads(path.read_text())
         except FileNotFoundError:
@@ -106,9 +106,9 @@ class TrainConfig:
 def learning_rate_factor(
     step: int, steps: int, warmup_steps: int, decay_share: float, first_step: int = 0
 ) -> float:
-    """Warmup-stable-decay: what the peak learning rates are multiplied by at `step` of `steps`.
+    """Warmup-stable-decay: the factor of the peak learning rates at `step` of `steps`.
 
-    first_step: the step at which the optimisers began without a state; the rates warm up from there.
+    first_step: the step at which the optimisers began without a state. The rates warm up from there.
     """
     decay_steps = max(1, round(steps * decay_share))
     warmup = min(1.0, (step - first_step + 1) / max(1, warmup_steps))
@@ -126,8 +126,8 @@ class Training:
         self.directory = directory
         self.held = held
         self.step = 0
-        self.first_step = 0  # of these optimisers: above 0 for weights from a checkpoint
-        self.seconds = 0.0  # spent training, over all resumptions
+        self.first_step = 0  # first step of these optimisers; above 0 when the weights come from a checkpoint
+        self.seconds = 0.0  # training time, over all resumed runs
         self.model = EarlyExitOPT(config.shape)
         self.muon = Muon(self.model.matrices(), lr=config.matrix_lr, weight_decay=config.weight_decay)
         self.adamw = torch.optim.AdamW(
@@ -138,7 +138,7 @@ class Training:
         self.log = LossLog(directory / "log.jsonl")
 
     def start_from(self, checkpoint: Path) -> None:
-        """Take the weights of an exported checkpoint, and the steps and hours of its training."""
+        """Take over an exported checkpoint: its weights, and the steps and hours of its training."""
         facts = read_model(checkpoint).facts
         tensors, views = load_file(checkpoint / "model.safetensors"), self.model.hf_views()
         for name, view in views.items():
@@ -150,13 +150,13 @@ class Training:
         self.seconds = float(facts.training.get("hours", 0)) * 3600
 
     def resume(self) -> bool:
-        """Go on from the state directory's checkpoint if there is one; CheckpointError if it is bad."""
+        """Resume from the checkpoint in the state directory, if any. Raises CheckpointError if it is bad."""
         path = self.directory / "state.pt"
         if not path.exists():
             self.log.cut(0)
             return False
         state = load_state(path)
-        # which exits there are changes no weight
+        # the choice of exits changes no weight, so it may differ
         if state["shape"] | {"exit_layers": None} != self.config.shape.as_dict() | {"exit_layers": None}:
             raise CheckpointError(
                 f"{path} holds a model of another shape ({state['shape']}); use another --state, or delete it"
@@ -187,7 +187,7 @@ class Training:
         save_state(self.directory / name, state)
 
     def run_step(self) -> dict[str, float]:
-        """One optimiser step; returns its losses in nats per token."""
+        """Run one optimiser step. Returns its losses in nats per token."""
         config, step = self.config, self.step
         started = time.monotonic()
         factor = learning_rate_factor(
@@ -221,7 +221,7 @@ class Training:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, list[float]]:
-        """Held-out cross-entropy in nats per token: domain -> one figure per exit layer."""
+        """Held-out cross-entropy in nats per token, by domain: one figure per exit layer."""
         figures = {}
         for domain, windows in self.held.items():
             total = torch.zeros(len(self.config.shape.exit_layers))
@@ -232,7 +232,7 @@ class Training:
 
 
 class _Stop:
-    """While entered, SIGTERM and SIGINT only set `asked`: the run ends after its step and saves."""
+    """Inside this context SIGTERM and SIGINT only set `asked`. The run ends after its step and saves."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -252,7 +252,7 @@ class _Stop:
 
 
 def train(training: Training, *, save_minutes: float, eval_steps: int, log_steps: int) -> bool:
-    """Train to the last step. Returns False when a signal ended it before; the state is saved either way."""
+    """Train to the last step. Returns False if a signal ended it early. The state is saved in both cases."""
     with _Stop() as stop:
         _train(training, stop, save_minutes=save_minutes, eval_steps=eval_steps, log_steps=log_steps)
     training.save()
@@ -267,7 +267,7 @@ def _train(training: Training, stop: _Stop, *, save_minutes: float, eval_steps: 
     losses: list[dict[str, float]] = []
     while training.step < config.steps and not stop.asked:
         if training.step == decay_start:
-            training.save("stable.pt")  # what a longer run goes on from
+            training.save("stable.pt")  # a longer run resumes from this
         losses.append(training.run_step())
         last_step = training.step == config.steps
         if training.step % log_steps == 0 or last_step:

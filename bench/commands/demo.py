@@ -77,7 +77,7 @@ def demo(*, seconds: float, picture: Path, json_path: Path | None) -> None:
 
 
 class _View:
-    """Shows what is going on: on a terminal a live view, elsewhere a line for each stage and decision."""
+    """Shows the progress: a live view on a terminal, elsewhere one line for each stage and decision."""
 
     def __init__(self, console: "Console") -> None:
         from rich.live import Live

@@ -13,14 +13,14 @@ from bench.systems.shapes import SHAPES
 from helios.cli.checkpoints import models_dir_option
 from helios.errors import SettingsError
 
-# Stands for every name of an option.
+# Selects all names of an option.
 _ALL = "all"
-# The shape's name for the first model of the models directory.
+# This shape is the first model of the models directory.
 _BUNDLED = "bundled"
 
 
 class _Names(click.ParamType[tuple[str, ...]]):
-    """Names with commas between them, or `all`."""
+    """Comma-separated names, or `all`."""
 
     name = "NAMES"
 
@@ -40,7 +40,7 @@ class _Names(click.ParamType[tuple[str, ...]]):
 
 
 class _Counts(click.ParamType[tuple[int, ...]]):
-    """Whole numbers from 1 on with commas between them."""
+    """Comma-separated whole numbers of at least 1."""
 
     name = "COUNTS"
 

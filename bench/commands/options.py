@@ -1,4 +1,4 @@
-"""Options that several benches have."""
+"""Options that several benches share."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,14 +27,14 @@ report_option = click.option(
 def count_option(
     *names: str, default: int, at_least: int = 1, help: str | None = None
 ) -> Callable[[_Command], _Command]:
-    """An option that is a whole number of something."""
+    """An option whose value is a whole number: a count."""
     return click.option(
         *names, type=click.IntRange(min=at_least), default=default, show_default=True, help=help
     )
 
 
 def cache_dir_option(kept: str) -> Callable[[_Command], _Command]:
-    """The option that names the folder where `kept`, in words, is kept."""
+    """The option for a cache folder. `kept` says in words what the folder holds."""
     return click.option(
         "--cache-dir",
         type=click.Path(path_type=Path, file_okay=False),

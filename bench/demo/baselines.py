@@ -32,9 +32,9 @@ def serve(
     seconds: float,
     show: Show,
 ) -> dict[str, list[Stream]]:
-    """Serves the phases with as many workers in exit mode `mode`, each phase by its best candidate.
+    """Serves each phase by its best candidate in exit mode `mode`, on as many workers as there are `workers`.
 
-    Returns every stream by phase. All layers are loaded.
+    The workers load all layers. Returns every stream by phase.
     """
     any_worker = next(iter(workers.values()))
     options = {

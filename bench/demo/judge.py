@@ -1,4 +1,4 @@
-"""What plans cost in quality, on held-out text of a phase."""
+"""Measures the quality of plans on held-out text of a phase."""
 
 import itertools
 import math
@@ -22,7 +22,7 @@ _HELD_OUT = Sizes(window_tokens=192, windows=20, prompt_tokens=32, forced_tokens
 
 
 class Judge:
-    """Knows the quality of every plan on held-out text, from what every exit says of that text."""
+    """Knows the quality of every plan on held-out text, from the predictions of every exit for it."""
 
     def __init__(
         self, models_dir: Path, tokenizer_id: str, precision: Precision, say: Callable[[str], None]
@@ -43,7 +43,7 @@ class Judge:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """All candidates share it."""
+        """The tokenizer, which all candidates share."""
         return next(iter(self._subject.tokenizers.values()))
 
     def best(self, phase: Phase) -> catalog.ModelEntry:
@@ -51,8 +51,8 @@ class Judge:
         return self._subject.judge(*phase.domains)
 
     def of_plan(self, model: str, depth: int, phase: Phase) -> tuple[float, float]:
-        """The rise of perplexity over the best candidate at full depth, a share, and the agreement with the
-        model's own last layer."""
+        """Quality of a plan: the relative rise of perplexity over the best candidate at full depth, and the
+        agreement with the model's own last layer."""
         key = (model, depth, phase.name)
         if key not in self._plans:
             found = self._subject.quality(self._subject.model(model), depth, *phase.domains)
@@ -60,7 +60,7 @@ class Judge:
         return self._plans[key]
 
     def of_dynamic(self, phase: Phase) -> tuple[float, float]:
-        """The same of the best candidate when each token leaves at its own exit."""
+        """The same for the best candidate in exit mode `dynamic`: each token leaves at its own exit."""
         model, sizes = self.best(phase), self._subject.sizes
         plan, prefix = self._subject.plan(model), sizes.prompt_tokens
         nats, full_nats, agrees = [], [], []

@@ -1,4 +1,4 @@
-"""What the demo found: a row for each system and phase, and targets that are met or missed."""
+"""The result of the demo: a row for each system and phase, and targets that were met or missed."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,16 +12,16 @@ from bench.load.latency import Latency
 from bench.results import Report, Target
 from helios.slo import Slo
 
-# Names the row of a system that sums up all phases.
+# Name of the row that sums up all phases of a system.
 ALL = "all"
 SYSTEMS = {
     "full": "the best candidate of each phase, all layers, continuous batching",
     "dynamic": "the same candidate, all layers loaded, each token leaves at its own exit",
     "HELIOS": "model and depth by the controller, which is not told of the phases",
 }
-# In seconds, as a share of the tokens, and as a ratio of tokens a second.
+# In seconds; as a share of the tokens; as a ratio of tokens a second.
 _FOLLOW_TARGET, _WITHIN_TARGET, _RATIO_TARGET = 2.0, 0.95, 1.4
-# How many tokens had one quality; their rise of perplexity, and their agreement.
+# A number of tokens with the same quality, their rise of perplexity, and their agreement.
 Part = tuple[int, float, float]
 
 
@@ -33,7 +33,7 @@ class Row:
     phase: str
     streams: int
     failed: int
-    # Each reason why streams failed, once.
+    # The reasons why streams failed, each once.
     errors: tuple[str, ...]
     seconds: float
     tokens_per_second: float
@@ -41,20 +41,20 @@ class Row:
     tpot_ms: Latency
     perplexity_increase: float
     agreement: float
-    # Share of the tokens from plans within the bound on perplexity.
+    # Share of the tokens that came from plans within the bound on perplexity.
     within_bound: float
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """All that the demo found."""
+    """All results of the demo."""
 
     own_stack: bool
     workers: int
     timeline: Timeline
-    # For every system a row of each phase, then one of all.
+    # For every system: a row for each phase, then one for all phases.
     rows: tuple[Row, ...]
-    # By phase: seconds until perplexity stayed within the bound; None: it never did.
+    # By phase: seconds until perplexity stayed within the bound. None: it never did.
     followed_after: Mapping[str, float | None]
     best: Mapping[str, str]
 
@@ -63,7 +63,7 @@ class Outcome:
         return Report({"systems": SYSTEMS, **asdict(self)}, self.targets())
 
     def targets(self) -> list[Target]:
-        """Whether the bound holds when traffic drifts, and how much faster than `full` that is."""
+        """The targets: the bound holds when traffic drifts, and HELIOS is faster than `full`."""
         helios = {row.phase: row for row in self.rows if row.system == "HELIOS"}
         full = next(row for row in self.rows if (row.system, row.phase) == ("full", ALL))
         phases = list(self.followed_after)
@@ -99,7 +99,7 @@ class Outcome:
 def rows_of(
     system: str, served: Mapping[str, Sequence[Stream]], parts: Mapping[str, Sequence[Part]]
 ) -> list[Row]:
-    """A row for each phase, and one for all. `parts`: tokens by their quality, for each phase."""
+    """A row for each phase, and one for all phases. `parts`: tokens by their quality, for each phase."""
     rows = [_row(system, phase, streams, parts[phase]) for phase, streams in served.items()]
     every = [stream for streams in served.values() for stream in streams]
     together = _row(system, ALL, every, [part for of_phase in parts.values() for part in of_phase])
@@ -135,12 +135,12 @@ def _row(system: str, phase: str, streams: Sequence[Stream], parts: Sequence[Par
 
 
 def tokens_of(streams: Sequence[Stream]) -> int:
-    """Tokens of all streams together."""
+    """The number of tokens of all streams together."""
     return sum(len(stream.token_ids) for stream in streams)
 
 
 def followed_after(phase: Phase, timeline: Timeline) -> float | None:
-    """Seconds of a phase until perplexity stayed within the bound; None: it never did."""
+    """Seconds from the start of a phase until perplexity stayed within the bound. None: it never did."""
     bound = timeline.perplexity_bound
     began = next(began for name, began, _ in timeline.phases if name == phase.name)
     samples = [sample for sample in timeline.samples if sample.phase == phase.name]

@@ -1,4 +1,4 @@
-"""What the demo shows while it runs."""
+"""The progress that the demo shows while it runs."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from bench.demo.timeline import Mark, Sample
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What is going on. `samples` and `marks` cover the run so far; times are in seconds."""
+    """The state of the demo. `samples` and `marks` cover the run so far; times are in seconds."""
 
     stage: str
     seconds: float = 0.0

@@ -1,8 +1,8 @@
 """Runs the demo: traffic drifts and a stack follows it; then the same traffic is served without HELIOS.
 
 One system after the other serves the same prompts through a gateway. Clients always keep the same number of
-streams open. In each phase `full` and `dynamic` get the candidate that is best at full depth: they are told
-what HELIOS has to find out.
+streams open. In each phase `full` and `dynamic` get the candidate that is best at full depth. HELIOS
+has to find it.
 """
 
 import asyncio
@@ -43,9 +43,9 @@ _HELIOS_SHARE = 0.7
 def run(running: StackState | None, seconds: float, show: Show) -> Outcome:
     """Serves the phases on the running stack, or on one of its own, then in modes `full` and `dynamic`.
 
-    seconds: of traffic, in all. The running stack's objective and pins are put back at the end.
-    Raises SettingsError when the running stack does not follow traffic by itself, and UnavailableError when a
-    part of a stack does not answer.
+    seconds: total time of the traffic. The running stack's objective and pins are put back at the end.
+    Raises SettingsError when the running stack's controller does not act on its own, and UnavailableError
+    when a part of a stack does not answer.
     """
     with contextlib.ExitStack() as open_ones:
         if running is None:
@@ -73,7 +73,7 @@ def run(running: StackState | None, seconds: float, show: Show) -> Outcome:
         open_ones.enter_context(default_orders(controller))
         show(Progress("waiting for the controller's first decision"))
         decided = await_decision(controller, after=0)
-        # What the stack served before the demo must not count as the first drift.
+        # The traffic before the demo must not make the first phase look like a drift.
         show(Progress(f"not measured yet: {PHASES[0].name} prompts, profiled once"))
         asyncio.run(_lead_in(state, traffic))
         await_rollout(controller, await_decision(controller, after=decided.number))
@@ -84,7 +84,7 @@ def run(running: StackState | None, seconds: float, show: Show) -> Outcome:
     for mode in ("full", "dynamic"):
         show(Progress(f"{mode}: the same traffic; starting its workers"))
         served = baselines.serve(mode, state, workers, traffic, judge, slice_seconds, show)
-        # `full` is what the others are compared with.
+        # The others are compared with `full`.
         found = [(0.0, 1.0) if mode == "full" else judge.of_dynamic(phase) for phase in PHASES]
         rows += rows_of(
             mode,
@@ -117,7 +117,7 @@ def run(running: StackState | None, seconds: float, show: Show) -> Outcome:
 
 
 async def _lead_in(state: StackState, traffic: Traffic) -> None:
-    """Serves prompts of the first phase, and has them evaluated as `helios profile` does."""
+    """Serves prompts of the first phase, and has the profiler evaluate them, as `helios profile` does."""
     first = itertools.islice(traffic.requests(PHASES[0], math.inf), 2 * STREAMS)
     async with clients.connect(state.gateway) as gateway, clients.connect(state.profiler) as profiler:
         await clients.run(clients.through_gateway(gateway), first, STREAMS)

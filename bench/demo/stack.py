@@ -1,4 +1,4 @@
-"""The stack that follows the traffic: whether it can, and what its controller has decided."""
+"""The stack that follows the traffic: checks that it can, and reads what its controller decides."""
 
 import contextlib
 import time
@@ -13,7 +13,7 @@ from helios.errors import SettingsError, UnavailableError
 from helios.slo import Slo
 from helios.v1 import controller_pb2, worker_pb2, worker_pb2_grpc
 
-# A profiler that has just started imports its engine first, and evaluates beside other work.
+# A profiler that has just started must first import its engine, and other work slows its evaluations.
 DECISION_SECONDS = 120.0
 ANSWER_SECONDS = 10.0
 _LOOK_SECONDS = 0.1
@@ -56,7 +56,7 @@ def check(controller: ControllerClient, workers: Mapping[str, worker_pb2.GetStat
 
 @contextlib.contextmanager
 def default_orders(controller: ControllerClient) -> Iterator[None]:
-    """Sets the default objective and removes pins; afterwards puts back what the operator had ordered."""
+    """Sets the default objective and removes pins. At the end it restores the operator's orders."""
     before = controller.get_plan()
     held = [one for one in before.plans if one.pinned]
     slo, default = Slo.from_proto(before.slo), Slo()
@@ -98,7 +98,7 @@ def await_decision(controller: ControllerClient, after: int) -> controller_pb2.D
 
 
 def await_rollout(controller: ControllerClient, decision: controller_pb2.Decision) -> None:
-    """Returns once the workers serve what was decided, or after a while; the timeline shows the rest."""
+    """Returns once the workers serve the decided plan, or after a time limit. The timeline shows the rest."""
     chosen = {(one.worker_id, one.model, one.depth) for one in decision.chosen}
     deadline = time.monotonic() + ANSWER_SECONDS
     while time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""What a stack did while traffic drifted: samples and decisions, as text and as a picture."""
+"""The timeline of a stack while traffic drifts: samples and decisions, as text and as a picture."""
 
 import itertools
 import math
@@ -13,7 +13,7 @@ _LEVELS = "▁▂▃▄▅▆▇█"
 
 @dataclass(frozen=True, slots=True)
 class WorkerSample:
-    """What one worker did since the previous sample. `cbc` is None when it generated nothing."""
+    """One worker's work since the previous sample. `cbc` is None when it generated nothing."""
 
     worker_id: str
     model: str
@@ -27,7 +27,7 @@ class WorkerSample:
 class Sample:
     """All workers at one moment. `seconds` is the time since the traffic began.
 
-    Quality is that of the served plans on held-out text of the phase, weighted by their tokens.
+    Quality is the mean of the served plans' quality on held-out text of the phase, weighted by their tokens.
     """
 
     seconds: float
@@ -43,7 +43,7 @@ class Sample:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all workers together."""
+        """The rate of all workers together."""
         return sum(worker.tokens_per_second for worker in self.workers)
 
     @property
@@ -66,7 +66,7 @@ class Mark:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """The whole run. `phases`: name, and the seconds at which it began and ended."""
+    """The whole run. `phases`: the name of each, and the seconds at which it began and ended."""
 
     phases: tuple[tuple[str, float, float], ...]
     samples: tuple[Sample, ...]
@@ -111,7 +111,7 @@ def as_text(timeline: Timeline, width: int) -> list[str]:
     for mark in timeline.marks:
         column = min(columns - 1, int(mark.seconds / timeline.seconds * columns))
         marks[column] = "▲" if mark.moves or marks[column] == "▲" else "·"
-    # A wrong model is off by hundreds of percent. What matters are values near the bound.
+    # A wrong model is off by hundreds of percent, but the values near the bound matter.
     most = math.inf if timeline.perplexity_bound is None else 4 * timeline.perplexity_bound
     named = ", ".join(f"{letter} {model}" for model, letter in letters.items())
     return [
@@ -128,7 +128,7 @@ def as_text(timeline: Timeline, width: int) -> list[str]:
 
 
 def draw(timeline: Timeline, path: Path) -> None:
-    """Writes the picture as PNG. Raises ModuleNotFoundError without matplotlib, OSError when it cannot."""
+    """Writes the picture as PNG. Raises ModuleNotFoundError without matplotlib, OSError if writing fails."""
     import matplotlib as mpl  # noqa: PLC0415  # Only a picture needs it.
     from matplotlib.figure import Figure  # noqa: PLC0415
 
@@ -157,7 +157,7 @@ def draw(timeline: Timeline, path: Path) -> None:
     if timeline.perplexity_bound is not None:
         bound = 100 * timeline.perplexity_bound
         quality.axhline(bound, color="red", ls=":", label=f"bound, +{bound:g} %")
-        # A wrong model is off by hundreds of percent. What matters are values near the bound.
+        # A wrong model is off by hundreds of percent, but the values near the bound matter.
         quality.set_yscale("symlog", linthresh=max(1.0, 2 * bound))
     quality.set_ylim(bottom=min([0.0, *increases]) - 1)
     deepest = max((one.depth for sample in timeline.samples for one in sample.workers), default=1)
@@ -200,7 +200,7 @@ def _buckets(timeline: Timeline, columns: int) -> list[list[Sample]]:
     buckets: list[list[Sample]] = [[] for _ in range(columns)]
     for sample in timeline.samples:
         buckets[min(columns - 1, int(sample.seconds / timeline.seconds * columns))].append(sample)
-    # A sample stands for the time since the previous one; the last one also for the time after it.
+    # A sample covers the time since the previous one. The last sample also covers the time after it.
     filled: list[list[Sample]] = []
     last = list(timeline.samples[-1:])
     for bucket in reversed(buckets):

@@ -12,15 +12,15 @@ from bench.load.clients import Request
 from bench.texts import held_out
 from helios.catalog import ModelEntry
 
-# Open at once.
+# Streams that are open at once.
 STREAMS = 32
-# At most: a model with a short context gets less.
+# Upper limits: a model with a short context gets fewer.
 _PROMPT_TOKENS, _OUTPUT_TOKENS = 96, 48
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """A stretch of traffic. Its prompts are cut from texts of these domains, by turns."""
+    """A stretch of traffic. Its prompts are cut from texts of these domains in turn."""
 
     name: str
     domains: tuple[str, ...]
@@ -41,15 +41,15 @@ class Traffic:
         }
 
     def requests(self, phase: Phase, seconds: float) -> Iterator[Request]:
-        """Requests of a phase until `seconds` have passed."""
+        """Yields requests of a phase until `seconds` have passed."""
         until = time.monotonic() + seconds
         pools = itertools.cycle([self._prompts(domain, PHASES.index(phase)) for domain in phase.domains])
         while time.monotonic() < until:
             yield Request(next(next(pools)), self.output_tokens)
 
     def _prompts(self, domain: str, first: int) -> Iterator[tuple[int, ...]]:
-        """Endless. The texts are cut elsewhere in each round and phase: a prompt that came again soon could
-        find its KV kept."""
+        """Yields prompts without end. The texts are cut at other places in each round and phase, because the
+        KV of a repeated prompt could still be cached."""
         # Each prompt begins with the text's start token.
         length = self.prompt_tokens - 1
         for round_ in itertools.count(first, len(PHASES)):

@@ -1,4 +1,4 @@
-"""Serves the phases on the stack that follows them, and watches what it does."""
+"""Serves the phases on the stack that follows them, and records what the stack does."""
 
 import asyncio
 import math
@@ -26,7 +26,7 @@ _SAMPLE_SECONDS = 0.25
 async def follow(
     state: StackState, traffic: Traffic, judge: Judge, phase_seconds: float, show: Show
 ) -> tuple[Timeline, dict[str, list[Stream]]]:
-    """Serves one phase after the other. Returns what the stack did, and every stream by phase."""
+    """Serves one phase after the other. Returns the stack's timeline, and every stream by phase."""
     async with (
         clients.connect(state.gateway) as gateway,
         clients.connect(state.controller) as controller,
@@ -78,7 +78,7 @@ class _Watch:
 
     @property
     def seconds(self) -> float:
-        """Since the traffic began."""
+        """The time since the traffic began."""
         return time.time() - self._began
 
     @property
@@ -91,7 +91,7 @@ class _Watch:
             chosen = sorted({f"{one.model} at depth {one.depth}" for one in decision.chosen})
             plan = ", ".join(chosen)
             seconds = decision.time - self._began
-            # A decision made before the traffic is sent again when its outcome is known.
+            # A decision from before the traffic comes again when its outcome is known: it is not counted.
             if seconds >= 0:
                 marks.append(Mark(number, seconds, decision.trigger, plan != before, plan, decision.reason))
             before = plan
@@ -103,7 +103,7 @@ class _Watch:
         return self.seconds
 
     async def sample(self) -> None:
-        """Looks at the workers until cancelled. Raises HeliosError when the gateway is gone."""
+        """Takes samples of the workers until cancelled. Raises HeliosError when the gateway is gone."""
         while True:
             status = await self._client.status(ANSWER_SECONDS)
             self._take(status)
@@ -139,13 +139,13 @@ class _Watch:
             done = rates(now, before)
             rate, cbc = done.tokens_per_second, done.cbc
             if before is not None and last is not None and now.time == before.time:
-                # No news since the last look: what the worker did then is the best that is known.
+                # No telemetry since the last sample: the last known rate is used again.
                 rate, cbc = last.tokens_per_second, last.cbc
             self._before[worker.worker_id] = now
             sample = WorkerSample(worker.worker_id, now.model, now.depth, done.tokens, rate, cbc)
             self._last[worker.worker_id] = sample
             workers.append(sample)
-            # While nothing is generated, every plan counts the same.
+            # While no worker generates tokens, every plan has the same weight.
             share = done.tokens or 1
             increase, agrees = self._judge.of_plan(now.model, now.depth, self._phase)
             nats += share * math.log1p(increase)

@@ -1,4 +1,4 @@
-"""Helios's engine against other engines: by turns, with the same weights, prompts and machine."""
+"""Compares Helios's engine with others, in turns: same weights, same prompts, same machine."""
 
 import os
 import time
@@ -23,16 +23,16 @@ from helios.errors import HeliosError
 from helios.footprint import kv_bytes_per_token
 
 _SEED = 0
-# A contender's turn takes at least this long: the first run after a pause finds cold caches.
+# A contender's turn takes at least this long, because the first run after a pause has cold caches.
 _TURN_SECONDS = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A contender's turn in a round: the one of its `runs` with the median time.
+    """A contender's turn in a round: of its `runs`, the one with the median time.
 
     overhead: share of the decoding time outside of compiled code; None for peers. agreement: share of its
-    tokens before the first that differs from the reference's (the first contender); None without a reference.
+    tokens before the first one that differs from the reference (the first contender); None: no reference.
     """
 
     shape: str
@@ -65,10 +65,10 @@ def compare(
     fresh: bool,
     say: Callable[[str], None],
 ) -> Report:
-    """Measures every contender on every model with every length of prompt and batch, in turns.
+    """Measures every contender in turns, on every model, prompt length and batch.
 
-    shapes: names of models, as `_model` takes them. prompts: lengths in tokens. fresh: measures again what is
-    selected here. Runs that `json_path` holds stay, and each new one is added when it is done. Raises
+    shapes: names of models, as `_model` takes them. prompts: lengths in tokens. fresh: measures the
+    selected cells again. Runs in `json_path` are kept, and each new one is added when it ends. Raises
     SettingsError when the file was measured with other settings.
     """
     results = earlier(json_path, _empty(threads), "name another file")
@@ -116,7 +116,7 @@ class _Comparison:
     def run(
         self, models: Mapping[str, ModelEntry], cells: Sequence[Cell], rounds: int, *, fresh: bool
     ) -> None:
-        """Measures every round of every cell that the results lack, and writes each at once."""
+        """Measures all rounds and cells that the results lack, and writes each one when it ends."""
         names = {one.name for one in self._contenders}
         if fresh:
             again = {(cell, name) for cell in cells for name in names}
@@ -136,7 +136,7 @@ class _Comparison:
                 runners.close()
 
     def _installed(self) -> dict[str, Path]:
-        """The Python of every peer that can be installed. The others are noted as failed."""
+        """The Python of every peer that can be installed. The other peers are recorded as failed."""
         found = {}
         for peer in dict.fromkeys(one.engine for one in self._contenders if one.is_peer):
             try:
@@ -170,7 +170,7 @@ class _Comparison:
         number: int,
         contenders: Sequence[Contender],
     ) -> None:
-        """Runs every contender once. One that fails is noted, and left out in later rounds of the cell."""
+        """Runs every contender once. One that fails is recorded, and left out in later rounds of the cell."""
         vocab_size = model.config.vocab_size
         other_prompts = cell.prompts(-1, vocab_size)
         reference: Continuation | None = None
@@ -218,7 +218,7 @@ class _Comparison:
                 report_of(self._results).write(self._json_path)
 
     def _job(self, one: Contender, model: ModelEntry, depth: int, cells: Sequence[Cell]) -> Job:
-        """What a contender is to load, with room for the largest of a model's cells."""
+        """The job of a contender: what it loads, with room for the model's largest cell."""
         config = model.config
         longest = max(cell.prompt_tokens + cell.output_tokens for cell in cells)
         most = max(cell.batch * (cell.prompt_tokens + cell.output_tokens) for cell in cells)
@@ -249,7 +249,7 @@ class _Comparison:
 
 
 def _turn(generate: Generate, cell: Cell, number: int, vocab_size: int) -> list[Continuation]:
-    """Runs a round's prompts, then other ones, until the turn is over."""
+    """Runs the prompts of a round, then other prompts until the turn is over."""
     began = time.monotonic()
     runs = [generate(cell.prompts(number, vocab_size), cell.output_tokens)]
     while time.monotonic() - began < _TURN_SECONDS:
@@ -271,7 +271,7 @@ def report_of(results: dict[str, Any]) -> Report:
 
 
 def _model(name: str, models_dir: Path | None, cache_dir: Path, say: Callable[[str], None]) -> ModelEntry:
-    """A model with random weights when `name` is one of OPT's shapes, else the first of `models_dir`."""
+    """A model with random weights if `name` is one of OPT's shapes, else the first model of `models_dir`."""
     if name not in SHAPES:
         return catalog.list_models(catalog.find_models_dir(models_dir))[0]
     say(f"the random weights of {name}")
@@ -283,7 +283,7 @@ def _facts(model: ModelEntry) -> dict[str, Any]:
         "name": model.name,
         "parameters": model.config.parameters(),
         "half_depth": model.num_layers // 2,
-        # As it comes back from a file: lists instead of tuples.
+        # In the form of config.json, so that it equals what comes back from the results file.
         "config": architecture_of(model.config).write(model.config),
     }
 

@@ -1,4 +1,4 @@
-"""The figures of `helios bench engine`: a summary of its runs, and the targets."""
+"""Computes the figures of `helios bench engine` from its runs: the summary and the targets."""
 
 import random
 import statistics
@@ -18,7 +18,7 @@ from helios.architectures.spec import ModelConfig
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A load on a model: `batch` prompts at once."""
+    """A load on a model: `batch` prompts that run at once."""
 
     shape: str
     prompt_tokens: int
@@ -26,20 +26,20 @@ class Cell:
     batch: int
 
     def prompts(self, number: int, vocab_size: int, repeat: int = 0) -> list[list[int]]:
-        """Random prompts, the same for every contender. They differ for each number and repeat, so that an
-        engine gains nothing when it keeps the keys and values of earlier prompts."""
+        """Random prompts, the same for every contender. They depend on `number` and `repeat`, so an engine
+        that caches the KV of earlier prompts gains nothing."""
         draw = random.Random(f"{self} {number} {repeat}")
         tokens = range(FIRST_TOKEN, vocab_size)
         return [draw.choices(tokens, k=self.prompt_tokens) for _ in range(self.batch)]
 
 
 def cell_of(run: Mapping[str, Any]) -> Cell:
-    """The cell of a run or a row of the results."""
+    """The cell to which a run, or a row of the results, belongs."""
     return Cell(run["shape"], run["prompt_tokens"], run["output_tokens"], run["batch"])
 
 
 def agreement(token_ids: Sequence[Sequence[int]], reference: Sequence[Sequence[int]]) -> float:
-    """Share of the tokens that come before a sequence's first difference from the reference."""
+    """Share of the tokens before the first one that differs from the reference, over all sequences."""
     same = 0
     for ids, wanted in zip(token_ids, reference, strict=True):
         pairs = enumerate(zip(ids, wanted, strict=True))
@@ -48,7 +48,7 @@ def agreement(token_ids: Sequence[Sequence[int]], reference: Sequence[Sequence[i
 
 
 def summarise(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A row for each contender in each cell: figures over the rounds, and for Helios also ratios to others.
+    """A row for each contender in each cell: figures over the rounds; for Helios also ratios to others.
 
     The best peer has the highest median. A ratio is the median over the rounds that both have run.
     """
@@ -118,9 +118,9 @@ def _ratios(
     seconds: Mapping[str, Mapping[int, float]],
     least: Mapping[str, float],
 ) -> dict[str, Any]:
-    """How many times as fast it is as the best of each kind that ran in the same rounds.
+    """Ratios of its speed to the best contender of each kind, over the rounds that both ran.
 
-    Beside the ratio to its own full depth stands the ratio that the machine's limits alone give.
+    Next to the ratio to its own full depth is the best ratio that the machine's limits allow.
     """
     own = seconds[one.name]
     kinds = {
@@ -144,12 +144,12 @@ def _ratios(
 
 
 def title(row: Mapping[str, Any]) -> str:
-    """A row's name for a person."""
+    """The name of a row, for people."""
     return f"{row['shape']}, {row['prompt_tokens']} in, batch {row['batch']}: {row['contender']}"
 
 
 def in_words(row: Mapping[str, Any]) -> str:
-    """A row's figures for a person."""
+    """The figures of a row, for people."""
     rate = row["tokens_per_second"]
     words = (
         f"{rate['median']:,.0f} tokens/s ({rate['min']:,.0f} to {rate['max']:,.0f}), "
@@ -173,7 +173,7 @@ def _in_proportion(other: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class _Goal:
-    """A ratio, by batch, that the best of some contenders must reach against others in the same rounds."""
+    """By batch, the ratio to `against` that the best of the contenders must reach."""
 
     shape: str
     contenders: tuple[str, ...]
@@ -199,7 +199,7 @@ _OVERHEAD_SHAPE, _OVERHEAD_BATCH, _OVERHEAD = "bundled", 8, 0.1
 
 
 def targets(rows: Sequence[Mapping[str, Any]]) -> list[Target]:
-    """The targets that the measured cells say something about."""
+    """The targets for which there are measured cells."""
     found = []
     for goal in GOALS:
         mine = [

@@ -1,4 +1,4 @@
-"""How long loading takes: the first time, from packed weights, and beside a plan that shares weights.
+"""Measures loading: the first load, from packed weights, and beside a plan that shares weights.
 
 It runs in its own process: `python -m bench.engine.loading MODEL PRECISION THREADS`.
 """
@@ -25,20 +25,20 @@ _READ_BYTES = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """Seconds until a plan with all layers or half of them can serve, and the bytes read for it.
+    """Seconds until a plan with all layers, or half of them, can serve, and the bytes that were read.
 
-    Files are on disk and not in the page cache, unless it says otherwise.
+    The files are on disk and not in the page cache, unless a field says otherwise.
     """
 
     checkpoint_bytes: int
-    # For reading the checkpoint's files and nothing else.
+    # Time to read the checkpoint's files, and nothing else.
     read_seconds: float
     first_seconds: float
     packed_bytes: int
     packed_seconds: float
-    # From packed weights that are still in memory, as for a second worker.
+    # Load from packed weights that are still in memory, as a second worker does.
     shared_seconds: float
-    # From half of the layers to all, and back, without packed weights on disk.
+    # Change from half of the layers to all, and back, without packed weights on disk.
     deeper_bytes: int
     deeper_seconds: float
     shallower_bytes: int
@@ -90,14 +90,14 @@ def main() -> None:
             plan = load_plan(model, depth, settings, running=running)
             return plan, time.perf_counter() - began
 
-        # Compiles kernels that are not compiled yet.
+        # This load also compiles kernels, so that later loads do not.
         half, _ = load(_half(model), kept=False)
         _forget(files)
         read_seconds = _read(files)
         _forget(files)
         whole, first_seconds = load(None)
         checkpoint_bytes, layers = whole.bytes_read, whole.depth
-        # Mapped files cannot be dropped from the page cache.
+        # A mapped file cannot be dropped from the page cache, so the mapping must end.
         del whole
         _forget(packed.glob("*/*"))
         whole, packed_seconds = load(None)
@@ -130,13 +130,13 @@ def _forget(files: Iterable[Path]) -> None:
     """Drops files from the page cache (posix_fadvise(2))."""
     for file in files:
         with file.open("rb") as stream:
-            # Pages that are not on disk yet are not dropped.
+            # Only pages that are already on disk can be dropped.
             os.fsync(stream.fileno())
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _read(files: Iterable[Path]) -> float:
-    """Seconds for reading whole files."""
+    """Reads whole files. Returns the seconds that this took."""
     began, buffer = time.perf_counter(), bytearray(_READ_BYTES)
     for file in files:
         with file.open("rb", buffering=0) as stream:

@@ -1,4 +1,4 @@
-"""How much long prompts slow down the streams beside them, and what a shared beginning of prompts saves."""
+"""Measures how much long prompts slow the streams beside them, and what a shared prefix of prompts saves."""
 
 import itertools
 import random
@@ -38,9 +38,9 @@ def measure(
     cache_dir: Path,
     say: Callable[[str], None],
 ) -> Report:
-    """Runs `chats` streams of `chat_tokens` each: alone, beside long prompts, and beside unbounded ones.
+    """Runs `chats` streams of `chat_tokens` each: alone, beside long prompts, and beside unbounded chunks.
 
-    Then it runs prompts that share their beginning. `shape` names a model, which gets random weights.
+    Then it runs prompts with a shared prefix. `shape` names a model shape, which gets random weights.
     """
     set_threads(threads, precision)
     model = random_model(shape, cache_dir / "bench-models")
@@ -72,9 +72,9 @@ def measure(
 def _chat(
     engine: Engine, chats: Sequence[list[int]], tokens: int, prompts: Iterator[list[int]]
 ) -> tuple[list[float], list[float]]:
-    """Runs streams to their end, beside one long prompt after the other.
+    """Runs streams to their end while long prompts come one after the other.
 
-    Returns the seconds between the tokens of each stream, and those to the first token of each long prompt.
+    Returns the seconds between the tokens of each stream, and the seconds to each long prompt's first token.
     """
     arrivals: list[list[float]] = [[] for _ in chats]
     first: list[float] = []
@@ -112,7 +112,7 @@ def _chat(
 
 
 def _shared_beginning(engine: Engine, draw: Callable[..., list[int]]) -> tuple[float, float]:
-    """Seconds to the first token of a prompt, and to that of another prompt with the same beginning."""
+    """Seconds to the first token: of a prompt, and of another prompt with the same prefix."""
     beginning = draw(k=_PREFIX_TOKENS)
     seconds = []
     for _ in range(2):

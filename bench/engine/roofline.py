@@ -1,4 +1,4 @@
-"""What the machine allows: its read bandwidth and matrix rates, and the least time that a load takes.
+"""The limits of the machine: read bandwidth, matrix rates, and the least time that a load can take.
 
 Williams, Waterman, Patterson, "Roofline: An Insightful Visual Performance Model", CACM 2009. The limits are
 those of the faster of torch's kernels and Helios's. They are measured in their own process:
@@ -20,10 +20,10 @@ from helios.errors import HeliosError
 from helios.footprint import kv_bytes_per_token
 from helios.tether import tethered
 
-# Far more than caches hold.
+# Far more than the caches hold.
 _READ_BYTES = 512 << 20
 _MATRIX = 2048
-# For each kernel: long enough for a moment in which the machine does nothing else.
+# Time for each kernel. It is long enough to include a moment without other work on the machine.
 _SECONDS = 2.0
 
 
@@ -50,7 +50,7 @@ def measure(threads: int) -> Limits:
 
 
 def highest(first: Limits, second: Limits) -> Limits:
-    """The higher of both measurements: what a machine reached once, it can do."""
+    """The higher of both measurements: a rate that the machine once reached is possible."""
     rates = {
         name: max(rate, second.operations_per_second[name])
         for name, rate in first.operations_per_second.items()
@@ -59,9 +59,9 @@ def highest(first: Limits, second: Limits) -> Limits:
 
 
 def bytes_per_step(config: ModelConfig, depth: int, weight_bytes: int, batch: int, context: int) -> int:
-    """Bytes that a decode step must read: the weights once, and keys and values of all tokens, in bfloat16.
+    """Bytes that a decode step must read: the weights once, and the KV of all tokens in bfloat16.
 
-    context: tokens of each sequence. Embeddings of single tokens do not count.
+    context: tokens of each sequence. The embeddings of the step's tokens are not counted.
     """
     kv = kv_bytes_per_token(config, depth, "bfloat16") * batch * context
     return config.step_parameters(depth) * weight_bytes + kv
@@ -77,7 +77,7 @@ def least_seconds(
     output_tokens: int,
     limits: Limits,
 ) -> float:
-    """The least time that prefill and decoding of a batch take: each step by what limits it."""
+    """The least time for prefill and decoding of a batch. Each step takes the time of its tighter limit."""
     rate = limits.operations_per_second[precision]
 
     def seconds(operations: float, read: float) -> float:
@@ -85,7 +85,7 @@ def least_seconds(
 
     head = config.vocab_size * config.embed_size
     layers = config.step_parameters(depth) - head
-    # A token attends to all before it: products with keys and with values.
+    # A token attends to all tokens before it: one product with keys, one with values.
     attended = 2 * 2 * depth * config.query_size
     prefill = batch * (
         2 * layers * prompt_tokens + attended * prompt_tokens * (prompt_tokens + 1) / 2 + 2 * head
@@ -117,9 +117,9 @@ def main() -> None:
         matrix = rows.to(getattr(torch, name))
         packed[name] = pack(LinearWeights(matrix, None))
         seconds[name] = _best(partial(torch.matmul, matrix, matrix))
-    # The layout of weights: [out, in], used transposed.
+    # Weights are stored as [out, in] and used transposed.
     seconds["int8"] = _best(partial(torch._int_mm, whole, whole.T))
-    # Torch's threads spin for a while after their work.
+    # Torch's threads spin for a while after their work, so only one is kept.
     torch.set_num_threads(1)
     TEAM.threads = int(sys.argv[1])
     rates = {name: operations / min(seconds[name], _best(partial(packed[name], rows))) for name in seconds}
@@ -127,7 +127,7 @@ def main() -> None:
 
 
 def _best(act: Callable[[], Any]) -> float:
-    """Seconds of the fastest of many runs: what the machine can do when nothing disturbs it."""
+    """Seconds of the fastest of many runs, which nothing disturbed."""
     act()
     seconds: list[float] = []
     while sum(seconds) < _SECONDS:

@@ -1,4 +1,4 @@
-"""A load generator: clients that each keep one stream open, and note when tokens arrive."""
+"""A load generator. Each client keeps one stream open and records when tokens arrive."""
 
 import asyncio
 import time
@@ -29,7 +29,7 @@ class Request:
 
 @dataclass(slots=True)
 class Stream:
-    """What one request received. Times are seconds of the monotonic clock."""
+    """The tokens that one request received. Times are seconds of the monotonic clock."""
 
     request: Request
     opened: float
@@ -52,7 +52,7 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A run in figures."""
+    """The figures of a run."""
 
     streams: int
     failed: int
@@ -68,7 +68,7 @@ Open = Callable[[int, Request], AsyncIterator[_Response]]
 
 
 def through_gateway(channel: grpc.aio.Channel) -> Open:
-    """Streams through the gateway at the end of a channel."""
+    """Opens streams through the gateway to which the channel leads."""
     stub = inference_pb2_grpc.InferenceServiceStub(channel)
 
     def open_stream(index: int, request: Request) -> AsyncIterator[_Response]:
@@ -83,7 +83,7 @@ def through_gateway(channel: grpc.aio.Channel) -> Open:
 
 
 def straight_to_workers(channels: Sequence[grpc.aio.Channel]) -> Open:
-    """The same streams without a gateway. The workers take turns."""
+    """Opens the same streams without a gateway. The workers take turns."""
     stubs = [worker_pb2_grpc.WorkerServiceStub(channel) for channel in channels]
 
     def open_stream(index: int, request: Request) -> AsyncIterator[_Response]:
@@ -103,7 +103,7 @@ def connect(address: str) -> grpc.aio.Channel:
 async def run(open_stream: Open, requests: Iterable[Request], concurrency: int) -> list[Stream]:
     """Serves all requests with `concurrency` clients. Each opens its next stream when the last one has ended.
 
-    A failed stream does not raise: it is returned with its error.
+    A failed stream raises nothing. It is returned with its error.
     """
     pending = iter(enumerate(requests))
     streams: list[Stream] = []
@@ -119,7 +119,7 @@ async def run(open_stream: Open, requests: Iterable[Request], concurrency: int) 
 
 
 async def consume(open_stream: Open, index: int, request: Request) -> Stream:
-    """Reads one stream to its end. An error does not raise: it is kept in the stream."""
+    """Reads one stream to its end. Errors are not raised, but stored in the stream."""
     stream = Stream(request, opened=time.monotonic())
     try:
         async for response in open_stream(index, request):
@@ -137,7 +137,7 @@ async def consume(open_stream: Open, index: int, request: Request) -> Stream:
 
 
 def summarise(streams: Sequence[Stream]) -> Summary:
-    """A run in figures. Throughput is over the time from the first opening to the last token."""
+    """The figures of a run. Throughput is over the time from the first opened stream to the last token."""
     whole = [stream for stream in streams if not stream.error and len(stream.token_ids) > 1]
     tokens = sum(len(stream.token_ids) for stream in streams)
     ends = [stream.token_times[-1] for stream in streams if stream.token_times]

@@ -1,4 +1,4 @@
-"""An engine under load in this process, without sockets and services."""
+"""Runs an engine under load in this process, without sockets and services."""
 
 import gc
 import itertools
@@ -19,7 +19,7 @@ _run_numbers = itertools.count()
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Requests served to their end. Rates are tokens per second."""
+    """The figures of requests that were served to their end. Rates are tokens per second."""
 
     token_ids: tuple[tuple[int, ...], ...]
     exit_layers: tuple[int, ...]
@@ -27,15 +27,15 @@ class Run:
     seconds: float
     # Over the whole run, prefill included.
     tokens_per_second: float
-    # From the moment when each of the first requests had its first token.
+    # Measured from the moment when all of the first requests have their first token.
     decode_tokens_per_second: float
-    # Share of that time that was not spent in compiled code, but in Python or torch.
+    # Share of the decoding time that was spent in Python or torch, not in compiled code.
     overhead: float
-    # Per second of this thread's CPU time: what else the machine runs does not count.
+    # Per second of this thread's CPU time, so other work on the machine does not count.
     tokens_per_cpu_second: float
     ttft_ms: Latency
     tpot_ms: Latency
-    # None: no meter is readable.
+    # None: there is no meter that can be read.
     joules_per_token: float | None
 
 
@@ -46,7 +46,7 @@ def run(
     concurrency: int,
     between_steps: Callable[[], None] | None = None,
 ) -> Run:
-    """Greedy continuations of all prompts, `concurrency` of them open at a time.
+    """Continues all prompts greedily, `concurrency` of them at a time.
 
     max_tokens: one number for all, or one for each. between_steps: called after each step.
     Raises the error of a request that failed.
@@ -73,7 +73,7 @@ def run(
         sampling = SamplingParams(max_tokens=lengths[index], ignore_eos=True)
         engine.submit(f"{number}-{index}", list(prompts[index]), sampling, partial(take, index))
 
-    # As services do when they are ready (`service_process.say_ready`).
+    # Services do the same when they are ready (`service_process.say_ready`).
     gc.collect()
     gc.freeze()
     meter = power_meter(engine.settings.device)
@@ -82,7 +82,7 @@ def run(
     for index in itertools.islice(pending, concurrency):
         submit(index)
     seen = 0
-    # When each step ended, and the seconds spent in compiled code until then.
+    # The time when each step ended, and the seconds spent in compiled code until then.
     steps: list[tuple[float, float]] = []
     while len(ended) < len(prompts):
         engine.step()
@@ -97,7 +97,7 @@ def run(
             between_steps()
     seconds, cpu = time.perf_counter() - began, time.thread_time() - began_cpu
     joules = None if meter is None else meter.joules_since(before)
-    # Or the objects of this engine would never be freed.
+    # Otherwise the objects of this engine would never be freed.
     gc.unfreeze()
     total = sum(map(len, tokens))
     warm = max(times[0] for times in arrivals[:concurrency])
@@ -121,7 +121,7 @@ def run(
 
 
 def alternate(measures: Mapping[str, Callable[[], Run]], rounds: int) -> dict[str, list[Run]]:
-    """Runs the measures by turns, `rounds` times, so that other work of the machine falls on all of them."""
+    """Runs the measures in turns, `rounds` times, so that other work on the machine slows all alike."""
     runs: dict[str, list[Run]] = {name: [] for name in measures}
     for _ in range(rounds):
         for name, measure in measures.items():

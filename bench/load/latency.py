@@ -21,7 +21,7 @@ def latency(seconds: Sequence[float]) -> Latency:
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The nearest-rank percentile: the smallest value that at least `share` of all do not exceed."""
+    """The nearest-rank percentile: the smallest value that is not exceeded by at least `share` of all."""
     if not values:
         return math.nan
     return sorted(values)[max(0, math.ceil(share * len(values)) - 1)]

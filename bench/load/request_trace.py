@@ -1,7 +1,7 @@
-"""Recorded traffic: when requests came, how long they were, and how much was generated. It holds no text.
+"""Recorded traffic without texts: when requests came, and the lengths of prompts and outputs.
 
-The form is that of the Azure LLM inference traces (Patel et al., "Splitwise", ISCA 2024): a CSV file with the
-columns TIMESTAMP, ContextTokens and GeneratedTokens.
+The format is that of the Azure LLM inference traces (Patel et al., "Splitwise", ISCA 2024): a CSV file with
+the columns TIMESTAMP, ContextTokens and GeneratedTokens.
 """
 
 import csv
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from helios.errors import SettingsError
 
-_SHORTEST_OUTPUT = 2  # With fewer there is no time between tokens.
+_SHORTEST_OUTPUT = 2  # With fewer tokens there is no time between tokens.
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Arrival:
 
 
 def read(path: Path, count: int) -> list[Arrival]:
-    """The first `count` requests of a trace. Raises SettingsError when the file is no trace, or shorter."""
+    """The first `count` requests of a trace. Raises SettingsError if the file is invalid or too short."""
     try:
         with path.open(newline="") as file:
             rows = [

@@ -1,10 +1,10 @@
-"""`helios bench paper`: HELIOS against the paper's claims (arXiv 2504.10724), section by section.
+"""`helios bench paper`: checks the claims of the HELIOS paper (arXiv 2504.10724), section by section.
 
 The sections measure the engine alone. Only `control` starts services: it measures what profiling and control
 cost.
 """
 
-# The sections in their order, for the command line, which does not wait for their imports.
+# The sections in order. The command line reads only this, so it need not import them.
 SECTION_NAMES = (
     "curve",
     "baselines",

@@ -1,4 +1,4 @@
-"""`greedy` against `full` and `dynamic`, on the same engine and in the same run, with the quality of each."""
+"""Compares `greedy` with `full` and `dynamic` in one run of the same engine, with the quality of each."""
 
 import math
 from bisect import bisect_right
@@ -24,7 +24,7 @@ _BOUNDS = (0.05, 0.01)
 
 @dataclass(frozen=True, slots=True)
 class _Forced:
-    """The quality of one way of exiting, on the same positions of held-out text."""
+    """The teacher-forced quality of one exit mode, on the same positions of held-out text."""
 
     perplexity: float
     agreement: float
@@ -33,7 +33,7 @@ class _Forced:
 
 @dataclass(frozen=True, slots=True)
 class _Way:
-    """An engine to compare, and how many requests it runs at once."""
+    """One of the engines that are compared, and how many requests it runs at once."""
 
     name: str
     model: ModelEntry
@@ -45,7 +45,7 @@ class _Way:
 
 
 def measure(subject: Subject) -> dict[str, Any]:
-    """For each domain: throughput of every way, one at a time and saturated; latency, energy and quality."""
+    """For each domain and engine: throughput with one request and saturated, latency, energy and quality."""
     return {
         "prompt_tokens": subject.sizes.prompt_tokens,
         "output_tokens": subject.sizes.output_tokens,
@@ -57,7 +57,7 @@ def measure(subject: Subject) -> dict[str, Any]:
 
 
 def targets(result: Mapping[str, Any]) -> list[Target]:
-    """The targets for throughput. Each is met when it is met on every domain."""
+    """The targets for throughput. Each must be met on every domain."""
     return [
         _target(
             result, "against full, saturated, perplexity within +5 %", ("within_5", "full", "saturated"), 1.8
@@ -149,7 +149,7 @@ def _engine(subject: Subject, way: _Way) -> Engine:
 
 
 def _loaded(subject: Subject, way: _Way, engine: Engine, domain: str, load: str) -> Callable[[], Run]:
-    """Runs the way under one load. One at a time takes few requests: its rate does not depend on how many."""
+    """Runs an engine under one load. One at a time needs few requests: its rate does not depend on them."""
     sizes = subject.sizes
     few = load == "single" or way.max_running == 1
     prompts = subject.prompts(
@@ -180,9 +180,9 @@ def _figures(way: _Way, all_runs: Mapping[str, list[Run]]) -> dict[str, Any]:
 
 
 def _multiplied_weights(way: _Way, exit_layers: Sequence[int]) -> float:
-    """Weights that a token is multiplied by, on average: layers, and the LM head for each exit that is read.
+    """Mean number of weights that a token is multiplied by: layers, and the LM head for each exit it reads.
 
-    In exit mode dynamic also those that compute keys and values in the layers that it skips.
+    In exit mode dynamic this includes the weights that compute the KV of skipped layers.
     """
     config = way.model.config
     if way.exit_mode is not ExitMode.DYNAMIC:
@@ -195,7 +195,7 @@ def _multiplied_weights(way: _Way, exit_layers: Sequence[int]) -> float:
 
 
 def _no_worse(subject: Subject, judge: ModelEntry, domain: str, perplexity: float) -> tuple[ModelEntry, int]:
-    """The smallest depth whose perplexity is not above that of dynamic exits; else all layers."""
+    """The smallest depth whose perplexity is not above that of dynamic exits, or all layers."""
     depths = [
         depth
         for depth in judge.exit_layers

@@ -1,4 +1,4 @@
-"""The paper's results (arXiv 2504.10724), and what was measured here, row by row."""
+"""The paper's results (arXiv 2504.10724) next to the figures that were measured here."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ Results = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A result of the paper (4 x A100-40GB unless it says otherwise), and ours in words."""
+    """A result of the paper (on 4 x A100-40GB, unless it says otherwise), and our result in words."""
 
     name: str
     paper: str
@@ -19,7 +19,7 @@ class Claim:
 
 
 def claims(results: Results) -> list[Claim]:
-    """The claims whose sections are in `results`."""
+    """The claims for whose sections there are `results`."""
     return [
         Claim(name, paper, measured(results))
         for name, paper, sections, measured in _ROWS
@@ -74,7 +74,7 @@ def _latency(results: Results) -> str:
     def said(ways: Mapping[str, Any]) -> str:
         greedy, base = ways["within_5"]["single"], ways["dynamic_1_th_0.8"]["single"]
         tpot = greedy["tpot_ms"]["p50"] / base["tpot_ms"]["p50"] - 1
-        # One request after another: its response time is the inverse of the throughput.
+        # Requests run one after another, so the response time is the inverse of the throughput.
         response = greedy["tokens_per_second"] / base["tokens_per_second"]
         return f"TPOT {tpot:+.0%}, {response:.2f}x lower"
 

@@ -1,7 +1,7 @@
-"""What profiling and control cost a saturated system: the same load on real services, with and without them.
+"""Measures what profiling and control cost: the same load on saturated services, with and without them.
 
-The controller only advises. So both stacks serve the same plan, and the difference is what it costs to watch,
-profile and decide.
+The controller only advises, so both stacks serve the same plan. The difference in throughput is the cost of
+watching, profiling and deciding.
 """
 
 import asyncio
@@ -23,16 +23,16 @@ from helios.v1 import controller_pb2, controller_pb2_grpc
 from services.controller.settings import ControllerSettings
 
 _TARGET = 0.02
-# Twice with control in a row, so that few reassessments become due while that stack is idle.
+# The two rounds with control follow each other, so that few reassessments fall due while that stack is idle.
 _ORDER = ("without", "with", "with", "without")
 _BESIDE = ("profiler", "controller")
 _START_SECONDS = 300.0
-# Share of a round that the warm-up takes, in which every length of prompt occurs.
+# Length of the warm-up as a share of a round. Prompts of every length occur in it.
 _WARM_UP_SHARE = 0.1
 
 
 def measure(subject: Subject) -> dict[str, Any]:
-    """Throughput with and without them, by turns, and the CPU that profiler and controller took meanwhile."""
+    """Throughput with and without profiler and controller, in turns, and the CPU time that these used."""
     model = subject.models[0]
     served = ("--model", model.name, "--precision", subject.precision)
     options = ("--models-dir", str(model.path.parent), *served)
@@ -45,7 +45,7 @@ def measure(subject: Subject) -> dict[str, Any]:
 
 
 def targets(result: dict[str, Any]) -> list[Target]:
-    """The cost in throughput."""
+    """The target for the cost in throughput."""
     low, high = min(result["costs"]), max(result["costs"])
     shares = ", ".join(f"{name} {share:.2%}" for name, share in result["cpu_share"].items())
     return [
@@ -87,7 +87,7 @@ async def _measure(subject: Subject, stacks: dict[str, StackState]) -> dict[str,
         "profiling_share": ControllerSettings.model_fields["profiling_share"].default,
         "tokens_per_second": {name: statistics.median(found) for name, found in rates.items()},
         "rates": rates,
-        # The median: one round that something else disturbed does not decide.
+        # The median, so that one disturbed round does not decide.
         "throughput_cost": statistics.median(costs),
         "costs": costs,
         "cpu_share": {part: spent / seconds / cores for part, spent in used.items()},
@@ -99,7 +99,7 @@ async def _measure(subject: Subject, stacks: dict[str, StackState]) -> dict[str,
 async def _serve(stack: StackState, requests: Sequence[Request], seconds: float, concurrency: int) -> float:
     """Tokens per second while `concurrency` streams are open for `seconds`.
 
-    Raises AssertionError when a stream fails: the throughput would mean nothing.
+    Raises AssertionError when a stream fails, because the throughput would then be wrong.
     """
     deadline = time.monotonic() + seconds
 
@@ -119,7 +119,7 @@ async def _serve(stack: StackState, requests: Sequence[Request], seconds: float,
 
 
 async def _first_decision(stack: StackState) -> None:
-    """Returns once the candidates have been profiled for the first time: only then steps are timed."""
+    """Waits for the first profile of the candidates, because only that evaluation times steps."""
     async with clients.connect(stack.controller) as channel:
         stub = controller_pb2_grpc.ControllerServiceStub(channel)
         request = controller_pb2.WatchDecisionsRequest(history=1)

@@ -1,4 +1,4 @@
-"""The whole curve: speed, memory and quality of every exit of every model."""
+"""The whole curve: the speed, memory and quality of every exit of every model."""
 
 import math
 from dataclasses import asdict
@@ -17,7 +17,7 @@ _BOUND, _SAVED = 0.05, 0.45
 
 
 def measure(subject: Subject) -> dict[str, Any]:
-    """Speed compared with the full model in the same run, memory, and quality on each domain."""
+    """For each exit: speed relative to the full model in the same run, memory, and quality on each domain."""
     rows = []
     for model in subject.models:
         full = subject.engine(model)
@@ -40,7 +40,7 @@ def measure(subject: Subject) -> dict[str, Any]:
 
 
 def targets(result: dict[str, Any]) -> list[Target]:
-    """TPOT at batch 1 of the smallest plan within +5 %, compared with the full model, on the worst domain."""
+    """Target: TPOT at batch 1 of the smallest plan within +5 %, against all layers, on the worst domain."""
     savings = []
     for domain, judge in result["best_candidates"].items():
         full = next(
@@ -48,7 +48,7 @@ def targets(result: dict[str, Any]) -> list[Target]:
         )
         within = [row for row in result["exits"] if row["quality"][domain]["perplexity_increase"] <= _BOUND]
         chosen = min(within, key=lambda row: row["weight_bytes"])
-        # Compared with its own last layer, with which it alternated, unless another model is the best.
+        # A plan alternated with its own full depth. If another model is the best, the ratio is to that one.
         to_full = chosen["tpot_ms_batch_1"] / full["tpot_ms_batch_1"]
         saved = 1 - (chosen["tpot_to_full"] if chosen["model"] == full["model"] else to_full)
         savings.append((saved, f"{-saved:+.0%} on {domain} ({chosen['model']} at depth {chosen['depth']})"))
@@ -107,7 +107,7 @@ def _row(subject: Subject, model: ModelEntry, depth: int, engine: Engine, full: 
 
 
 def _judged(subject: Subject, model: ModelEntry, domain: str, engine: Engine) -> dict[str, float | None]:
-    """The best candidate's perplexity on what this plan generates; None when their tokenizers differ."""
+    """The best candidate's perplexity on the text that this plan generates. None: their tokenizers differ."""
     judge = subject.judge(domain)
     if judge.tokenizer_id != model.tokenizer_id:
         return {"generated_perplexity": None}

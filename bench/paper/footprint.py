@@ -1,6 +1,6 @@
-"""Memory of OPT-1.3B's shape, as the engine counts it: how many sequences fit in a fixed budget.
+"""Memory of OPT-1.3B's shape by the engine's accounting: how many sequences fit in a fixed budget.
 
-Nothing is allocated and no weights are read: the configuration alone gives the bytes.
+The bytes are computed from the configuration. Nothing is allocated, and no weights are read.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ _DEPTH = 6
 _DTYPE = checkpoint_dtype(Precision.BFLOAT16)
 _BLOCK_TOKENS = 16
 _STEP_TOKEN_BUDGET = 2048
-# More than fits in any budget here, so that only memory limits the batch.
+# More than fit in any budget here, so that only memory limits the batch.
 _MAX_RUNNING = 2048
 _GIB = 1 << 30
 _BUDGETS_GIB = (4, 8, 16, 24, 40, 80)
@@ -58,7 +58,7 @@ def measure(_subject: Subject) -> dict[str, Any]:
 
 
 def targets(result: dict[str, Any]) -> list[Target]:
-    """The batch in the same memory, and the memory of the same batch."""
+    """The targets: the batch in the same memory, and the memory for the same batch."""
     best = max((row for row in result["largest_batch"] if row["ratio"]), key=lambda row: row["ratio"])
     others = ", ".join(
         f"{row['ratio']:.1f}x in {row['budget_bytes'] / _GIB:.0f} GiB"
@@ -91,7 +91,7 @@ def _plan(depth: int, budget: int, batch: int) -> MemoryPlan:
 
 
 def _largest_batch(depth: int, budget: int) -> int:
-    """Sequences of full context that fit, each with its part of the activations; 0 when none does."""
+    """Sequences of full context that fit, each with its share of the activations. 0: none fits."""
     low, high = 0, _MAX_RUNNING
     per_sequence = -(-OPT_1_3B.context_tokens // _BLOCK_TOKENS)
     while low < high:

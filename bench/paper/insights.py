@@ -1,4 +1,4 @@
-"""The three insights that HELIOS is built on (arXiv 2504.10724, motivation), on our models and texts."""
+"""Checks the three insights behind HELIOS (arXiv 2504.10724, motivation) on our models and texts."""
 
 import itertools
 import statistics
@@ -21,7 +21,7 @@ _INTERVALS = (25, 50, 150)
 
 
 def measure(subject: Subject) -> dict[str, Any]:
-    """Complementary exits, low-confidence tokens, temporal locality."""
+    """Measures complementary exits, low-confidence tokens and temporal locality."""
     subject.say("the three insights")
     return {
         "request_tokens": subject.sizes.request_tokens,
@@ -35,7 +35,7 @@ def measure(subject: Subject) -> dict[str, Any]:
 
 
 def targets(_result: dict[str, Any]) -> list[Target]:
-    """None: other sections have targets for what follows from the insights."""
+    """None. Other sections have targets for the consequences of the insights."""
     return []
 
 
@@ -58,7 +58,7 @@ def _thresholds(subject: Subject, model: ModelEntry) -> dict[str, dict[int, floa
 
 
 def _exits(subject: Subject, model: ModelEntry, domain: str) -> dict[str, Any]:
-    """The shares of tokens that would leave a model at its earliest exit, and only at its last layer."""
+    """The shares of tokens that would leave a model at its first exit, and at its last layer."""
     traces = _joined(subject, model, domain)
     found: dict[str, Any] = {"model": model.name, "domain": domain}
     for name, thresholds in _thresholds(subject, model).items():
@@ -73,11 +73,11 @@ def _exits(subject: Subject, model: ModelEntry, domain: str) -> dict[str, Any]:
 
 
 def _complementary(subject: Subject) -> list[dict[str, Any]]:
-    """Of the tokens that a model's early exit is unsure of, the share that another's is sure of."""
+    """Of the tokens on which one model's early exit is unsure, the share on which another model's is sure."""
     rows = []
     for first, second in itertools.permutations(subject.models, 2):
         if first.tokenizer_id != second.tokenizer_id:
-            continue  # Their tokens differ.
+            continue  # Their tokenizers differ.
         for domain, name in itertools.product(_kinds(), ("calibrated", "0.8")):
             thresholds = [_thresholds(subject, model)[name] for model in (first, second)]
             traces = [_joined(subject, model, domain) for model in (first, second)]
@@ -103,7 +103,7 @@ def _complementary(subject: Subject) -> list[dict[str, Any]]:
 
 
 def _unsure(subject: Subject, model: ModelEntry, domain: str) -> list[dict[str, Any]]:
-    """The tokens below an exit's threshold, and how many of them still equal the last layer's."""
+    """The share of tokens below an exit's threshold, and how many of these equal the last layer's tokens."""
     traces = _joined(subject, model, domain)
     rows = []
     for name, thresholds in _thresholds(subject, model).items():
@@ -125,7 +125,7 @@ def _unsure(subject: Subject, model: ModelEntry, domain: str) -> list[dict[str, 
 
 
 def _locality(subject: Subject, model: ModelEntry) -> dict[str, Any]:
-    """How far the first exit's histogram drifts from one stretch of requests to the next, by their length."""
+    """How much the first exit's histogram changes from one stretch of requests to the next, by length."""
     depth = model.exit_layers[0]
     histograms = {
         domain: [
@@ -172,7 +172,7 @@ def _locality(subject: Subject, model: ModelEntry) -> dict[str, Any]:
 
 
 def _histogram(trace: ExitTrace, depth: int, start: int, length: int) -> NDArray[np.int64]:
-    """Tokens and agreeing tokens by confidence, [2, bins]."""
+    """Numbers of tokens, and of agreeing tokens, by confidence: [2, bins]."""
     part = slice(start, start + length)
     bins = np.minimum(trace.confidences[trace.index(depth), part] * CONFIDENCE_BINS, CONFIDENCE_BINS - 1)
     counts = np.bincount(bins.astype(np.int64), minlength=CONFIDENCE_BINS)

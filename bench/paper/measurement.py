@@ -34,7 +34,7 @@ def measure(
 ) -> Report:
     """Measures all sections, or `only` some, and writes each to `json_path` when it is done.
 
-    What the file holds already is measured again only if `only` names it, or with `fresh`.
+    Sections that the file holds are measured again only if `only` names them, or with `fresh`.
     Raises SettingsError when the file was measured with other settings.
     """
     set_threads(threads, precision)
@@ -74,7 +74,7 @@ def _settings(
     *,
     quick: bool,
 ) -> dict[str, Any]:
-    """What decides the figures. The sections of one file are comparable only when all of it is equal."""
+    """The settings on which the figures depend. All sections of one file must have the same settings."""
     content = {
         "quick": quick,
         "threads": threads,
@@ -83,12 +83,12 @@ def _settings(
         "sizes": asdict(sizes),
         "models": {model.name: _fingerprint(model) for model in models},
     }
-    # As it comes back from a file: lists instead of tuples.
+    # Converted as by a round trip through the file: tuples become lists.
     return dict(json.loads(json.dumps(content)))
 
 
 def _fingerprint(model: ModelEntry) -> str:
-    """SHA-256 of the names and contents of a checkpoint's files, its texts for people left out."""
+    """SHA-256 over the names and contents of a checkpoint's files, without those that are for people."""
     digest = hashlib.sha256()
     for file in sorted(model.path.iterdir()):
         if file.is_file() and file.suffix != ".md":

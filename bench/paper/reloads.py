@@ -1,4 +1,4 @@
-"""Reloads under load: lost and repeated tokens, how long a stream stalls, and the tail latency."""
+"""Reloads under load: lost and repeated tokens, stalls of streams, and tail latency."""
 
 import bisect
 import itertools
@@ -24,7 +24,7 @@ _DEADLINE_SECONDS = 120.0
 
 @dataclass(slots=True)
 class _Stream:
-    """Tokens of one request: their indices, and when they came. `opened` and `times` are in seconds."""
+    """Tokens of one request: their indices and arrival times. `opened` and `times` are in seconds."""
 
     expected: int
     opened: float = field(default_factory=time.perf_counter)
@@ -33,7 +33,7 @@ class _Stream:
 
 
 class _Load:
-    """Keeps a number of streams open on a running engine. A new one follows each that ends."""
+    """Keeps a number of streams open on a running engine. When one ends, a new one begins."""
 
     def __init__(self, engine: Engine, prompts: Sequence[list[int]], max_tokens: int) -> None:
         self.streams: list[_Stream] = []
@@ -47,7 +47,7 @@ class _Load:
         self._error: HeliosError | None = None
 
     def open(self, count: int) -> None:
-        """Opens `count` streams. The first are shorter, so that each is at another point from then on."""
+        """Opens `count` streams. The first ones are shorter, so that later streams are out of step."""
         for index in range(count):
             with self._progress:
                 number = self._take_number(-(-self._max_tokens * (index + 1) // count))
@@ -84,7 +84,7 @@ class _Load:
         self._engine.submit(f"reload-{number}", prompt, sampling, partial(self._take, stream))
 
     def _take(self, stream: _Stream, output: Output) -> None:
-        """Takes what a stream receives, on the engine's thread."""
+        """Takes the outputs of a stream. Called on the engine's thread."""
         now = time.perf_counter()
         stream.indices += [token.index for token in output.tokens]
         stream.times += [now] * len(output.tokens)
@@ -101,7 +101,7 @@ class _Load:
 
 
 def measure(subject: Subject) -> dict[str, Any]:
-    """Reloads to more layers, to fewer, and to another model, while every stream generates."""
+    """Measures reloads to more layers, fewer layers and another model, while all streams generate."""
     sizes = subject.sizes
     candidates = [model for model in subject.models if model.tokenizer_id == subject.models[0].tokenizer_id]
     first = candidates[0]
@@ -109,14 +109,14 @@ def measure(subject: Subject) -> dict[str, Any]:
     subject.say("latency without reloads")
     prompts = subject.prompts(first, tuple(held_out.DOMAINS), sizes.largest_batch)
     steady = decode.run(engine, prompts, sizes.output_tokens, sizes.largest_batch)
-    # What all streams hold in the middle of their lives, prefilled at once.
+    # The tokens that all streams hold halfway through, prefilled at once.
     middle = sizes.prompt_tokens + sizes.output_tokens // 2
     windows = [window for domain in held_out.DOMAINS for window in subject.windows(first, domain)]
     halfway = [window[:middle] for window in itertools.islice(itertools.cycle(windows), sizes.largest_batch)]
     prefill = decode.run(engine, halfway, 1, sizes.largest_batch)
 
     subject.say(f"{sizes.reloads} reloads under load")
-    # Bounds on what prompts do to streams, as in services. Other sections have none.
+    # Chunks of prompts are bounded as in services. Other sections have no bound.
     as_served = EngineSettings()
     engine = subject.engine(
         first,
@@ -179,7 +179,7 @@ def measure(subject: Subject) -> dict[str, Any]:
 
 
 def targets(result: dict[str, Any]) -> list[Target]:
-    """No token is lost or repeated; no stream stalls for longer than the prefill of all streams explains."""
+    """Targets: no token is lost or repeated; no stream stalls longer than a prefill of all would take."""
     count = len(result["reloads"])
     wrong = result["lost"] + result["repeated"] + result["out_of_order"]
     limit = 2 * result["without_reloads"]["tpot_ms"]["p99"] + result["prefill_of_all_streams_ms"]
@@ -201,7 +201,7 @@ def targets(result: dict[str, Any]) -> list[Target]:
 
 
 def _tour(subject: Subject, names: Sequence[str]) -> Iterator[tuple[str, int]]:
-    """Endless. For each model: one exit deeper at a time, then back, then the next model."""
+    """Yields plans without end. For each model: one exit deeper at a time, then back; then the next model."""
     for name in itertools.cycle(names):
         depths = subject.model(name).exit_layers
         for depth in (*depths, *reversed(depths[:-1])):
@@ -215,7 +215,7 @@ def _kind(before: tuple[str, int], after: tuple[str, int]) -> str:
 
 
 def _gaps(streams: Sequence[_Stream], began: float, ended: float) -> list[float]:
-    """For each stream that generated during a reload, its longest gap between two tokens then, in seconds."""
+    """For each stream that generated during a reload: its longest gap between two tokens, in seconds."""
     gaps = []
     for stream in streams:
         first = max(bisect.bisect_right(stream.times, began) - 1, 0)

@@ -1,4 +1,4 @@
-"""The joint curve that the paper leaves open: throughput by batch, model and depth."""
+"""Throughput by batch, model and depth. The paper does not measure this joint curve."""
 
 from typing import Any
 
@@ -48,7 +48,7 @@ def measure(subject: Subject) -> dict[str, Any]:
                     "saturating_batch": min(batch for batch in rates if rates[batch] >= _SATURATED * best),
                     "weight_bytes": memory.weight_bytes,
                     "batch_in_memory": memory.num_blocks // blocks,
-                    # The engine gives a pool no more than max_running contexts.
+                    # The engine's pool holds at most max_running contexts.
                     "limited_by": "memory"
                     if memory.num_blocks < largest * -(-model.context_tokens // engine.settings.block_tokens)
                     else "max_running",
@@ -65,5 +65,5 @@ def measure(subject: Subject) -> dict[str, Any]:
 
 
 def targets(_result: dict[str, Any]) -> list[Target]:
-    """None: the curve explains what other sections have targets for."""
+    """None. The curve explains figures for which other sections have targets."""
     return []

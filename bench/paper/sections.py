@@ -34,7 +34,7 @@ SECTIONS = {
 
 
 def report_of(results: dict[str, Any]) -> Report:
-    """The report of the sections that are there, in their order."""
+    """The report of the sections that `results` holds, in order."""
     found = {name: results[name] for name in SECTIONS if name in results}
     targets = [target for name, result in found.items() for target in SECTIONS[name].targets(result)]
     against = claims(found)

@@ -1,4 +1,4 @@
-"""Speed and memory of OPT-1.3B's shape by depth. Its weights are random: it says nothing about quality."""
+"""Speed and memory of OPT-1.3B's shape by depth. The weights are random, so quality is not measured."""
 
 from dataclasses import replace
 from functools import partial
@@ -14,13 +14,13 @@ from helios.engine import Engine, ExitMode
 from helios.engine.weights.precision import checkpoint_dtype
 from helios.modes import Precision
 
-# What an engine needs besides weights: activations, KV of one full context and of the short sequences here.
+# Memory of an engine beside weights: activations, KV of one full context and of the short sequences here.
 _ROOM_BYTES = 2 << 30
 _SATURATED = 10.0
 
 
 def measure(subject: Subject) -> dict[str, Any]:
-    """Time per token, tokens per second and bytes of each early exit, by turns with all layers."""
+    """Time per token, tokens per second and bytes of each early exit, in turns with all layers."""
     sizes = subject.sizes
     subject.say(f"the checkpoint of {sizes.shape} with random weights")
     model = catalog.read_model(random_model(sizes.shape, subject.cache_dir / "bench-models"))
@@ -43,9 +43,9 @@ def measure(subject: Subject) -> dict[str, Any]:
 
 
 def targets(result: dict[str, Any]) -> list[Target]:
-    """Many streams against one stream at the same depth, which is as fast as `dynamic` can be at batch 1.
+    """Target: many streams against one stream at the same depth, the best that `dynamic` can do at batch 1.
 
-    `dynamic` would also read earlier exits, and compute the KV of the layers that it skips.
+    Really `dynamic` is slower: it also reads earlier exits and computes the KV of skipped layers.
     """
     measured = []
     for row in result["exits"]:
@@ -68,7 +68,7 @@ def _engine(subject: Subject, model: ModelEntry, depth: int) -> Engine:
     settings = subject.settings(ExitMode.GREEDY, subject.sizes.shape_batches[-1])
     dtype, config = checkpoint_dtype(subject.precision), model.config
     itemsize = 1 if subject.precision is Precision.INT8 else dtype.itemsize
-    # Embeddings keep the activations' type.
+    # Embeddings are stored in the type of the activations.
     weights = config.parameters(depth) * itemsize + config.vocab_size * config.embed_size * dtype.itemsize
     return subject.engine(model, depth, replace(settings, memory_bytes=weights + _ROOM_BYTES))
 
@@ -77,7 +77,7 @@ def _row(subject: Subject, engine: Engine, full: Engine) -> dict[str, Any]:
     sizes, memory = subject.sizes, engine.plan.memory
     speed = []
     for batch in sizes.shape_batches:
-        # Any tokens will do, as long as no two prompts are the same.
+        # The tokens do not matter, but no two prompts may be the same.
         starts = range(1, 1 + batch * sizes.prompt_tokens, sizes.prompt_tokens)
         prompts = [list(range(start, start + sizes.prompt_tokens)) for start in starts]
         measures = {

@@ -1,1 +1,1 @@
-"""Other engines: their environments, their processes, and what they generate."""
+"""Other engines: their environments, their processes and their output."""

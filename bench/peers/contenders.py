@@ -1,4 +1,4 @@
-"""The engines that are compared, each in one precision, and the processes that they run in."""
+"""The engines that are compared, each in one precision, and the processes in which they run."""
 
 import contextlib
 import json
@@ -23,16 +23,16 @@ from helios.supervisor import reason_of_end
 
 HELIOS = "helios"
 _BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
-# What a process needs besides weights, keys and values: code, buffers and fragmentation.
+# Memory of a process beside weights and KV: code, buffers and fragmentation.
 _PROCESS_BYTES = 1 << 30
-# No answer takes longer, unless an engine hangs.
+# An engine that takes longer for an answer hangs.
 _ANSWER_SECONDS = 1800.0
 _STOP_SECONDS = 20.0
 
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """An engine in one precision, at a share of the depth."""
+    """An engine in one precision, with a share of the layers."""
 
     engine: str
     precision: str
@@ -46,11 +46,11 @@ class Contender:
 
     @property
     def is_peer(self) -> bool:
-        """Whether it is another engine than Helios."""
+        """Whether it is an engine other than Helios."""
         return self.engine != HELIOS
 
     def depth(self, num_layers: int) -> int:
-        """How many of `num_layers` it loads."""
+        """How many of `num_layers` layers it loads."""
         return max(1, int(num_layers * self.depth_share))
 
     def is_part_of(self, other: "Contender") -> bool:
@@ -64,7 +64,7 @@ class Contender:
         return _BYTES[self.precision]
 
 
-# In the order in which they take turns. The tokens of the others are compared with those of the first.
+# In the order of their turns. The tokens of all others are compared with those of the first.
 CONTENDERS = (
     Contender("transformers", "float32"),
     Contender("transformers", "bfloat16"),
@@ -99,7 +99,7 @@ class Runner:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                # vLLM starts further processes, which pause and end with the group.
+                # vLLM starts child processes. In one group they can be paused and ended together.
                 process_group=0,
             )
         try:
@@ -122,7 +122,7 @@ class Runner:
     def close(self) -> None:
         """Ends the process and its children."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        # Its input ends: an engine that still works stops by itself.
+        # The end of its input stops an engine that still works.
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
         with contextlib.suppress(ProcessLookupError):
@@ -166,18 +166,18 @@ class Runners:
         self._warm: set[tuple[str, tuple[int, ...]]] = set()
 
     def get(self, contender: Contender, job: Job) -> Runner:
-        """The contender's process, which is started if there is none.
+        """The contender's process. It is started if there is none.
 
-        Raises OutOfMemoryError, and UnavailableError when it does not start.
+        Raises OutOfMemoryError if it does not fit, and UnavailableError if it does not start.
         """
         for position, found in enumerate(self._open):
             if found.contender == contender:
-                # The list is ordered by last use.
+                # The list is ordered by last use, so the one in use goes to its end.
                 self._open.append(self._open.pop(position))
                 return found
         needed = job.memory_bytes
         while needed > available_memory() and self._open:
-            # Contenders take turns: the one used last will be needed last.
+            # Contenders take turns, so the one used last is needed again last.
             self._close(self._open.pop())
         if needed > (available := available_memory()):
             raise OutOfMemoryError(
@@ -202,7 +202,7 @@ class Runners:
             self._close(one)
 
     def close(self) -> None:
-        """Ends all."""
+        """Ends all processes."""
         while self._open:
             self._close(self._open.pop())
 
@@ -213,10 +213,10 @@ class Runners:
 
 @contextlib.contextmanager
 def awake(group: int) -> Iterator[None]:
-    """Lets the processes of a group run only inside the context: idle engines spin for a while.
+    """Lets the processes of a group run only inside the context, because idle engines spin for a while.
 
-    The group must be of this session. If this process ends, the kernel then wakes the paused group
-    (setpgid(2), on orphaned process groups), and it ends by itself.
+    The group must belong to this session. Then, if this process ends, the kernel wakes the paused group
+    (setpgid(2), on orphaned process groups), and the group ends by itself.
     """
     with contextlib.suppress(ProcessLookupError):
         os.killpg(group, signal.SIGCONT)
@@ -228,9 +228,9 @@ def awake(group: int) -> Iterator[None]:
 
 
 def needed_bytes(contender: Contender, config: ModelConfig, kv_bytes: int) -> int:
-    """Memory that a contender takes at most: weights, embeddings in float32, keys, values and its process.
+    """The most memory that a contender takes: weights, embeddings in float32, KV and the process itself.
 
-    kv_bytes: bytes of keys and values in bfloat16.
+    kv_bytes: bytes of the KV in bfloat16.
     """
     if contender.precision == "float32" or contender.engine == "ctranslate2":
         kv_bytes *= 2
@@ -239,5 +239,5 @@ def needed_bytes(contender: Contender, config: ModelConfig, kv_bytes: int) -> in
 
 
 def pythons(peers: Mapping[str, Path]) -> dict[str, Path]:
-    """The Python of each engine. Helios's is this one."""
+    """The Python interpreter of each engine. Helios uses the one that runs now."""
     return {HELIOS: Path(sys.executable), **peers}

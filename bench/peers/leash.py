@@ -1,8 +1,8 @@
-"""Runs a command that ends, with all processes that it has started, when its parent ends.
+"""Runs a command and ends it, with all processes that it has started, when its parent ends.
 
-`python leash.py PARENT_PID COMMAND...`, as the leader of a process group. The kernel signals the end of the
-parent (prctl(2), PR_SET_PDEATHSIG); other systems than Linux do not. helios.tether does the same for commands
-that start no further processes; engines start some.
+`python leash.py PARENT_PID COMMAND...`, as the leader of a process group. The Linux kernel signals
+the end of the parent (prctl(2), PR_SET_PDEATHSIG); other systems do not. helios.tether does the same for
+commands that start no child processes. Engines start some.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ def leashed(command: Sequence[str]) -> list[str]:
 
 
 def main() -> None:
-    """Starts the command, waits until it ends or is to be ended, and ends the whole group."""
+    """Starts the command, waits until it ends or a signal comes, and ends the whole group."""
     parent, command = int(sys.argv[1]), sys.argv[2:]
     signal.pthread_sigmask(signal.SIG_BLOCK, {*_ENDS, signal.SIGCHLD})
     if sys.platform == "linux":

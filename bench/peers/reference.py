@@ -1,4 +1,4 @@
-"""What `transformers` generates greedily: the reference for parity. `python -m bench.peers.reference`.
+"""Greedy continuations by `transformers`, the reference for parity: `python -m bench.peers.reference`.
 
 It runs in its own process, because a bench must not share its interpreter with torch. It reads a Job as JSON
 from stdin and writes {"streams": [{"token_ids", "margins"}], "seconds"} to stdout.
@@ -63,12 +63,12 @@ def _continue(job: Job) -> list[ReferenceStream]:
     import torch  # noqa: PLC0415
     from transformers import AutoConfig, OPTForCausalLM  # noqa: PLC0415
 
-    # With one row at a time there is too little work for a second thread.
+    # One row at a time is too little work for a second thread.
     torch.set_num_threads(1)
     config = AutoConfig.from_pretrained(job.checkpoint)
-    # With fewer layers in its config, transformers leaves the weights of the others unread.
+    # With fewer layers in its config, transformers does not read the weights of the others.
     full_depth, config.num_hidden_layers = config.num_hidden_layers, job.depth
-    # Any: transformers' annotations do not accept these arguments.
+    # Typed as Any, because transformers' annotations do not accept these arguments.
     model: Any = OPTForCausalLM.from_pretrained(job.checkpoint, config=config, dtype=torch.float32)
     if job.depth < full_depth:
         _use_exit_head(model, Path(job.checkpoint), job.depth)

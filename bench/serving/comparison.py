@@ -26,11 +26,11 @@ from helios.errors import HeliosError
 from helios.footprint import kv_bytes_per_token
 
 VLLM = "vllm"
-# How many times as long as others a step with prompts may take. An operator would set this if clients can
-# wait for tokens as long as vLLM's do. Only the capacity is measured with it.
+# A second value of `prefill_stretch`. An operator would choose it if clients can wait for tokens as long as
+# vLLM's clients do. Only the capacity is measured with it.
 _STRETCH = "6"
 HELIOS_STRETCHED = f"{HELIOS}, prefill_stretch {_STRETCH}"
-# Offered load, as shares of each system's capacity.
+# The offered loads, as shares of each system's capacity.
 SHARES = (0.4, 0.6, 0.8, 0.9)
 _FACTOR = 2.0
 _WARM_UP_REQUESTS = 4
@@ -54,8 +54,8 @@ def compare(
 ) -> Report:
     """Serves the first `count` requests of a trace at several rates, with and without vLLM beside Helios.
 
-    shape: name of the model, whose weights are random. depth: of Helios; None: all layers. length_scale: how
-    many times as long prompts and outputs are as the trace's. Every run is written to `json_path` when it is
+    shape: name of the model, whose weights are random. depth: Helios's depth; None: all layers. length_scale:
+    factor for the trace's lengths of prompts and outputs. Every run is written to `json_path` when it is
     done. Raises SettingsError when the file was measured with other settings.
     """
     settings = {
@@ -105,7 +105,7 @@ class _System:
 def _vllm(
     model: ModelEntry, cache_dir: Path, threads: int, streams: int, trace: Sequence[Arrival]
 ) -> Iterator[_System]:
-    """A `vllm serve` of the model. Raises UnavailableError."""
+    """Runs `vllm serve` with the model. Raises UnavailableError."""
     python = make_environment("vllm", cache_dir / "peers")
     logs = cache_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -143,7 +143,7 @@ class _Comparison:
     async def run(
         self, systems: Mapping[str, _System], helios: str, gateway: str, shares: Sequence[float]
     ) -> None:
-        """Measures every system's capacity, then each share of it. The systems take turns.
+        """Measures the capacity of every system, then each share of it. The systems take turns.
 
         helios: name of the system behind the gateway.
         """
@@ -190,8 +190,8 @@ class _Comparison:
             report_of(self._results).write(self._json_path)
 
     def _requests(self, number: int) -> list[Request]:
-        """Prompts of random tokens. They differ for each number, so that none is served from the keys and
-        values of an earlier run."""
+        """Prompts of random tokens. They differ for each number, so that none is served from KV that an
+        earlier run cached."""
         draw = random.Random(number)
         tokens = range(FIRST_TOKEN, self._vocab_size)
         return [
@@ -201,7 +201,7 @@ class _Comparison:
 
 
 async def replay(open_stream: Open, requests: Sequence[Request], arrivals: Sequence[Arrival]) -> list[Stream]:
-    """Opens each request at its arrival, whatever else is open, and waits for all."""
+    """Opens each request at its arrival time, however many are open, and waits for all of them."""
     started = asyncio.get_running_loop().time()
 
     async def one(index: int, request: Request, arrival: Arrival) -> Stream:
@@ -217,7 +217,7 @@ async def replay(open_stream: Open, requests: Sequence[Request], arrivals: Seque
 
 
 def capacity(runs: Sequence[Mapping[str, Any]], name: str) -> float:
-    """Requests per second of a system when as many as it takes were always open."""
+    """Requests per second of a system at full load."""
     return float(
         next(run["requests_per_second"] for run in runs if (run["system"], run["share"]) == (name, None))
     )
@@ -252,7 +252,7 @@ def report_of(results: dict[str, Any]) -> Report:
 def at_same_latency(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
     """For each rate at which vLLM served all requests: Helios's highest rate with no higher P99 TPOT.
 
-    Rates count requests that were served, not offered: they are lower when a system falls behind. The
+    Rates are of served requests, not of offered ones, so they are lower when a system falls behind. The
     capacity is one of the rates.
     """
 
@@ -274,7 +274,7 @@ def at_same_latency(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]
 
 
 def targets(compared: Sequence[Mapping[str, float]]) -> list[Target]:
-    """The target, at every rate of vLLM."""
+    """The target, for every rate of vLLM."""
     if not compared:
         return []
     points = ", ".join(f"{one['ratio']:.2f}x of {one['vllm']:.1f}" for one in compared)

@@ -25,15 +25,15 @@ from helios.v1 import inference_pb2, inference_pb2_grpc, worker_pb2, worker_pb2_
 _PROMPTS = Path(__file__).with_name("prompts.json")
 _SHORTEST_PROMPT = 2
 _WARM_UP_TOKENS = 8
-# Runs through the gateway and straight alternate, so that other work of the machine falls on both.
+# Runs through the gateway alternate with direct ones, so that other work on the machine slows both alike.
 _ROUNDS = 3
-# With 64 streams, on 2 cores like those of the README's figures.
+# The target for 64 streams on 2 cores like those of the README's figures.
 _GATEWAY_CPU_TARGET_US = 50.0
 
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """What was measured on one stack."""
+    """The measurements of one stack."""
 
     gateway: list[Summary]
     direct: list[Summary]
@@ -54,11 +54,11 @@ def measure(
 ) -> Report:
     """Greedy streams of `max_tokens` tokens, `streams` at once, through the gateway and straight to workers.
 
-    Starts a stack for that, then one whose worker has all layers, to compare their memory. None: the default
-    of `helios up`.
+    Starts a stack for that. Then it starts one whose worker has all layers, to compare their memory. None as
+    an option means the default of `helios up`.
     """
     directory = catalog.find_models_dir(models_dir)
-    # In float32, like transformers, whose tokens are compared.
+    # In float32, because the tokens are compared with those of transformers.
     options = ["--models-dir", str(directory), "--precision", "float32"]
     options += ["--workers", str(workers)] if workers else []
     options += ["--model", model] if model else []
@@ -82,7 +82,7 @@ async def _measure(state: StackState, concurrency: int, max_tokens: int) -> _Mea
         workers = [clients.connect(address) for address in addresses]
         try:
             stubs = [worker_pb2_grpc.WorkerServiceStub(worker) for worker in workers]
-            # Before any load, as for the full model.
+            # Memory is read before any load, as it is for the full model.
             status = [await stub.GetStatus(worker_pb2.GetStatusRequest()) for stub in stubs]
             answer = await stubs[0].GetTokenizer(worker_pb2.GetTokenizerRequest())
             tokenizer = Tokenizer.from_buffer(answer.tokenizer_json)
@@ -108,7 +108,7 @@ async def _measure(state: StackState, concurrency: int, max_tokens: int) -> _Mea
 
 
 def make_requests(tokenizer: Tokenizer, count: int, max_tokens: int, context_tokens: int) -> list[Request]:
-    """Requests with prompts of mixed lengths. A prompt that is used again is cut shorter, so that all differ.
+    """Requests with prompts of mixed lengths. A prompt that is used again is cut shorter, so all differ.
 
     Raises InvalidRequestError when the context leaves no room for prompts.
     """
@@ -144,7 +144,7 @@ async def _status_of_workers(gateway_address: str) -> list[worker_pb2.GetStatusR
 
 @dataclass(frozen=True, slots=True)
 class _Parity:
-    """Streams against the reference. A margin is the reference's highest logit minus its second."""
+    """Compares streams with the reference. A margin is the reference's highest logit minus its second."""
 
     streams: int
     equal: int
@@ -176,7 +176,7 @@ def _report(
 ) -> Report:
     gateway, direct = _median_run(measured.gateway), _median_run(measured.direct)
     cpu_us = percentile(measured.gateway_cpu_us_per_token, 0.5)
-    # None: all tokens of a stream came in one message.
+    # It is None when all tokens of a stream came in one message.
     slowdown = gateway.tpot_ms.p50 / direct.tpot_ms.p50 if direct.tpot_ms.p50 else None
     against = "" if slowdown is None else f"; TPOT P50 {slowdown:.2f} x"
     failed = sum(run.failed for run in (*measured.gateway, *measured.direct))

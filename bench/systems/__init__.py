@@ -1,1 +1,1 @@
-"""What is measured of Helios: models, engines and stacks that a bench starts."""
+"""The parts of Helios that benches measure: models, engines and stacks."""

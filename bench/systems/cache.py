@@ -1,4 +1,4 @@
-"""Where benches keep what they make once: peers' environments, random weights and logs."""
+"""The folder in which benches keep peers' environments, random weights and logs."""
 
 from pathlib import Path
 

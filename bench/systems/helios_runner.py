@@ -13,14 +13,14 @@ from helios.settings import SERVED_BURST_SECONDS, SERVED_PROMPT_READINGS
 
 
 def load(job: Job) -> Generate:
-    """The engine, with all that it does when it serves: text, log probabilities, confidences."""
+    """Loads the engine. It does all that serving does: text, log probabilities and confidences."""
     set_threads(job.threads, job.precision)
     entry = catalog.read_model(Path(job.model))
     settings = EngineSettings(
         precision=job.precision,
         memory_bytes=job.memory_bytes,
         max_running=job.batch,
-        # No bound: the peers' offline interfaces are made for throughput too.
+        # Chunks have no bound, because the peers' offline interfaces are made for throughput too.
         prefill_stretch=math.inf,
         burst_seconds=SERVED_BURST_SECONDS,
         prompt_readings=SERVED_PROMPT_READINGS,

@@ -1,4 +1,4 @@
-"""Stacks that a bench starts and stops, with the command that a person uses."""
+"""Stacks that a bench starts and stops with the command `helios up`."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ _CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
 def local_stack(*options: str, settings: Mapping[str, str] | None = None) -> Iterator[StackState]:
     """Runs `helios up` with the options, on a free port, apart from any other stack.
 
-    It has no profiler and controller, unless the options ask for them: nothing changes what is measured.
+    It has no profiler and controller, unless the options ask for them, so that nothing changes the plan.
     settings: further environment variables. Raises UnavailableError with its error when it does not start.
     """
     with tempfile.TemporaryDirectory(prefix="helios-bench-") as name, tempfile.TemporaryFile("w+") as said:
@@ -28,12 +28,12 @@ def local_stack(*options: str, settings: Mapping[str, str] | None = None) -> Ite
             *(sys.executable, "-P", "-m", "helios.cli", "up", "--gateway", "127.0.0.1:0"),
             *("--no-profiler", "--controller", "none", *options),
         ]
-        # Another stack may be told to use that Redis.
+        # Another stack may use the Redis that the environment names.
         environment = {key: value for key, value in os.environ.items() if key != "HELIOS_REDIS_URL"}
         environment |= {**(settings or {}), "HELIOS_STATE_DIR": name}
-        # A bench sends the same prompts again, and wants to know what new ones take.
+        # A bench sends the same prompts again. They must cost as much as new ones.
         environment.setdefault("HELIOS_WORKER_PREFIX_CACHE", "false")
-        # Tethered, so that a bench that is killed leaves no stack behind.
+        # Tethered, so that no stack is left behind when the bench is killed.
         process = subprocess.Popen(
             tethered(command),
             env=environment,
@@ -49,7 +49,7 @@ def local_stack(*options: str, settings: Mapping[str, str] | None = None) -> Ite
             if not is_ready or state is None:
                 process.wait()
                 said.seek(0)
-                # Before the error it says what it waited for.
+                # The error comes last, after the lines about what the start waited for.
                 raise UnavailableError(said.read().strip().rpartition("error: ")[2])
             yield state
         finally:

@@ -1,4 +1,4 @@
-"""Checkpoints with seeded random weights: speed depends on the shape of a model, not on its weights."""
+"""Checkpoints with seeded random weights. Speed depends on a model's shape, not on its weights."""
 
 import json
 from dataclasses import replace
@@ -16,15 +16,15 @@ from helios.catalog import FACTS_FILE, FORMAT_VERSION, TOKENIZER_FILE
 from helios.staging import staged
 
 _SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>")
-# Changes with how the weights are made: they are another model then.
+# Must change when the weights are made differently, because that is another model.
 _VERSION = 1
 _SEED = 0
 
 
 def random_model(name: str, directory: Path) -> Path:
-    """The checkpoint of a shape in `directory`. It is written, in bfloat16, unless it is there.
+    """The checkpoint of a shape in `directory`. It is written in bfloat16, unless it exists.
 
-    It has exits at every quarter of the depth, through the shared head. Raises CheckpointError when it cannot
+    It has exits at every quarter of the depth, with the shared head. Raises CheckpointError when it cannot
     be written, KeyError for an unknown shape.
     """
     path = directory / f"{name}-random-{_VERSION}"
@@ -48,14 +48,14 @@ def write_random_model(config: ModelConfig, path: Path) -> None:
             values *= np.float32(shape[1] ** -0.5)
         values_of[name] = _bfloat16(values)
     tensors = {
-        # TensorSpec holds addresses: values_of keeps the arrays alive.
+        # TensorSpec holds addresses, so `values_of` keeps the arrays alive.
         name: TensorSpec(
             dtype="bfloat16", shape=values.shape, data_ptr=values.ctypes.data, data_len=values.nbytes
         )
         for name, values in values_of.items()
     }
     serialize_file(tensors, path / "model.safetensors", {"format": "pt"})
-    # No dropout: transformers' default is that of training.
+    # No dropout, because transformers' default is meant for training.
     fields = architecture_of(config).write(replace(config, dtype="bfloat16")) | {"dropout": 0.0}
     (path / CONFIG_FILE).write_text(json.dumps(fields, indent=2))
     _tokenizer(config.vocab_size).save(str(path / TOKENIZER_FILE))
@@ -103,12 +103,12 @@ def _tensor_shapes(config: ModelConfig) -> dict[str, list[int]]:
 
 
 def _bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """float32 values as bfloat16: their upper halves, rounded to nearest, ties away from zero."""
+    """Converts float32 to bfloat16: the upper half of each value, rounded to nearest, ties away from zero."""
     return ((values.view(np.uint32) + np.uint32(0x8000)) >> np.uint32(16)).astype("<u2")
 
 
 def _tokenizer(vocab_size: int) -> Tokenizer:
-    """A byte-level tokenizer. Every id above the bytes is its own word, so that each has text to stream."""
+    """A byte-level tokenizer. Every id above the bytes is a separate word, so that each id has text."""
     tokens = [*_SPECIAL_TOKENS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokens += [f"\u0120w{index}" for index in range(len(tokens), vocab_size)]
     vocabulary = {token: index for index, token in enumerate(tokens[:vocab_size])}

@@ -1,4 +1,4 @@
-"""Shapes of published OPT models. A shape has bytes and operations without having weights."""
+"""Shapes of published OPT models. Bytes and operations can be computed from a shape without weights."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +36,7 @@ SHAPES = {
     ),
     "opt-1.3b": OPT_1_3B,
 }
-# No published model has this shape. It shows that a bench works.
+# No published model has this shape. It serves to try out a bench.
 TINY = replace(
     OPT_1_3B,
     vocab_size=512,

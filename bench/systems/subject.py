@@ -1,4 +1,4 @@
-"""What benches of the engine measure: models, held-out texts, sizes, and what is computed of them once."""
+"""The subject of the engine's benches: models, held-out texts, sizes, and traces computed once."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -21,14 +21,14 @@ from helios.settings import SERVED_BURST_SECONDS
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much is measured. All are counts. `windows` is per domain; None: as many as the texts give."""
+    """How much is measured. All are counts. `windows` is per domain; None: all that the texts give."""
 
     batches: tuple[int, ...] = (1, 8, 32, 64)
     prompt_tokens: int = 32
     output_tokens: int = 64
     rounds: int = 3
     saturating_requests: int = 128
-    # Few, since one at a time takes long, and its rate does not depend on their number.
+    # Few, because one at a time takes long, and the rate does not depend on their number.
     single_requests: int = 6
     window_tokens: int = 256
     windows: int | None = None
@@ -37,25 +37,25 @@ class Sizes:
     forced_tokens: int = 128
     grid_batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
     request_tokens: int = 64
-    # Of a phase of drifting traffic. A drift must not fall on a reassessment: the reaction would look better
-    # than it is.
+    # Requests in a phase of drifting traffic. A drift must not fall on a reassessment, because the reaction
+    # would then look better than it is.
     phase_requests: int = 310
-    # Of a phase of the long traces, and of traffic without a drift.
+    # Requests in a phase of the long traces, and in traffic without a drift.
     long_phase_requests: int = 3000
-    # Traces of each shape; and of those that are long or only compared with others.
+    # Number of traces of each shape, and of those that are long or only serve comparisons.
     traces: int = 20
     few_traces: int = 5
     served_requests: int = 120
     served_interval: int = 20
     profiled_requests: int = 5
-    # A shape with random weights, and what is measured of it.
+    # The shape with random weights, and the sizes for its measurements.
     shape: str = "opt-1.3b"
     shape_batches: tuple[int, ...] = (1, 8, 32)
     shape_tokens: int = 16
-    # More than the profiler takes, since all of a simulation depends on them.
+    # More than the profiler times, because a whole simulation depends on them.
     timed_steps: int = 21
     reloads: int = 100
-    # Seconds of a round on real services, and how often four rounds are run.
+    # Seconds of a round on real services, and how many times four rounds are run.
     control_seconds: float = 20.0
     control_rounds: int = 2
 
@@ -98,18 +98,18 @@ QUICK = Sizes(
 
 @dataclass(frozen=True, slots=True)
 class Quality:
-    """The quality of a model at one depth on held-out text, teacher-forced."""
+    """The teacher-forced quality of a model at one depth on held-out text."""
 
     perplexity: float
     nats_per_byte: float
-    # Over the best candidate at full depth, per token of that candidate, as the policy bounds it.
+    # Relative to the best candidate at full depth, per token of that candidate. The policy bounds this.
     perplexity_increase: float
-    # Share of tokens that are the same as the model's own last layer's.
+    # Share of tokens that are the same as those of the model's own last layer.
     agreement: float
 
 
 class Subject:
-    """The models that are measured. Each is loaded and traced once."""
+    """The models that are measured. Each model is loaded and traced once."""
 
     def __init__(
         self,
@@ -155,7 +155,7 @@ class Subject:
         return self._windows[key]
 
     def prompts(self, model: ModelEntry, domains: Sequence[str], count: int) -> list[list[int]]:
-        """Prompts of one length, from the domains' texts by turns. They repeat when the texts run out."""
+        """Prompts of one length, from the domains' texts in turn. They repeat when the texts run out."""
         length = self.sizes.prompt_tokens
         pools = [[window[:length] for window in self.windows(model, domain)] for domain in domains]
         return [
@@ -170,7 +170,7 @@ class Subject:
         return self._plans[model.name]
 
     def traces(self, model: ModelEntry, domain: str) -> list[ExitTrace]:
-        """What every exit says of the domain's windows."""
+        """The predictions of every exit for the domain's windows."""
         key = (model.name, domain)
         if key not in self._traces:
             self.say(f"every exit of {model.name} on held-out {domain} text")
@@ -206,7 +206,7 @@ class Subject:
         return min(within, key=lambda option: option[0].config.parameters(option[1]))
 
     def settings(self, exit_mode: ExitMode, max_running: int | None = None) -> EngineSettings:
-        """Settings of an engine: all are equal except those that are compared."""
+        """Settings of an engine. Only the compared ones differ between engines."""
         running = max_running or self.sizes.largest_batch
         return EngineSettings(
             exit_mode=exit_mode,
@@ -214,22 +214,22 @@ class Subject:
             memory_bytes=self.memory_bytes,
             max_running=running,
             max_waiting=max(256, self.sizes.saturating_requests),
-            # All prompts of a batch are prefilled in one step, so that decoding can be timed apart.
+            # All prompts of a batch are prefilled in one step, so that decoding can be timed separately.
             step_token_budget=max(512, running * (self.sizes.prompt_tokens + 1)),
             prefill_stretch=math.inf,
             burst_seconds=SERVED_BURST_SECONDS,
-            # Every round has the same prompts: none may be served from KV that was kept.
+            # Every round has the same prompts, so none may be served from cached KV.
             prefix_cache=False,
         )
 
     def engine(
         self, model: ModelEntry, depth: int | None = None, settings: EngineSettings | None = None
     ) -> Engine:
-        """A new engine. Without settings it is greedy."""
+        """A new engine. Without settings its exit mode is greedy."""
         return Engine.load(model.path, depth, settings or self.settings(ExitMode.GREEDY))
 
     def text_nats(self, model: ModelEntry, texts: Sequence[Sequence[int]], prompt_tokens: int) -> float:
-        """Mean nats per token that a model at full depth gives to what follows the prompts."""
+        """Mean nats per token of a model at full depth for the tokens after the prompts."""
         traces = trace_exits(self.plan(model), texts)
         return float(np.mean([trace.nats[-1, prompt_tokens - 1 :].mean() for trace in traces]))
 

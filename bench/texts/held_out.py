@@ -1,4 +1,4 @@
-"""Texts that the bundled models were not trained on, and pieces of them (README.md beside them)."""
+"""Texts that the bundled models were not trained on, and windows of them. See README.md in this folder."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 _TEXTS = Path(__file__).parent
 _BETWEEN_DOCUMENTS = "\n\f\n"
 
-# Kinds of traffic, and the files of each.
+# Domains of traffic, and the files of each.
 DOMAINS = {"prose": ("kjv",), "technical": ("python", "man")}
 
 
@@ -22,7 +22,7 @@ def documents(domain: str) -> list[str]:
 
 
 def windows(tokenizer: Tokenizer, domain: str, tokens: int, limit: int | None = None) -> list[list[int]]:
-    """Stretches of exactly `tokens` ids, each within one document; at most `limit`, evenly spread."""
+    """Windows of exactly `tokens` ids, each within one document; at most `limit`, evenly spread."""
     found = []
     for document in documents(domain):
         ids = tokenizer.encode(document).ids
@@ -31,7 +31,7 @@ def windows(tokenizer: Tokenizer, domain: str, tokens: int, limit: int | None = 
 
 
 def spread(items: Sequence[list[int]], limit: int | None) -> list[list[int]]:
-    """At most `limit` of the items, evenly spread and in their order."""
+    """At most `limit` of the items, evenly spread and in order."""
     if limit is None or limit >= len(items):
         return list(items)
     return [items[index * len(items) // limit] for index in range(limit)]

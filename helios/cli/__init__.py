@@ -24,7 +24,7 @@ _COMMANDS = {
     "profile": "helios.cli.profile:profile",
     "models": "helios.cli.models:models",
 }
-# Entry points of this group are commands too.
+# Other packages register commands as entry points of this group.
 _REGISTERED = "helios.commands"
 
 
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def _own_packages() -> set[str]:
-    """Packages of this project and of registered commands: a module that lacks there is an error in them."""
+    """Packages of this project and of registered commands. If a module of theirs is missing, it is a bug."""
     from helios.cli.models import REGISTERED
 
     places = [*registered(_REGISTERED).values(), *registered(REGISTERED).values()]
@@ -72,7 +72,7 @@ def _own_packages() -> set[str]:
 
 
 def _for_reading(text: str) -> str:
-    """The text, with line breaks between words when it is written to a terminal."""
+    """The text, wrapped between words when it is written to a terminal."""
     if not sys.stderr.isatty():
         return text
     width = shutil.get_terminal_size().columns
@@ -84,7 +84,7 @@ def _with_dashes_hint(error: click.NoSuchOption, words: list[str]) -> click.NoSu
     given = next((word for word in words if word.startswith(error.option_name)), None)
     command = error.ctx.command if error.ctx is not None else None
     arguments = [one for one in command.params if isinstance(one, click.Argument)] if command else []
-    # An option with nearly the same name exists: a typing error.
+    # If click knows an option with nearly the same name, the user mistyped it.
     if given is None or error.ctx is None or not arguments or error.possibilities:
         return error
     hint = (

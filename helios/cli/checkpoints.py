@@ -1,4 +1,4 @@
-"""What commands that work on checkpoints share: options, where a model is found, and words."""
+"""Shared code of commands that work on checkpoints: options, finding a model, and wording."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,12 +29,12 @@ def find_checkpoint(source: str, models_dir: Path | None) -> ModelEntry:
 
 
 def depths_in_words(entry: ModelEntry) -> str:
-    """The depths at which a model can be served."""
+    """The depths at which a model can be served, in words."""
     return ", ".join(map(str, entry.exit_layers))
 
 
 def progress_bars() -> "Progress":
-    """Bars on stderr, so that stdout holds only the command's answer."""
+    """Progress bars on stderr, so that stdout holds only the command's answer."""
     from rich.console import Console
     from rich.progress import Progress
 

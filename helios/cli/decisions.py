@@ -1,4 +1,4 @@
-"""`helios decisions`: what the controller decided, which options it had, and what came of it."""
+"""`helios decisions`: the controller's decisions, their options and their outcomes."""
 
 import json
 import time
@@ -37,7 +37,7 @@ def decisions(*, last: int, follow: bool, as_json: bool, target: str | None) -> 
 
 
 def as_dict(decision: controller_pb2.Decision) -> dict[str, Any]:
-    """A decision as JSON has it."""
+    """A decision in the form of the JSON output."""
     # MessageToDict would turn 64-bit counters into strings.
     outcome = decision.outcome
     return {
@@ -62,7 +62,7 @@ def as_dict(decision: controller_pb2.Decision) -> dict[str, Any]:
 
 
 def in_one_line(decision: controller_pb2.Decision) -> str:
-    """When it was made, why, and what was decided."""
+    """The time of a decision, its reason and the chosen plan."""
     clock = time.strftime("%H:%M:%S", time.localtime(decision.time))
     return f"{decision.number} {clock} {decision.trigger}: {decision.reason}"
 

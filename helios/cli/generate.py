@@ -1,4 +1,4 @@
-"""`helios generate`: a text, streamed to the terminal."""
+"""`helios generate`: streams text to the terminal."""
 
 import json
 import sys
@@ -80,7 +80,7 @@ def _read_prompt(argument: str) -> str:
 
 
 def _text(argument: str, name: str) -> str:
-    # Python turns bytes of the command line that are not UTF-8 into lone surrogates.
+    # Python turns bytes in arguments that are not UTF-8 into lone surrogates.
     try:
         argument.encode()
     except UnicodeEncodeError:

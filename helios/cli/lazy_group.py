@@ -1,4 +1,4 @@
-"""A click group that imports a command only when it is asked for: no command pays for another's imports."""
+"""A click group that imports a command only when it is used, so no command waits for another's imports."""
 
 import importlib
 import importlib.util
@@ -8,10 +8,10 @@ import click
 
 
 class LazyGroup(click.Group):
-    """A group of commands that are named by `module:attribute`.
+    """A group whose commands are named as `module:attribute`.
 
-    Other packages register commands as entry points of their distribution (importlib.metadata), so that this
-    package needs none of their names.
+    Other packages register commands as entry points of their distribution (importlib.metadata), so this
+    package does not contain their names.
     """
 
     def __init__(
@@ -22,16 +22,16 @@ class LazyGroup(click.Group):
         **attributes: object,
     ) -> None:
         """commands_at: where each command is. registered_in: the group of entry points; empty: none."""
-        super().__init__(*args, **attributes)  # type: ignore[arg-type]  # click's own, passed through
+        super().__init__(*args, **attributes)  # type: ignore[arg-type]  # passes click's own arguments on
         self._commands_at = commands_at or {}
         self._registered_in = registered_in
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
-        """The names: those of `commands_at` in their order, then all others from a to z."""
+        """The names: first those of `commands_at` in order, then all others alphabetically."""
         return [*self._commands_at, *sorted({*self.commands, *self._registered()})]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Imports a command. None: there is no such command."""
+        """Imports a command and returns it. None: there is no such command."""
         place = self._commands_at.get(cmd_name)
         if place is None and cmd_name not in self.commands:
             place = self._registered().get(cmd_name)
@@ -44,7 +44,7 @@ class LazyGroup(click.Group):
         return command
 
     def _registered(self) -> dict[str, str]:
-        """Where each registered command is. Left out: those whose package is not here, as in images."""
+        """The place of each registered command. Commands of missing packages are left out (as in images)."""
         return {
             name: place
             for name, place in registered(self._registered_in).items()

@@ -1,4 +1,4 @@
-"""`helios models`: what can be served, and getting, cutting and extending checkpoints."""
+"""`helios models`: lists, fetches, cuts and extends models."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from helios.cli.checkpoints import (
 )
 from helios.cli.lazy_group import LazyGroup
 
-# Entry points of this group are subcommands too.
+# Other packages register subcommands as entry points of this group.
 REGISTERED = "helios.commands.models"
 
 
@@ -80,7 +80,7 @@ def export(*, model: str, target: Path, depth: int, models_dir: Path | None, for
     MODEL is a folder, or the name of a model in the models directory.
     """
     entry = find_checkpoint(model, models_dir)
-    # Checked before torch is imported: a wrong depth is reported at once.
+    # The depth is checked before torch is imported, so that an error comes at once.
     entry.facts.check_depth(depth, entry.name)
     with progress_bars() as progress:
         task = progress.add_task(f"{entry.name}, {depth} layers", total=depth)

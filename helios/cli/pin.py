@@ -1,4 +1,4 @@
-"""`helios pin` and `helios unpin`: an operator holds what workers serve, or gives it back."""
+"""`helios pin` and `helios unpin`: an operator holds workers at a plan, or releases them."""
 
 from collections.abc import Iterable
 

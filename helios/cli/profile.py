@@ -53,7 +53,7 @@ def profile(
                 profiles += map(ModelProfile.from_proto, answer.profiles)
             else:
                 request = profiler_pb2.EvaluateRequest(models=names, requests=requests)
-                # One by one, so that those before a failure are shown.
+                # Results are shown one by one, so that those before a failure are seen.
                 for one in _with_progress(stub.Evaluate(request)):
                     profiles.append(one)
         except grpc.RpcError as error:
@@ -68,7 +68,7 @@ def profile(
 
 
 def _with_progress(responses: Iterator[profiler_pb2.EvaluateResponse]) -> Iterator[ModelProfile]:
-    """The results, with a bar per model on stderr: stdout holds only the command's answer."""
+    """The results. Progress bars (one per model) go to stderr, so stdout holds only the command's answer."""
     from rich.console import Console
     from rich.progress import Progress, TaskID
 
@@ -85,7 +85,7 @@ def _with_progress(responses: Iterator[profiler_pb2.EvaluateResponse]) -> Iterat
                 bars[stage.model] = progress.add_task(stage.model, total=stage.requests_total)
             progress.update(bars[stage.model], completed=stage.requests_done)
     finally:
-        # A progress that never started would leave an empty line.
+        # Bars that never started would leave an empty line.
         if bars:
             progress.stop()
 

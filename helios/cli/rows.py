@@ -1,4 +1,4 @@
-"""Tables and lines that show everything and cut no word, however narrow the terminal is."""
+"""Tables and lines that show everything and cut no word, even in a narrow terminal."""
 
 import textwrap
 from collections.abc import Collection, Iterator
@@ -14,14 +14,14 @@ _UNBOUNDED = 100_000
 
 
 def show(console: Console, *parts: RenderableType) -> None:
-    """Prints parts. A word that is wider than the terminal is not cut: the terminal breaks it."""
+    """Prints parts. A word wider than the terminal is not cut; the terminal wraps it."""
     for part in parts:
         console.print(part, crop=False, highlight=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A text on as many lines as it needs, broken between words. Lines after the first are indented."""
+    """A text that is wrapped between words. Lines after the first are indented."""
 
     text: str
     style: str = ""
@@ -51,8 +51,8 @@ class _Row:
 class Rows:
     """A table of short cells. A row may have a note of any length.
 
-    Notes are the last column if the table fits with them, else lines below the table. If the table itself
-    does not fit, each row becomes a line, with the name of its column before each cell.
+    Notes are the last column if the table fits with them, otherwise lines below the table. If the table
+    itself does not fit, each row becomes a line, in which every cell follows the name of its column.
     """
 
     def __init__(self, *columns: str, left: Collection[str] = (), names: int = 1, note: str = "") -> None:
@@ -67,7 +67,7 @@ class Rows:
         self._rows: list[_Row] = []
 
     def add(self, *cells: str | Text, note: str = "", style: str = "", ends_section: bool = False) -> None:
-        """Adds a row. A str is shown as it is: it has no markup."""
+        """Adds a row. A str is shown literally, without markup."""
         texts = tuple(cell if isinstance(cell, Text) else Text(cell) for cell in cells)
         self._rows.append(_Row(texts, note, style, ends_section))
 

@@ -1,4 +1,4 @@
-"""`helios slo`: what the controller optimises, and within which bounds."""
+"""`helios slo`: the objective that the controller optimises, and its bounds."""
 
 import json
 from typing import Any
@@ -78,7 +78,7 @@ def show(*, as_json: bool, target: str | None) -> None:
 
 
 def as_dict(current: Slo) -> dict[str, Any]:
-    """An objective with its bounds, as JSON has it."""
+    """An objective with its bounds, in the form of the JSON output."""
     return {
         "objective": str(current.objective),
         "max_perplexity_increase": current.max_perplexity_increase,
@@ -89,7 +89,7 @@ def as_dict(current: Slo) -> dict[str, Any]:
 
 
 def in_words(current: Slo) -> str:
-    """The objective, and the bounds that are set."""
+    """The objective and the bounds that are set, in words."""
     objective, *bounds = as_dict(current).items()
     set_ones = [f"{name} {value:g}" for name, value in bounds if value is not None]
     return f"{objective[1]}, {', '.join(set_ones) or 'no bounds'}"

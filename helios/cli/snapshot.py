@@ -1,4 +1,4 @@
-"""What gateway, controller and profiler say of a stack at one moment, for `helios status` and `top`."""
+"""A snapshot of a stack from gateway, controller and profiler, for `helios status` and `top`."""
 
 import contextlib
 import time
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from helios.history import ExitProfile, ModelProfile
 
 _TIMEOUT_SECONDS = 5.0
-# Profiles change seldom: when the controller has candidates evaluated.
+# Profiles change seldom, only after an evaluation, so they are read less often.
 _PROFILES_SECONDS = 5.0
-# How many bars a histogram has, and the heights that a bar can have.
+# The number of bars of a histogram, and the possible heights of a bar.
 _BARS = 10
 _HEIGHTS = " ▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What is known at one moment. What did not answer is None or empty, and named in `problems`."""
+    """The state of a stack at one moment. Parts that did not answer are None or empty, and in `problems`."""
 
     gateway: str
     status: inference_pb2.GetServingStatusResponse
@@ -37,7 +37,7 @@ class Snapshot:
     decisions: Sequence[controller_pb2.Decision]
     profiles: "Mapping[str, ModelProfile]"
     problems: Sequence[str]
-    # Telemetry of the previous snapshot, by worker.
+    # The telemetry of the previous snapshot, by worker.
     before: Mapping[str, worker_pb2.Telemetry]
 
     @property
@@ -62,17 +62,17 @@ class Snapshot:
         )
 
     def rates(self, worker: inference_pb2.WorkerState) -> Rates:
-        """What the worker did since the previous snapshot."""
+        """The rates of the worker since the previous snapshot."""
         return rates(worker.telemetry, self.before.get(worker.worker_id))
 
     def exit_profile(self, worker: inference_pb2.WorkerState) -> "ExitProfile | None":
-        """What was measured at the exit where the worker reads out its tokens."""
+        """The profile of the exit at which the worker reads out its tokens."""
         profile = self.profiles.get(worker.telemetry.model)
         exits = profile.exits if profile is not None else ()
         return next((one for one in exits if one.depth == worker.telemetry.depth), None)
 
     def worker_as_dict(self, worker: inference_pb2.WorkerState) -> dict[str, Any]:
-        """A worker as JSON has it, with the histogram of its exit."""
+        """A worker in the form of the JSON output, with the histogram of its exit."""
         one, profile = self.exit_profile(worker), self.profiles.get(worker.telemetry.model)
         histogram = None
         if one is not None and profile is not None:
@@ -104,7 +104,7 @@ class Snapshot:
 
 
 class Observer:
-    """Takes snapshots of a stack. Only its gateway must answer."""
+    """Takes snapshots of a stack. Only the gateway must answer."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class Observer:
         profiler_address: str,
         starting: Callable[[], Collection[str]] = tuple,
     ) -> None:
-        """starting: names of the processes that cannot answer yet."""
+        """starting: returns the names of processes that cannot answer yet."""
         self._gateway = gateway
         self._client = client
         self._controller = controller
@@ -145,7 +145,7 @@ class Observer:
         problems += [self._profiles_problem] if self._profiles_problem else []
         before = self._before
         self._before = {one.worker_id: one.telemetry for one in status.workers}
-        # dict.fromkeys: controller and gateway may both say that they cannot reach Redis.
+        # dict.fromkeys drops repetitions: controller and gateway may both report that Redis is gone.
         return Snapshot(
             self._gateway, status, plan, made, self._profiles, list(dict.fromkeys(problems)), before
         )
@@ -164,7 +164,7 @@ class Observer:
         self._profiles_problem = ""
 
     def _silent(self, name: str, error: HeliosError, consequence: str) -> str:
-        """What to say about a service that did not answer."""
+        """The problem to report for a service that did not answer."""
         if isinstance(error, UnavailableError) and name in self._starting():
             return f"{name}: still starting"
         return f"{name}: {error.message}; {consequence}"
@@ -199,7 +199,7 @@ def _starting() -> Collection[str]:
 
 
 def histogram(counts: Sequence[int]) -> str:
-    """Tokens by confidence, from 0 to 1, as bars."""
+    """Numbers of tokens by confidence, from 0 to 1, as bars."""
     parts = _parts(counts)
     return _bars(parts, max(*parts, 1))
 
@@ -217,5 +217,5 @@ def _parts(counts: Sequence[int]) -> list[int]:
 
 def _bars(values: Sequence[float], most: float) -> str:
     steps = len(_HEIGHTS) - 1
-    # A value above 0 always shows a bar.
+    # A value above 0 is always visible.
     return "".join(_HEIGHTS[max(value > 0, round(value / most * steps))] for value in values)

@@ -1,4 +1,4 @@
-"""`helios status`: what is served and with which confidence, under which objective, and what is wrong."""
+"""`helios status`: the workers' plans and confidences, the objective, and problems."""
 
 import json
 import time
@@ -128,7 +128,7 @@ def _workers(snapshot: Snapshot) -> "Rows":
 
 
 def _exits(snapshot: Snapshot) -> "Rows":
-    """The exits that are served, as they were profiled last."""
+    """A table of the served exits with their last profile."""
     from rich.text import Text
 
     from helios.cli.rows import Rows

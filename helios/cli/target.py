@@ -25,7 +25,7 @@ class Address(click.ParamType[str]):
         self._any_port = any_port
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The address as it was written. Anything else is wrong usage."""
+        """Returns a valid address unchanged. Anything else is a usage error."""
         try:
             address.parse(str(value), any_port=self._any_port)
         except ValueError as error:
@@ -36,7 +36,7 @@ class Address(click.ParamType[str]):
 def target_option(
     service: Literal["gateway", "controller", "profiler"], flag: str = "--target"
 ) -> Callable[[_Command], _Command]:
-    """The option for a command to talk to another service than the running stack's."""
+    """The option with which a command talks to a service other than the running stack's."""
     return click.option(
         flag,
         envvar=_VARIABLES[service],

@@ -33,7 +33,7 @@ _DEFAULT_GATEWAY = "127.0.0.1:50051"
 _STOP_SECONDS = 60.0
 _POLL_SECONDS = 0.05
 _LISTEN_SECONDS = 0.2
-# The beginning of a line that tells what a start waits for.
+# Lines that say what a start waits for begin with this.
 _STARTING = "starting "
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ log = logging.getLogger(__name__)
 )
 @click.option("--detach", is_flag=True, help="Return once the stack serves; `helios down` stops it.")
 @click.option("--verbose", is_flag=True, help="Show what the processes log.")
-# Given to the process that --detach starts. Its stderr is up.log.
+# --detach starts a process with this option. Its stderr is up.log.
 @click.option("--detached", is_flag=True, hidden=True)
 def up(
     *,
@@ -160,7 +160,7 @@ def up(
     settings = stack.StackSettings(
         models_dir=directory.resolve(),
         model=entry.name,
-        # Only in mode greedy all tokens leave at the depth; the other modes need every layer.
+        # Only in mode greedy all tokens leave at the depth. The other modes need every layer.
         depth=depth or (entry.default_depth if exit_mode == ExitMode.GREEDY else entry.num_layers),
         exit_mode=exit_mode,
         precision=precision,
@@ -205,12 +205,12 @@ def down() -> None:
     if state is None:
         click.echo("no stack is running", err=True)
         return
-    with contextlib.suppress(ProcessLookupError):  # It may have just ended by itself.
+    with contextlib.suppress(ProcessLookupError):  # It may have ended by itself a moment ago.
         os.kill(state.pid, signal.SIGTERM)
     deadline = time.monotonic() + _STOP_SECONDS
     while stack_state.is_held(directory):
         if time.monotonic() > deadline:
-            # Its processes are tethered: they end with it.
+            # Its processes are tethered, so they end with it.
             os.kill(state.pid, signal.SIGKILL)
             raise UnavailableError(f"the stack (pid {state.pid}) did not stop in time and was killed")
         time.sleep(_POLL_SECONDS)
@@ -218,7 +218,7 @@ def down() -> None:
 
 
 def _default_controller(asked: Sequence[tuple[str, object]]) -> str:
-    """The mode when none is given. Who says what to serve keeps it, and is told so."""
+    """The mode when none is given: `advisory`, with a message, if the user says what to serve."""
     named = " and ".join(option for option, value in asked if value is not None)
     if not named:
         return "active"
@@ -254,7 +254,7 @@ def _ready_line(settings: "StackSettings", state: StackState) -> str:
 def _start_detached(controller: str, redis_url: str | None) -> NoReturn:
     """Runs this command again without --detach, in its own session, and waits for its ready line.
 
-    What it says meanwhile is shown. If it ends instead, this process exits with the same status.
+    Its messages are shown meanwhile. If it ends without that line, this process exits with its status.
     """
     path = _up_log()
     try:
@@ -305,7 +305,7 @@ def _start_detached(controller: str, redis_url: str | None) -> NoReturn:
 
 
 def _without_redis(arguments: Sequence[str]) -> Iterator[str]:
-    """A command line of `helios up` without --detach, and without --redis and its value."""
+    """The arguments of `helios up` without --detach, and without --redis and its value."""
     rest = iter(arguments)
     for argument in rest:
         if argument == "--redis":
@@ -315,7 +315,7 @@ def _without_redis(arguments: Sequence[str]) -> Iterator[str]:
 
 
 class _Progress:
-    """Shows on stderr what a start waits for: on a terminal one changing line, elsewhere a line each."""
+    """Shows on stderr what a start waits for: one changing line on a terminal, otherwise one line each."""
 
     def __init__(self, text: str) -> None:
         from rich.console import Console
@@ -332,7 +332,7 @@ class _Progress:
         self.end()
 
     def say(self, text: str) -> None:
-        """Shows what the start waits for now."""
+        """Shows a text: what the start waits for now."""
         from rich.markup import escape
 
         if self._status is not None:

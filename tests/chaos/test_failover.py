@@ -17,11 +17,11 @@ pytestmark = pytest.mark.chaos
 
 STREAMS = 40
 TOKENS = 150
-# So far into the run that both workers have streams under way, and far from its end.
+# So late in the run that both workers have open streams, and so early that the end is far.
 MIDWAY = STREAMS * TOKENS // 10
-# Places in a worker's batch, and a model so large that a step takes much longer than gateway and client need
-# for its tokens. So at midway the workers have most of the run before them, however slowly the client reads.
-# Streams of a tiny model would end before the client sees them, and a lost worker might have none.
+# The places in a worker's batch, and a large model: a step takes much longer than gateway and client need for
+# its tokens. So at midway the workers have most of the run before them, however slowly the client reads.
+# Streams of a tiny model would end before the client sees them, and a lost worker might have no open stream.
 PLACES = 4
 MODEL, LAYERS, HIDDEN = "heavy", 8, 256
 PROMPTS = (
@@ -55,7 +55,7 @@ def start_worker(stack: Stack, **settings: object) -> Process:
 
 
 def requests() -> list[inference_pb2.GenerateRequest]:
-    """Requests: one half greedy, the other half sampled with their own seeds."""
+    """Requests: one half greedy, the other half sampled, each with its own seed."""
     return [
         generate_request(
             f"{PROMPTS[number % len(PROMPTS)]} {number}",
@@ -206,7 +206,7 @@ async def ready(client: AsyncClient, count: int) -> bool:
 
 
 async def reasons(client: AsyncClient) -> list[str]:
-    """Why each worker is not ready, empty for one that is."""
+    """The reason why each worker is not ready. It is empty for a ready worker."""
     return [worker.reason for worker in (await client.status()).workers]
 
 

@@ -24,7 +24,7 @@ def served_stack(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path) ->
 
 @pytest.fixture(scope="session")
 def long_worker(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path) -> Iterator[Process]:
-    """A worker with the model `long`, whose streams last about a second, for tests with their own gateway."""
+    """A worker with the model `long`, for tests with their own gateway. Its streams last about a second."""
     parts = Stack(tmp_path_factory.mktemp("long"), tiny_models)
     try:
         yield parts.start_worker(model="long", worker_id="long-worker")

@@ -1,4 +1,4 @@
-"""`helios bench serve` and `prefill` over a tiny model: the whole bench, small."""
+"""`helios bench serve` and `prefill` over a tiny model: the whole bench with small sizes."""
 
 import json
 from pathlib import Path
@@ -60,5 +60,5 @@ def test_bench_prefill_measures_with_and_without_a_bound(
         assert [0 < one["p50"] <= one["p99"] for one in found] == [True]
     assert all(one > 0 for of_way in results["long_prompt_ttft_seconds"].values() for one in of_way)
     assert set(results["p99_against_chats_alone"]) == set(results["long_prompt_ttft_seconds"])
-    # The first time, a thousand more tokens are computed.
+    # The first prompt computes a thousand tokens more than the second.
     assert results["shared_beginning"]["ratio"] > 1

@@ -76,10 +76,10 @@ def test_the_same_command_goes_on_where_it_was_stopped(
 ) -> None:
     content = json.loads(measured.read_text())
     limits = Limits(**content["results"]["limits"])
-    # As in a busier moment. The higher figures that the machine has shown before stay.
+    # This is a busier moment. The higher figures that were measured before must stay.
     monkeypatch.setattr(roofline, "measure", lambda _: replace(limits, bytes_per_second=1.0))
     out = tmp_path / "engine.json"
-    # As if it had been stopped before the last run.
+    # This looks as if the bench had been stopped before the last run.
     *kept, last = content["results"]["runs"]
     content["results"]["runs"] = kept
     out.write_text(json.dumps(content))

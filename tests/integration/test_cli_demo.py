@@ -1,4 +1,4 @@
-"""`helios demo`, and what `helios status` and `top` say when a part of the stack is gone."""
+"""`helios demo`, and the output of `helios status` and `top` when a part of the stack is gone."""
 
 import json
 import os
@@ -22,7 +22,7 @@ DEMO_SECONDS = 500.0
 
 @pytest.fixture
 def helios(tmp_path: Path, tiny_models: Path) -> Iterator[Helios]:
-    """A stack that is not running yet. What the test starts is stopped at the end."""
+    """A stack that is not running yet. If the test starts it, it is stopped at the end."""
     command = Helios(tmp_path / "state", tiny_models)
     yield command
     command.run("down")

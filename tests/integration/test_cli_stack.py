@@ -101,7 +101,7 @@ def wait_until_dead(pids: list[int]) -> None:
 
 @pytest.fixture
 def helios(tmp_path: Path, tiny_models: Path) -> Iterator[Helios]:
-    """A stack that is not running yet. What the test starts is stopped at the end."""
+    """A stack that is not running yet. If the test starts it, it is stopped at the end."""
     command = Helios(tmp_path / "state", tiny_models)
     yield command
     command.run("down")
@@ -111,7 +111,7 @@ def helios(tmp_path: Path, tiny_models: Path) -> Iterator[Helios]:
 def running(tmp_path_factory: pytest.TempPathFactory, tiny_models: Path) -> Iterator[Helios]:
     """A running stack with two workers."""
     command = Helios(tmp_path_factory.mktemp("state"), tiny_models)
-    # This model's context is long enough for streams that last while a test looks at them.
+    # This model has a long context, so its streams last while a test looks at them.
     started = command.up("--workers", "2", "--model", "long")
     assert started.returncode == 0, started.stderr
     assert started.stdout.startswith(
@@ -470,7 +470,7 @@ def test_all_that_was_asked_for_answers_once_the_stack_is_ready(helios: Helios) 
     status = json.loads(helios.run("status", "--json").stdout)
     assert status["controller"]["leading"]
     assert helios.state()["starting"] == []
-    # Meanwhile it has said what it waited for.
+    # Meanwhile it said what it was waiting for.
     assert "waiting for" in started.stderr
 
 

@@ -26,7 +26,7 @@ SECONDS = 60.0
 MODEL = "long"
 # Depth 2 is within 5 % of depth 4's perplexity, and twice as fast. Depth 1 is not within 5 %.
 EXITS = (exit_profile(1, 0.95), exit_profile(2, 0.905), exit_profile(4, 0.9))
-# Leases and timeouts that a slow machine does not exceed by chance. Whoever loses its lease starts again.
+# Leases and timeouts that a slow machine does not exceed by chance. Whoever loses its lease starts over.
 QUICK = {
     "telemetry_seconds": 0.1,
     "discovery_seconds": 0.2,
@@ -86,7 +86,7 @@ async def await_depths(stub: Stub, **depths: int) -> None:
 
 
 async def decision(stub: Stub, trigger: str, *, with_outcome: bool = False) -> controller_pb2.Decision:
-    """Waits for the first decision with this trigger; with `outcome`, until its outcome is known."""
+    """Waits for the first decision with this trigger. With `with_outcome`, also waits for its outcome."""
     watch = stub.WatchDecisions(controller_pb2.WatchDecisionsRequest(history=100), timeout=SECONDS)
     async for response in watch:
         found = response.decision
@@ -225,7 +225,7 @@ async def test_a_pin_holds_until_it_is_taken_back(parts: Stack) -> None:
 
 
 async def test_a_worker_killed_under_a_pin_comes_back_with_its_plan(parts: Stack) -> None:
-    """No controller could move it, so nobody gets tokens of another plan, not even for a moment."""
+    """No controller could move it. So the worker must start with its plan, or streams get other tokens."""
     await write_profiles(parts, await profile(parts))
     gateway = parts.start_gateway(telemetry_seconds=0.1, discovery_seconds=0.2)
     controller = parts.start_controller(**QUICK)
@@ -237,7 +237,7 @@ async def test_a_worker_killed_under_a_pin_comes_back_with_its_plan(parts: Stack
     async with AsyncClient(gateway.address) as client:
 
         async def run(victim: Process | None) -> list[list[int]]:
-            """Eight streams. A worker is lost when some of their tokens have come."""
+            """Runs eight streams. The victim is killed when some of their tokens have come."""
             seen = 0
 
             def count(token: generation_pb2.Token) -> None:
@@ -271,7 +271,7 @@ async def test_a_new_worker_starts_with_the_plan_in_force(parts: Stack) -> None:
     controller = parts.start_controller(**QUICK | {"lease_seconds": 60})
     async with connect(controller) as stub:
         await await_depths(stub, a=2, b=2)
-    # It still leads, but moves nobody.
+    # The frozen controller still leads, but moves no worker.
     with controller.frozen():
         new = await asyncio.to_thread(parts.start_worker, MODEL, 4, worker_id="c")
         async with grpc.aio.insecure_channel(new.address) as channel:
@@ -308,7 +308,7 @@ async def test_a_standby_takes_over_and_resumes_the_orders_of_the_one_that_died(
 
         await until(leads, "the standby leading", SECONDS)
         assert (await get_plan(stub)).slo.objective == controller_pb2.OBJECTIVE_LATENCY
-        # A worker that comes back with its own default is moved to the plan that was ordered.
+        # A worker that comes back with its default plan is moved to the ordered plan.
         parts.processes[2].kill()
         parts.start_worker(MODEL, 4, worker_id="b", lease_seconds=30)
         await await_depths(stub, a=2, b=1)
@@ -367,13 +367,13 @@ async def test_a_confidence_breach_loads_deeper(parts: Stack) -> None:
         await await_depths(stub, a=4, b=4)
         await asyncio.gather(*running)
         assert "deeper to long at depth 4" in (await decision(stub, "confidence breach")).reason
-        # The plan that was breached is barred until traffic has been profiled again.
+        # The breached plan is barred until new traffic has been profiled.
         await write_profiles(parts, await profile(parts, time.time() + 1))
         await await_depths(stub, a=2, b=2)
 
 
 async def test_a_drift_that_is_not_evaluated_sends_workers_to_the_safest_plan(parts: Stack) -> None:
-    """Random models are never sure, but the profile expects it for every token. There is no profiler."""
+    """Random models are never sure, but the profile expects sure tokens only. There is no profiler."""
     gateway = parts.start_gateway(telemetry_seconds=0.1, discovery_seconds=0.2)
     sure = (exit_profile(2, 0.905, sure=1.0), exit_profile(4, 0.9))
     await write_profiles(parts, model_profile(MODEL, sure, tokenizer_id=await tokenizer_id(parts)))
@@ -422,7 +422,7 @@ async def test_what_only_the_dwell_kept_out_is_chosen_when_it_is_over(parts: Sta
         await write_profiles(parts, await profile(parts, time.time() + 1))
         assert "dwell 8" in (await decision(stub, "reassessment")).reason
         assert await served(stub) == {"a": 4, "b": 4}
-        # Some of the first four streams may have ended before the breach was answered.
+        # Some of the first four streams may have ended before the controller answered the breach.
         await asyncio.gather(*start_streams(client, 8, 5))
         await decision(stub, "dwell over")
         await await_depths(stub, a=2, b=2)

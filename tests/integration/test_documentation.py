@@ -1,4 +1,4 @@
-"""What the README and the pages under docs/ say works."""
+"""The README and the pages under docs/ are true: links, programs and commands work."""
 
 import re
 import subprocess
@@ -49,7 +49,7 @@ def test_engine_of_the_readme_generates_text() -> None:
 
 
 def commands(group: click.Group, name: str) -> Iterator[str]:
-    """The full names of a group's commands."""
+    """The full names of all commands of a group."""
     context = click.Context(group)
     for part in group.list_commands(context):
         command = group.get_command(context, part)

@@ -1,4 +1,4 @@
-"""How a gateway finds workers and lets them go."""
+"""How a gateway finds workers and forgets them."""
 
 import asyncio
 import json
@@ -35,7 +35,7 @@ async def test_a_worker_is_found_by_its_lease_and_forgotten_after_it(stack: Stac
             await until(found, "the announced worker to be ready")
             await stream(client, SIX)
 
-            # Its telemetry keeps it in the pool, whatever happens to its lease.
+            # Its telemetry keeps it in the pool, even without a lease.
             await registry.withdraw(redis, "a")
             await stream(client, SIX)
             assert await addresses(client) == {worker.address}

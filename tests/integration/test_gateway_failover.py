@@ -1,4 +1,4 @@
-"""What a worker may do wrong without a client noticing more than a pause."""
+"""Faults of a worker that a client must notice only as a pause."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -292,7 +292,7 @@ def named(name: str) -> "inference_pb2.GenerateRequest":
 async def test_only_the_request_that_kills_workers_ends_and_not_those_beside_it(
     stack: Stack, midway: bool
 ) -> None:
-    """`midway`: the streams beside it have no token from the second worker when that worker dies."""
+    """midway: the streams beside it have no token yet from the second worker when that worker dies."""
     all_on_the_second, ended = asyncio.Event(), asyncio.Event()
 
     async def poison(request: Request, on_the_second: bool) -> AsyncIterator[Response]:
@@ -441,7 +441,7 @@ async def test_cancellation_and_deadline_reach_the_worker(stack: Stack) -> None:
 
 
 async def test_a_chunk_passes_the_gateway_byte_for_byte(stack: Stack) -> None:
-    """Fields that this gateway does not know yet survive it."""
+    """Fields that this gateway does not know are passed on."""
     sent = chunk(0).SerializeToString() + b"\xfa\x07\x05later"
 
     async def from_the_future(request: Request, seconds: float) -> AsyncIterator[Response]:
@@ -471,7 +471,7 @@ async def test_a_client_that_stops_reading_slows_only_itself(stack: Stack) -> No
 
     async with scripted_workers(torrent) as workers:
         gateway = stack.start_gateway([workers[0].address])
-        # HTTP/2's windows hold a small part of these 20 MB.
+        # HTTP/2's windows hold only a small part of these 20 MB.
         options = [("grpc.http2.bdp_probe", 0), ("grpc.max_receive_message_length", 64 << 20)]
         async with (
             AsyncClient(gateway.address) as client,
@@ -525,7 +525,7 @@ async def test_an_error_comes_after_the_tokens_before_it(stack: Stack) -> None:
 
 
 def torrent(messages: int, end: HeliosError) -> Script:
-    """Sends more than HTTP/2's windows hold, 10 kB per token, and then an error."""
+    """Sends more than HTTP/2's windows hold (10 kB per token), and then an error."""
 
     async def script(request: Request, seconds: float) -> AsyncIterator[Response]:
         for index in range(messages):
@@ -539,7 +539,7 @@ def torrent(messages: int, end: HeliosError) -> Script:
 async def slow_reader(
     address: str,
 ) -> AsyncIterator["grpc.aio.UnaryStreamCall[inference_pb2.GenerateRequest, inference_pb2.GenerateResponse]"]:
-    """A stream whose windows do not grow."""
+    """Opens a stream whose HTTP/2 windows do not grow."""
     options = [("grpc.http2.bdp_probe", 0), ("grpc.max_receive_message_length", 64 << 20)]
     async with grpc.aio.insecure_channel(address, options=options) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)

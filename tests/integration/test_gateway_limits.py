@@ -1,4 +1,4 @@
-"""An overloaded or stopping gateway says so at once, and no client slows another."""
+"""An overloaded or stopping gateway refuses at once, and no client slows another."""
 
 import asyncio
 
@@ -18,7 +18,7 @@ from tests.streams import all_free, stream, until
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 SHORT = SamplingParams(max_tokens=5, ignore_eos=True)
 LONG = SamplingParams(max_tokens=1900, ignore_eos=True)
-# With these, a worker that a test has frozen does not count as lost.
+# With these settings, a worker that a test froze does not count as lost.
 PATIENT = {"worker_timeout_seconds": 600, "engine_timeout_seconds": 600}
 
 
@@ -108,7 +108,7 @@ async def test_a_stream_that_takes_too_long_ends_and_frees_its_kv_blocks(
         try:
             with pytest.raises(DeadlineExceededError, match=message):
                 async for _ in client.generate(generate_request("a", sampling=LONG), deadline):
-                    # Its sequence holds blocks, and does not end before the time is over.
+                    # Its sequence holds blocks and does not end before the deadline.
                     long_worker.suspend()
         finally:
             long_worker.resume()

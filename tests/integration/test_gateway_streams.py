@@ -1,4 +1,4 @@
-"""What clients get from a gateway over real workers, Redis and sockets."""
+"""The streams that clients get from a gateway with real workers, Redis and sockets."""
 
 import asyncio
 import math

@@ -1,4 +1,4 @@
-"""The container's health check says what the server's health service says."""
+"""The container's health check reports the status of the server's health service."""
 
 import asyncio
 import sys

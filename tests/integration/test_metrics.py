@@ -1,4 +1,4 @@
-"""Promises of the metrics: real services, and a collector in the test that takes OTLP over gRPC."""
+"""Promises of the metrics. Real services send them to a collector in the test by OTLP over gRPC."""
 
 import json
 import re
@@ -22,7 +22,7 @@ from tests.stack import Process, Stack
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 QUICK = {"telemetry_seconds": 0.05, "discovery_seconds": 0.1}
-# The names that queries use for the metrics' attributes.
+# The labels by which queries name the metrics' attributes.
 LABELS = {"helios_worker", "helios_model", "helios_depth", "helios_status", "helios_trigger"}
 
 
@@ -100,7 +100,7 @@ def test_worker_tells_its_plan_its_load_and_its_latency(measured: Stack, collect
     collector.wait_for_points(reached("helios.worker.depth", {("tiny", "w1"): 2}))
     collector.wait_for_points(reached("helios.worker.generated_tokens", {("w1",): 9}))
     collector.wait_for_points(reached("helios.worker.ttft", {(2, "tiny"): 2}))
-    # A stream of one token has no time per further token.
+    # A stream of one token has no TPOT.
     points = collector.wait_for_points(reached("helios.worker.tpot", {(2, "tiny"): 1}))
     assert {point.instance for point in points if point.service == "helios-worker"} == {"w1"}
 
@@ -125,7 +125,7 @@ def test_dashboard_and_autoscaler_ask_only_for_what_services_send(
     gateway = measured.start_gateway(**QUICK)
     controller = measured.start_controller(**QUICK)
     generate(gateway, tokens=8)
-    # Leads to a decision, so that there is one to count.
+    # This leads to a decision, so that one can be counted.
     order = controller_pb2.SetSloRequest(slo=controller_pb2.Slo(objective=controller_pb2.OBJECTIVE_LATENCY))
     with grpc.insecure_channel(controller.address) as channel:
         collector.wait_for_points(reached("helios.controller.leading", {(): 1}))

@@ -79,7 +79,7 @@ async def stub(profiler: Process) -> AsyncIterator[Stub]:
 async def evaluate(
     stub: Stub, models: Sequence[str], requests: int | None = None, **fields: Any
 ) -> Evaluated:
-    """Progress, results, and the error that the call ended with."""
+    """Returns progress, results, and the error with which the call ended."""
     progress, results = [], []
     try:
         async for response in stub.Evaluate(
@@ -131,12 +131,12 @@ async def test_without_names_the_shortlist_is_evaluated(stub: Stub, redis: Redis
 async def test_profiler_and_controller_shortlist_the_same_models_near_the_budget(
     stack: Stack, short_of: int
 ) -> None:
-    """short_of: bytes that the budget lacks for `long`, the model that needs the most."""
+    """short_of: how many bytes the budget is too small for `long`, the model that needs the most."""
     entry = catalog.read_model(stack.models_dir / "long")
     kv_bytes = entry.context_tokens * kv_bytes_per_token(entry.config, entry.num_layers, Precision.INT8)
     budget = model_bytes(entry, Precision.INT8) + kv_bytes - short_of
     stack.start_redis()
-    # A worker's budget is for activations too, which are as wide in all of these models.
+    # A worker's budget includes activations. They have the same size in all of these models.
     stack.start_worker(
         precision=Precision.INT8,
         memory_bytes=budget + activation_bytes(entry.config, 4, 64, 2),
@@ -151,7 +151,7 @@ async def test_profiler_and_controller_shortlist_the_same_models_near_the_budget
         async def has_decided() -> bool:
             return bool(await redis.exists(DECISIONS))
 
-        # It decides once the models that it has shortlisted are evaluated.
+        # The controller decides once its shortlisted models are evaluated.
         await until(has_decided, "the controller's first decision", seconds=60)
         assert set((await history.read(redis))[0]) == expected
     async with grpc.aio.insecure_channel(profiler.address) as channel:

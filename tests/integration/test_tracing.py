@@ -1,4 +1,4 @@
-"""Promises of the traces: real gateway and worker, and a collector in the test that takes OTLP over gRPC."""
+"""Promises of the traces. A real gateway and worker send spans to a collector in the test."""
 
 import json
 from collections import Counter
@@ -70,7 +70,7 @@ def test_one_request_is_one_trace_across_gateway_and_worker(traced: Stack, colle
     assert entry.parent_id == ""
     assert served.parent_id == entry.span_id
     assert {queue.parent_id, prefill.parent_id, decode.parent_id} == {served.span_id}
-    # The phases follow each other without a gap, inside the request.
+    # The phases follow each other without a gap, within the request's span.
     assert entry.start <= served.start <= queue.start
     assert (queue.end, prefill.end) == (prefill.start, decode.start)
     assert queue.start <= queue.end <= prefill.end <= decode.end

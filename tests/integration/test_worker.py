@@ -1,4 +1,4 @@
-"""A worker process as gateways and the controller see it, over its socket."""
+"""A worker process as gateways and the controller see it through its socket."""
 
 import itertools
 import json
@@ -184,7 +184,7 @@ def test_a_failing_sequence_disturbs_no_neighbour_in_its_call(
 
 @pytest.mark.parametrize("one_by_one", [True, False])
 def test_sequences_cancelled_or_lost_with_their_call_free_their_kv(stack: Stack, one_by_one: bool) -> None:
-    # With one place in the batch, the streams would take very long to end by themselves.
+    # With one place in the batch, the streams would run for very long.
     worker = stack.start_worker(model="tiny", max_running=1)
     with grpc.insecure_channel(worker.address) as channel:
         stub = worker_pb2_grpc.WorkerServiceStub(channel)
@@ -260,7 +260,7 @@ def test_a_failed_reload_leaves_the_old_plan_serving(
     said: str,
 ) -> None:
     stream = stub.Generate(request([2, 30], max_tokens=150), timeout=TIMEOUT)
-    # The whole stream may be there already, if the worker was quick.
+    # If the worker was quick, the whole stream may have arrived already.
     first = next(stream)
     with pytest.raises(grpc.RpcError) as refused:
         list(stub.Reload(worker_pb2.ReloadRequest(model=model, depth=depth), timeout=TIMEOUT))
@@ -284,7 +284,7 @@ def test_a_killed_worker_goes_on_with_the_plan_that_it_served_last(stack: Stack,
     flags = {
         "worker_id": "w",
         "plan_file": tmp_path / "plan.json",
-        # Nobody answers there.
+        # Nothing listens on this port.
         "redis_url": f"redis://127.0.0.1:{free_port()}/0",
     }
     worker = stack.start_worker("tiny", 4, **flags)

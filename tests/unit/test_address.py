@@ -1,4 +1,4 @@
-"""Addresses are checked where they are written, and the message says how to write them instead."""
+"""A wrong address is refused at once, and the message says how to write it."""
 
 import subprocess
 import sys

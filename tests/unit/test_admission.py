@@ -1,4 +1,4 @@
-"""Admission: bounds hold whatever happens, and a refusal says when to come back."""
+"""Admission: limits always hold, and a refusal says when to retry."""
 
 from contextlib import ExitStack
 
@@ -12,7 +12,7 @@ from services.gateway.settings import GatewaySettings
 
 
 class Clock:
-    """Time that a test moves."""
+    """A clock that a test sets."""
 
     def __init__(self) -> None:
         self.now = 1000.0

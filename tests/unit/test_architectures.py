@@ -1,4 +1,4 @@
-"""An architecture is a description: what reads, packs and counts models follows it, whatever its name."""
+"""An architecture is data. Code that reads, packs and counts models uses this data, not its name."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from helios.engine.weights.part_reader import PartReader
 from helios.errors import CheckpointError
 from tests.opt_variants import VARIANTS
 
-# Of no model: a gate, RMS norms, fewer KV heads than query heads, heads of their own width.
+# No real model: it has a gate, RMS norms, fewer KV heads than query heads, and a separate head width.
 GATED = ModelConfig(
     model_type="gated",
     vocab_size=96,

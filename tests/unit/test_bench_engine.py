@@ -1,4 +1,4 @@
-"""`helios bench engine`: what its figures are made of, and the processes that they come from."""
+"""`helios bench engine`: how its figures are computed, and the processes that it starts."""
 
 import os
 import subprocess
@@ -76,7 +76,7 @@ def test_random_models_are_those_that_transformers_and_helios_read(
     _, loading = OPTForCausalLM.from_pretrained(path, output_loading_info=True)
     assert not any(loading.values())
     tokenizer = AutoTokenizer.from_pretrained(path)
-    # Every id has a text of its own, as a real vocabulary's has.
+    # Every id has a different text, as in a real vocabulary.
     assert len({tokenizer.decode([token]) for token in range(260, 300)}) == 40
     write_random_model(small, tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == (path / "model.safetensors").read_bytes()
@@ -134,7 +134,7 @@ def test_a_runner_computes_only_while_it_is_asked(model: Path, tmp_path: Path) -
 
 
 def process_state(process_id: int) -> str:
-    """Its letter in proc(5), awaited: a process stops a moment after it was told to."""
+    """The state letter of a process (proc(5)). Waits for it, because a process stops with a delay."""
     deadline = time.monotonic() + 60
     while True:
         state = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0]
@@ -145,7 +145,7 @@ def process_state(process_id: int) -> str:
 
 @pytest.mark.parametrize("paused", [False, True])
 def test_what_a_contender_has_started_ends_with_the_bench(paused: bool) -> None:
-    # The bench: starts a command on a leash, pauses it or not, says who is there, and waits to be killed.
+    # A bench that starts a command on a leash, may pause it, prints its processes, and waits to be killed.
     bench = """
 import os, signal, subprocess, sys
 from bench.peers.leash import leashed
@@ -177,7 +177,7 @@ def wait_until_ended(process_id: int) -> None:
             state = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0]
         except (FileNotFoundError, ProcessLookupError):
             return
-        # Its new parent has yet to take note of it.
+        # Its new parent has not reaped it yet.
         if state == "Z":
             return
         time.sleep(0.01)
@@ -208,7 +208,7 @@ def test_runners_stay_loaded_until_memory_is_short(
         free = own.memory_bytes - 1
         with pytest.raises(OutOfMemoryError, match="smaller batch"):
             runners.get(second, own)
-        # It was closed to make room.
+        # It was closed to free memory.
         free = 64 << 30
         assert runners.get(first, own) is not loaded
     finally:
@@ -220,7 +220,7 @@ def test_what_a_contender_needs_grows_with_precision_depth_and_load() -> None:
         return needed_bytes(Contender(engine, precision, share), OPT_1_3B, kv_bytes)
 
     assert needed("vllm", "bfloat16", kv_bytes=2 << 30) - needed("vllm", "bfloat16") == 1 << 30
-    # Keys and values are in float32 too.
+    # KV is in float32 too.
     assert needed("helios", "float32", kv_bytes=2 << 30) - needed("helios", "float32") == 2 << 30
     assert needed("helios", "int8") < needed("helios", "bfloat16") < needed("helios", "float32")
     assert needed("helios", "int8", 0.5) < needed("helios", "int8")
@@ -274,7 +274,7 @@ def test_agreement_ends_at_the_first_difference() -> None:
 def test_a_step_reads_weights_once_and_the_keys_and_values_of_all() -> None:
     layer = 4 * 2048 * 2048 + 2 * 2048 * 8192
     one = roofline.bytes_per_step(OPT_1_3B, 24, 1, batch=1, context=0)
-    # Biases and norms beside the products' weights.
+    # Biases and norms come on top of the products' weights.
     assert 24 * layer + 50272 * 2048 < one < 1.001 * (24 * layer + 50272 * 2048)
     assert roofline.bytes_per_step(OPT_1_3B, 24, 2, batch=1, context=0) == 2 * one
     many = roofline.bytes_per_step(OPT_1_3B, 24, 1, batch=8, context=100)
@@ -326,7 +326,7 @@ def results_of(*runs: dict[str, Any]) -> dict[str, Any]:
 def test_ratios_are_of_the_same_rounds_and_the_best_peer() -> None:
     rows = figures.summarise(
         results_of(
-            # A slow moment in round 1 fell on both.
+            # In round 1 both were slow.
             *(run_of("vllm-bfloat16", number, seconds) for number, seconds in enumerate((2.0, 20.0, 2.0))),
             *(run_of("ctranslate2-int8", number, 4.0) for number in range(3)),
             *(run_of("helios-int8", number, seconds) for number, seconds in enumerate((1.0, 10.0))),
@@ -341,7 +341,7 @@ def test_ratios_are_of_the_same_rounds_and_the_best_peer() -> None:
     assert (full["contender"], full["ratio"]) == ("helios-int8", 2.0)
     assert by_name["vllm-bfloat16"]["ratio_to"] == {}
     assert by_name["vllm-bfloat16"]["tokens_per_second"] == {"min": 0.15, "median": 1.5, "max": 1.5}
-    # Two of three tokens after the first third of the time.
+    # The first token takes a third of the time, the other two take the rest.
     assert by_name["vllm-bfloat16"]["tpot_ms"] == pytest.approx(2000 / 3)
 
 
@@ -387,7 +387,7 @@ def test_half_of_the_layers_is_shown_beside_what_the_limits_make_of_it() -> None
     layers = config.parameters() - config.parameters(0)
     rows = figures.summarise(results_of(run_of("helios-int8", 0, 3.0), run_of("helios-int8-half", 0, 2.0)))
     (half,) = (row for row in rows if row["contender"] == "helios-int8-half")
-    # Every step reads all weights, which is what limits a batch of one; the LM head is not halved.
+    # A batch of one is limited by reading all weights at every step. The LM head is not halved.
     expected = (layers + head) / (layers / 2 + head)
     assert half["ratio_to"]["full_depth"]["of_rooflines"] == pytest.approx(expected, rel=0.01)
     (target,) = figures.targets(rows)

@@ -1,4 +1,4 @@
-"""`helios bench paper`: what its figures are made of."""
+"""`helios bench paper`: how its figures are computed."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -44,7 +44,7 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def generated(path: Path, depth: int, mode: ExitMode) -> tuple[list[int], list[Any]]:
-    """The prompt's ids, and what an engine generates after them."""
+    """The ids of the prompt, and the tokens that an engine generates after it."""
     engine = Engine.load(path, depth, EngineSettings(exit_mode=mode, memory_bytes=MEMORY, max_running=2))
     ids = engine.plan.tokenizer.encode(PROMPT).ids
     return ids, list(engine.generate(ids, SamplingParams(max_tokens=12, ignore_eos=True)))
@@ -71,7 +71,7 @@ def test_traced_dynamic_exits_are_those_of_the_dynamic_engine(model_path: Path) 
     plan = whole(model_path)
     text = [*ids, *(token.token_id for token in tokens)]
     trace = trace_dynamic(plan, [text, text], len(ids), plan.thresholds)
-    # The first token is read from the prompt's prefill, which walks all layers.
+    # The first token comes from the prefill, which runs all layers.
     assert len(set(trace.exit_layers[0].tolist())) > 1
     for row in range(2):
         assert trace.exit_layers[row].tolist() == [token.exit_layer for token in tokens]
@@ -99,7 +99,7 @@ def test_quality_at_full_depth_of_the_best_candidate_is_the_reference(model_path
         assert best.perplexity_increase == pytest.approx(0, abs=1e-9)
         assert best.agreement == 1
         shallow = subject.quality(judge, 2, domain)
-        # One tokenizer: the increase per byte is that per token.
+        # With one tokenizer, the increase per byte is the same as per token.
         assert shallow.perplexity_increase == pytest.approx(shallow.perplexity / best.perplexity - 1)
         model, depth = subject.fastest_within(domain, 1e9)
         assert (model, depth) == (judge, 2)
@@ -149,7 +149,7 @@ def test_a_target_that_one_domain_misses_is_reported_as_missed() -> None:
 
 def test_batches_of_opt_1_3b_fill_their_budget_and_no_more(model_path: Path) -> None:
     result = footprint.measure(Subject([catalog.read_model(model_path)], QUICK, MEMORY))
-    # 24 layers x (key + value) x 2048 x 2 bytes, of 2048 tokens.
+    # 24 layers x (key + value) x 2048 x 2 bytes, for 2048 tokens.
     kv_of_a_sequence = 24 * 2 * 2048 * 2 * 2048
     for row in result["largest_batch"]:
         for batch, depth in ((row["greedy_batch"], 6), (row["dynamic_batch"], 24)):
@@ -171,8 +171,8 @@ def test_memory_targets_are_missed_when_the_figures_are_low() -> None:
 
 
 TOKENS = 32
-# Nats per token at depths 2 and 4, of each model on its own domain and on the other. At depth 2 a model is
-# within 5 % on its own domain only.
+# Nats per token at depths 2 and 4: of each model on its own domain, and on the other domain. At depth 2 a
+# model is within 5 % on its own domain only.
 OWN, FOREIGN = (3.02, 3.0), (3.6, 3.4)
 MODELS = dict(zip(held_out.DOMAINS, ("prose-model", "technical-model"), strict=True))
 PROFILES = {
@@ -181,7 +181,7 @@ PROFILES = {
 
 
 def pools(count: int = 40) -> dict[str, list[Request]]:
-    """Requests by domain, with what each model says of them. Chance is equal for all exits."""
+    """Requests by domain, with the predictions of each model. The noise is the same for all exits."""
     draw = np.random.default_rng(0)
 
     def request(domain: str, number: int) -> Request:
@@ -212,7 +212,7 @@ def at(model: str, depth: int) -> ServedPlan:
 
 
 def held(world: Scene, plans: Iterable[tuple[int, ServedPlan]]) -> Run:
-    """A run of these plans, each for so many requests, without any moves' cost."""
+    """A run under these plans, each for a number of requests. Moves cost nothing."""
     run = Run(plans=[plan for count, plan in plans for _ in range(count)])
     for request, plan in zip(world.requests, run.plans, strict=True):
         record = request.records[plan.model]
@@ -266,7 +266,7 @@ def test_time_is_over_the_fastest_plan_of_each_phase_that_is_within_the_bound() 
     assert found.phase_increases["mix"] == pytest.approx(0, abs=1e-6)
     assert found.is_within_bound
     assert found.needless_moves == 0
-    # Depth 2 takes half as long. It is not within the bound on the mix, so the best takes 1 + 1 + 2.
+    # Depth 2 takes half as long, but on the mix it is not within the bound. So the best run takes 1 + 1 + 2.
     whole = [(120, at("prose-model", 4)), (120, at("technical-model", 4)), (120, at("prose-model", 4))]
     assert Hindsight(world).figures(held(world, whole)).time_to_best == pytest.approx(6 / 4)
     fast = Hindsight(world).figures(held(world, [(360, at("prose-model", 2))]))
@@ -291,7 +291,7 @@ def test_a_trace_is_not_within_the_bound_when_one_phase_alone_is_far_beyond_it()
 
 def test_a_reaction_is_the_requests_until_a_plan_within_the_bound_serves() -> None:
     world = scene(traffic.STANDARD)
-    # On technical text by way of a plan that is no better; never on the mix.
+    # On technical text the first move leads to a plan that is no better. On the mix no move is needed.
     plans = [
         (120, at("prose-model", 2)),
         (10, at("prose-model", 2)),
@@ -315,7 +315,7 @@ def test_a_move_is_needless_when_what_it_leaves_was_good_and_what_it_goes_to_is_
     prose, technical = "prose-model", "technical-model"
 
     def needless(*plans: ServedPlan) -> int:
-        """Of moves within the first phase, prose, that lead through these plans."""
+        """The needless moves of a run that goes through these plans within the first phase, prose."""
         run = held(world, [(10, one) for one in plans] + [(360 - 10 * len(plans), plans[-1])])
         return Hindsight(world).figures(run).needless_moves
 
@@ -324,9 +324,9 @@ def test_a_move_is_needless_when_what_it_leaves_was_good_and_what_it_goes_to_is_
     assert needless(start, at(prose, 4), at(prose, 2)) == 0
     assert needless(start, at(prose, 2), at(prose, 4)) == 1
     assert needless(start, at(prose, 2), at(technical, 2)) == 1
-    # Back from a plan beyond the bound is not needless, wherever it leads.
+    # A move away from a plan beyond the bound is never needless.
     assert needless(start, at(prose, 2), at(technical, 2), at(prose, 4)) == 1
-    # The first move leaves the plan that nobody chose.
+    # The first move leaves a plan that nobody chose, so it does not count.
     assert needless(at(prose, 2), at(prose, 4)) == 0
 
 
@@ -366,7 +366,7 @@ def test_an_evaluation_is_priced_and_not_waited_for() -> None:
     free, priced = (simulate(scene(traffic.STANDARD, price=price), settings) for price in (0.0, 0.5))
     assert priced.plans == free.plans
     assert priced.seconds == free.seconds == free.priced_seconds
-    # Of four requests or more, under one model or more.
+    # An evaluation runs at least four requests under at least one model.
     assert priced.priced_seconds - priced.seconds >= priced.assessments * 0.25 * 4
     found = Hindsight(scene(traffic.STANDARD)).figures(priced)
     assert found.priced_time_to_best > found.time_to_best
@@ -381,7 +381,7 @@ def test_a_breach_of_the_papers_window_counts_as_a_drift_that_was_noticed() -> N
 
 
 def policy_result(**changes: Any) -> dict[str, Any]:
-    """As much of the section's result as its targets read; `changes` of the figures."""
+    """The part of the section's result that its targets read, with `changes` of the figures."""
     figures = {
         "traces": 20,
         "within_bound": 20,

@@ -1,4 +1,4 @@
-"""How a bench goes on from its file, and what it needs for a report."""
+"""A bench resumes from its file, and checks that it can draw a report."""
 
 import importlib.util
 import json

@@ -32,7 +32,7 @@ def test_a_trace_is_read_shortened_and_stretched(tmp_path: Path) -> None:
     assert [one.seconds for one in arrivals] == pytest.approx([0, 4, 8])
     fitted = request_trace.shortened(arrivals, 0.5, context_tokens=512)
     assert [(one.prompt_tokens, one.output_tokens) for one in fitted] == [(187, 22), (458, 54), (1, 2)]
-    # Two intervals at half a request a second.
+    # At half a request a second an interval is 2 s long.
     assert [one.seconds for one in request_trace.at_rate(fitted, 0.5)] == pytest.approx([0, 2, 4])
 
 
@@ -46,7 +46,7 @@ def test_what_is_no_trace_is_refused_with_the_columns_it_needs(tmp_path: Path, c
 
 
 class Endpoint:
-    """A completions endpoint: answers with `pieces`, each a chunk of the body, keeps what it was asked."""
+    """A completions endpoint. It answers with `pieces`, each a chunk of the body, and keeps requests."""
 
     def __init__(self, pieces: list[bytes], status: str = "200 OK") -> None:
         self.asked: list[dict[str, Any]] = []
@@ -100,7 +100,7 @@ async def test_replayed_requests_open_when_they_arrive_not_when_others_end() -> 
         waiting.append(index)
         if len(waiting) == 3:
             all_open.set()
-        # None ends before the last has been opened.
+        # No stream ends before the last one has been opened.
         await all_open.wait()
         yield inference_pb2.GenerateResponse(
             chunk=generation_pb2.Chunk(tokens=[generation_pb2.Token(token_id=index)])

@@ -1,4 +1,4 @@
-"""A block's content outlives its holders for as long as there is room, and serves those who begin alike."""
+"""Freed blocks keep their content while there is room, and sequences that begin alike share them."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Several decode steps in one call say what they say one by one."""
+"""Several decode steps in one call give the same tokens as single steps."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from tests.runners import hooked_engine
 
 EXITS = (1, 2, 4, 6)
 PROMPTS = [[2, *range(10 + 9 * index, 20 + 12 * index)] for index in range(5)]
-# As long as they like.
+# Long enough for bursts of any length.
 BURST = 10.0
 
 
@@ -56,7 +56,7 @@ def load(
 
 
 def serve(engine: Engine, samplings: list[SamplingParams]) -> list[list[Output]]:
-    """What is said of each prompt, all served together."""
+    """The outputs for each prompt. All prompts are served together."""
     said: list[list[Output]] = [[] for _ in samplings]
     for index, sampling in enumerate(samplings):
         engine.submit(f"{index}", PROMPTS[index], sampling, said[index].append)
@@ -81,7 +81,7 @@ def test_bursts_say_the_same_in_fewer_outputs(model: Path, mode: ExitMode, threa
     assert text is not None
     samplings = [
         SamplingParams(max_tokens=40, ignore_eos=True),
-        # In the middle of a burst.
+        # This stop string ends the text in the middle of a burst.
         SamplingParams(max_tokens=40, ignore_eos=True, stop=(text.text[13:16],)),
         SamplingParams(max_tokens=17),
         SamplingParams(max_tokens=33, ignore_eos=True),
@@ -93,7 +93,7 @@ def test_bursts_say_the_same_in_fewer_outputs(model: Path, mode: ExitMode, threa
     assert [told(said) for said in got] == [told(said) for said in expected]
     assert got[1][-1].finish is not None
     assert got[1][-1].finish.reason is FinishReason.STOP
-    # A step tells what steps of so many take, and what the shortest has left goes into the next call.
+    # After one step its time is known. The next call takes all tokens that the shortest sequence has left.
     assert all(len(said) < 14 for said in got)
     assert max(len(output.tokens) for said in got for output in said) > 4
     counters = bursting.telemetry().counters
@@ -122,7 +122,7 @@ def test_bursts_draw_what_is_drawn_step_by_step(model: Path, mode: ExitMode, thr
 
 
 def test_a_penalty_is_for_all_that_came_before_within_a_burst_too(model: Path) -> None:
-    """So large that no token comes twice, of the prompt's neither."""
+    """The penalty is so large that no token comes twice, not even one of the prompt."""
     sampling = SamplingParams(max_tokens=100, ignore_eos=True, repetition_penalty=1e6)
     (said,) = serve(load(model, BURST), [sampling])
     ids = [token.token_id for output in said for token in output.tokens]
@@ -136,7 +136,7 @@ def test_a_burst_that_is_interrupted_goes_on_in_the_next_one(model: Path, thread
     said = list[Output]()
 
     def interrupt(burst: Burst) -> None:
-        # In the third call, once it has taken in what came before it.
+        # In the third call, after earlier interrupts have been cleared.
         if len(said) == 2 and burst.interrupt is not None:
             burst.interrupt.ask()
 
@@ -163,10 +163,10 @@ def test_a_burst_ends_with_the_end_of_a_text(model: Path, tmp_path: Path, thread
     assert ended[-1].finish is not None
     assert ended[-1].finish.reason is FinishReason.EOS
     assert [token.token_id for output in ended for token in output.tokens] == ids[: ids.index(last) + 1]
-    # None was computed in vain.
+    # No step was computed in vain.
     assert engine.telemetry().counters.steps == ids.index(last) + 1
     assert max(len(output.tokens) for output in ended) > 10
-    # Who does not mind it goes on.
+    # A request that ignores this end of text goes on.
     assert serve(engine, [sampling])[0][-1].finish == said[-1].finish
 
 
@@ -181,7 +181,7 @@ def test_whoever_wants_something_interrupts_a_burst(model: Path, monkeypatch: py
 
 
 def test_a_burst_takes_no_blocks_from_others(model: Path) -> None:
-    """A pool for one context and a bit: the blocks for a burst are not there when all decode."""
+    """The pool holds little more than one context, so it has no blocks for a burst when all decode."""
     samplings = [SamplingParams(max_tokens=160, ignore_eos=True)] * 3
     plain, bursting = load(model, 0, memory=1_100_000), load(model, BURST, memory=1_100_000)
     assert plain.telemetry().blocks_total < 3 * (160 + 10) // 16

@@ -1,4 +1,4 @@
-"""The profiler's loaded candidates: kept, given up for memory, loaded anew when their files change."""
+"""The profiler's loaded candidates: kept, dropped for memory, loaded again when their files change."""
 
 import os
 import shutil
@@ -34,7 +34,7 @@ def test_a_model_is_loaded_once_until_its_files_change(tiny_models: Path, tmp_pa
 def test_the_one_used_longest_ago_goes_when_memory_runs_out(tiny_models: Path) -> None:
     entries = {name: read_model(tiny_models / name) for name in ("tiny", "other", "long")}
     needed = max(needed_bytes(entry, PROMPTS, SETTINGS) for entry in entries.values())
-    # Room for one in its turn and one beside it.
+    # Room for the candidate in use and one other.
     weights = max(load_candidate(entry, SETTINGS).model.weight_bytes for entry in entries.values())
     candidates = Candidates(SETTINGS, needed + weights)
     for name in ("tiny", "other", "tiny"):

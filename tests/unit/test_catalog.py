@@ -1,4 +1,4 @@
-"""What the catalog promises about models directories, without torch and without reading weights."""
+"""Promises of the catalog about models directories, without torch and without reading weights."""
 
 import hashlib
 import json
@@ -35,7 +35,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def rewrite(file: Path, **changes: object) -> None:
-    """Changes fields of a JSON file; a field set to `...` goes."""
+    """Changes fields of a JSON file. A field set to `...` is removed."""
     fields = json.loads(file.read_text()) | changes
     file.write_text(json.dumps({key: value for key, value in fields.items() if value is not ...}))
 
@@ -239,7 +239,7 @@ def test_unreadable_config_is_named(model: Path, content: bytes, name: str) -> N
         (2, {"eos_token_id": [7, 50]}, (7, 50)),
         ([2, 50], {"eos_token_id": 7}, (7,)),
         (None, {"eos_token_id": 7}, (7,)),
-        # It names none: text must end all the same.
+        # generation_config.json names none, but text must end all the same.
         ([2, 50], {"eos_token_id": None}, (2, 50)),
         ([2, 50], {"max_length": 20}, (2, 50)),
     ],

@@ -1,4 +1,4 @@
-"""Which channels take the proxy that the environment names."""
+"""Which channels use the proxy that the environment names."""
 
 import socket
 from collections.abc import AsyncIterator, Iterator
@@ -16,7 +16,7 @@ from helios.server import Server
 from tests.stack import free_port
 
 VARIABLES = ("grpc_proxy", "https_proxy", "http_proxy")
-# Reserved for documentation (RFC 5737): no machine has it.
+# This address is reserved for documentation (RFC 5737), so no machine has it.
 ELSEWHERE = "192.0.2.1:50051"
 SECONDS = 10.0
 
@@ -29,13 +29,13 @@ def no_proxy_of_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=VARIABLES)
 def dead_proxy(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A proxy variable that names a port at which nothing listens."""
+    """Sets a proxy variable to a port on which nothing listens."""
     monkeypatch.setenv(request.param, f"http://127.0.0.1:{free_port()}")
 
 
 @pytest.fixture
 def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
-    """The listening socket of what the environment names as the proxy."""
+    """The listening socket of the proxy that the environment names."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(SECONDS)
         monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{listener.getsockname()[1]}")
@@ -73,7 +73,7 @@ async def test_a_client_reaches_its_own_machine_without_the_proxy(
     async with AsyncClient(f"{host}:{port}") as client:
         with pytest.raises(HeliosError) as refused:
             await anext(client.generate(generate_request("a"), timeout_seconds=SECONDS))
-    # The server was reached: it is only no gateway.
+    # The server was reached. It only is not a gateway.
     assert "Method not found" in refused.value.message
 
 

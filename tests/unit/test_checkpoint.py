@@ -1,4 +1,4 @@
-"""What loading a checkpoint promises: the right tensors, no byte more, and errors that name the file."""
+"""Promises of loading a checkpoint: the right tensors, no byte more, and errors that name the file."""
 
 import json
 import os
@@ -145,7 +145,7 @@ def test_only_the_heads_of_the_asked_exits_are_read(tmp_path: Path, variant: str
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
 @pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
 def test_weights_are_converted_to_the_asked_type(tmp_path: Path, form: Form, stored: torch.dtype) -> None:
-    # Larger than the read buffer, with a remainder.
+    # The vocabulary is larger than the read buffer and not a multiple of it.
     model = save_variant(tmp_path, "pre-norm", 1, form, dtype=stored, vocab_size=70_001)
     for dtype in (torch.float32, torch.bfloat16):
         weights = load(tmp_path, 6, dtype)
@@ -162,7 +162,7 @@ def test_a_head_stored_beside_the_embedding_is_tied_only_when_equal(tmp_path: Pa
     tensors = dict(model.state_dict())
     for file in WeightMap.read(tmp_path).files:
         file.unlink()
-    # As torch.save stores tied weights: two names for one storage.
+    # torch.save stores tied weights like this: two names for one storage.
     if form in ("bin", "legacy-bin"):
         save_tensors(tmp_path, tensors, form)
         weights = load(tmp_path, 6)
@@ -311,7 +311,7 @@ def test_a_missing_or_incomplete_heads_file_is_named(tmp_path: Path) -> None:
 
 
 class RunsCode:
-    """Unpickling it would create a file."""
+    """Creates a file if it is unpickled."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -348,7 +348,7 @@ def test_loaded_tensors_live_on_without_the_file(tmp_path: Path, form: Form) -> 
     model = save_variant(tmp_path, "pre-norm", 1, form)
     weights = load(tmp_path, 6)
     for file in WeightMap.read(tmp_path).files:
-        # In place: a mapping that was still alive would see it.
+        # The file is overwritten in place, so a live mapping would see the change.
         file.write_bytes(b"\xff" * file.stat().st_size)
     for key, tensor in named(weights).items():
         assert torch.equal(tensor, model.state_dict()[key])
@@ -363,7 +363,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path) -> Non
             checkpoint.tensor("embed_tokens.weight", (264, 32), torch.float32)
 
 
-# Loads each "path depth" of its input in a child of its own and prints what that added to its memory.
+# Loads each "path depth" of its input in a separate child and prints how much memory that added.
 MEASURE = """
 import os, sys
 from pathlib import Path
@@ -398,9 +398,9 @@ for line in sys.stdin:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of one load: of the tensors it needs, added to resident memory, and read.
+    """Bytes of one load: needed for tensors, added to resident memory, and read from files.
 
-    `mappings`: of the checkpoint's files, left behind.
+    `mappings`: how many mappings of the checkpoint's files are left.
     """
 
     needed: int
@@ -494,7 +494,7 @@ def test_the_hub_form_of_opts_tokenizer_starts_texts_with_the_end_token(tmp_path
     (tmp_path / "tokenizer.json").unlink()
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
     (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-    # As facebook/opt-125m has it.
+    # facebook/opt-125m has these.
     special = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
     config = tmp_path / "tokenizer_config.json"
     config.write_text(json.dumps(special | {"add_bos_token": True, "add_prefix_space": False}))

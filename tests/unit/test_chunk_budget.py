@@ -1,4 +1,4 @@
-"""Chunks are as large as what steps took allows."""
+"""The size of chunks follows from the measured times of steps."""
 
 import math
 
@@ -50,7 +50,7 @@ def test_a_size_that_is_not_known_is_told_by_a_step_without_prompts() -> None:
     budget = ChunkBudget(2.5, 16, 512)
     assert budget.tokens(3) == 0
     budget.observe(3, 0, 0.010)
-    # What a prompt's token takes is not known either.
+    # The time of a prompt token is not known either.
     assert budget.tokens(3) == budget.tokens(2) == 16
     assert budget.tokens(4) == 0
 
@@ -58,7 +58,7 @@ def test_a_size_that_is_not_known_is_told_by_a_step_without_prompts() -> None:
 def test_what_is_known_of_a_plan_is_expected_of_the_next_while_sequences_move() -> None:
     budget = ChunkBudget(2.5, 16, 512)
     budget.expect(observed(2.5), 0.5)
-    # Steps are expected to take half as long, and prompts too.
+    # Decode steps and prompts are expected to take half as long.
     assert budget.decode_seconds(8) == pytest.approx(0.005)
     assert budget.tokens(8) == pytest.approx(150, abs=1)
     assert budget.tokens(1) == 0, "no plan has told"
@@ -68,7 +68,7 @@ def test_what_is_known_of_a_plan_is_expected_of_the_next_while_sequences_move() 
     budget.settle()
     assert budget.tokens(32) == 0, "not observed yet"
     assert budget.decode_seconds(8) == pytest.approx(0.020)
-    # What was only expected is no ground to expect more.
+    # Times that were only expected are not passed on as expectations.
     again = ChunkBudget(2.5, 16, 512)
     again.expect(budget, 1)
     assert again.decode_seconds(8) == pytest.approx(0.020)

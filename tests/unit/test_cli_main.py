@@ -53,7 +53,7 @@ def test_commands_are_listed_without_importing_them() -> None:
 
 @pytest.fixture
 def registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another distribution, with a command that runs, one that lacks a library, and one that is not there."""
+    """Another distribution with three commands: one runs, one lacks a library, and one does not exist."""
     metadata = tmp_path / "extra-1.0.dist-info"
     metadata.mkdir()
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: extra\nVersion: 1.0\n")

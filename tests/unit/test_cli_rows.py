@@ -1,4 +1,4 @@
-"""What commands print loses nothing and cuts no word, in a narrow and in a wide terminal."""
+"""The output of commands is complete and cuts no word, in narrow and wide terminals."""
 
 import io
 import time
@@ -37,7 +37,7 @@ def rendered(width: int, *parts: RenderableType) -> str:
 
 
 def check(text: str, width: int, *said: str) -> None:
-    """Everything that was to be said is there, word for word, and no line is too long."""
+    """Checks that the text is complete, word for word, and that no line is too long."""
     words = [word.strip(",:") for word in text.split()]
     for one in said:
         wanted = [word.strip(",:") for word in one.split()]

@@ -57,7 +57,7 @@ async def test_a_status_of_another_making_becomes_the_error_of_its_code(
 
 
 async def _call(behaviour: Any) -> None:
-    """Calls Generate on a server that behaves so."""
+    """Calls Generate on a server with this behaviour."""
     server = grpc.aio.server()
     handlers = {"Generate": grpc.unary_stream_rpc_method_handler(behaviour)}
     handler = grpc.method_handlers_generic_handler("helios.v1.InferenceService", handlers)

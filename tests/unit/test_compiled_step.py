@@ -1,4 +1,4 @@
-"""The compiled step: its sums, rows that leave each other alone, streams that resume to the bit, quality."""
+"""The compiled step: its sums, rows that do not affect each other, resuming to the bit, and quality."""
 
 import ast
 import importlib
@@ -56,7 +56,7 @@ PRECISIONS = ("float32", "bfloat16", "int8")
 @pytest.fixture
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before, worthwhile = TEAM.threads, TEAM.worthwhile
-    # However little there is to do.
+    # worthwhile 0: threads share the work even if there is little.
     TEAM.threads, TEAM.worthwhile = request.param, 0
     yield request.param
     TEAM.threads, TEAM.worthwhile = before, worthwhile
@@ -64,15 +64,15 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 @dataclass(frozen=True)
 class Case:
-    """A packed linear, and what it is to compute with."""
+    """A packed linear layer, and the weights and settings that it was made from."""
 
     linear: PackedLinear
-    weight: torch.Tensor  # [out, in], as it is in the precision
+    weight: torch.Tensor  # [out, in], rounded to the precision
     bias: torch.Tensor
     precision: str
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        """In float64, of the numbers as they are in the precision."""
+        """The product in float64 of numbers that are rounded to the precision."""
         if self.precision == "int8":
             spans = x.clamp(min=0).amax(dim=1, keepdim=True) - x.clamp(max=0).amin(dim=1, keepdim=True)
             scales = spans / 254
@@ -129,7 +129,7 @@ def test_a_row_is_the_same_to_the_bit_whatever_rows_are_beside_it(precision: str
 
 
 def test_int8_steps_span_what_a_row_has_and_no_more() -> None:
-    """Rows on one side of zero, as a ReLU leaves them, lose half as much as rows on both sides."""
+    """Rows without negative numbers, such as a ReLU's output, lose half as much as rows with both signs."""
     eye = torch.eye(64)
     whole, scales = quantize(eye)
     same = pack(LinearWeights(whole, torch.zeros(64), scales))
@@ -157,7 +157,7 @@ def test_without_the_instruction_the_sums_are_the_same(
         weights = generator.integers(-128, 128, (steps, TILE, 4), dtype=np.int8)
         by_step, products = x.astype(np.int32).reshape(2, steps, 4), weights.astype(np.int32)
     else:
-        # Small whole numbers: their sums are exact in whatever order.
+        # Sums of small whole numbers are exact in any order.
         by_step = generator.integers(-9, 9, (2, steps, 2)).astype(np.float32)
         products = generator.integers(-9, 9, (steps, TILE, 2)).astype(np.float32)
         x, weights = ((part.view(np.uint32) >> 16).astype(np.uint16) for part in (by_step, products))
@@ -179,7 +179,7 @@ def test_without_the_instruction_the_sums_are_the_same(
 
 
 def in_bytes(numbers: torch.Tensor) -> torch.Tensor:
-    """Each vector of the last dimension in steps of a 127th of its largest number."""
+    """Rounds each vector of the last dimension to steps of a 127th of its largest number."""
     steps = numbers.abs().amax(dim=-1, keepdim=True) / 127
     return (numbers / steps).round() * steps
 
@@ -191,10 +191,10 @@ def in_bytes(numbers: torch.Tensor) -> torch.Tensor:
 def test_paged_attention_sees_each_rows_own_context(
     threads: int, block_tokens: int, head_dim: int, dtype: torch.dtype
 ) -> None:
-    """Decodes of several lengths beside a first and a later chunk of prefills."""
+    """The batch has decodes of several lengths, a first chunk of a prefill and a later one."""
     torch.manual_seed(0)
     heads = 3
-    # In int8 the values' weights have 16 bits.
+    # In int8 the attention weights have 16 bits.
     tolerance = 1e-4 if dtype == torch.int8 else 1e-5
     computed, count = (0, 40, 16, 1, 35), (20, 1, 17, 1, 1)
     cache = KVCache(1, 20, block_tokens, heads, head_dim, dtype, torch.device("cpu"))
@@ -248,7 +248,7 @@ def test_keys_and_values_beyond_float16_are_kept_at_its_end() -> None:
 def generate(
     engine: Engine, prompts: list[list[int]], emitted: list[list[int]], tokens: int
 ) -> list[list[GeneratedToken]]:
-    """The new tokens of all prompts, served together."""
+    """The new tokens of all prompts, which are served together."""
     found: list[list[GeneratedToken]] = [[] for _ in prompts]
 
     def sink(index: int) -> object:
@@ -283,7 +283,7 @@ def test_a_resumed_stream_goes_on_to_the_bit_whatever_it_is_batched_with(
         cut = 5 + 6 * index
         before = [token.token_id for token in tokens[:cut]]
         filler = [[2] * (3 + index)] * index
-        # At the same place among its neighbours, so with the same sampling.
+        # The prompt keeps its place among its neighbours, so it has the same sampling parameters.
         alone = generate(other, [*filler, prompt], [*([] for _ in filler), before], 40)
         assert [(t.token_id, t.logprob, t.confidence) for t in alone[-1]] == [
             (t.token_id, t.logprob, t.confidence) for t in tokens[cut:]
@@ -296,7 +296,7 @@ def test_a_resumed_stream_goes_on_to_the_bit_whatever_it_is_batched_with(
 def test_many_rows_at_once_are_the_same_to_the_bit_as_a_few_at_a_time(
     tmp_path: Path, name: str, precision: str, threads: int
 ) -> None:
-    """Of many rows each thread has its own; of few all threads share the channels."""
+    """With many rows each thread owns some of them. With few rows all threads share the channels."""
     save_variant(tmp_path, name, seed=2, exits=[2, 4, 6])
     prompts = [[2, *range(10 + 5 * index, 90 + 5 * index)] for index in range(3)]
     told = []
@@ -311,7 +311,7 @@ def test_many_rows_at_once_are_the_same_to_the_bit_as_a_few_at_a_time(
 
 
 def logits_of(path: Path, precision: str) -> torch.Tensor:
-    """Of all layers, behind a prompt of 61 tokens: [1, vocabulary]."""
+    """Logits of the full model after a prompt of 61 tokens: [1, vocabulary]."""
     settings = EngineSettings(precision=precision, memory_bytes=MEMORY, packed_cache_bytes=0)
     engine = Engine.load(path, 6, settings)
     model, detokenizer = engine.plan.model, Detokenizer(engine.plan.tokenizer, ())
@@ -320,14 +320,14 @@ def logits_of(path: Path, precision: str) -> torch.Tensor:
     sequence.blocks = [0, 1, 2, 3]
     batch, _ = build_batch([(sequence, 61)], 16, model.device)
     cache = KVCache.of(model.config, 6, 4, 16, model.dtype, model.device)
-    # Keys and values that are as exact as activations: the products' precision alone is looked at.
+    # KV is as exact as the activations, so that only the precision of products matters.
     eager = EagerModel(model.config, model.weights, 16)
     with torch.inference_mode():
         return eager.step(batch, cache, 6).logits.clone()
 
 
 def error_of(path: Path, precision: str) -> float:
-    """Against float32, relative."""
+    """The relative error against float32."""
     expected = logits_of(path, "float32")
     return float((logits_of(path, precision) - expected).norm() / expected.norm())
 
@@ -335,7 +335,7 @@ def error_of(path: Path, precision: str) -> float:
 @pytest.mark.parametrize("precision", ["bfloat16", "int8"])
 @pytest.mark.parametrize("name", list(VARIANTS))
 def test_fewer_bits_compute_nearly_what_float32_does(tmp_path: Path, name: str, precision: str) -> None:
-    """Random weights are the hardest case: they have no redundancy."""
+    """Random weights are the hardest case, because they have no redundancy."""
     save_variant(tmp_path, name, seed=3, exits=[2, 4, 6])
     assert 0 < error_of(tmp_path, precision) < 0.05
 
@@ -343,7 +343,7 @@ def test_fewer_bits_compute_nearly_what_float32_does(tmp_path: Path, name: str, 
 def test_a_large_channel_of_a_norm_leaves_the_others_their_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same function, with a channel of each norm 64 times as large and its weights as much smaller."""
+    """The same function with one channel of each norm 64 times larger, and its weights 64 times smaller."""
     save_variant(tmp_path, "pre-norm", seed=3, exits=[2, 4, 6])
     tensors = load_file(tmp_path / "model.safetensors")
     for layer in range(6):
@@ -377,7 +377,7 @@ def test_a_norm_that_is_zero_everywhere_stays_as_it_is(tmp_path: Path) -> None:
 def test_one_call_computes_what_the_layers_one_by_one_do(
     tmp_path: Path, name: str, head: Head, precision: str, threads: int
 ) -> None:
-    """The compiled step does not read blocks of 8 tokens: there the model applies linear after linear."""
+    """The compiled step does not support blocks of 8 tokens. There the model applies layer after layer."""
     save_variant(tmp_path, name, seed=3, exits=[2, 4, 6], head=head)
     prompts = [[2, *range(20, 80)], [2, *range(30, 50)]]
     told = []
@@ -387,8 +387,8 @@ def test_one_call_computes_what_the_layers_one_by_one_do(
         told.append(generate(engine, prompts, [[], []], 1))
     for one, other in zip(*told, strict=True):
         assert one[0].token_id == other[0].token_id
-        # Sums in another order are rounded otherwise, in int8 queries are not rounded at all; random weights
-        # magnify it.
+        # Sums in another order are rounded differently, and in int8 the other way does not round queries.
+        # Random weights magnify this.
         tolerance = {"float32": 1e-4, "bfloat16": 0.02, "int8": 0.1}[precision]
         assert one[0].logprob == pytest.approx(other[0].logprob, abs=tolerance)
 
@@ -400,7 +400,7 @@ def test_one_call_computes_what_the_layers_one_by_one_do(
 def test_tokens_leave_the_one_call_where_they_leave_the_layers_one_by_one(
     tmp_path: Path, name: str, head: Head, threads: int
 ) -> None:
-    """Rows that stay are closed up, beside prompts in chunks."""
+    """Rows that have not left yet are moved together, beside prompts in chunks."""
     save_variant(tmp_path, name, seed=3, exits=[1, 2, 4, 6], head=head)
     prompts = [[2, *range(10 + 7 * index, 30 + 23 * index)] for index in range(8)]
     told = []
@@ -453,7 +453,7 @@ def test_no_request_waits_for_a_kernel_to_be_compiled(tmp_path: Path, precision:
 def test_skipped_layers_remember_what_they_would_have_of_the_same_input(
     tmp_path: Path, threads: int, precision: str, name: str
 ) -> None:
-    """To the bit, also where a tile holds the last queries and the first keys."""
+    """Equal to the bit, even if one tile holds the last queries and the first keys."""
     save_variant(tmp_path, name, seed=5, hidden_size=48)
     model = load_plan(tmp_path, None, EngineSettings(precision=precision, memory_bytes=MEMORY)).model
     positions, blocks = torch.tensor([0, 1, 9]), torch.arange(3)
@@ -522,7 +522,7 @@ def test_threads_belong_to_torch_or_to_the_team() -> None:
 
 @njit
 def take_twice(count: int) -> tuple[int, int]:
-    """The addresses of two arrays, of which only these are used."""
+    """The addresses of two arrays. Only the addresses are used afterwards."""
     first = np.empty(64, np.int64)
     one = first.ctypes.data
     for index in range(count):
@@ -543,7 +543,7 @@ def test_kept_memory_is_not_given_to_others() -> None:
 
 @pytest.mark.parametrize("name", ["attention_float", "attention_int8", "product", "summary"])
 def test_memory_whose_address_a_kernel_takes_is_kept_to_its_end(name: str) -> None:
-    """Otherwise other threads get it while the kernel works in it, now and then."""
+    """Otherwise another thread sometimes gets the memory while the kernel still works in it."""
     taken = 0
     module = importlib.import_module(f"helios.engine.kernels.{name}")
     for kernel in ast.walk(ast.parse(inspect.getsource(module))):

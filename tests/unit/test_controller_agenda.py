@@ -1,4 +1,4 @@
-"""What the controller is to do, and when."""
+"""The agenda: when the controller evaluates and decides."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -20,7 +20,7 @@ PLAN = ServedPlan(model="small", depth=4)
 
 
 def profile(name: str = "small", time: float = 1.0, rise: float = 0.01) -> ModelProfile:
-    """An exit at 4 that is `rise` nats a byte worse than the last layer, at 6; twelve equal requests."""
+    """Exits 4 and 6 (the last layer). Exit 4 is `rise` nats per byte worse. Twelve equal requests."""
     samples = tuple(
         RequestSample(id=str(number), text_bytes=1000, nats=((0.9 + rise) * 1000, 900.0 + number % 2))
         for number in range(12)
@@ -30,7 +30,7 @@ def profile(name: str = "small", time: float = 1.0, rise: float = 0.01) -> Model
 
 
 class Owner:
-    """Does what the agenda says, as the controller would. An evaluation ends when it is told to."""
+    """Does what the agenda says, like the controller. The test decides when an evaluation ends."""
 
     def __init__(
         self, *, profiler: bool = True, history: Mapping[str, ModelProfile] | None = None, **fields: object
@@ -63,7 +63,7 @@ class Owner:
         )
 
     def look(self) -> Due:
-        """One look, and what it leads to."""
+        """Asks the agenda once, and does what is due."""
         due = self.agenda.due(self.seen)
         if isinstance(due, Evaluate):
             self.evaluated.append(due)
@@ -87,7 +87,7 @@ class Owner:
         return due
 
     def settle(self) -> None:
-        """Looks until there is nothing to do."""
+        """Asks until nothing is due."""
         while self.look() is not None:
             pass
 
@@ -97,7 +97,7 @@ class Owner:
         self.agenda.evaluation_ended(cpu_seconds, 1, failed=failed)
 
     def serve(self, requests: int, *, confidence_nats: float, prompt_nats: float) -> None:
-        """Requests of 64 tokens, one a tenth of a second, with so many nats a token."""
+        """Serves requests of 64 tokens, one every tenth of a second, with these nats per token."""
         for _ in range(requests):
             self.now += 0.1
             self.finished += 1
@@ -106,7 +106,7 @@ class Owner:
 
 
 def started(**fields: object) -> Owner:
-    """One that has decided, with nothing left to do."""
+    """An owner that has decided and has nothing left to do."""
     owner = Owner(history={"small": profile()}, decide_sigmas=0, **fields)
     owner.settle()
     if owner.evaluating:
@@ -119,7 +119,7 @@ def started(**fields: object) -> Owner:
 
 
 def usual(owner: Owner) -> dict[str, float]:
-    """What the profile expects of the plan's traffic."""
+    """The figures that the profile expects of traffic under the plan."""
     one = owner.history["small"].at(4)
     return {"confidence_nats": one.confidence_nats[0], "prompt_nats": one.nats_per_byte * 4}
 
@@ -172,7 +172,7 @@ def test_a_drift_is_evaluated_at_once_on_its_own_requests(figure: str, change: f
     assert isinstance(due, Evaluate)
     assert due.fresh
     assert due.newest_seconds is not None
-    # Since the drift began, give or take a request.
+    # The evaluation takes requests since the drift began, give or take one.
     assert owner.now - due.newest_seconds == pytest.approx(before, abs=0.25)
     assert due.requests == owner.settings.drift_requests
     owner.end(profile(time=3.0))
@@ -181,7 +181,7 @@ def test_a_drift_is_evaluated_at_once_on_its_own_requests(figure: str, change: f
 
 
 def doubtful(time: float) -> ModelProfile:
-    """An exit that is a little within the bound, by two requests that differ."""
+    """A profile of two requests that differ. By their mean, exit 4 is a little within the bound."""
     samples = (
         RequestSample(id="a", text_bytes=1000, nats=(890.0, 900.0)),
         RequestSample(id="b", text_bytes=1000, nats=(934.0, 900.0)),
@@ -226,7 +226,7 @@ def test_a_drift_whose_evaluation_failed_is_evaluated_again_after_a_while() -> N
 
 
 def followed_up(**fields: object) -> Owner:
-    """One whose first decision may be chance, so that more requests are to be evaluated."""
+    """An owner whose first decision may rest on chance, so that more requests will be evaluated."""
     owner = Owner(history={"small": profile(rise=0.012)}, reassess_requests=10_000, **fields)
     owner.settle()
     owner.end(doubtful(3.0))
@@ -235,7 +235,7 @@ def followed_up(**fields: object) -> Owner:
 
 
 def test_an_evaluation_that_began_before_a_drift_is_no_answer_to_it() -> None:
-    """A follow-up of one model is under way when the traffic changes."""
+    """The traffic changes while a follow-up of one model is being evaluated."""
     owner = followed_up(follow_up_requests=60)
     owner.serve(60, **usual(owner))
     assert owner.look() == Evaluate(("small",), 12, prompts_only=True)
@@ -286,7 +286,7 @@ def test_a_breach_does_not_make_it_forget_when_a_dwell_is_over() -> None:
 
 
 def test_nothing_else_is_evaluated_while_a_drift_waits_for_its_requests() -> None:
-    # The follow-up is due as well.
+    # The follow-up is due at the same time.
     owner = followed_up(follow_up_requests=75, drift_requests=100, drift_patience_seconds=1e6)
     drift(owner)
     assert owner.look() is None
@@ -297,7 +297,7 @@ def test_nothing_else_is_evaluated_while_a_drift_waits_for_its_requests() -> Non
 
 
 def test_a_false_alarm_does_not_come_again_at_once() -> None:
-    """Generated text is surer than the profile expects, always."""
+    """The model is always more confident on generated text than the profile expects."""
     owner = started(reassess_requests=10_000)
     surer = usual(owner) | {"confidence_nats": 0.2 * usual(owner)["confidence_nats"]}
     evaluations = 0
@@ -312,7 +312,7 @@ def test_a_false_alarm_does_not_come_again_at_once() -> None:
 
 
 def test_chance_is_followed_up_after_twice_as_many_requests_each_time() -> None:
-    """The exit is a little within the bound, of two requests that differ."""
+    """The exit is a little within the bound, but the two requests differ."""
     owner = Owner(history={"small": profile(rise=0.012)}, reassess_requests=10_000, follow_up_requests=3)
     at: list[int] = []
     for _ in range(60):

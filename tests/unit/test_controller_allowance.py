@@ -1,4 +1,4 @@
-"""The controller's allowance: what profiling may take of the fleet's CPU."""
+"""The controller's allowance: the share of the fleet's CPU that profiling may take."""
 
 from collections.abc import Sequence
 
@@ -59,7 +59,7 @@ def test_a_share_of_one_never_waits() -> None:
 def test_however_often_it_is_asked_the_share_holds(
     asked: Sequence[tuple[float, float, bool]], share: float, threads: int
 ) -> None:
-    """All evaluations are paid off but those that went ahead and the one that they went ahead of."""
+    """All evaluations are paid for, except the last MOST_AHEAD, which may go ahead, and the one before."""
     clock = _Clock()
     allowance = Allowance(share, clock)
     spent: list[float] = []

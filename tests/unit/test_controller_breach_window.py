@@ -1,4 +1,4 @@
-"""The confidence breach counter's window over a worker's counters."""
+"""The window of the confidence breach counter over a worker's counters."""
 
 from services.controller.breach_window import BreachWindow
 

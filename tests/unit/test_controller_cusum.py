@@ -1,4 +1,4 @@
-"""How soon a change of a figure is noticed, and how rarely chance is taken for one."""
+"""The CUSUM test: how soon it notices a change of a figure, and how rare false alarms are."""
 
 import random
 import statistics
@@ -9,7 +9,7 @@ import pytest
 from services.controller.cusum import Cusum, Moment, Tuning, tunings
 
 TUNED = tunings(1e4, 10)
-# One test, as it were.
+# The tuning of a single test.
 TUNING = Tuning.of(1e4, 20)
 ALIKE = (TUNING, TUNING)
 
@@ -22,7 +22,7 @@ def run(
     first: int = 0,
     tuned: Sequence[Tuning] = TUNED,
 ) -> int | None:
-    """Requests until an alarm; None: there was none in `most`."""
+    """Requests until an alarm. None: there was no alarm in `most` requests."""
     for count in range(first, first + most):
         test.add(dice.gauss(mean, 1), 1, tuned, Moment(count + 1, float(count + 1)))
         if max(test.rise, test.fall) >= 1:
@@ -45,7 +45,7 @@ def test_a_large_change_is_noticed_within_a_few_requests_to_either_side(shift: f
 
 
 def test_the_smallest_change_is_noticed_after_about_the_delay_asked_for() -> None:
-    # It is twice the slack.
+    # The change is twice the slack.
     change = 2 * TUNING.slack
     delays = [run(Cusum(0, 1, 1e6), random.Random(seed), change, 10_000, tuned=ALIKE) for seed in range(200)]
     found = [delay for delay in delays if delay is not None]
@@ -73,7 +73,7 @@ def test_false_alarms_are_about_as_rare_as_asked_for() -> None:
             test.add(dice.gauss(0, 1), 1, tuned, Moment(count, 0.0))
             count += 1
         runs.append(count)
-    # Winsorized tails make them rarer still.
+    # Winsorizing makes false alarms rarer than planned.
     assert 350 < statistics.fmean(runs) < 1500
 
 
@@ -100,7 +100,7 @@ def test_a_wrong_expectation_is_learnt_where_it_rests_on_little() -> None:
 
 
 def test_what_may_be_a_drift_is_not_learnt() -> None:
-    """The traffic changes right after the test has begun."""
+    """The traffic changes right after the test began."""
     for seed in range(20):
         delay = run(Cusum(0, 1, 25), random.Random(seed), 2.5, 100)
         assert delay is not None

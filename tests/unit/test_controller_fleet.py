@@ -1,4 +1,4 @@
-"""A worker as the controller sees it, told of by a scripted one."""
+"""How the controller sees a worker. A scripted worker sends the telemetry."""
 
 from helios.registry import WorkerLease
 from helios.v1 import worker_pb2
@@ -22,7 +22,7 @@ async def test_unsure_tokens_of_the_plan_before_are_no_breach_of_the_next() -> N
         try:
             assert await window_after(4, 0, 0) == (0, 0)
             assert await window_after(4, 100, 60) == (100, 60)
-            # Nobody knows under which plan the tokens since the last message were generated.
+            # The tokens since the last message may belong to either plan, so they do not count.
             assert await window_after(3, 150, 105) == (0, 0)
             assert await window_after(3, 170, 106) == (20, 1)
         finally:

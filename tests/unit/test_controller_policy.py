@@ -1,4 +1,4 @@
-"""What the policy promises: bounds, objectives, breaches, hysteresis, replay."""
+"""Promises of the policy: bounds, objectives, breaches, hysteresis and replay."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from services.controller.situation import Bar, Reading, Situation, Trigger, Work
 from tests.profiles import exit_profile, model_profile
 
 SETTINGS = PolicySettings()
-# 0.01 nats a byte are 4.1 % of perplexity at 4 bytes a token.
+# At 4 bytes per token, 0.01 nats per byte are 4.1 % of perplexity.
 SMALL = model_profile("small", [exit_profile(2, 0.92), exit_profile(4, 0.905), exit_profile(6, 0.9)])
 LARGE = model_profile("large", [exit_profile(8, 0.9005), exit_profile(16, 0.899)])
 
@@ -64,7 +64,7 @@ def test_smallest_depth_within_the_bound_of_the_best_candidate_is_chosen() -> No
 
 
 def test_quality_is_compared_per_byte_and_told_per_token_of_the_best() -> None:
-    """A tokenizer of longer tokens has a higher perplexity per token at equal quality."""
+    """At equal quality, a tokenizer with longer tokens gives a higher perplexity per token."""
     coarse = SMALL.model_copy(update={"bytes_per_token": 8.0})
     assert decide(situation([coarse, LARGE]), SETTINGS).options == decide(situation(), SETTINGS).options
 
@@ -118,7 +118,7 @@ def test_contradictory_bounds_keep_the_plan_and_are_named() -> None:
     for bound in ("max_perplexity_increase", "max_tpot_seconds"):
         assert bound in decision.reason
         assert bound in said
-    # What to loosen, and by how much, is read off the option that lacks least.
+    # The message names the option that breaks the fewest bounds, so operators see which bound to loosen.
     assert "small at depth 2 breaks the fewest (max_perplexity_increase: " in said
     assert contradiction(situation(), SETTINGS) is None
 
@@ -181,7 +181,7 @@ def test_a_breach_is_answered_by_the_cheaper_of_deeper_and_switch() -> None:
 
 def test_a_breach_costs_the_load_of_what_is_missing_and_the_prefill_of_what_is_in_flight() -> None:
     answer = breach([SMALL, LARGE])
-    # Two of four layers are there.
+    # Two of four layers are loaded already.
     assert option(answer, "small", 4).cost_seconds == pytest.approx(0.1 / 2 + 400 / (2000 / 4))
     assert option(answer, "large", 8).cost_seconds == pytest.approx(0.1 + 400 / (2000 / 8))
     assert option(decide(situation(), SETTINGS), "small", 2).cost_seconds == 0
@@ -211,7 +211,7 @@ def test_a_breach_is_half_of_a_full_window_or_more_than_the_profile_expects() ->
 
     assert breach_limit(view(0, 0), sure, SETTINGS) == 50
     assert 70 < breach_limit(view(0, 0), unsure, SETTINGS) < 80
-    # The worker's own threshold counts: at 0 every token is sure.
+    # The worker's own threshold counts. At 0 every token is sure.
     assert breach_limit(view(0, 0, threshold=0.0), unsure, SETTINGS) == 50
     assert not is_breached(view(100, 100, threshold=1.0), unsure, SETTINGS)
 
@@ -281,13 +281,13 @@ def test_pinned_workers_never_move(trigger: Trigger) -> None:
 
 
 def measured_at(increase: float, error: float, depth: int = 4) -> list[ModelProfile]:
-    """Model `small` at full depth, and an exit whose measured perplexity is `increase` over it, +- `error`.
+    """Model `small` with an exit whose perplexity is `increase` above full depth, with a standard error.
 
-    1,000 bytes a request at 4 bytes a token, so that both come out exactly.
+    A request has 1,000 bytes, at 4 bytes per token, so that `increase` and `error` are exact.
     """
     rate = math.log1p(increase) / 4
-    # The error of the mean of four values rate +- d is d * sqrt(4 / (4 * 3)). Student's t of three degrees of
-    # freedom has three times the variance of a normal distribution.
+    # The standard error of the mean of four values rate +- d is d * sqrt(4 / (4 * 3)). Student's t with three
+    # degrees of freedom has three times the variance of a normal distribution.
     spread = error / (1 + increase) / 4
     samples = [
         RequestSample(id=str(number), text_bytes=1000, nats=((0.9 + rate + sign * spread) * 1000, 900.0))
@@ -306,7 +306,7 @@ def test_the_error_of_a_perplexity_is_told() -> None:
 
 
 def test_what_two_models_find_hard_alike_does_not_count_as_error() -> None:
-    """Their requests differ by far more than the models do."""
+    """The requests differ from each other by far more than the models do."""
     hard = (0.5, 1.5, 0.7, 1.1)
 
     def model(name: str, excess: float, depth: int) -> ModelProfile:
@@ -345,7 +345,7 @@ def test_a_plan_that_stays_beyond_the_bound_is_said_to_be_measured_on_too_little
     kept = decide(situation(seen, [worker(depth=4)], plan=plan("small", 4)), patient)
     assert kept.plan == plan("small", 4)
     assert "measured at +5.4%, on 4 requests with a standard error of 1.0%, bound 5.0%" in kept.reason
-    # One request of which nothing can be told, and no other plan.
+    # There is one request, which gives no standard error, and no other plan.
     alone = model_profile("small", [exit_profile(4, 0.95), exit_profile(6, 0.9)])
     one = RequestSample(id="a", text_bytes=1000, nats=(950.0, 900.0))
     alone = alone.model_copy(update={"samples": (one,)})
@@ -360,7 +360,7 @@ def test_a_plan_that_stays_beyond_the_bound_is_said_to_be_measured_on_too_little
 
 
 def test_a_mixture_says_little_of_which_model_is_better() -> None:
-    """Each model reads half of the requests far better; the plan in force is not given up for that."""
+    """Each model is far better on half of the requests. This is no reason to leave the plan in force."""
 
     def model(name: str, excess: float, first: float, depth: int) -> ModelProfile:
         samples = tuple(
@@ -376,7 +376,7 @@ def test_a_mixture_says_little_of_which_model_is_better() -> None:
     here = model("small", 0.001, 100.0, 4)
     kept = decide(situation([here, other], [worker(depth=4)], plan=plan("small", 4)), SETTINGS)
     assert kept.plan == plan("small", 4)
-    # With what all prompts gave it can be told: more of them are of the kind that the plan reads badly.
+    # The nats of all prompts decide it: more prompts are of the kind on which the plan is bad.
     reading = Reading(model="small", depth=4, nats_per_token=3.9, error=0.01)
     more = [
         one.model_copy(
@@ -394,7 +394,7 @@ def test_a_mixture_says_little_of_which_model_is_better() -> None:
     assert decide(asked, SETTINGS).plan == plan("small", 4)
     moved = decide(asked.model_copy(update={"reading": reading}), SETTINGS)
     assert moved.plan == plan("other", 2)
-    # Far from what was evaluated it is not the same traffic, and says nothing of it.
+    # A reading far from the evaluated requests is of other traffic, so it is not used.
     strange = reading.model_copy(update={"nats_per_token": 8.0})
     assert decide(asked.model_copy(update={"reading": strange}), SETTINGS).plan == plan("small", 4)
 
@@ -412,8 +412,8 @@ def test_a_mixture_says_little_of_which_model_is_better() -> None:
 def test_noise_of_quality_near_the_bound_causes_no_flapping(
     increase: float, error: float, noise: list[float], depth: int
 ) -> None:
-    """A plan is not left and come back to while its measured perplexity varies by less than half of what
-    lies between entering and leaving."""
+    """The policy does not leave a plan and return to it while its measured perplexity varies by less than
+    half of the band between entering and leaving."""
     band = SETTINGS.leave_sigmas * error
     visited = [plan("small", depth)]
     for one in noise:
@@ -430,7 +430,7 @@ positive = st.floats(0.0005, 0.05)
 
 @st.composite
 def profiles(draw: st.DrawFn) -> list[ModelProfile]:
-    """Up to three models of up to four exits: slower and better with depth, at least roughly."""
+    """Up to three models with up to four exits. Deeper exits are slower, and roughly better."""
     found = []
     for name in ("a", "b", "c")[: draw(st.integers(1, 3))]:
         depths = sorted(draw(st.sets(st.integers(1, 24), min_size=1, max_size=4)))
@@ -493,7 +493,7 @@ def test_no_option_outside_the_bounds_is_chosen_when_one_is_inside(asked: Situat
     broken = {"max_", "min_", "memory"}
     inside = [one for one in decision.options if not any(word in one.refused for word in broken)]
     chosen = next(one for one in decision.options if one.plan == decision.plan)
-    # A breach is answered by the next exit or another model; what answers it is within the bounds too.
+    # The answer to a breach is the next exit or another model. It is within the bounds too.
     if inside and decision.moves:
         assert chosen.refused == ""
     if inside and asked.trigger is not Trigger.BREACH:
@@ -542,7 +542,7 @@ def test_a_looser_bound_never_asks_for_more_layers(
 @settings(deadline=None, max_examples=60)
 @given(profiles(), st.data())
 def test_noise_in_measurements_causes_no_flapping(found: list[ModelProfile], data: st.DataObject) -> None:
-    """No plan is left and come back to while measurements vary by less than half of `min_gain`."""
+    """The policy never leaves a plan and returns while measurements vary by less than half of `min_gain`."""
     current = data.draw(any_plan(found))
     noise = st.floats(
         1 - SETTINGS.min_gain / 2, 1 + SETTINGS.min_gain / 2, exclude_min=True, exclude_max=True

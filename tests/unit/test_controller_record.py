@@ -1,4 +1,4 @@
-"""The decision record, the state and the lock of the leader, in a real Redis."""
+"""The decision record, the state and the leader's lock, in a real Redis."""
 
 import asyncio
 import json
@@ -259,7 +259,7 @@ async def test_one_replica_leads_at_a_time(redis: Redis, leadership: Leadership)
 
 
 async def test_a_leader_that_slept_cannot_write(redis: Redis, leadership: Leadership) -> None:
-    await redis.delete(CONTROLLER_LEADER)  # As when its lease ends.
+    await redis.delete(CONTROLLER_LEADER)  # The same happens when its lease ends.
     await state.save(leadership, ControllerState(plan=ServedPlan(model="old", depth=1)), "active")
     second = Leadership(redis, "b", "127.0.0.1:2", LEASE_SECONDS)
     assert await second.campaign()

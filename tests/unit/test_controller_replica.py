@@ -1,4 +1,4 @@
-"""A replica of the controller and the state that it goes by, in a real Redis."""
+"""A replica of the controller and its state, in a real Redis."""
 
 import asyncio
 from collections.abc import AsyncIterator

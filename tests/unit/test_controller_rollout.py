@@ -1,4 +1,4 @@
-"""In which order workers move."""
+"""The order in which workers move."""
 
 import asyncio
 from collections.abc import Collection
@@ -13,7 +13,7 @@ PLAN = ServedPlan(model="small", depth=4)
 
 
 class Workers:
-    """Three of them, whose moves a test ends; `refusing` cannot load the plan."""
+    """Three workers. A test ends their moves; those in `refusing` cannot load the plan."""
 
     def __init__(self, refusing: str = "") -> None:
         self.names = ["a", "b", "c"]
@@ -24,7 +24,7 @@ class Workers:
 
     def following(self, besides: Collection[str]) -> tuple[Worker, ServedPlan] | None:
         left = [name for name in self.names if name not in besides]
-        # As much of a worker as is looked at.
+        # Only the part of a worker that the rollout reads.
         return (cast("Worker", SimpleNamespace(worker_id=left[0])), PLAN) if left else None
 
     async def move(self, worker: Worker, plan: ServedPlan, loaded: asyncio.Event) -> bool:
@@ -49,7 +49,7 @@ async def test_a_worker_begins_when_the_one_before_has_loaded() -> None:
     assert workers.begun == ["a"]
     workers.loads["a"].set()
     await settle()
-    # The sequences of the first still move.
+    # The sequences of the first worker still move.
     assert workers.begun == ["a", "b"]
     for event in (*workers.loads.values(), *workers.ends.values()):
         event.set()

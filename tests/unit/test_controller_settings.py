@@ -1,4 +1,4 @@
-"""The controller's settings: the policy's among them, and what contradicts itself is refused."""
+"""The controller's settings include the policy's. Settings that contradict each other are refused."""
 
 import pytest
 from pydantic import ValidationError

@@ -1,4 +1,4 @@
-"""What a graph captures computes what the plain step does. Capturing needs a CUDA device: test_gpu.py."""
+"""The code that graphs capture gives the same results as the plain step. For CUDA see test_gpu.py."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ PLAN = ServedPlan(model="random", depth=6)
 
 
 def decodes(lengths: list[int], seed: int) -> Batch:
-    """A step of sequences with as many tokens, on blocks of their own."""
+    """A decode step of sequences with these lengths, each on separate blocks."""
     generator = torch.Generator().manual_seed(seed)
     free = iter(torch.randperm(BLOCKS, generator=generator).tolist())
     scheduled = []
@@ -54,11 +54,11 @@ def test_padding_changes_neither_logits_nor_the_blocks_of_others(tmp_path: Path,
         own.normal_()
         other.copy_(own)
     padded = PaddedDecode(plan.model, caches[0], rows=8, blocks=4, spare_block=BLOCKS)
-    # The second is smaller than the first: nothing of that may stay.
+    # The second batch is smaller. Nothing of the first may be left in the buffers.
     for seed, lengths in enumerate(([5, 1, 9, 12, 3], [2, 16])):
         batch = decodes(lengths, seed)
         padded.fill(batch)
-        # Of the same model, whose next step writes where this one did.
+        # Cloned, because the next step of the same model overwrites these logits.
         logits = padded.compute().logits[: len(lengths)].clone()
         expected, _ = plan.runner.run(batch, caches[1], ONE_STEP)
         torch.testing.assert_close(logits, expected.logits, rtol=1e-4, atol=1e-4)

@@ -15,7 +15,7 @@ from helios.settings import ServiceSettings
 
 ROOT = Path(__file__).parents[2]
 SERVICES = sorted(path.parent.name for path in ROOT.glob("services/*/__main__.py"))
-# Seconds; what Kubernetes gives a pod that does not say.
+# The default grace period of Kubernetes, in seconds.
 DEFAULT_GRACE_SECONDS = 30
 
 
@@ -26,7 +26,7 @@ def settings_type(service: str) -> type[ServiceSettings]:
 
 
 def port(service: str) -> int:
-    """Where the service listens by default."""
+    """The port on which the service listens by default."""
     address: str = settings_type(service).model_fields["address"].default
     return int(address.rpartition(":")[2])
 
@@ -59,7 +59,7 @@ def pod(service: str) -> dict[str, Any]:
 
 
 def environment(service: str) -> dict[str, Any]:
-    """The variables that a pod gives its service, by name; None: known only there."""
+    """The variables that a pod gives its service, by name. None: the value is known only in the cluster."""
     return {one["name"]: one.get("value") for one in pod(service)["containers"][0]["env"]}
 
 
@@ -122,7 +122,7 @@ def test_nobody_kills_a_service_before_its_own_grace_and_bound_are_over(service:
 
 
 def options(group: click.Group) -> Iterator[click.Parameter]:
-    """Of a group's commands."""
+    """All options of a group's commands."""
     context = click.Context(group)
     for name in group.list_commands(context):
         command = group.get_command(context, name)

@@ -1,4 +1,4 @@
-"""Text comes whole: no half characters, nothing of a stop string, and the same after a resume."""
+"""Streamed text has no half characters and no part of a stop string, and is the same after a resume."""
 
 from pathlib import Path
 
@@ -11,14 +11,14 @@ import helios
 from helios.engine.scheduling.detokenizer import Detokenizer, token_texts
 from tests.opt_variants import byte_tokenizer
 
-TOKENIZER = byte_tokenizer()  # a token a byte, so every non-ASCII character is split
+TOKENIZER = byte_tokenizer()  # one token per byte, so every non-ASCII character is split
 TEXTS = token_texts(TOKENIZER)
 BUNDLED = Path(helios.__file__).parent.parent / "models" / "helios-prose" / "tokenizer.json"
 WORDS = ["<s>", "</s>", "▁", "▁▁", "a", "▁b", "▁c▁", "é", "\ufffd", ".", "##d", "e</w>"]
 
 
 def word_tokenizer(decoder: decoders.Decoder) -> Tokenizer:
-    """Words, two special tokens before them, and a token for each byte, as Llama's vocabulary has them."""
+    """A vocabulary like Llama's: two special tokens, then words, and a token for each byte."""
     tokens = [*WORDS, *(f"<0x{byte:02X}>" for byte in range(256))]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
@@ -63,7 +63,7 @@ def test_deltas_concatenate_to_the_text_and_never_split_a_character(text: str) -
 
 
 def fallback_ids(text: str) -> list[int]:
-    """Ids of LLAMA for words of one letter, and bytes for all else."""
+    """The ids of LLAMA: of one-letter words, and of bytes for everything else."""
     ids = []
     for letter in text:
         token_id = LLAMA.token_to_id(letter)
@@ -76,7 +76,7 @@ def fallback_ids(text: str) -> list[int]:
 def test_any_ids_give_the_text_that_the_tokenizer_decodes(name: str, data: st.DataObject) -> None:
     tokenizer = TOKENIZERS[name]
     size = tokenizer.get_vocab_size()
-    # Words and special tokens often; every byte, whole characters of several, and ids beyond the vocabulary.
+    # Often words and special tokens; also bytes, whole multi-byte characters, and ids beyond the vocabulary.
     character = st.sampled_from("é€😀").map(fallback_ids if size == LLAMA.get_vocab_size() else ids_of)
     one = st.integers(0, len(WORDS) - 1) | st.integers(0, size + 3)
     parts = data.draw(st.lists(one.map(lambda token_id: [token_id]) | character, max_size=30))
@@ -101,10 +101,10 @@ def test_bytes_of_a_fallback_never_leave_as_half_a_character(text: str) -> None:
 
 
 def byte_ids(tokenizer: Tokenizer, values: list[int]) -> list[int]:
-    """Ids of bytes, whatever they are."""
+    """The ids of bytes, for any byte values."""
     if tokenizer is LLAMA:
         return [len(WORDS) + value for value in values]
-    # Each byte has a printable letter of its own (Radford et al. 2019): itself, or else one from U+0100 on.
+    # Each byte is written as a printable letter (Radford et al. 2019): itself, or one from U+0100 on.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [value for value in range(256) if value not in printable]
     letters = [chr(value) if value in printable else chr(256 + others.index(value)) for value in values]
@@ -115,10 +115,10 @@ def byte_ids(tokenizer: Tokenizer, values: list[int]) -> list[int]:
     ("tokenizer", "values", "deltas"),
     [
         (LLAMA, [0x41, 0xFF], ["", "", "\ufffd\ufffda"]),
-        # A newline and half an emoji: a run of bytes of which any is broken has no character.
+        # A newline and half an emoji: if any byte of a run is broken, no byte of it becomes a character.
         (LLAMA, [0x0A, 0xF0, 0x9F], ["", "", "", "\ufffd" * 3 + "a"]),
         (TOKENIZER, [0x0A, 0xF0, 0x9F], ["\n", "", "", "\ufffda"]),
-        # Broken bytes leave as soon as no character can come of them.
+        # Broken bytes are sent as soon as they cannot become a character.
         (TOKENIZER, [0xFF] * 6, ["", *["\ufffd"] * 5, "\ufffda"]),
         (TOKENIZER, [0x80] * 6 + [0xE2, 0x82, 0xAC], ["", *["\ufffd"] * 6, "", "€", "a"]),
     ],
@@ -193,7 +193,7 @@ def test_text_ends_before_the_first_stop_string(text: str, stop: list[str]) -> N
     ends = [text.find(each) for each in stop if each in text]
     if ends:
         assert detokenizer.stopped
-        # The stop string that is complete first decides; none is in what was sent.
+        # The stop string that is complete first decides. No stop string is in the text that was sent.
         first_complete = min(text.find(each) + len(each) for each in stop if each in text)
         assert text[:first_complete].startswith(got)
         assert not any(each in got for each in stop)

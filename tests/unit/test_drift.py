@@ -1,4 +1,4 @@
-"""Evaluations are pooled while the traffic stays, and only the last one counts once it has drifted."""
+"""Evaluations are pooled while the traffic stays the same. After a drift only the last one counts."""
 
 import math
 import random
@@ -23,7 +23,7 @@ def sample(name: str, *nats_per_byte: float, text_bytes: int = 100) -> RequestSa
 
 
 def requests(first: int, count: int, mean: float, noise: float = 0.05) -> list[RequestSample]:
-    """Of the last layer at `mean` nats a byte, and of the exit before it 0.01 above that."""
+    """Requests with `mean` nats per byte at the last layer, and 0.01 more at the exit before it."""
     dice = random.Random(first)
     found = []
     for number in range(first, first + count):
@@ -61,7 +61,7 @@ def test_after_a_drift_only_the_last_evaluation_counts() -> None:
 
 
 def test_a_drift_that_only_an_exit_feels_is_one() -> None:
-    """The last layer does as well as before, the exit does not."""
+    """The last layer is as good as before, but the exit is worse."""
     now = [sample(one.id, one.nats[1] / 100 + 0.2, one.nats[1] / 100) for one in requests(5, 5, 1.0)]
     assert has_drifted(requests(0, 20, 1.0), now)
 

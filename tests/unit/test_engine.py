@@ -1,4 +1,4 @@
-"""What an engine promises to whoever submits to it."""
+"""Promises of an engine to its caller."""
 
 import copy
 import json
@@ -49,7 +49,7 @@ def engine(model: Path) -> Engine:
 
 
 class Stream:
-    """Collects what the engine says of one sequence."""
+    """Collects the outputs of one sequence."""
 
     def __init__(self) -> None:
         self.tokens: list[GeneratedToken] = []
@@ -159,7 +159,7 @@ def test_sequences_that_share_a_beginning_do_not_disturb_each_other(engine: Engi
         streams = [Stream() for _ in prompts]
         for number, stream in enumerate(streams):
             engine.submit(str(number), prompts[number], GREEDY, stream)
-            # The first is under way while the others begin.
+            # The first sequence is running when the others begin.
             engine.step()
         drive(engine)
         assert [stream.ids for stream in streams] == expected
@@ -198,7 +198,7 @@ def test_tokens_do_not_depend_on_the_neighbours(engine: Engine) -> None:
 
 
 def overflowing(path: Path, bias: float) -> None:
-    """A model that overflows in its first layer, after a token whose first channel stands out above -bias."""
+    """A model whose first layer overflows after a token whose first channel is above -bias."""
     save_variant(path, "untied", 21, exits=EXITS)
     tensors = load_file(path / "model.safetensors")
     layer = "model.decoder.layers.0"
@@ -270,7 +270,7 @@ def test_every_end_of_text_ends_a_text_and_is_no_part_of_it(tmp_path: Path, wher
     endless = SamplingParams(max_tokens=60, ignore_eos=True, temperature=1.0, seed=4)
     sampling = replace(endless, ignore_eos=False)
     whole = finished(load(), [2, 8], endless)
-    # Letters, which the tokenizer knows as no special tokens; the second of the ends comes first.
+    # Ends of text are letters, which are not special tokens. The second of the two ends comes first.
     letters = [i for i, token in enumerate(whole.tokens) if i > 10 and token.text.isascii() and token.text]
     at = next(i for i in letters if whole.ids.index(whole.ids[i]) == i)
     other = next(token_id for token_id in range(40, 90) if token_id not in whole.ids[:at])
@@ -280,7 +280,7 @@ def test_every_end_of_text_ends_a_text_and_is_no_part_of_it(tmp_path: Path, wher
     assert ended.finish.reason is FinishReason.EOS
     assert ended.ids == whole.ids[: at + 1]
     assert ended.text == ended.finish.text == engine.plan.tokenizer.decode(whole.ids[:at])
-    # To whoever ignores them they are tokens as any other.
+    # A request that ignores ends of text gets them as normal tokens.
     assert finished(engine, [2, 8], endless).text == whole.text
     for cut in (at, at + 1):
         assert finished(engine, [2, 8], sampling, emitted=ended.ids[:cut]).finish == ended.finish
@@ -414,7 +414,7 @@ def test_a_reload_beyond_memory_names_what_fits_and_leaves_the_old_plan(model: P
 
 @pytest.mark.parametrize("exit_mode", [ExitMode.GREEDY, ExitMode.DYNAMIC])
 def test_unsure_tokens_are_those_of_the_plan_in_force(model: Path, exit_mode: ExitMode) -> None:
-    # Every exit is unsure but the last layer, which has no threshold.
+    # Every exit is unsure, except the last layer, which has no threshold.
     settings = EngineSettings(
         memory_bytes=MEMORY, threshold=1.0, exit_mode=exit_mode, max_running=8, step_token_budget=20
     )
@@ -434,13 +434,13 @@ def test_unsure_tokens_are_those_of_the_plan_in_force(model: Path, exit_mode: Ex
 
 
 def test_a_reload_ends_when_the_engine_stops_before_all_have_moved(model: Path) -> None:
-    # Next to nothing is computed of prompts beside eight that decode: they move one token a step.
+    # Beside eight sequences that decode there is almost no room for prompts, so moving takes many steps.
     settings = EngineSettings(memory_bytes=MEMORY, max_running=8, step_token_budget=8)
     streams, moving, refused = [Stream() for _ in range(8)], threading.Event(), list[HeliosError]()
 
     def slowly(burst: Burst) -> None:
         time.sleep(0.01)
-        # The new plan is in force, and some are still computed under the one before.
+        # The new plan is in force, and some sequences still decode under the old one.
         if engine.served.plan.depth == 6:
             moving.set()
 
@@ -491,7 +491,7 @@ def test_the_loop_in_a_thread_serves_and_stops(model: Path) -> None:
 
     engine.submit("done", [2], SamplingParams(max_tokens=5, ignore_eos=True), take)
     assert ended.wait(60)
-    # More than it can serve before it stops.
+    # More streams than it can serve before it stops.
     cut = [Stream() for _ in range(100)]
     for number, stream in enumerate(cut):
         engine.submit(f"cut {number}", [2], SamplingParams(max_tokens=250, ignore_eos=True), stream)
@@ -504,7 +504,7 @@ def test_the_loop_in_a_thread_serves_and_stops(model: Path) -> None:
 
 
 def save_byte_fallback_tokenizer(path: Path) -> None:
-    """Puts one of Llama's kind in place of a variant's: special tokens, bytes and words."""
+    """Replaces the tokenizer by one of Llama's kind: special tokens, bytes and words."""
     words = ["▁", "▁a", "▁b", "c"]
     tokens = [*SPECIAL_TOKENS, *(f"<0x{byte:02X}>" for byte in range(256)), *words]
     vocabulary = {token: index for index, token in enumerate(tokens)}
@@ -537,7 +537,7 @@ def test_broken_bytes_of_a_byte_fallback_tokenizer_end_nothing(tmp_path: Path) -
 
 
 class Failing(Stream):
-    """Raises when it is given its `number`th output, and from then on if `always`."""
+    """Raises at its `number`th output, and at all later ones if `always`."""
 
     def __init__(self, number: int, *, always: bool) -> None:
         super().__init__()
@@ -606,7 +606,7 @@ def test_what_fails_for_one_sequence_ends_it_alone(
     assert telemetry.blocks_free == telemetry.blocks_total
     assert telemetry.counters.finished_sequences == before + 3
     assert finished(engine, [2, 40], sampling).finish == alone.finish
-    engine.submit("1", [2], SamplingParams(max_tokens=1), Stream())  # the name is free again
+    engine.submit("1", [2], SamplingParams(max_tokens=1), Stream())  # the name can be used again
 
 
 def test_a_sink_that_cannot_take_the_finish_is_told_so(engine: Engine) -> None:

@@ -1,4 +1,4 @@
-"""What an evaluation says of each exit is what transformers computes."""
+"""The figures of an evaluation for each exit equal those of transformers."""
 
 import math
 import statistics
@@ -28,10 +28,10 @@ from tests.opt_variants import Head, byte_tokenizer, save_variant, truncated
 
 EXITS = (1, 3, 6)
 PROMPTS = [[2, *range(10, 100)], [2, 50, 51, 52], [2, *range(200, 120, -1)]]
-# More than are continued in one batch.
+# With these there are more prompts than one batch continues.
 PROMPTS += [[2, 60, start] for start in range(100, 107)]
 SETTINGS = EvaluationSettings(generated_tokens=9, batches=(1, 3), repetitions=1, target_agreement=0.5)
-# Of float32, between the engine's products and transformers'.
+# Largest difference in float32 between the engine's products and those of transformers.
 NOISE = 1e-4
 
 
@@ -84,7 +84,7 @@ def _logits(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
 
 
 def _assert_histogram(counts: tuple[int, ...], confidence: torch.Tensor) -> None:
-    """Every tail of the histogram is the reference's, but for tokens that lie on the edge."""
+    """Every tail of the histogram equals the reference's, except for tokens on the edge of a bin."""
     assert sum(counts) == len(confidence)
     for index in range(CONFIDENCE_BINS):
         edge, tail = index / CONFIDENCE_BINS, sum(counts[index:])
@@ -147,7 +147,7 @@ SECONDS = st.floats(1e-7, 1e3)
 
 @st.composite
 def timings(draw: st.DrawFn) -> tuple[list[int], dict[int, Speed]]:
-    """Exits of a model, and timings with any noise of those that are timed."""
+    """The exits of a model, and arbitrary timings of those that are timed."""
     exits = sorted(draw(st.sets(st.integers(1, 48), min_size=1, max_size=8)))
     batches = sorted(draw(st.sets(st.integers(1, 64), min_size=1, max_size=4)))
     return exits, {
@@ -173,11 +173,11 @@ def test_fitted_times_grow_with_depth_and_do_not_fall_with_the_batch_whatever_th
             assert seconds < deep.decode[batch]
     for (depth, shallow), (deeper, deep) in pairwise(found.items()):
         for batch, seconds in shallow.decode.items():
-            # The fixed part is not negative.
+            # The fixed part of a step's time is not negative.
             assert deep.decode[batch] / deeper <= seconds / depth * (1 + 1e-9)
 
 
-# Seconds of a decode step: the fixed part and each layer. Every sequence in the batch adds a tenth.
+# Seconds of a decode step: the fixed part, and the part per layer. Every sequence in the batch adds a tenth.
 LINE = st.tuples(st.floats(0, 1e-2), st.floats(1e-4, 1e-2))
 BATCHES = (1, 8, 32)
 
@@ -215,7 +215,7 @@ def test_one_wild_timing_among_five_moves_the_fit_by_little(
     expected = {depth: _linear(*line, depth) for depth in exits}
 
     def timed(by: float) -> dict[int, Speed]:
-        """Timings with this much noise, one of them wild."""
+        """Timings with this much noise. One of them is far off."""
         errors = iter(noise)
         found = {
             one: Speed(
@@ -234,8 +234,8 @@ def test_one_wild_timing_among_five_moves_the_fit_by_little(
 
     assert timed_depths(exits) == [2, 6, 8, 12, 16]
     _assert_close(fit_speeds(timed(0), exits), expected, 1e-9)
-    # Noise of 0.1 % of a step moves a slope by up to 0.2 % over the least gap, of 2 layers: 1.6 % over 16.
-    # A small fixed part that this noise hides counts as layers.
+    # Noise of 0.1 % of a step changes a slope by up to 0.2 % of a step over the smallest gap, 2 layers. Over
+    # 16 layers that is 1.6 %. A small fixed part that this noise hides counts as time of layers.
     for batch in BATCHES:
         full = expected[16].decode[batch]
         for one, speed in fit_speeds(timed(0.001), exits).items():
@@ -314,7 +314,7 @@ def test_a_checkpoint_without_exits_is_evaluated_at_full_depth(tmp_path: Path) -
     found = evaluate(load_candidate(read_model(tmp_path), settings), PROMPTS[:2], settings)
     (only,) = found.exits
     assert (only.depth, only.threshold, only.agreement) == (6, 0, 1)
-    # KV is kept in float16 beside bfloat16 on a CPU.
+    # On a CPU, KV is in float16 when products are in bfloat16.
     assert only.kv_bytes_per_token == 2 * 2 * 6 * 32
 
 
@@ -322,7 +322,7 @@ def test_int8_is_evaluated_as_int8(model_path: Path, profile: ModelProfile) -> N
     settings = replace(SETTINGS, precision="int8")
     found = evaluate(load_candidate(read_model(model_path), settings), PROMPTS, settings, timed=profile)
     assert found.provenance["precision"] == "int8"
-    # Speeds of another precision are not taken over.
+    # Speeds that were measured in another precision are not reused.
     assert found.provenance["timed_at"] != profile.provenance["timed_at"]
     for one, exact in zip(found.exits, profile.exits, strict=True):
         assert 0 < one.weight_bytes < exact.weight_bytes

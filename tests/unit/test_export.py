@@ -1,4 +1,4 @@
-"""An exported checkpoint is an OPT model of its own that computes what the partial model does."""
+"""An exported checkpoint is a complete OPT model that gives the same results as the partial model."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ TOKENS = torch.tensor([[2, 50, 60, 7, 199, 263, 4]])
 
 
 def assert_same_logits(path: Path, reference: OPTForCausalLM, dtype: torch.dtype = torch.float32) -> None:
-    """transformers reads `path` without a missing or unknown tensor and computes what `reference` does."""
+    """transformers reads `path` without missing or unknown tensors, and its logits equal `reference`'s."""
     model, report = OPTForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
     assert not any(report.values()), report
     with torch.no_grad():
@@ -77,7 +77,7 @@ def test_the_export_is_a_model_of_the_catalog_with_its_tokenizer(tmp_path: Path)
     assert weights.final_norm is not None
     assert torch.equal(weights.final_norm.weight, heads["exits.4.norm.weight"])
     assert weights.lm_head is weights.embed_tokens
-    # Another engine, running as another user, may read it all.
+    # All files have the same mode, so another user's engine can read them all.
     assert len({file.stat().st_mode for file in target.iterdir()}) == 1
 
 

@@ -1,4 +1,4 @@
-"""The bytes that a config alone tells are those that loading takes."""
+"""The bytes that are computed from a config are those that loading takes."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ from tests.opt_variants import VARIANTS, Head, save_variant
 CPU = torch.device("cpu")
 PACKED = (Precision.FLOAT32, Precision.BFLOAT16, Precision.INT8)
 EXITS = (2, 4, 6)
-# All in whole tiles, which packing pads to.
+# Multiples of a tile, so packing adds no padding.
 SIZES = {"vocab_size": 288, "hidden_size": 64, "ffn_dim": 128}
 
 
@@ -54,14 +54,14 @@ def test_a_model_loaded_with_every_exit_has_their_heads_too(
 def test_keys_and_values_take_what_their_blocks_take(
     config: ModelConfig, kv_heads: int, precision: Precision
 ) -> None:
-    # In whole registers, which int8 pads to.
+    # Head widths are multiples of a register, so int8 adds no padding.
     shape = replace(config, num_kv_heads=kv_heads, head_dim=64)
     block = kv_bytes(kv_heads, 64, 16, kv_dtype(precision, CPU))
     assert 16 * kv_bytes_per_token(shape, 6, precision) == 6 * block
 
 
 def test_activations_grow_with_the_tokens_and_the_sequences_of_a_step(config: ModelConfig) -> None:
-    # Query, key and value together are wider than the feed-forward here.
+    # Here query, key and value together are wider than the feed-forward.
     token = (4 * 64 + 3 * 64) * 2
     logits = 3 * 288 * 4
     assert activation_bytes(config, 2, 100, 8) == 100 * token + 8 * logits

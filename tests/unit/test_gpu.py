@@ -55,7 +55,7 @@ def test_a_captured_step_gives_the_tokens_of_one_that_is_not(tmp_path: Path) -> 
             engine.step()
         while engine.step():
             if len(found[0]) == 10:
-                # It keeps the cache; what was captured of the deeper plan must not run.
+                # The reload keeps the KV cache. Graphs of the deeper plan must not run any more.
                 engine.reload(tmp_path, 2)
         tokens.append(found)
     assert tokens[0] == tokens[1]

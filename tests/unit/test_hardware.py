@@ -1,4 +1,4 @@
-"""Memory is counted within what the container allows."""
+"""Available memory is counted within the limit of the container."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Pulling a model: from a folder or the hub's cache, whole or not at all."""
+"""Pulling a model from a folder or from the hub's cache. A failed pull leaves nothing."""
 
 import hashlib
 import json
@@ -49,7 +49,7 @@ def test_a_folder_is_copied_with_everything_that_serving_needs(
     assert all((entry.path / name).read_bytes() == (source / name).read_bytes() for name in copied)
     assert sorted(name for name, _, _ in told) == copied
     assert [(done, total) for _, done, total in told] == [(n + 1, len(copied)) for n in range(len(copied))]
-    # A copy: the source may change afterwards.
+    # The files are copies, because the source may change afterwards.
     assert all((entry.path / name).stat().st_ino != (source / name).stat().st_ino for name in copied)
 
 
@@ -168,7 +168,7 @@ def test_what_no_load_would_accept_is_refused_before_anything_is_written(
     }[broken]
     with pytest.raises(CheckpointError, match=reason) as raised:
         pull(str(source), models)
-    # It names what is there to be looked at.
+    # The message names the source, so that people can look at it.
     assert str(source) in raised.value.message
     assert not models.exists()
 
@@ -212,7 +212,7 @@ def test_what_is_neither_folder_nor_repository_is_said_so(tmp_path: Path) -> Non
         pull(str(tmp_path / "gone" / "model"), tmp_path / "models")
 
 
-# The hub's library reads its settings once, when it is imported: hence a process of its own.
+# The hub's library reads its settings once, when it is imported. So this runs in a separate process.
 PULL = """
 import sys
 from pathlib import Path
@@ -226,7 +226,7 @@ except HeliosError as error:
 
 
 def pull_from_hub(cache: Path, repository: str, models: Path, *revision: str, endpoint: str = "") -> str:
-    """What pulling says, with `cache` as the hub's cache and the hub at `endpoint` (none: offline)."""
+    """The output of a pull with `cache` as the hub's cache and the hub at `endpoint` (None: offline)."""
     environment = os.environ | {"HF_HUB_CACHE": str(cache), "HF_HUB_DISABLE_XET": "1"}
     environment |= {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0"} if endpoint else {"HF_HUB_OFFLINE": "1"}
     result = subprocess.run(
@@ -240,7 +240,7 @@ def pull_from_hub(cache: Path, repository: str, models: Path, *revision: str, en
 
 
 def fill_cache(cache: Path, repository: str, source: Path) -> Path:
-    """Lays a checkpoint out as the hub's cache does: blobs, and a snapshot of links to them."""
+    """Stores a checkpoint like the hub's cache: blobs, and a snapshot with links to them."""
     root = cache / f"models--{repository.replace('/', '--')}"
     snapshot = root / "snapshots" / COMMIT
     (root / "refs").mkdir(parents=True)
@@ -260,7 +260,7 @@ def test_a_repository_in_the_cache_is_pulled_offline(tmp_path: Path, form: Form)
     fill_cache(tmp_path / "cache", "team/tiny", tmp_path / "source")
     models = tmp_path / "models"
     assert pull_from_hub(tmp_path / "cache", "team/tiny", models) == str(models / "tiny")
-    # The model stands on its own: it outlives the cache.
+    # The model does not depend on the cache, which may be deleted.
     shutil.rmtree(tmp_path / "cache")
     entry: ModelEntry = catalog.find_model(models, "tiny")
     assert entry.exit_layers == (2, 6)
@@ -290,7 +290,7 @@ def test_a_cached_repository_without_weights_says_so(tmp_path: Path) -> None:
 
 
 class Hub(ThreadingHTTPServer):
-    """The part of the hub's HTTP interface that a download uses, over one folder as `team/tiny`."""
+    """The part of the hub's HTTP interface that a download uses. It serves one folder as `team/tiny`."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), HubHandler)
@@ -341,7 +341,7 @@ class HubHandler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-        """Silent."""
+        """Logs nothing."""
 
 
 def etag(file: Path) -> str:
@@ -364,7 +364,7 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 @pytest.mark.parametrize("form", FORMS)
 def test_only_what_serving_needs_is_downloaded(tmp_path: Path, hub: Hub, form: Form) -> None:
     if "safetensors" in form:
-        # Pickles beside safetensors stay where they are.
+        # Pickles are not downloaded if there are safetensors.
         save_variant(hub.folder, "pre-norm", 1, "bin")
     save_variant(hub.folder, "pre-norm", 1, form, exits=(2, 6), head="norm")
     weights = [file.name for file in WeightMap.read(hub.folder).files]
@@ -379,7 +379,7 @@ def test_only_what_serving_needs_is_downloaded(tmp_path: Path, hub: Hub, form: F
         (entry.path / name).read_bytes() == (hub.folder / name).read_bytes() for name in names(entry.path)
     )
     assert set(weights) <= set(names(entry.path))
-    # Once each, and nothing that is not placed.
+    # Each file was sent once, and no file that the model does not need.
     assert sorted(hub.sent) == names(entry.path)
 
 

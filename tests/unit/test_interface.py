@@ -1,4 +1,4 @@
-"""Another engine can stand where this one does: the worker's side of it needs neither torch nor Numba."""
+"""Another engine can replace this one: the worker's code for engines needs neither torch nor Numba."""
 
 import subprocess
 import sys

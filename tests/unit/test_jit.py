@@ -1,4 +1,4 @@
-"""Machine code of kernels: only of the sources that run, kept where it can be, and found again."""
+"""Cached machine code belongs to the current sources, is kept where possible, and is found again."""
 
 import ctypes
 import json
@@ -16,10 +16,10 @@ import helios
 from helios.engine.kernels import jit, processor
 
 PACKAGE = Path(helios.__file__).parent
-# PR_CAPBSET_DROP and CAP_DAC_OVERRIDE: without it root, too, may only do what a file's mode says.
+# PR_CAPBSET_DROP and CAP_DAC_OVERRIDE. Without this capability, file modes apply to root too.
 DROP, OVERRIDE = 24, 1
 
-# Calls a small kernel in a process of its own, and tells what that took.
+# Calls a small kernel in a separate process. Prints how much was compiled, and where code is kept.
 CALL = """
 import json, logging, sys
 import numpy as np
@@ -48,12 +48,12 @@ class Copy:
         self.temporary.mkdir()
         ignored = shutil.ignore_patterns("__pycache__", "v1", "cli")
         shutil.copytree(PACKAGE, self.package, ignore=ignored)
-        # Without torch and the rest of the engine, which take seconds to import.
+        # Empty, so that torch and the rest of the engine are not imported, which takes seconds.
         (self.package / "engine/__init__.py").write_text("")
 
     @property
     def kept(self) -> Path:
-        """What the user's cache directory has of kernels."""
+        """The directory of kernels in the user's cache directory."""
         return self.home / ".cache/helios/kernels"
 
     def change(self, file: str, old: str, new: str) -> None:
@@ -178,7 +178,7 @@ def test_a_user_without_a_home_keeps_machine_code_in_a_directory_of_their_own(
     own = copy.temporary / f"helios-{os.geteuid()}"
     assert stat.S_IMODE(own.stat().st_mode) == 0o700
 
-    # Somebody else could have put machine code there.
+    # Another user could have put machine code there.
     own.chmod(0o777)
     found = copy.call()
     assert (found["result"], found["compiled"]) == (42, 1)
@@ -201,7 +201,7 @@ def test_machine_code_of_versions_that_are_gone_goes_when_a_new_one_comes(copy: 
     for number, version in enumerate(versions):
         version.mkdir(parents=True)
         (version / "step.run_burst-0123456789abcdef").touch()
-        # The last one still runs, beside a newer one.
+        # The last version still runs beside a newer one.
         seconds = (30 - number) * 24 * 3600
         os.utime(version, (version.stat().st_mtime - seconds,) * 2)
     (copy.kept / "other").mkdir()
@@ -244,7 +244,7 @@ def test_code_for_other_processors_is_compiled_here_and_found_there(copy: Copy) 
         for target in processor.TARGETS
     ]
     assert processor.TARGET is not None
-    assert copy.call()["compiled"] == 0  # this machine's class was among them
+    assert copy.call()["compiled"] == 0  # this machine's class was compiled
     assert copy.call(HELIOS_KERNEL_TARGET="host")["result"] == 42
 
     ran = copy.run(DESCRIBE, HELIOS_KERNEL_TARGET="z80")

@@ -1,4 +1,4 @@
-"""Keys and values stay where they are while layers and blocks come and go, and their memory goes back."""
+"""KV keeps its address while layers and blocks are added or removed, and unused memory is freed."""
 
 from pathlib import Path
 
@@ -35,7 +35,7 @@ def make(
 
 
 def resident_bytes() -> int:
-    """Of this process, as the system counts them."""
+    """The resident bytes of this process, as the system counts them."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096
 
@@ -43,7 +43,7 @@ def resident_bytes() -> int:
 def test_what_was_written_is_gathered_in_order() -> None:
     cache = make(2, 5)
     keys, values = (torch.randn(20, HEADS, HEAD_DIM).half() for _ in range(2))
-    # Twenty tokens in two blocks that do not follow each other.
+    # Twenty tokens in two blocks that are not adjacent.
     slots = torch.tensor([3 * BLOCK_TOKENS + offset for offset in range(16)] + [16, 17, 18, 19])
     cache.write(1, slots, keys, values)
     found_keys, found_values = cache.gather(1, torch.tensor([[3, 1]]))
@@ -58,7 +58,7 @@ def test_in_int8_each_token_keeps_a_step_of_its_own(block_tokens: int, head_dim:
     cache = make(1, 3, dtype=torch.int8, block_tokens=block_tokens, head_dim=head_dim)
     count = block_tokens + 2
     keys, values = (torch.randn(count, HEADS, head_dim) for _ in range(2))
-    # One token is louder than the others by far, and a head of another is silent.
+    # One token has far larger values than the others, and one head of another token is zero.
     keys[3] *= 1e6
     values[4, 1] = 0
     slots = torch.tensor([2 * block_tokens + offset for offset in range(block_tokens)] + [0, 1])
@@ -97,7 +97,7 @@ def test_layers_and_blocks_that_stay_keep_place_and_content() -> None:
 
 
 def test_memory_of_what_fell_away_goes_back_and_comes_again_as_zeros() -> None:
-    # 64 MB of each of keys and values in two layers.
+    # 64 MB each for keys and values, in two layers.
     blocks = (64 << 20) // (HEADS * HEAD_DIM * BLOCK_TOKENS * 2)
     cache = make(2, blocks)
     for tensor in (*cache.keys, *cache.values):
@@ -105,7 +105,7 @@ def test_memory_of_what_fell_away_goes_back_and_comes_again_as_zeros() -> None:
     full = resident_bytes()
     cache.resize(1, blocks // 2)
     cache.give_back()
-    # Half of one layer is left of two.
+    # Of two layers, half of one is left.
     assert full - resident_bytes() == pytest.approx(3 * (64 << 20), rel=0.05)
     assert cache.keys[0].all()
     assert cache.values[0].all()
@@ -117,7 +117,7 @@ def test_memory_of_what_fell_away_goes_back_and_comes_again_as_zeros() -> None:
 
 def test_address_space_is_no_memory() -> None:
     before = resident_bytes()
-    # More than this machine has: 16 layers of 2 x 64 GB.
+    # 16 layers of 2 x 64 GB are more than this machine has.
     most = (64 << 30) // (HEADS * HEAD_DIM * BLOCK_TOKENS * 2)
     cache = make(16, 1000, most_blocks=most, commit=False)
     assert resident_bytes() - before < 32 << 20

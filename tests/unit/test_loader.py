@@ -1,4 +1,4 @@
-"""What loading beside a running model promises: what both have is shared, and serving goes first."""
+"""Promises of loading beside a running model: common parts are shared, and serving has priority."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 def load(path: Path, depth: int, exits: Sequence[int] | None = None, **options: object) -> PackedWeights:
-    """In float32, so that bytes are easily counted."""
+    """Loads in float32, so that bytes are easy to count."""
     entry = catalog.read_model(path)
     return load_packed(entry, depth, exits or [depth], Precision.FLOAT32, CPU, **options)
 
@@ -39,7 +39,7 @@ def generated(engine: Engine) -> list[GeneratedToken]:
 
 
 def overwrite(path: Path, name: str, value: float) -> None:
-    """Writes one number into a tensor of a checkpoint: its last."""
+    """Overwrites the last number of a tensor of a checkpoint."""
     file = path / ("exits.safetensors" if name.startswith("exits") else "model.safetensors")
     tensors = load_file(file)
     (stored,) = (key for key in tensors if key.endswith(name))
@@ -74,7 +74,7 @@ def test_a_number_that_is_not_finite_is_refused_naming_model_and_tensor(
     save_variant(model, "untied", 1, exits=EXITS, head="linear", word_embed_proj_dim=16)
     for value in (float("nan"), float("inf"), float("-inf")):
         overwrite(model, name, value)
-        # What of the model was sound is in the cache the second time.
+        # The second time, the good parts of the model come from the cache.
         for _ in range(2):
             with pytest.raises(CheckpointError, match=rf"model/.*{name} holds NaN or infinite numbers"):
                 load_packed(
@@ -95,7 +95,7 @@ def test_a_number_beyond_the_precision_is_refused_saying_so(
     tmp_path: Path, precision: str, fits: bool
 ) -> None:
     save_variant(tmp_path, "untied", 1)
-    # In int8 embeddings are kept in float16.
+    # With int8, embeddings are kept in float16.
     overwrite(tmp_path, "embed_tokens.weight", -1e5)
     settings = EngineSettings(precision=precision, memory_bytes=MEMORY)
     if fits:
@@ -150,7 +150,7 @@ def test_only_an_exits_own_head_is_read_when_its_layers_are_there(tmp_path: Path
     hidden = 32
     assert shallower.bytes_read == 4 * (hidden * hidden + 2 * hidden)
     assert shallower.final is None
-    # The baseline that reads every exit has all heads already.
+    # The baseline reads every exit, so it already has all heads.
     every = load(tmp_path, 6, exits=EXITS)
     assert load(tmp_path, 4, exits=(2, 4), running=every).bytes_read == 0
 
@@ -220,8 +220,8 @@ def test_what_loads_beside_serving_is_one_thread_that_stands_back() -> None:
     assert niceness() == before
 
 
-# Loads the model of its argument in int8 after a small one, which sets up what torch needs at first use, and
-# prints the bytes of its weights, the most that was resident meanwhile, and what of it is anonymous now.
+# Loads a large model in int8 after a small one, which does torch's one-time set-up. Prints the bytes of the
+# weights, by how much resident memory grew at most, and by how much anonymous memory has grown.
 MEASURE = """
 import os, re, sys
 from pathlib import Path
@@ -256,7 +256,7 @@ print(weights.weight_bytes, memory("VmHWM") - resident, memory("RssAnon") - anon
 
 @pytest.fixture(scope="module")
 def sized_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`small`, and `large`: 150 MB in float32, 12.6 MB of it in each layer; 42 MB in int8."""
+    """`small` and `large`. `large` has 150 MB in float32 (12.6 MB per layer) and 42 MB in int8."""
     path = tmp_path_factory.mktemp("sized")
     save_variant(path / "small", "pre-norm", 1)
     sizes = {"vocab_size": 4096, "hidden_size": 512, "ffn_dim": 2048, "num_hidden_layers": 11}
@@ -275,7 +275,7 @@ def measure(models: Path, cache: Path, mode: str) -> tuple[int, int, int]:
 def test_quantising_takes_little_more_memory_than_the_quantised_weights(
     sized_models: Path, tmp_path: Path
 ) -> None:
-    # What is read at once, and a layer before it is packed.
+    # The buffer for reading, and one layer before it is packed.
     slack = 24 << 20
     for mode in ("packed", "cached"):
         size, peak, _ = measure(sized_models, tmp_path, mode)

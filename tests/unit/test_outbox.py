@@ -1,4 +1,4 @@
-"""A step's outputs reach the calls that wait for them together."""
+"""All outputs of a step reach the waiting calls together."""
 
 import asyncio
 
@@ -16,7 +16,7 @@ async def test_only_the_last_output_of_a_step_wakes_the_event_loop() -> None:
     taken = asyncio.create_task(outbox.take())
     first, last = token(0, more=True), token(0, more=False)
     await asyncio.to_thread(delivery.send, outbox, 1, first)
-    # What the thread called for has run before what is called for now.
+    # Callbacks run in order, so everything that the thread scheduled has run before this one.
     reached = asyncio.Event()
     asyncio.get_running_loop().call_soon(reached.set)
     await reached.wait()

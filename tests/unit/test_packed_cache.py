@@ -1,4 +1,4 @@
-"""What packed weights on disk promise: the same numbers sooner, and no error whatever is wrong with them."""
+"""Promises of packed weights on disk: the same numbers sooner, and never an error from a bad cache."""
 
 import logging
 import os
@@ -54,7 +54,7 @@ def load(
     limit: int = PLENTY,
     **options: object,
 ) -> PackedWeights:
-    """A model with all exits up to a depth; cache None: without one."""
+    """A model with all exits up to a depth. cache None: without a cache."""
     entry = catalog.read_model(path)
     exits = [layer for layer in entry.exit_layers if layer <= depth]
     limit = 0 if cache is None else limit
@@ -62,13 +62,13 @@ def load(
 
 
 def tensors(weights: PackedWeights) -> list[torch.Tensor]:
-    """All of a model, in order."""
+    """All tensors of a model, in order."""
     parts = [weights.ends, *weights.layers, weights.final, *weights.exits.values()]
     return [tensor for part in parts if part is not None for tensor in tensors_of(part)]
 
 
 def assert_same(one: PackedWeights, other: PackedWeights) -> None:
-    """To the bit."""
+    """Checks that both are equal to the bit."""
     for mine, others in zip(tensors(one), tensors(other), strict=True):
         assert (mine.dtype, mine.shape) == (others.dtype, others.shape)
         assert torch.equal(mine, others)
@@ -91,7 +91,7 @@ def test_what_is_mapped_is_what_was_packed_to_the_bit(
     save_variant(tmp_path / "model", variant, 1, exits=EXITS, head="norm")
     packed = load(tmp_path / "model", None, precision=precision)
     stored = load(tmp_path / "model", cache, precision=precision)
-    # Now nothing of the checkpoint is opened.
+    # From now on the checkpoint must not be opened.
     monkeypatch.delattr("helios.engine.weights.loader.Checkpoint")
     mapped = load(tmp_path / "model", cache, precision=precision)
     for one in (stored, mapped):
@@ -138,7 +138,7 @@ def test_a_damaged_file_is_logged_and_made_anew(
         "another part": (file.parent / "ends.safetensors").read_bytes(),
         "deep JSON": (60_000).to_bytes(8, "little") + b"[" * 60_000,
     }[damage]
-    # Beside it and renamed, as all changes in the cache are: the first load still has it mapped.
+    # Written to a new file and renamed, as the cache does, because the first load still maps the old file.
     (file.parent / "new").write_bytes(changed)
     (file.parent / "new").rename(file)
     assert_same(load(model, cache), packed)
@@ -165,7 +165,7 @@ def test_a_file_that_cannot_be_finished_leaves_nothing(
     model: Path, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # The first write beyond it fails, as on a full disk.
+    # The first write beyond this limit fails, as on a full disk.
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, hard))
     try:
         weights = load(model, cache)
@@ -198,7 +198,7 @@ def test_the_models_used_longest_ago_go_beyond_the_limit(tmp_path: Path, cache: 
 
     def use(name: str, limit: int) -> PackedWeights:
         weights = load(tmp_path / name, cache, limit=limit)
-        # What was used now was used before what is used next.
+        # All times are moved back, so that the next use is later.
         for path in cache.iterdir():
             facts = path.stat()
             os.utime(path, (facts.st_atime - 10, facts.st_mtime - 10))
@@ -215,7 +215,7 @@ def test_the_models_used_longest_ago_go_beyond_the_limit(tmp_path: Path, cache: 
     use("c", limit)
     assert kept() == ["a", "c"]
     assert (cache / "elses" / "file").exists(), "a directory that is not the cache's own"
-    # What was mapped is there as long as somebody has it.
+    # Mapped weights stay valid after their file is deleted.
     assert_same(first, load(tmp_path / "a", None))
     assert_same(second, load(tmp_path / "b", None))
 
@@ -235,7 +235,7 @@ def test_a_checkpoint_that_changes_is_packed_anew(model: Path, cache: Path) -> N
     before = load(model, cache)
     times = (model / "model.safetensors").stat()
     save_variant(model, "pre-norm", 2, exits=EXITS, head="linear")
-    # As a tool that keeps times does.
+    # Some copying tools restore the time like this.
     os.utime(model / "model.safetensors", ns=(times.st_atime_ns, times.st_mtime_ns))
     after = load(model, cache)
     assert after.id != before.id
@@ -265,7 +265,7 @@ def test_what_a_crash_left_unfinished_goes(model: Path, cache: Path) -> None:
     assert new.exists(), "another process may be writing it"
 
 
-# Loads a model once a line comes, and prints a checksum of its weights.
+# Loads a model when it reads a line, and prints a checksum of the weights.
 RACER = """
 import sys, zlib
 from pathlib import Path
@@ -329,7 +329,7 @@ def test_two_processes_that_load_at_once_do_not_disturb_each_other(
 
 
 def test_the_packed_form_is_that_of_its_version() -> None:
-    """When this fails, packing has changed: raise LAYOUT_VERSION, or old files are read as new ones."""
+    """If this fails, packing has changed. Raise LAYOUT_VERSION, or old files will be read as new ones."""
     numbers = torch.arange(70 * 33, dtype=torch.float32).mul(7).remainder(101).sub(50).view(70, 33)
     weight, scales = quantize(numbers)
     check = 0

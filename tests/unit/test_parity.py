@@ -1,4 +1,4 @@
-"""The engine computes what transformers computes: every variant, depth, batch and chunking."""
+"""The engine gives the same results as transformers, for every variant, depth, batch and chunking."""
 
 import errno
 import math
@@ -24,7 +24,7 @@ NEW_TOKENS = 12
 
 
 def run(engine: Engine, prompts: list[list[int]], sampling: SamplingParams) -> list[list[GeneratedToken]]:
-    """All prompts at once through one engine, to their ends."""
+    """Runs all prompts at once through one engine, to their ends."""
     outputs: list[list[Output]] = [[] for _ in prompts]
     for number, prompt in enumerate(prompts):
         engine.submit(f"request-{number}", prompt, sampling, outputs[number].append)
@@ -35,7 +35,7 @@ def run(engine: Engine, prompts: list[list[int]], sampling: SamplingParams) -> l
 
 
 def greedy(model: OPTForCausalLM, prompt: list[int], count: int) -> tuple[list[int], torch.Tensor]:
-    """transformers' greedy continuation, and the logits it was read from [count, vocabulary]."""
+    """transformers' greedy continuation, and its logits [count, vocabulary]."""
     result = model.generate(
         torch.tensor([prompt]),
         attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
@@ -124,7 +124,7 @@ def test_preempted_sequences_continue_as_if_nothing_had_happened(
 ) -> None:
     path = tmp_path / variant
     reference = save_variant(path, variant, 7, max_position_embeddings=64)
-    # A pool of one context and a bit, which five growing sequences overflow.
+    # The pool holds little more than one context, so five growing sequences overflow it.
     roomy = Engine.load(path, settings=EngineSettings(memory_bytes=64 << 20, block_tokens=4))
     memory = roomy.plan.memory
     budget = memory.weight_bytes + memory.activation_bytes + 70 * memory.kv_bytes_per_token
@@ -150,14 +150,14 @@ def test_dynamic_at_threshold_one_equals_the_full_model(tmp_path: Path) -> None:
 def propagated(
     model: OPTForCausalLM, prompt: list[int], count: int, threshold: float
 ) -> list[tuple[int, int]]:
-    """EE-LLM decoding, plainly: (token, exit layer) of one sequence, all states kept per layer.
+    """A simple implementation of EE-LLM decoding: (token, exit layer) of one sequence. It keeps all states.
 
-    A token that leaves after layer e is, for the layers above, represented by its state at e.
+    For the layers above, a token that leaves after layer e is represented by its state at e.
     """
     decoder = model.model.decoder
     layers = decoder.layers
     heads = model.config.num_attention_heads
-    states: list[list[torch.Tensor]] = [[] for _ in layers]  # inputs of each layer, one row a position
+    states: list[list[torch.Tensor]] = [[] for _ in layers]  # inputs of each layer, one row per position
     result: list[tuple[int, int]] = []
 
     def attend(index: int, row: torch.Tensor) -> torch.Tensor:
@@ -246,7 +246,7 @@ def test_streams_move_to_another_plan_one_after_the_other(
         each: save_variant(tmp_path / each, "pre-norm", seed, exits=EXITS)
         for each, seed in (("a", 12), ("b", 13))
     }
-    # Room for few tokens of prompts beside those that decode, and not for all blocks of fewer layers.
+    # A step has room for few prompt tokens beside decodes, and the pool is smaller than at fewer layers.
     settings = EngineSettings(
         memory_bytes=3 << 20, block_tokens=4, max_running=6, step_token_budget=24, prefill_stretch=math.inf
     )
@@ -283,7 +283,7 @@ def test_streams_move_to_another_plan_one_after_the_other(
 
 def test_going_shallower_keeps_the_lower_layers_kv(tmp_path: Path) -> None:
     full = save_variant(tmp_path, "pre-norm", 13, exits=EXITS)
-    # A budget that the fewer layers turn into a larger pool.
+    # With this budget, fewer layers have a larger pool.
     engine = Engine.load(tmp_path, 6, EngineSettings(memory_bytes=3 << 20, block_tokens=4))
     blocks = engine.telemetry().blocks_total
     outputs: list[Output] = []
@@ -302,11 +302,11 @@ def test_going_shallower_keeps_the_lower_layers_kv(tmp_path: Path) -> None:
     before = [token.token_id for token in tokens if token.exit_layer == 6]
     after = [token.token_id for token in tokens if token.exit_layer == 2]
     assert before == greedy(full, [2, 9, 30], len(before))[0]
-    # The same layers computed the same KV, so this is what depth 2 says to the text so far.
+    # The same layers computed the same KV, so these are the tokens of depth 2 after the text so far.
     assert after == greedy(truncated(full, 2), [2, 9, 30, *before], len(after))[0]
 
 
-# With heads of another size blocks do not fit where those of the first lie.
+# With heads of another size, the KV cannot stay in place.
 @pytest.mark.parametrize(("depth", "heads"), [(6, {"num_attention_heads": 2}), (2, {})])
 def test_a_reload_without_memory_for_its_pool_leaves_the_running_plan(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, depth: int, heads: dict[str, int]
@@ -322,7 +322,7 @@ def test_a_reload_without_memory_for_its_pool_leaves_the_running_plan(
     map_memory = mmap.mmap
 
     def exhausted(file: int, size: int, **options: Any) -> mmap.mmap:
-        # Enough for the block of a warm-up.
+        # Small maps still work: a warm-up needs one block.
         if size > 4096:
             raise OSError(errno.ENOMEM, "Cannot allocate memory")
         return map_memory(file, size, **options)

@@ -1,4 +1,4 @@
-"""A sample of a prompt's own tokens says what the model's logits say, however the prompt is computed."""
+"""Sampled nats of a prompt's own tokens equal those of the model's logits, for every way of computing it."""
 
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def serve(
 
 
 def expected(model: Path, prompt: list[int]) -> float:
-    """Nats of the tokens after the sampled positions, by transformers on the same weights."""
+    """Nats of the tokens after the sampled positions, computed by transformers with the same weights."""
     reference = OPTForCausalLM.from_pretrained(model, dtype=torch.float32)
     logprobs = reference(torch.tensor([prompt])).logits[0].log_softmax(-1)
     predicted = len(prompt) - 1

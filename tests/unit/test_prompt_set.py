@@ -1,4 +1,4 @@
-"""Which prompts an evaluation runs: recent ones, enough of them, bundled ones where traffic is too little."""
+"""Which prompts an evaluation runs: recent ones, and bundled ones if there is too little traffic."""
 
 from redis.asyncio import Redis
 from tokenizers import Tokenizer
@@ -44,7 +44,7 @@ async def test_short_prompts_are_made_up_for_by_more_of_them_then_by_bundled_one
     text = "twenty bytes of text"
     async with Redis.from_url(redis_url) as redis:
         await prompts.write(redis, [prompt(text)] * 9, 100, HOUR)
-        # 21 tokens each.
+        # Each prompt has 21 tokens.
         more = await choose(redis, KNOWN, 2, 100)
         assert more.source == "recent"
         assert more.prompts == (prompt(text),) * 5

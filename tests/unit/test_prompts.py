@@ -1,4 +1,4 @@
-"""Recent prompts in a real Redis: the newest are found, old ones and strange ones are not."""
+"""Recent prompts in a real Redis: the newest are found, old and foreign ones are not."""
 
 from redis.asyncio import Redis
 
@@ -18,7 +18,7 @@ def numbered(count: int, tokenizer_id: str = "a") -> list[RecentPrompt]:
 async def test_the_newest_prompts_of_a_tokenizer_come_back_newest_first(redis_url: str) -> None:
     async with Redis.from_url(redis_url) as redis:
         await prompts.write(redis, numbered(3), KEPT, HOUR)
-        # More of another than one page of the stream holds.
+        # These are more prompts of another tokenizer than one page of the stream holds.
         await prompts.write(redis, numbered(90, "b"), KEPT, HOUR)
         assert (await prompts.recent(redis, {"a"}, 2))[0] == [RecentPrompt("a", (2, n)) for n in (2, 1)]
         assert len((await prompts.recent(redis, {"a", "b"}, 1000))[0]) == 93

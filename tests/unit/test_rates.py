@@ -19,7 +19,7 @@ def test_rates_are_what_happened_between_two_messages() -> None:
     [
         None,
         Telemetry(time=12.0, generated_tokens=300),
-        # Another process under the same name, which began at zero.
+        # Another process with the same name, whose counters began at zero.
         Telemetry(time=10.0, generated_tokens=900),
     ],
 )

@@ -1,4 +1,4 @@
-"""Commands to Redis end: when they are cancelled, at any moment, and when Redis does not answer."""
+"""A command to Redis ends when it is cancelled, at any moment, and when Redis does not answer."""
 
 import asyncio
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A stream that is interrupted gets its status, whatever it was about to send."""
+"""An interrupted stream gets its status, even in the middle of a write."""
 
 import asyncio
 from typing import Any
@@ -18,7 +18,7 @@ async def test_a_stream_that_is_interrupted_while_it_writes_gets_its_status(sent
         for _ in range(sent_before):
             await writer.write(b"whole")
         try:
-            # Passes as soon as the write has begun.
+            # This timeout expires as soon as the write has begun.
             async with asyncio.timeout(0):
                 await writer.write(b"interrupted")
         except TimeoutError:

@@ -1,4 +1,4 @@
-"""The router: a pure choice, checked by properties."""
+"""Property tests of the router, which is a pure function."""
 
 from random import Random
 

@@ -1,6 +1,6 @@
-"""Tokens follow the distribution that was asked for, and depend on (seed, position) alone.
+"""Tokens follow the requested distribution, and depend on (seed, position) only.
 
-However they are drawn: by torch, or by what compiled steps draw with.
+This holds for torch's sampler and for the sampler of compiled steps.
 """
 
 import math
@@ -102,7 +102,7 @@ def test_draws_follow_the_distribution_of_transformers(drawn: Drawn, sampling: S
     possible = expected > 0
     chi2 = (((counts - expected) ** 2)[possible] / expected[possible]).sum().item()
     freedom = int(possible.sum()) - 1
-    # 6 standard deviations of the chi-squared distribution: fixed seeds, so this never flickers.
+    # 6 standard deviations of the chi-squared distribution. Seeds are fixed, so the result never changes.
     assert chi2 < freedom + 6 * math.sqrt(2 * max(freedom, 1))
 
 
@@ -160,7 +160,7 @@ def test_temperatures_near_zero_are_greedy_and_finite(drawn: Drawn) -> None:
 @pytest.mark.parametrize("vocabulary", [3, 264, 5003])
 @pytest.mark.parametrize("scale", [0.01, 1, 5])
 def test_compiled_steps_draw_what_torch_does(vocabulary: int, scale: float) -> None:
-    """But for what is nearly as likely: sums are rounded otherwise."""
+    """Except where two tokens are nearly equally likely, because sums are rounded differently."""
     logits = scale * logits_of(8, 400, vocabulary)
     rows = [
         Row(
@@ -185,7 +185,7 @@ def test_compiled_steps_draw_what_torch_does(vocabulary: int, scale: float) -> N
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 def test_what_is_no_number_draws_nothing(value: float) -> None:
-    """The row keeps the token it had."""
+    """A row with NaN or infinity keeps the token that the readout found most likely."""
     logits = torch.full((1, 40), value)
     drawn = compiled(logits, [Row(SamplingParams(temperature=1.0, top_p=0.9), 0, [])])
     assert drawn.token_ids == read(logits).best.tolist()

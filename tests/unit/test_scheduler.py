@@ -1,4 +1,4 @@
-"""No block is lost, none that others read is written to, and nothing starves, whatever comes."""
+"""For any input, no block is lost, no shared block is written to, and no sequence starves."""
 
 import math
 from collections import Counter
@@ -23,7 +23,7 @@ CONTEXT = 32
 
 
 def plan(number: int) -> ServedPlan:
-    """The plans that sequences move to, one after the other."""
+    """The plan number `number` of those to which sequences move."""
     return ServedPlan(model=f"model-{number}", depth=4)
 
 
@@ -40,7 +40,7 @@ def make_sequence(name: str, prompt: int, output: int, served: ServedPlan | None
 
 
 class Cache:
-    """What each slot of the blocks holds: the plan that wrote it, and the tokens up to and with its own."""
+    """The content of each KV slot: the plan that wrote it, and the tokens up to and including its own."""
 
     def __init__(self) -> None:
         self.slots: dict[tuple[int, int], tuple[ServedPlan, list[int]]] = {}
@@ -54,7 +54,7 @@ class Cache:
         self.slots[slot] = self._content(sequence, position)
 
     def check(self, sequence: Sequence) -> None:
-        """All that counts as computed is there, of this text and by the plan that the sequence is under."""
+        """Checks that all computed slots hold this text, written by the sequence's plan."""
         for position in range(sequence.computed):
             slot = (sequence.blocks[position // BLOCK_TOKENS], position % BLOCK_TOKENS)
             assert self.slots[slot] == self._content(sequence, position)
@@ -64,7 +64,7 @@ class Cache:
 
 
 def advance(scheduler: Scheduler, scheduled: list[tuple[Sequence, int]], cache: Cache | None = None) -> None:
-    """What a step does to the sequences, without a model."""
+    """Does what a step does to the sequences, without a model."""
     if cache is not None:
         for sequence, count in scheduled:
             cache.check(sequence)
@@ -125,7 +125,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.move is None)
     @rule(data=st.data())
     def begin_move(self, data: st.DataObject) -> None:
-        """To a plan that may have room for fewer blocks."""
+        """Begins a move to a plan that may have fewer blocks."""
         blocks = data.draw(st.integers(CONTEXT // BLOCK_TOKENS, self.pool.num_blocks))
         self.move = Move(self.scheduler, plan(self.plans), plan(self.plans + 1), self.budget, last_step=0.0)
         self.move.begin(blocks, self.new_chunks())
@@ -197,7 +197,7 @@ TestScheduler.settings = settings(max_examples=60, stateful_step_count=40, deadl
 
 
 def moving(prompts: list[int], room: int) -> tuple[Scheduler, Move, list[Sequence]]:
-    """Sequences that decode, and shall move by `room` prompt tokens a step."""
+    """Decoding sequences, and a move that has room for `room` prompt tokens per step."""
     budget = room + len(prompts)
     scheduler = Scheduler(BlockPool(64, 8), 16, budget, ChunkBudget(math.inf, 8, budget), None)
     sequences = [make_sequence(f"{number}", prompt, 40) for number, prompt in enumerate(prompts)]
@@ -211,7 +211,7 @@ def moving(prompts: list[int], room: int) -> tuple[Scheduler, Move, list[Sequenc
 
 
 def is_leaving(sequence: Sequence) -> bool:
-    """Whether it is still under the plan before."""
+    """Whether the sequence is still under the old plan."""
     return sequence.plan == plan(0)
 
 
@@ -227,7 +227,7 @@ def test_sequences_move_few_at_a_time_and_the_others_go_on() -> None:
             stood_still[sequence.request_id] += sequence.completion_tokens == before[sequence.request_id]
     assert not move.is_leaving
     assert steps >= 3, "two fit into a step"
-    # What a step has room for is computed anew in that step.
+    # A sequence that is sent back is computed again in the same step.
     assert max(stood_still.values()) == 0
     assert [sequence.preemptions for sequence in sequences] == [1] * 6
 
@@ -243,7 +243,7 @@ def test_nobody_is_sent_back_behind_a_long_sequence_that_moves() -> None:
             stood_still += 1
             assert all(map(is_leaving, others))
     assert stood_still == 3, "of its prefill's four steps the last gave it a token"
-    # It went on until there had been room for all of it.
+    # It kept decoding until there was room for all of it.
     assert steps > 6
     assert [sequence.preemptions for sequence in (first, *others)] == [1, 1, 1]
 
@@ -287,7 +287,7 @@ def test_what_does_not_fit_into_a_smaller_pool_is_sent_back_at_once() -> None:
 def test_sequences_that_a_reload_moved_are_computed_before_new_ones_are_in_small_chunks() -> None:
     budget = 40
     scheduler = Scheduler(BlockPool(64, 8), 8, budget, ChunkBudget(2, 8, budget), None)
-    scheduler.chunks.observe(0, 32, 32.0)  # a second a token
+    scheduler.chunks.observe(0, 32, 32.0)  # one second per token
     for decoding in (1, 2, 4, 8):
         scheduler.chunks.observe(decoding, 0, 4.0)
     sequences = [make_sequence(f"{number}", 20, 20) for number in range(7)]

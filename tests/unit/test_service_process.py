@@ -1,4 +1,4 @@
-"""A service says that it is ready when nothing of its start can hold it up, and ends when it is told to."""
+"""A service says that it is ready once its start is complete, and ends when it is told to stop."""
 
 import gc
 import json
@@ -14,7 +14,7 @@ from helios.stop_deadline import EXIT_STATUS
 from tests.stack import STOP_SECONDS, Process
 from tests.streams import until
 
-# A service that does what a test has it do: while it serves, and when it is told to stop.
+# A service whose behaviour the test gives: while it serves, and when it is told to stop.
 SERVICE = """
 import asyncio, ctypes, sys, threading, time
 from pydantic_settings import SettingsConfigDict
@@ -47,7 +47,7 @@ if __name__ == "__main__":
 def start_service(directory: Path, stop_seconds: float, serving: str = "", stopping: str = "pass") -> Process:
     program = directory / "example.py"
     program.write_text(SERVICE.replace("{serving}", serving).replace("{stopping}", stopping))
-    # -c, so that Helios is found where it is for the test.
+    # With -c, Helios is imported from the same place as in the test.
     run = f"import runpy; runpy.run_path({str(program)!r}, run_name='__main__')"
     command = [sys.executable, "-c", run, "--stop-seconds", str(stop_seconds)]
     return Process("example", command, directory, "ready address=")

@@ -1,4 +1,4 @@
-"""docs/settings.md says what the settings classes say."""
+"""docs/settings.md matches the settings classes."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""The shortlist: what fits, what the objective wants, and always the most accurate."""
+"""The shortlist: models that fit, ordered by the objective, and always the most accurate one."""
 
 from collections.abc import Mapping
 from pathlib import Path

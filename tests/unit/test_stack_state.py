@@ -53,7 +53,7 @@ def test_state_that_cannot_be_read_is_named(directory: Path, content: str) -> No
 
 
 def test_only_its_user_can_read_the_state_which_may_hold_a_password(directory: Path) -> None:
-    # Left by a stack that was killed while it wrote.
+    # This file is left by a stack that was killed while it wrote.
     (directory / "stack.json.new").touch(mode=0o644)
     with stack_state.hold(directory):
         stack_state.write(directory, STATE)
@@ -86,7 +86,7 @@ def test_nothing_is_left_of_a_stack_that_has_ended(directory: Path) -> None:
 
 
 def test_state_left_by_a_killed_stack_does_not_count(directory: Path) -> None:
-    # Its pid is even that of a living process.
+    # The state even has the pid of a living process.
     dying = f"""
 import os, signal
 from pathlib import Path

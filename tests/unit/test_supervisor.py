@@ -110,7 +110,7 @@ async def test_killed_child_is_started_again(tmp_path: Path) -> None:
         os.kill(first, signal.SIGKILL)
         await eventually(lambda: process.pid not in (None, first))
         second = process.pid
-        # Started, ready, ended, started again.
+        # The process was started, was ready, ended, and was started again.
         assert pids == [first, first, None, second]
 
 

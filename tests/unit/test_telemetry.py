@@ -1,4 +1,4 @@
-"""Promises of the log lines and the spans. Each runs in its own process, as `configure` is for a process."""
+"""Promises of log lines and spans. Each test uses a new process, because `configure` is per process."""
 
 import json
 import logging
@@ -19,7 +19,7 @@ TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs code after `configure("helios-gateway", "g1")`, with only these of the telemetry variables set."""
+    """Runs code after `configure("helios-gateway", "g1")`, with only these telemetry variables."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("OTEL_", "HELIOS_"))}
     program = "from helios import telemetry\ntelemetry.configure('helios-gateway', 'g1')\n" + textwrap.dedent(
         code
@@ -303,7 +303,7 @@ def test_sampler_of_the_environment_decides() -> None:
 
 
 def test_collector_that_is_down_neither_blocks_nor_fails_the_service() -> None:
-    # Port 1 of the loopback address refuses connections; the exporter would go on retrying for an hour.
+    # Port 1 of the loopback address refuses connections. Unbounded, the exporter would retry for an hour.
     result = run(
         """
         for _ in range(5_000):

@@ -14,7 +14,7 @@ def sample(seconds: float, phase: str, model: str, depth: int, increase: float =
 
 @pytest.fixture
 def timeline() -> Timeline:
-    """20 s: `first` at depth 4, too bad on the second phase until `other` at depth 8 takes over at 14 s."""
+    """20 s. `first` at depth 4 is too bad on the second phase; `other` at depth 8 takes over at 14 s."""
     samples = [sample(seconds, "prose", "first", 4) for seconds in range(1, 10)]
     samples += [sample(seconds, "technical", "first", 4, 0.8) for seconds in range(10, 14)]
     samples += [sample(seconds, "technical", "other", 8) for seconds in range(14, 20)]
@@ -26,7 +26,7 @@ def timeline() -> Timeline:
 
 
 def rows(lines: list[str]) -> dict[str, str]:
-    """What a row shows, by its label of 12 columns; the phases have none."""
+    """The content of rows by their label, which is 12 columns wide. The row of phases has no label."""
     return {line[:12].strip(): line[12:] for line in reversed(lines)}
 
 
@@ -39,7 +39,7 @@ def test_terminal_shows_phases_models_depths_and_decisions_at_their_time(timelin
     assert 26 <= shown["model"].index("B") <= 28
     assert shown["decisions"].index("·") == 10
     assert shown["decisions"].index("▲") == 27
-    # Half of the greatest depth, then all of it.
+    # First half of the greatest depth, then all of it.
     assert shown["depth"][0] != shown["depth"][-1] == "█"
     assert shown["ppl +%"][30] == shown["ppl +%"][0]
     assert shown["ppl +%"][22] == "█"

@@ -1,4 +1,4 @@
-"""Exits for a frozen checkpoint: heads are tuned, thresholds calibrated, the weights left as they are."""
+"""Exits for a frozen checkpoint: heads are tuned, thresholds are calibrated, weights stay unchanged."""
 
 import json
 from pathlib import Path

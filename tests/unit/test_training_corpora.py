@@ -1,4 +1,4 @@
-"""Texts and tokenizer: markup goes, splits do not leak, ids are OPT's."""
+"""Texts have no markup, splits do not overlap, and the tokenizer has OPT's special ids."""
 
 import json
 from pathlib import Path

@@ -108,7 +108,7 @@ def test_learning_rate_warms_up_stays_and_falls_to_zero() -> None:
     assert factors[9:61] == [1.0] * 52
     assert factors[80] == pytest.approx(0.5)
     assert factors[100] == 0.0
-    # New optimisers warm up wherever they begin.
+    # New optimisers warm up at any step.
     assert learning_rate_factor(80, 100, 10, 0.4, first_step=80) == pytest.approx(0.05)
     assert learning_rate_factor(95, 100, 10, 0.4, first_step=80) == factors[95]
 
@@ -195,7 +195,7 @@ def test_training_learns_logs_and_exports_what_transformers_computes(tmp_path: P
     assert train(run, save_minutes=10, eval_steps=30, log_steps=30)
     entries = run.log.entries()
     assert [entry["step"] for entry in entries] == [30, 60]
-    assert entries[1]["held"]["count"][-1] < 1.5 < entries[0]["loss"]  # counting to 40 can be learnt
+    assert entries[1]["held"]["count"][-1] < 1.5 < entries[0]["loss"]  # counting to 40 is easy to learn
     assert (tmp_path / "run/loss.png").stat().st_size > 0
     assert load_state(tmp_path / "run/stable.pt")["step"] == 36
 

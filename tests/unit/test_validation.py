@@ -1,4 +1,4 @@
-"""Validation: whatever bytes come, the answer is a request or a reason."""
+"""Validation: for any bytes, the result is a valid request or a reason."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""The watch over workers, in both its uses: by a gateway and by a controller."""
+"""The watch over workers, as a gateway uses it and as a controller does."""
 
 import asyncio
 import time
@@ -55,7 +55,7 @@ async def until_true(condition: Callable[[], bool]) -> None:
 
 
 async def always(condition: Callable[[], bool], seconds: float) -> None:
-    """Checks the condition at every turn of the event loop for so long."""
+    """Checks the condition at every turn of the event loop for this many seconds."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         assert condition()
@@ -64,7 +64,7 @@ async def always(condition: Callable[[], bool], seconds: float) -> None:
 
 async def test_a_gateway_that_stood_still_gives_up_no_worker() -> None:
     async with scripted_workers(well_behaved) as (worker,), watched_pool(worker.address) as pool:
-        # Nothing runs in this process meanwhile, as after SIGSTOP.
+        # This blocks the whole process, like SIGSTOP.
         time.sleep(3 * TIMEOUT)  # noqa: ASYNC251
         await always(lambda: pool.workers[0].ready, TIMEOUT)
 

@@ -1,4 +1,4 @@
-"""The policy on one engine that reloads: evaluate, decide and reload while requests are in flight."""
+"""Runs the policy on one engine: it evaluates, decides and reloads while requests are in flight."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ from services.controller.situation import Situation, Trigger, WorkerView
 def serve(
     subject: Subject, loaded: Sequence[Candidate], profiles: Mapping[str, ModelProfile]
 ) -> dict[str, Any]:
-    """Serves requests on one engine, and evaluates, decides and reloads at regular intervals meanwhile."""
+    """Serves requests on one engine. At regular intervals it evaluates, decides and reloads."""
     subject.say("the policy on an engine that reloads")
     sizes = subject.sizes
     candidates = [one.entry for one in loaded]
@@ -77,7 +77,7 @@ def serve(
             plan = decision.plan
         events.append(event)
 
-    # Lengths differ, so that reloads find requests in flight.
+    # Lengths differ, so that some requests are in flight at each reload.
     lengths = [max(1, sizes.output_tokens * (1 + index % 4) // 4) for index in range(len(prompts))]
     run = decode.run(engine, prompts, lengths, sizes.largest_batch, reassess)
     return {
@@ -97,7 +97,7 @@ def _situation(
     prompt_tokens: int,
     output_tokens: int,
 ) -> Situation:
-    """What the policy decides on, with the engine as its only worker."""
+    """The situation for the policy. The engine is its only worker."""
     telemetry = engine.telemetry()
     worker = WorkerView(
         worker_id="engine",

@@ -15,8 +15,8 @@ from helios.served import ServedPlan
 from helios.slo import Slo
 from services.controller.agenda import AgendaSettings
 
-# A drift is noticed only after some of it was served. So in one phase perplexity may rise by this many times
-# the bound, over a whole trace only by the bound.
+# Some requests are served before a drift is noticed. So in one phase perplexity may rise by this many times
+# the bound. Over a whole trace it may rise by the bound only.
 PHASE_FACTOR = 2.0
 
 
@@ -29,26 +29,26 @@ def bound() -> float:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """The figures of one simulation of a trace. Times are ratios, increases of perplexity are shares."""
+    """The figures of one simulation of a trace. Times are ratios. Increases of perplexity are shares."""
 
     tokens_per_second: float
     time_to_best: float
-    """Time with moves, over the time of the fastest plan within the bound in each phase, without moves."""
+    """Time with moves, divided by the time of each phase's fastest plan within the bound, without moves."""
     priced_time_to_best: float
     """The same, with the CPU time of evaluations added."""
     perplexity_increase: float
     phase_increases: dict[str, float]
     moves: int
     needless_moves: int
-    """Moves after the first from a plan within the bound to one that is not faster, or not within it."""
+    """Moves, except the first, from a plan within the bound to one that is not faster or not within it."""
     alarms: int
-    """How often a drift was noticed, rightly or not."""
+    """Number of alarms: drifts that were noticed, rightly or not."""
     evaluations: int
     alarmed: list[int]
-    """Requests at which a drift was noticed."""
+    """The requests at which a drift was noticed."""
     moved: list[dict[str, Any]]
     drifts: list[dict[str, Any]]
-    """For each change of phase: whether the plan had to change, and when one within the bound served."""
+    """For each change of phase: whether the plan had to change, and when a plan within the bound served."""
 
     @property
     def worst_phase_increase(self) -> float:
@@ -67,7 +67,7 @@ class Figures:
 
 
 def summary(traces: Sequence[Figures]) -> dict[str, Any]:
-    """Several traces as one row. Figures are means, unless their name says otherwise."""
+    """Several traces as one row. Figures are means, unless the name says otherwise."""
 
     def mean(name: str) -> float:
         return statistics.fmean(getattr(one, name) for one in traces)
@@ -100,7 +100,7 @@ class _Phase:
     start: int
     end: int
     tokens: int
-    # For every plan, held over the phase.
+    # For every plan, if it serves the whole phase.
     seconds: Mapping[ServedPlan, float]
     nats: Mapping[ServedPlan, float]
     best_nats: float
@@ -116,7 +116,7 @@ class _Phase:
 
 
 class Hindsight:
-    """What every plan would have done on a trace."""
+    """Knows how every plan would have served a trace."""
 
     def __init__(self, scene: Scene) -> None:
         self.scene = scene
@@ -125,7 +125,7 @@ class Hindsight:
             ServedPlan(model=profile.model, depth=one.depth) for profile in profiles for one in profile.exits
         ]
         self._rows = {plan: row for row, plan in enumerate(plans)}
-        # Nats of each plan on each request: [plans, requests].
+        # Nats of each request under each plan: [plans, requests].
         self._nats = np.stack([_nats_by_request(scene, plan) for plan in plans])
         self._phases = list(self._split(plans))
 
@@ -155,7 +155,7 @@ class Hindsight:
         return sum(min(phase.seconds[plan] for plan in phase.within) for phase in self._phases)
 
     def fixed_plans(self) -> list[dict[str, Any]]:
-        """The figures of every plan, held from the first request to the last."""
+        """The figures of every plan, if it serves from the first request to the last."""
         tokens = sum(phase.tokens for phase in self._phases)
         rows = []
         for plan in self._rows:
@@ -235,7 +235,7 @@ def simulated(
     profiled_requests: int | None = None,
     pooled_requests: int = POOLED_REQUESTS,
 ) -> dict[str, Any]:
-    """The traces simulated with these settings, in one row. The arguments are those of `simulate`."""
+    """Simulates the traces with these settings. Returns one row. The arguments are those of `simulate`."""
     return summary(
         [
             one.figures(

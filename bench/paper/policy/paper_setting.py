@@ -17,7 +17,7 @@ from helios.catalog import ModelEntry
 from helios.engine.evaluation.trace import trace_dynamic
 from services.controller.agenda import AgendaSettings
 
-# The paper's rule for drifts: the breach counter alone, and no reassessment is put off.
+# The paper's rule for drifts: only the breach counter, and no reassessment is delayed.
 RULE = {
     "detection": "window",
     "window_tokens": 100,
@@ -28,7 +28,7 @@ RULE = {
 
 
 def paper_setting(traces: Sequence[Hindsight], candidates: Sequence[ModelEntry]) -> dict[str, Any]:
-    """TH 0.8, CBC 50 of 100, RI 150, one request at a time: HELIOS against the fastest model alone."""
+    """HELIOS against the fastest model alone. TH 0.8, CBC 50 of 100, RI 150, one request at a time."""
     alone = [Hindsight(replace(one.scene, batch=1)) for one in traces]
     helios = simulated(alone, AgendaSettings.model_validate(RULE), threshold=DEFAULT_THRESHOLD)
     rates = {model.name: dynamic_rate(alone, model.name, DEFAULT_THRESHOLD) for model in candidates}
@@ -44,7 +44,7 @@ def paper_setting(traces: Sequence[Hindsight], candidates: Sequence[ModelEntry])
 def dynamic_rate(traces: Sequence[Hindsight], model: str, threshold: float | None) -> float:
     """Tokens per second of `dynamic` at batch 1: each token costs a step that leaves at its own exit.
 
-    threshold: for every exit; None: calibrated.
+    threshold: the same for every exit; None: calibrated thresholds.
     """
     scene = traces[0].scene
     profile, calibrated = scene.profiles[model], scene.thresholds[model]
@@ -52,7 +52,7 @@ def dynamic_rate(traces: Sequence[Hindsight], model: str, threshold: float | Non
     # Prefill runs all layers.
     prefill = share / profile.full.prefill_tokens_per_second
     steps = np.array(scene.dynamic_step_seconds[model])
-    # The last layer has no threshold: every token leaves there at the latest.
+    # The last layer has no threshold: all tokens that are left leave there.
     limits = np.array(
         [
             0.0 if depth not in calibrated else calibrated[depth] if threshold is None else threshold
@@ -80,9 +80,9 @@ def dynamic_steps(subject: Subject, model: ModelEntry) -> list[float]:
 
     found = []
     for depth in model.exit_layers:
-        # Every token is sure at this exit, and none before it.
+        # These thresholds make every token leave at this exit.
         thresholds = {layer: 0.0 if layer == depth else math.inf for layer in model.exit_layers[:-1]}
-        # The time of the prefill, which gives the first token, is subtracted.
+        # The prefill, which gives the first token, is subtracted.
         taken = [
             (walked(1 + prompt, thresholds) - walked(1, thresholds)) / prompt
             for _ in range(subject.sizes.timed_steps)

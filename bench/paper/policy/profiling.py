@@ -1,4 +1,4 @@
-"""What the profiler finds out about the candidates, and what that costs."""
+"""Profiles the candidates as the profiler does, and measures the cost."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +13,7 @@ from services.profiler.settings import ProfilerSettings
 
 
 def evaluation_settings(subject: Subject) -> EvaluationSettings:
-    """Settings of evaluations as the profiler has them, with more timed steps."""
+    """The profiler's settings for evaluations, with more timed steps."""
     sizes = subject.sizes
     return EvaluationSettings(
         batches=sizes.batches,
@@ -27,7 +27,7 @@ def evaluation_settings(subject: Subject) -> EvaluationSettings:
 def profile(
     subject: Subject, candidates: Sequence[Candidate], requests: Sequence[Request]
 ) -> tuple[dict[str, ModelProfile], dict[str, float]]:
-    """Profiles of the candidates, and what it costs to profile them again when their speeds are known."""
+    """Profiles of the candidates, and the cost of profiling them again once their speeds are known."""
     settings = evaluation_settings(subject)
     prompts = [list(request.ids) for request in requests[: subject.sizes.profiled_requests]]
     profiles = {one.entry.name: evaluate(one, prompts, settings) for one in candidates}
@@ -40,7 +40,7 @@ def profile(
         "seconds_per_assessment": sum(one.wall_seconds for one in again),
         "cpu_seconds_per_assessment": cpu_seconds,
         "cpu_seconds_per_request_and_model": cpu_seconds / pairs,
-        # When prompts are not continued.
+        # The cost when prompts are not continued.
         "cpu_seconds_per_prompt_and_model": sum(one.cpu_seconds for one in prompts_only) / pairs,
         "cpu_seconds_once": sum(one.once_cpu_seconds for one in profiles.values()),
     }

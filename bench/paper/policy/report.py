@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def add(result: Mapping[str, Any], page: Page) -> None:
-    """Adds what `section.measure` found."""
+    """Adds the results of `section.measure`."""
     page.say(
         "## The loop over drifting traffic",
         "The controller's own agenda and policy, simulated on recorded requests of "

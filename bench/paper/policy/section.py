@@ -1,4 +1,4 @@
-"""The section `policy`: the controller's own agenda and policy on recorded traffic, and on an engine."""
+"""The section `policy`: runs the controller's agenda and policy on recorded traffic and on an engine."""
 
 import itertools
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from services.controller.agenda import AgendaSettings
 
 
 def measure(subject: Subject) -> dict[str, Any]:
-    """Simulated traces, an ablation and sweeps on recorded requests; a run on an engine that reloads."""
+    """Simulates traces, an ablation and sweeps on recorded requests, and runs an engine that reloads."""
     candidates = [model for model in subject.models if model.tokenizer_id == subject.models[0].tokenizer_id]
     sizes = subject.sizes
     pools = traffic.record(subject, candidates)
@@ -78,7 +78,7 @@ def measure(subject: Subject) -> dict[str, Any]:
         "prompt_tokens; an evaluation is there at once, its CPU is priced, not waited for",
         "policy": settings.model_dump(mode="json"),
         "bound": bound(),
-        # The first of the standard traces.
+        # Figures of the first standard trace.
         "default": asdict(figures[0]),
         "timeline": [
             {"first_request": number, "model": plan.model, "depth": plan.depth}
@@ -89,7 +89,7 @@ def measure(subject: Subject) -> dict[str, Any]:
             **profiling,
             "evaluations": run.assessments,
             "deciding_seconds": run.deciding_seconds,
-            # Of the time of one thread that always serves.
+            # Share of the time of one thread that serves without a pause.
             "share": run.evaluating_seconds / run.priced_seconds,
         },
         "drifting": drifting,

@@ -1,8 +1,8 @@
-"""The controller's own agenda and policy on recorded requests, without any service.
+"""Simulates the controller on recorded requests: its own agenda and policy, without services.
 
 Simulated time is the number of tokens times the measured time of a step, plus the cost of every move. So a
-sweep is cheap, and all its settings see the same tokens. Requests come one after the other. An evaluation is
-ready at once: its CPU time is added to the price, not to the time.
+sweep is cheap, and all its settings see the same tokens. Requests come one after the other. The result of an
+evaluation is there at once. Its CPU time is added to the price, not to the time.
 """
 
 import time
@@ -31,30 +31,30 @@ from services.profiler.settings import ProfilerSettings
 
 POOLED_REQUESTS: int = ProfilerSettings.model_fields["pooled_requests"].default
 FRESH_POOLED_REQUESTS: int = ProfilerSettings.model_fields["fresh_pooled_requests"].default
-# The most that can be due at one request: an evaluation, the decision on it, and what follows from that.
+# Most actions that can be due at one request: an evaluation, the decision on it, and their consequences.
 _MOST_DUE = 6
 
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What all simulations of a trace share."""
+    """The data that all simulations of a trace share."""
 
     requests: Sequence[Request]
     profiles: Mapping[str, ModelProfile]
-    # Thresholds by which the engine counts unsure tokens until a plan is chosen, by model and depth.
+    # By model and depth: the threshold for unsure tokens that the engine uses until a plan is chosen.
     thresholds: Mapping[str, Mapping[int, float]]
-    # Seconds of a step at batch 1 that leaves at each exit, by model. It also reads the exits before, and
-    # fills the KV of the layers after it.
+    # By model: seconds of a step at batch 1 that leaves at each exit. The step also reads the earlier exits
+    # and fills the KV of the later layers.
     dynamic_step_seconds: Mapping[str, Sequence[float]]
     batch: int
     profiled_requests: int
     prompt_tokens: int
-    # CPU seconds for evaluating one request under one model: with a continuation, and without.
+    # CPU seconds to evaluate one request under one model: with a continuation, and without.
     evaluation_seconds: float = 0.0
     prompt_evaluation_seconds: float = 0.0
 
     def token_seconds(self, plan: ServedPlan) -> float:
-        """Seconds per generated token of a saturated engine, with the token's share of the prefill."""
+        """Seconds per generated token of a saturated engine, including the token's share of the prefill."""
         one = self.profiles[plan.model].at(plan.depth)
         output = self.requests[0].records[plan.model].tokens
         share = self.prompt_tokens / output
@@ -63,10 +63,10 @@ class Scene:
 
 @dataclass(slots=True)
 class Run:
-    """What a simulation recorded."""
+    """The record of a simulation."""
 
     plans: list[ServedPlan] = field(default_factory=list)
-    # For serving and moving, without evaluations.
+    # Time for serving and moves, without evaluations.
     seconds: float = 0.0
     moving_seconds: float = 0.0
     evaluating_seconds: float = 0.0
@@ -75,18 +75,18 @@ class Run:
     text_bytes: int = 0
     deciding_seconds: float = 0.0
     assessments: int = 0
-    # Requests at which a drift was noticed.
+    # The requests at which a drift was noticed.
     alarms: list[int] = field(default_factory=list)
     moves: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def nats_per_byte(self) -> float:
-        """Cross-entropy of all the traffic."""
+        """Cross-entropy over all traffic."""
         return self.nats / self.text_bytes
 
     @property
     def priced_seconds(self) -> float:
-        """Seconds with evaluations."""
+        """Seconds including the CPU time of evaluations."""
         return self.seconds + self.evaluating_seconds
 
 
@@ -100,8 +100,9 @@ def simulate(
 ) -> Run:
     """Runs the controller's loop over the recorded requests.
 
-    threshold: for every exit; None: calibrated. profiled_requests: how many recent requests a regular
-    evaluation runs; None: as the scene says. pooled_requests: how many evaluated requests count.
+    threshold: the same for every exit; None: calibrated thresholds. profiled_requests: number of recent
+    requests that a regular evaluation runs; None: as the scene says. pooled_requests: number of evaluated
+    requests that count.
     """
     return _Simulation(scene, settings, threshold, profiled_requests, pooled_requests).run()
 
@@ -123,7 +124,7 @@ class _Simulation:
         self.window: deque[bool] = deque(maxlen=settings.window_tokens)
         self.history: dict[str, ModelProfile] = {}
         first = next(iter(scene.profiles.values()))
-        # While nothing is known, the first candidate serves with all layers.
+        # Before anything is known, the first candidate serves with all layers.
         self.plan = ServedPlan(model=first.model, depth=first.full.depth)
         self.chosen: ServedPlan | None = None
         self.bars: tuple[Bar, ...] = ()
@@ -161,7 +162,7 @@ class _Simulation:
         self.agenda.evaluation_began(due, seen)
         if due.fresh:
             self.done.alarms.append(number)
-        # Before the first request nothing is recent: the first requests are evaluated then.
+        # Before the first request there are no recent ones, so the first requests are evaluated.
         recent = self.scene.requests[max(0, number - count) : number] or self.scene.requests[:count]
         names = due.models or tuple(self.scene.profiles)
         for name in names:
@@ -217,7 +218,7 @@ class _Simulation:
             )
             self.window.clear()
         if decision.moves:
-            # The first choice counts too, as in the controller: the dwell begins with it.
+            # As in the controller, the first choice begins a dwell too.
             self.moved_at = seen.finished
         if plan != self.plan or self.chosen is None:
             self.threshold = self._threshold(plan)
@@ -263,7 +264,7 @@ class _Simulation:
         )
 
     def _threshold(self, plan: ServedPlan) -> float:
-        """Below this confidence a token is unsure under a plan: calibrated on the requests it was chosen by.
+        """The confidence below which tokens are unsure, calibrated on the requests that chose the plan.
 
         At the last layer no token is unsure.
         """

@@ -1,4 +1,4 @@
-"""The controller's settings, one after the other, on the same traces."""
+"""Sweeps of the controller's settings, one at a time, on the same traces."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,7 +24,7 @@ _THRESHOLDS = (None, 0.2, 0.5, 0.8, 0.9)
 
 
 def ablation(traces: Sequence[Hindsight]) -> dict[str, Any]:
-    """The controller without one of its parts, or with the paper's rule instead of its own."""
+    """Simulates the controller without one of its parts, or with the paper's rule for drifts."""
     settings = _settings({})
     return {
         **{moves.value: simulated(traces, settings.model_copy(update={"moves": moves})) for moves in Moves},
@@ -35,9 +35,9 @@ def ablation(traces: Sequence[Hindsight]) -> dict[str, Any]:
 
 
 def sweeps(traces: Sequence[Hindsight]) -> dict[str, Any]:
-    """Several values of each setting of the controller."""
+    """Simulates several values of each setting of the controller."""
     return {
-        # profiling_share 1: if reassessments were put off, the interval would not matter.
+        # profiling_share 1 delays no reassessment. Otherwise the interval would have no effect.
         "reassess_requests": [
             {"value": value}
             | simulated(traces, _settings({"reassess_requests": value, "profiling_share": 1}))
@@ -55,9 +55,9 @@ def sweeps(traces: Sequence[Hindsight]) -> dict[str, Any]:
 
 
 def paper_sweeps(traces: Sequence[Hindsight], dynamic_model: str) -> dict[str, Any]:
-    """Several values of each setting of the paper's rule.
+    """Simulates several values of each setting of the paper's rule.
 
-    The sweep of thresholds also says how fast `dynamic_model` is alone, with dynamic exits at that threshold.
+    The sweep of thresholds also has the speed of `dynamic_model` alone, with dynamic exits at that threshold.
     """
     return {
         **{

@@ -1,6 +1,6 @@
-"""Recorded requests, with what every exit of every candidate says of them, and traces of drifting traffic.
+"""Recorded requests with the predictions of every exit of every candidate, and traces of drifting traffic.
 
-The text of a request is given, not generated, so that every policy is measured on the same tokens.
+The text of a request is given and not generated, so all policies are measured on the same tokens.
 """
 
 import math
@@ -21,9 +21,9 @@ from helios.history import CONFIDENCE_BINS, ExitProfile, ModelProfile, RequestSa
 _EDGES = [index / CONFIDENCE_BINS for index in range(CONFIDENCE_BINS)]
 _PROSE, _TECHNICAL = held_out.DOMAINS
 
-# Share of technical text in a phase: a constant, or a function of a request's number and the phase's length.
+# Share of technical text in a phase: constant, or a function of a request's number and the phase's length.
 Share: TypeAlias = float | Callable[[int, int], float]
-# Phases in their order: name and share.
+# The phases in order: name and share.
 Shape: TypeAlias = tuple[tuple[str, Share], ...]
 
 
@@ -36,7 +36,7 @@ def _sliding(number: int, requests: int) -> float:
 
 
 def _in_bursts(number: int, requests: int) -> float:
-    """Three bursts. Each takes the last two fifths of a third of the phase."""
+    """Three bursts: each third of the phase ends with one, over its last two fifths."""
     return float(3 * number / requests % 1 >= 0.6)
 
 
@@ -50,13 +50,13 @@ SHAPES: Mapping[str, Shape] = {
     "bursts": (("prose", 0), ("bursts", _in_bursts), ("technical", 1)),
     "mixtures": (("a fifth technical", 0.2), ("four fifths technical", 0.8), ("prose", 0)),
 }
-# Traffic without a drift: each phase of the standard trace alone.
+# Traffic without a drift: each trace is one phase of the standard trace.
 STEADY: Mapping[str, Shape] = {name: ((name, share),) for name, share in SHAPES[STANDARD]}
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What one model's exits say of one request of n tokens. Each array is [exits, n]."""
+    """The predictions of one model's exits for one request of n tokens. Each array is [exits, n]."""
 
     exit_layers: tuple[int, ...]
     confidences: NDArray[np.float32]
@@ -66,13 +66,13 @@ class Record:
 
     @property
     def tokens(self) -> int:
-        """Tokens of the request."""
+        """The number of tokens of the request."""
         return int(self.nats.shape[1])
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request, with what every candidate says of it."""
+    """A request, with the predictions of every candidate for it."""
 
     phase: str
     domain: str
@@ -88,10 +88,10 @@ def record(subject: Subject, candidates: Sequence[ModelEntry]) -> dict[str, list
 def trace(
     pools: Mapping[str, Sequence[Request]], shape: Shape, phase_requests: int, seed: int
 ) -> list[Request]:
-    """A trace of this shape. Each phase has `phase_requests` requests.
+    """Makes a trace of this shape. Each phase has `phase_requests` requests.
 
-    pools: recorded requests by domain. The seed decides the order of a domain's requests, and each request's
-    domain where the share leaves it open. Requests repeat when all of a domain have come.
+    pools: recorded requests by domain. The seed decides the order of a domain's requests. Where a phase
+    mixes domains, it also decides the domain of each request. Requests repeat when a domain has no more.
     """
     draw = random.Random(seed)
     orders = {domain: draw.sample(pool, len(pool)) for domain, pool in pools.items()}
@@ -110,9 +110,9 @@ def trace(
 def profile(
     base: ModelProfile, requests: Sequence[Request], time: float, threshold: float | None
 ) -> ModelProfile:
-    """What the profiler would find on these requests. Speeds and sizes are those measured in `base`.
+    """The profile that the profiler would write for these requests. Speeds and sizes come from `base`.
 
-    threshold: for every exit; None: calibrated on the requests.
+    threshold: the same for every exit; None: calibrated on the requests.
     """
     records = [request.records[base.model] for request in requests]
     tokens = sum(record.tokens for record in records)
@@ -120,7 +120,7 @@ def profile(
 
     samples = tuple(
         RequestSample(
-            # As in the profiler, the text identifies a request: one that comes again says nothing new.
+            # As in the profiler, the text identifies a request, because a repeated request tells nothing new.
             id=str(hash(request.ids)),
             text_bytes=record.text_bytes,
             nats=tuple(record.nats.sum(axis=1, dtype=np.float64).tolist()),
@@ -163,7 +163,7 @@ def _requests(subject: Subject, candidates: Sequence[ModelEntry], domain: str) -
     found = []
     for number, window in enumerate(subject.windows(candidates[0], domain)):
         for start in range(0, len(window) - 1, length):
-            # At each position the token after it is predicted.
+            # Each position predicts the token after it.
             ids = window[start + 1 : start + 1 + length]
             text_bytes = len(tokenizer.decode(ids).encode())
             records = {}
