@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml
 
 # Compiles the CPU's kernels, so that the first start need not wait for them. Code that was compiled from the same
 # sources is reused. So after a change of other files this takes only a few seconds.
-$(COMPILED): $(STAMP) $(wildcard helios/*.py helios/engine/*.py helios/engine/*/*.py)
+$(COMPILED): $(STAMP) $(wildcard helios/*.py helios/engine/*.py helios/engine/*/*.py helios/engine/*/*/*.py)
 	$(BIN)/python -m helios.engine.precompile
 	touch $(COMPILED)
 

@@ -16,6 +16,7 @@ from bench.load.clients import Stream
 from helios.client import AsyncClient, error_from
 from helios.errors import UnavailableError
 from helios.rates import rates
+from helios.served import ServedPlan
 from helios.slo import Slo
 from helios.stack_state import StackState
 from helios.v1 import controller_pb2, controller_pb2_grpc, inference_pb2, worker_pb2
@@ -86,9 +87,9 @@ class _Watch:
         """The decisions so far."""
         marks: list[Mark] = []
         first = self.samples[0].workers[0] if self.samples else None
-        before = f"{first.model} at depth {first.depth}" if first else ""
+        before = str(ServedPlan(model=first.model, depth=first.depth)) if first else ""
         for number, decision in sorted(self._decisions.items()):
-            chosen = sorted({f"{one.model} at depth {one.depth}" for one in decision.chosen})
+            chosen = sorted({str(ServedPlan(model=one.model, depth=one.depth)) for one in decision.chosen})
             plan = ", ".join(chosen)
             seconds = decision.time - self._began
             # A decision from before the traffic comes again when its outcome is known: it is not counted.

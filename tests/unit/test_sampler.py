@@ -22,10 +22,8 @@ from transformers import (
 from helios.engine.backends.burst import draws_of
 from helios.engine.backends.readout import read
 from helios.engine.backends.sampler import Row, Sampled, sample
-from helios.engine.kernels import border
-from helios.engine.kernels.layout import Outputs
-from helios.engine.kernels.sampling import drawing_numbers, uniform
-from helios.engine.kernels.team import TEAM
+from helios.engine.kernels.layout import ALONE, Outputs
+from helios.engine.kernels.sampling import draw, drawing_numbers, uniform
 from helios.sampling import SamplingParams
 
 VOCABULARY = 50
@@ -41,20 +39,11 @@ def by_torch(logits: torch.Tensor, rows: list[Row]) -> Sampled:
 
 def compiled(logits: torch.Tensor, rows: list[Row]) -> Sampled:
     found = read(logits)
-    room = torch.empty(TEAM.threads * drawing_numbers(logits.shape[1]))
+    room = torch.empty(drawing_numbers(logits.shape[1]))
     outputs = Outputs(
         found.logits.data_ptr(), found.best.data_ptr(), found.summaries.data_ptr(), exit_layers=0
     )
-    TEAM.run(
-        border.call_draw,
-        tuple(draws_of(rows)),
-        0,
-        tuple(outputs),
-        len(rows),
-        logits.shape[1],
-        room.data_ptr(),
-        operations=0,
-    )
+    draw(ALONE, draws_of(rows), 0, outputs, len(rows), logits.shape[1], room.data_ptr())
     return Sampled(*found.likeliest())
 
 

@@ -19,7 +19,6 @@ from helios.engine.kernels.layout import (
     Thread,
 )
 from helios.engine.kernels.product import product
-from helios.engine.kernels.sampling import draw
 from helios.engine.kernels.step import run_burst
 from helios.engine.kernels.summary import summarize
 
@@ -65,9 +64,3 @@ def call_product(thread, precision, linear, x, rows, out, activation, residual, 
 def call_summarize(thread, outputs, rows, width):
     """Calls `summarize`."""
     summarize(Thread(*thread), Outputs(*outputs), rows, width)
-
-
-@compiled
-def call_draw(thread, draws, later, outputs, rows, width, room):
-    """Calls `draw`."""
-    draw(Thread(*thread), Draws(*draws), later, Outputs(*outputs), rows, width, room)
