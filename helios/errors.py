@@ -35,6 +35,12 @@ class UnknownModelError(HeliosError):
     code = grpc.StatusCode.NOT_FOUND
 
 
+class PlanNotServedError(HeliosError):
+    """The plan is not in force where the request arrived. Another worker may serve it."""
+
+    code = grpc.StatusCode.NOT_FOUND
+
+
 class UnknownWorkerError(HeliosError):
     """No worker with this name is known. The message names the known ones."""
 

@@ -5,13 +5,14 @@ This module needs neither torch nor Numba, so an engine in another process can i
 
 import enum
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 from helios.errors import HeliosError
 from helios.modes import ExitMode
+from helios.routing.probe import Probe
 from helios.sampling import SamplingParams
 from helios.served import ServedPlan
 
@@ -79,6 +80,37 @@ class PhaseTimes:
     finished: int = 0
 
 
+# Chooses a plan for a prompt that was probed. It runs on the engine's thread, so it must be quick.
+Route: TypeAlias = Callable[[Probe], ServedPlan]
+
+
+@dataclass(frozen=True, slots=True)
+class ServedPrompt:
+    """How well its plan predicted a prompt that had been probed. It is known once the prompt is computed.
+
+    `number` counts from 1. nats: sum of the negative natural log-probabilities of a sample of `tokens` prompt
+    tokens after the probed ones, at the plan's exit.
+    """
+
+    number: int
+    plan: ServedPlan
+    probe: Probe
+    tokens: int
+    nats: float
+
+
+@dataclass(frozen=True, slots=True)
+class PlanToLoad:
+    """A plan to serve. depth: None is all layers.
+
+    threshold: overrides the confidence threshold of its exits from settings and calibration.
+    """
+
+    path: Path
+    depth: int | None = None
+    threshold: float | None = None
+
+
 class Submitted(Protocol):
     """A submitted sequence, as its submitter may see it."""
 
@@ -112,9 +144,9 @@ class Counters:
     generated_tokens: int = 0
     finished_sequences: int = 0
     # Tokens whose confidence was below their exit's threshold (high-exit tokens, HT). Counts only tokens
-    # under the plan in force.
+    # under plans in force.
     high_exit_tokens: int = 0
-    # Tokens generated under the plan in force, and the sum of -ln(confidence) over them.
+    # Tokens generated under plans in force, and the sum of -ln(confidence) over them.
     confidence_tokens: int = 0
     confidence_nats: float = 0.0
     # Prompts with a sample of tokens read out, the tokens of these samples, and the sum of their negative
@@ -129,6 +161,8 @@ class Telemetry:
     """An engine's load at one moment. `step_age` is the seconds since its last step."""
 
     plan: ServedPlan
+    # All plans in force, `plan` first, and the number of running sequences under each.
+    plans: Mapping[ServedPlan, int]
     running: int
     waiting: int
     blocks_total: int
@@ -142,9 +176,13 @@ class Telemetry:
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """The plan that new sequences get, and facts about its model. Sizes are bytes."""
+    """The plans in force, and facts about the first one's model. Sizes are bytes.
+
+    `plan` is the first one. New sequences get it unless they name another or are routed.
+    """
 
     plan: ServedPlan
+    plans: tuple[ServedPlan, ...]
     num_layers: int
     exit_layers: tuple[int, ...]
     vocab_size: int
@@ -212,13 +250,18 @@ class ServingEngine(Protocol):
         *,
         emitted_ids: list[int] | None = None,
         deadline: float | None = None,
+        plan: ServedPlan | None = None,
+        route: Route | None = None,
     ) -> Submitted:
         """Queues a sequence. `sink` gets every Output.
 
         `emitted_ids` were generated earlier, perhaps by another engine; the sequence continues after them.
         `deadline` is on the clock of time.monotonic.
-        Raises InvalidRequestError, OverloadedError, UnavailableError; another HeliosError if the emitted ids
-        cannot be turned into text.
+        plan: one of the plans in force; None: the first one. route: chooses the plan after a probe of the
+        prompt; it replaces `plan`. If it chooses a plan that is not in force, or raises, the sequence ends
+        with PlanNotServedError or that error.
+        Raises InvalidRequestError, OverloadedError, UnavailableError, PlanNotServedError; another HeliosError
+        if the emitted ids cannot be turned into text.
         """
 
     def cancel(self, request_id: str, error: HeliosError | None = None) -> None:
@@ -231,21 +274,28 @@ class ServingEngine(Protocol):
         progress: Progress | None = None,
         threshold: float | None = None,
         *,
+        also: Sequence[PlanToLoad] = (),
         urgent: bool = False,
     ) -> Reloaded:
-        """Loads another plan, moves all sequences to it, and returns when all have moved.
+        """Puts other plans in force: one, and those in `also`. Returns when no sequence needs an old plan.
 
+        Sequences whose plan stays in force keep it and their KV. All others move to a new plan: to the
+        shallowest of their model that is at least as deep, else to the deepest of their model, else to the
+        first plan.
         depth: None is all layers. threshold: overrides the confidence of its exits from settings and
-        calibration. urgent: loading does not yield to serving. On an error the current plan stays in force.
+        calibration. urgent: loading does not yield to serving. On an error the current plans stay in force.
         Raises HeliosError.
         """
 
     def telemetry(self) -> Telemetry:
         """The current load."""
 
+    def served_prompts(self, after: int) -> list[ServedPrompt]:
+        """Probed prompts with a number above `after`, ascending. Only the newest ones are kept."""
+
     @property
     def served(self) -> Served:
-        """The plan that new sequences get."""
+        """The plans in force."""
 
     @property
     def limits(self) -> Limits:

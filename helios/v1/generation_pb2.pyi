@@ -227,6 +227,10 @@ class Finish(_message.Message):
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
     RESUMED_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    DEPTH_FIELD_NUMBER: _builtins.int
+    EXPECTED_PERPLEXITY_INCREASE_FIELD_NUMBER: _builtins.int
+    PLAN_REASON_FIELD_NUMBER: _builtins.int
     reason: Global___FinishReason.ValueType
     text: _builtins.str
     """The whole generated text: the concatenation of all token texts."""
@@ -236,6 +240,14 @@ class Finish(_message.Message):
     """Tokens generated."""
     resumed: _builtins.int
     """How often the stream went on with another worker after it had lost one."""
+    model: _builtins.str
+    """The plan of the last token: model, and number of layers."""
+    depth: _builtins.int
+    expected_perplexity_increase: _builtins.float
+    """If the plan was chosen for this request: the expected rise of its perplexity over the best model with all layers,
+    a share, and the reason for the choice, in words.
+    """
+    plan_reason: _builtins.str
     def __init__(
         self,
         *,
@@ -244,11 +256,17 @@ class Finish(_message.Message):
         prompt_tokens: _builtins.int = ...,
         completion_tokens: _builtins.int = ...,
         resumed: _builtins.int = ...,
+        model: _builtins.str = ...,
+        depth: _builtins.int = ...,
+        expected_perplexity_increase: _builtins.float | None = ...,
+        plan_reason: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_perplexity_increase", b"_expected_perplexity_increase", "expected_perplexity_increase", b"expected_perplexity_increase"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["completion_tokens", b"completion_tokens", "prompt_tokens", b"prompt_tokens", "reason", b"reason", "resumed", b"resumed", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_perplexity_increase", b"_expected_perplexity_increase", "completion_tokens", b"completion_tokens", "depth", b"depth", "expected_perplexity_increase", b"expected_perplexity_increase", "model", b"model", "plan_reason", b"plan_reason", "prompt_tokens", b"prompt_tokens", "reason", b"reason", "resumed", b"resumed", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__expected_perplexity_increase: _TypeAlias = _typing.Literal["expected_perplexity_increase"]  # noqa: Y015
+    _WhichOneofArgType__expected_perplexity_increase: _TypeAlias = _typing.Literal["_expected_perplexity_increase", b"_expected_perplexity_increase"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__expected_perplexity_increase) -> _WhichOneofReturnType__expected_perplexity_increase | None: ...
 
 Global___Finish: _TypeAlias = Finish  # noqa: Y015

@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from helios.v1 import controller_pb2 as _controller_pb2
 from helios.v1 import generation_pb2 as _generation_pb2
 from helios.v1 import worker_pb2 as _worker_pb2
 import builtins as _builtins
@@ -29,12 +30,20 @@ class GenerateRequest(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    MAX_PERPLEXITY_INCREASE_FIELD_NUMBER: _builtins.int
+    OBJECTIVE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Names the request in logs and traces. At most 128 characters. Unset: the gateway makes one."""
     text: _builtins.str
     """Text in UTF-8. The model's tokenizer adds its start token."""
     model: _builtins.str
     """The model to serve with. At most 256 characters. Empty: any model that is being served."""
+    max_perplexity_increase: _builtins.float
+    """Largest expected rise of this request's perplexity over the best model with all layers, a share (0.05 is 5 %).
+    Unset: the operator's bound, which holds for all requests together.
+    """
+    objective: _controller_pb2.Objective.ValueType
+    """What to optimise within that bound: OBJECTIVE_THROUGHPUT or OBJECTIVE_LATENCY. Unset: the operator's objective."""
     @_builtins.property
     def token_ids(self) -> _generation_pb2.TokenIds:
         """Token ids, taken as they are."""
@@ -49,13 +58,20 @@ class GenerateRequest(_message.Message):
         token_ids: _generation_pb2.TokenIds | None = ...,
         sampling: _generation_pb2.SamplingParams | None = ...,
         model: _builtins.str = ...,
+        max_perplexity_increase: _builtins.float | None = ...,
+        objective: _controller_pb2.Objective.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_perplexity_increase", b"_max_perplexity_increase", "max_perplexity_increase", b"max_perplexity_increase", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_perplexity_increase", b"_max_perplexity_increase", "max_perplexity_increase", b"max_perplexity_increase", "model", b"model", "objective", b"objective", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_perplexity_increase: _TypeAlias = _typing.Literal["max_perplexity_increase"]  # noqa: Y015
+    _WhichOneofArgType__max_perplexity_increase: _TypeAlias = _typing.Literal["_max_perplexity_increase", b"_max_perplexity_increase"]  # noqa: Y015
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_perplexity_increase) -> _WhichOneofReturnType__max_perplexity_increase | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015

@@ -8,6 +8,7 @@ from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from helios.v1 import controller_pb2 as _controller_pb2
 from helios.v1 import generation_pb2 as _generation_pb2
 import builtins as _builtins
 import sys
@@ -55,9 +56,13 @@ class WorkerServiceGenerateRequest(_message.Message):
     EMITTED_IDS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    DEPTH_FIELD_NUMBER: _builtins.int
+    ROUTE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
     """The call ends with NOT_FOUND unless this model is being served. Empty: any model."""
+    depth: _builtins.int
+    """Layers. The call ends with NOT_FOUND unless the model is being served at this depth. 0: any depth."""
     @_builtins.property
     def prompt_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The prompt's token ids."""
@@ -72,6 +77,12 @@ class WorkerServiceGenerateRequest(_message.Message):
         end, emitted tokens included.
         """
 
+    @_builtins.property
+    def route(self) -> Global___Route:
+        """Choose the plan by what the prompt shows. Not with `depth`. With `model`, only among its plans. Without a router the
+        worker's first plan is taken.
+        """
+
     def __init__(
         self,
         *,
@@ -80,38 +91,155 @@ class WorkerServiceGenerateRequest(_message.Message):
         emitted_ids: _abc.Iterable[_builtins.int] | None = ...,
         sampling: _generation_pb2.SamplingParams | None = ...,
         model: _builtins.str = ...,
+        depth: _builtins.int = ...,
+        route: Global___Route | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["route", b"route", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["emitted_ids", b"emitted_ids", "model", b"model", "prompt_ids", b"prompt_ids", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["depth", b"depth", "emitted_ids", b"emitted_ids", "model", b"model", "prompt_ids", b"prompt_ids", "request_id", b"request_id", "route", b"route", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerServiceGenerateRequest: _TypeAlias = WorkerServiceGenerateRequest  # noqa: Y015
 
 @_typing.final
+class Route(_message.Message):
+    """How the plan of a request is to be chosen."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MAX_PERPLEXITY_INCREASE_FIELD_NUMBER: _builtins.int
+    OBJECTIVE_FIELD_NUMBER: _builtins.int
+    max_perplexity_increase: _builtins.float
+    """As in GenerateRequest."""
+    objective: _controller_pb2.Objective.ValueType
+    def __init__(
+        self,
+        *,
+        max_perplexity_increase: _builtins.float | None = ...,
+        objective: _controller_pb2.Objective.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_perplexity_increase", b"_max_perplexity_increase", "max_perplexity_increase", b"max_perplexity_increase"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_perplexity_increase", b"_max_perplexity_increase", "max_perplexity_increase", b"max_perplexity_increase", "objective", b"objective"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__max_perplexity_increase: _TypeAlias = _typing.Literal["max_perplexity_increase"]  # noqa: Y015
+    _WhichOneofArgType__max_perplexity_increase: _TypeAlias = _typing.Literal["_max_perplexity_increase", b"_max_perplexity_increase"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__max_perplexity_increase) -> _WhichOneofReturnType__max_perplexity_increase | None: ...
+
+Global___Route: _TypeAlias = Route  # noqa: Y015
+
+@_typing.final
+class Plan(_message.Message):
+    """A model at a depth."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    DEPTH_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    depth: _builtins.int
+    """Number of layers."""
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        depth: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["depth", b"depth", "model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Plan: _TypeAlias = Plan  # noqa: Y015
+
+@_typing.final
+class Redirect(_message.Message):
+    """The plan that was chosen for a request is not in force at this worker. The stream has ended; nothing was generated."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLANS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def plans(self) -> _containers.RepeatedCompositeFieldContainer[Global___RankedPlan]:
+        """Plans within the bound, the best first."""
+
+    def __init__(
+        self,
+        *,
+        plans: _abc.Iterable[Global___RankedPlan] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["plans", b"plans"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Redirect: _TypeAlias = Redirect  # noqa: Y015
+
+@_typing.final
+class RankedPlan(_message.Message):
+    """A plan that may serve a request."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLAN_FIELD_NUMBER: _builtins.int
+    EXTRA_SECONDS_PER_TOKEN_FIELD_NUMBER: _builtins.int
+    EXPECTED_PERPLEXITY_INCREASE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    extra_seconds_per_token: _builtins.float
+    """Seconds that a token costs more than under the best plan, its price of quality included."""
+    expected_perplexity_increase: _builtins.float
+    reason: _builtins.str
+    """Why this plan is taken, in words."""
+    @_builtins.property
+    def plan(self) -> Global___Plan: ...
+    def __init__(
+        self,
+        *,
+        plan: Global___Plan | None = ...,
+        extra_seconds_per_token: _builtins.float = ...,
+        expected_perplexity_increase: _builtins.float = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["expected_perplexity_increase", b"expected_perplexity_increase", "extra_seconds_per_token", b"extra_seconds_per_token", "plan", b"plan", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RankedPlan: _TypeAlias = RankedPlan  # noqa: Y015
+
+@_typing.final
 class WorkerServiceGenerateResponse(_message.Message):
-    """Has the same fields on the wire as GenerateResponse, so that a gateway can relay it unchanged."""
+    """Chunk and finish have the same fields on the wire as in GenerateResponse, so that a gateway can relay them unchanged."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     CHUNK_FIELD_NUMBER: _builtins.int
     FINISH_FIELD_NUMBER: _builtins.int
+    REDIRECT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def chunk(self) -> _generation_pb2.Chunk: ...
     @_builtins.property
     def finish(self) -> _generation_pb2.Finish: ...
+    @_builtins.property
+    def redirect(self) -> Global___Redirect:
+        """The end of a stream whose plan is in force elsewhere. A gateway does not relay it."""
+
     def __init__(
         self,
         *,
         chunk: _generation_pb2.Chunk | None = ...,
         finish: _generation_pb2.Finish | None = ...,
+        redirect: Global___Redirect | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "event", b"event", "finish", b"finish"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "event", b"event", "finish", b"finish", "redirect", b"redirect"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "event", b"event", "finish", b"finish"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "event", b"event", "finish", b"finish", "redirect", b"redirect"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["chunk", "finish"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["chunk", "finish", "redirect"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -262,6 +390,7 @@ class ReloadRequest(_message.Message):
     DEPTH_FIELD_NUMBER: _builtins.int
     THRESHOLD_FIELD_NUMBER: _builtins.int
     URGENT_FIELD_NUMBER: _builtins.int
+    ALSO_FIELD_NUMBER: _builtins.int
     model: _builtins.str
     """Name of a model in the worker's models directory."""
     depth: _builtins.int
@@ -272,6 +401,10 @@ class ReloadRequest(_message.Message):
     """
     urgent: _builtins.bool
     """The plan that is served is probably beyond its bounds, so loading has the same priority as serving."""
+    @_builtins.property
+    def also(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlanToLoad]:
+        """Further plans to put in force. Plans in force that are named nowhere end."""
+
     def __init__(
         self,
         *,
@@ -279,16 +412,46 @@ class ReloadRequest(_message.Message):
         depth: _builtins.int = ...,
         threshold: _builtins.float | None = ...,
         urgent: _builtins.bool = ...,
+        also: _abc.Iterable[Global___PlanToLoad] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_threshold", b"_threshold", "threshold", b"threshold"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_threshold", b"_threshold", "depth", b"depth", "model", b"model", "threshold", b"threshold", "urgent", b"urgent"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_threshold", b"_threshold", "also", b"also", "depth", b"depth", "model", b"model", "threshold", b"threshold", "urgent", b"urgent"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__threshold: _TypeAlias = _typing.Literal["threshold"]  # noqa: Y015
     _WhichOneofArgType__threshold: _TypeAlias = _typing.Literal["_threshold", b"_threshold"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__threshold) -> _WhichOneofReturnType__threshold | None: ...
 
 Global___ReloadRequest: _TypeAlias = ReloadRequest  # noqa: Y015
+
+@_typing.final
+class PlanToLoad(_message.Message):
+    """A further plan of a reload. The fields are as in ReloadRequest."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    DEPTH_FIELD_NUMBER: _builtins.int
+    THRESHOLD_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    depth: _builtins.int
+    threshold: _builtins.float
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        depth: _builtins.int = ...,
+        threshold: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_threshold", b"_threshold", "threshold", b"threshold"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_threshold", b"_threshold", "depth", b"depth", "model", b"model", "threshold", b"threshold"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__threshold: _TypeAlias = _typing.Literal["threshold"]  # noqa: Y015
+    _WhichOneofArgType__threshold: _TypeAlias = _typing.Literal["_threshold", b"_threshold"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__threshold) -> _WhichOneofReturnType__threshold | None: ...
+
+Global___PlanToLoad: _TypeAlias = PlanToLoad  # noqa: Y015
 
 @_typing.final
 class ReloadResponse(_message.Message):
@@ -367,6 +530,7 @@ class GetStatusResponse(_message.Message):
     RESIDENT_BYTES_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     PRECISION_FIELD_NUMBER: _builtins.int
+    PLANS_FIELD_NUMBER: _builtins.int
     exit_mode: _builtins.str
     """How tokens leave: full, dynamic or greedy."""
     max_running: _builtins.int
@@ -391,6 +555,10 @@ class GetStatusResponse(_message.Message):
     def models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of the models that this worker could load."""
 
+    @_builtins.property
+    def plans(self) -> _containers.RepeatedCompositeFieldContainer[Global___Plan]:
+        """The plans in force, that of `model` first."""
+
     def __init__(
         self,
         *,
@@ -408,10 +576,11 @@ class GetStatusResponse(_message.Message):
         resident_bytes: _builtins.int = ...,
         memory_bytes: _builtins.int = ...,
         precision: _builtins.str = ...,
+        plans: _abc.Iterable[Global___Plan] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "telemetry", b"telemetry"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "bytes_read", b"bytes_read", "device", b"device", "exit_mode", b"exit_mode", "max_running", b"max_running", "max_waiting", b"max_waiting", "memory_bytes", b"memory_bytes", "model", b"model", "models", b"models", "precision", b"precision", "resident_bytes", b"resident_bytes", "step_token_budget", b"step_token_budget", "telemetry", b"telemetry", "threads", b"threads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "bytes_read", b"bytes_read", "device", b"device", "exit_mode", b"exit_mode", "max_running", b"max_running", "max_waiting", b"max_waiting", "memory_bytes", b"memory_bytes", "model", b"model", "models", b"models", "plans", b"plans", "precision", b"precision", "resident_bytes", b"resident_bytes", "step_token_budget", b"step_token_budget", "telemetry", b"telemetry", "threads", b"threads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -479,16 +648,20 @@ class WatchTelemetryRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     INTERVAL_SECONDS_FIELD_NUMBER: _builtins.int
+    SERVED_PROMPTS_FIELD_NUMBER: _builtins.int
     interval_seconds: _builtins.float
     """Seconds between two messages. Unset: 0.5. At least 0.05."""
+    served_prompts: _builtins.bool
+    """Also send the prompts that were routed."""
     def __init__(
         self,
         *,
         interval_seconds: _builtins.float | None = ...,
+        served_prompts: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_interval_seconds", b"_interval_seconds", "interval_seconds", b"interval_seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_interval_seconds", b"_interval_seconds", "interval_seconds", b"interval_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_interval_seconds", b"_interval_seconds", "interval_seconds", b"interval_seconds", "served_prompts", b"served_prompts"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__interval_seconds: _TypeAlias = _typing.Literal["interval_seconds"]  # noqa: Y015
     _WhichOneofArgType__interval_seconds: _TypeAlias = _typing.Literal["_interval_seconds", b"_interval_seconds"]  # noqa: Y015
@@ -501,20 +674,136 @@ class WatchTelemetryResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     TELEMETRY_FIELD_NUMBER: _builtins.int
+    SERVED_PROMPTS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def telemetry(self) -> Global___Telemetry: ...
+    @_builtins.property
+    def served_prompts(self) -> _containers.RepeatedCompositeFieldContainer[Global___ServedPrompt]:
+        """Prompts routed and computed since the message before. Of many, the newest."""
+
     def __init__(
         self,
         *,
         telemetry: Global___Telemetry | None = ...,
+        served_prompts: _abc.Iterable[Global___ServedPrompt] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["telemetry", b"telemetry"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["telemetry", b"telemetry"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["served_prompts", b"served_prompts", "telemetry", b"telemetry"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchTelemetryResponse: _TypeAlias = WatchTelemetryResponse  # noqa: Y015
+
+@_typing.final
+class ServedPrompt(_message.Message):
+    """How well its plan predicted a prompt that had been probed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLAN_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    READINGS_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    NATS_FIELD_NUMBER: _builtins.int
+    prompt_tokens: _builtins.int
+    tokens: _builtins.int
+    """A sample of the prompt's later tokens: their number, and the sum of their negative natural log-probabilities at
+    the plan's exit.
+    """
+    nats: _builtins.float
+    @_builtins.property
+    def plan(self) -> Global___Plan: ...
+    @_builtins.property
+    def readings(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExitReading]:
+        """What the first exit of each model said of the prompt's first tokens. Empty: the prompt was too short."""
+
+    def __init__(
+        self,
+        *,
+        plan: Global___Plan | None = ...,
+        prompt_tokens: _builtins.int = ...,
+        readings: _abc.Iterable[Global___ExitReading] | None = ...,
+        tokens: _builtins.int = ...,
+        nats: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["nats", b"nats", "plan", b"plan", "prompt_tokens", b"prompt_tokens", "readings", b"readings", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ServedPrompt: _TypeAlias = ServedPrompt  # noqa: Y015
+
+@_typing.final
+class ExitReading(_message.Message):
+    """What a model's first exit says of a sample of a prompt's tokens."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    DEPTH_FIELD_NUMBER: _builtins.int
+    TOKENS_FIELD_NUMBER: _builtins.int
+    NATS_FIELD_NUMBER: _builtins.int
+    DOUBT_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    depth: _builtins.int
+    tokens: _builtins.int
+    """Number of tokens of the sample."""
+    nats: _builtins.float
+    """Mean negative natural log-probability of the prompt's own next token, and mean of -ln(confidence)."""
+    doubt: _builtins.float
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        depth: _builtins.int = ...,
+        tokens: _builtins.int = ...,
+        nats: _builtins.float = ...,
+        doubt: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["depth", b"depth", "doubt", b"doubt", "model", b"model", "nats", b"nats", "tokens", b"tokens"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExitReading: _TypeAlias = ExitReading  # noqa: Y015
+
+@_typing.final
+class SetRouterRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUTER_FIELD_NUMBER: _builtins.int
+    router: _builtins.bytes
+    """The router as JSON (helios/routing)."""
+    def __init__(
+        self,
+        *,
+        router: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["router", b"router"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetRouterRequest: _TypeAlias = SetRouterRequest  # noqa: Y015
+
+@_typing.final
+class SetRouterResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetRouterResponse: _TypeAlias = SetRouterResponse  # noqa: Y015
 
 @_typing.final
 class Telemetry(_message.Message):
@@ -544,6 +833,8 @@ class Telemetry(_message.Message):
     PROMPT_NATS_FIELD_NUMBER: _builtins.int
     CONFIDENCE_TOKENS_FIELD_NUMBER: _builtins.int
     CONFIDENCE_NATS_FIELD_NUMBER: _builtins.int
+    PLANS_FIELD_NUMBER: _builtins.int
+    ROUTER_NUMBER_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     model: _builtins.str
     """Name of the model and layers loaded."""
@@ -581,6 +872,12 @@ class Telemetry(_message.Message):
     the negative natural logarithms of their confidences.
     """
     confidence_nats: _builtins.float
+    router_number: _builtins.int
+    """Number of the router in use. 0: none."""
+    @_builtins.property
+    def plans(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlanLoad]:
+        """The plans in force, the first one first."""
+
     def __init__(
         self,
         *,
@@ -606,14 +903,42 @@ class Telemetry(_message.Message):
         prompt_nats: _builtins.float = ...,
         confidence_tokens: _builtins.int = ...,
         confidence_nats: _builtins.float = ...,
+        plans: _abc.Iterable[Global___PlanLoad] | None = ...,
+        router_number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_free", b"blocks_free", "blocks_total", b"blocks_total", "cached_tokens", b"cached_tokens", "confidence_nats", b"confidence_nats", "confidence_tokens", b"confidence_tokens", "depth", b"depth", "draining", b"draining", "finished_sequences", b"finished_sequences", "generated_tokens", b"generated_tokens", "high_exit_tokens", b"high_exit_tokens", "model", b"model", "preemptions", b"preemptions", "prefill_tokens", b"prefill_tokens", "prompt_nats", b"prompt_nats", "prompt_tokens_read", b"prompt_tokens_read", "prompts_read", b"prompts_read", "running", b"running", "step_age_seconds", b"step_age_seconds", "steps", b"steps", "time", b"time", "waiting", b"waiting", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_free", b"blocks_free", "blocks_total", b"blocks_total", "cached_tokens", b"cached_tokens", "confidence_nats", b"confidence_nats", "confidence_tokens", b"confidence_tokens", "depth", b"depth", "draining", b"draining", "finished_sequences", b"finished_sequences", "generated_tokens", b"generated_tokens", "high_exit_tokens", b"high_exit_tokens", "model", b"model", "plans", b"plans", "preemptions", b"preemptions", "prefill_tokens", b"prefill_tokens", "prompt_nats", b"prompt_nats", "prompt_tokens_read", b"prompt_tokens_read", "prompts_read", b"prompts_read", "router_number", b"router_number", "running", b"running", "step_age_seconds", b"step_age_seconds", "steps", b"steps", "time", b"time", "waiting", b"waiting", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Telemetry: _TypeAlias = Telemetry  # noqa: Y015
+
+@_typing.final
+class PlanLoad(_message.Message):
+    """A plan in force and its load."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PLAN_FIELD_NUMBER: _builtins.int
+    RUNNING_FIELD_NUMBER: _builtins.int
+    running: _builtins.int
+    """Sequences in the running batch under this plan."""
+    @_builtins.property
+    def plan(self) -> Global___Plan: ...
+    def __init__(
+        self,
+        *,
+        plan: Global___Plan | None = ...,
+        running: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "running", b"running"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanLoad: _TypeAlias = PlanLoad  # noqa: Y015
 
 @_typing.final
 class GetTokenizerRequest(_message.Message):

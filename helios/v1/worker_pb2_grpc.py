@@ -26,7 +26,7 @@ if _version_not_supported:
 
 
 class WorkerServiceStub:
-    """Serves the first layers of one model.
+    """Serves plans: the first layers of one model or of several.
     """
 
     def __init__(self, channel):
@@ -65,6 +65,11 @@ class WorkerServiceStub:
                 request_serializer=helios_dot_v1_dot_worker__pb2.GetTokenizerRequest.SerializeToString,
                 response_deserializer=helios_dot_v1_dot_worker__pb2.GetTokenizerResponse.FromString,
                 _registered_method=True)
+        self.SetRouter = channel.unary_unary(
+                '/helios.v1.WorkerService/SetRouter',
+                request_serializer=helios_dot_v1_dot_worker__pb2.SetRouterRequest.SerializeToString,
+                response_deserializer=helios_dot_v1_dot_worker__pb2.SetRouterResponse.FromString,
+                _registered_method=True)
         self.Drain = channel.unary_unary(
                 '/helios.v1.WorkerService/Drain',
                 request_serializer=helios_dot_v1_dot_worker__pb2.DrainRequest.SerializeToString,
@@ -73,7 +78,7 @@ class WorkerServiceStub:
 
 
 class WorkerServiceServicer:
-    """Serves the first layers of one model.
+    """Serves plans: the first layers of one model or of several.
     """
 
     def Generate(self, request, context):
@@ -122,6 +127,14 @@ class WorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetRouter(self, request, context):
+        """Replaces the router, which chooses a plan for each request that asks for it. INVALID_ARGUMENT: it is of another
+        version, or broken; the router before it stays.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Drain(self, request, context):
         """Stops taking sequences. Returns when the running ones have ended or been handed back: the streams of those
         end with UNAVAILABLE, and the gateway goes on elsewhere.
@@ -163,6 +176,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     request_deserializer=helios_dot_v1_dot_worker__pb2.GetTokenizerRequest.FromString,
                     response_serializer=helios_dot_v1_dot_worker__pb2.GetTokenizerResponse.SerializeToString,
             ),
+            'SetRouter': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetRouter,
+                    request_deserializer=helios_dot_v1_dot_worker__pb2.SetRouterRequest.FromString,
+                    response_serializer=helios_dot_v1_dot_worker__pb2.SetRouterResponse.SerializeToString,
+            ),
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
                     request_deserializer=helios_dot_v1_dot_worker__pb2.DrainRequest.FromString,
@@ -177,7 +195,7 @@ def add_WorkerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class WorkerService:
-    """Serves the first layers of one model.
+    """Serves plans: the first layers of one model or of several.
     """
 
     @staticmethod
@@ -332,6 +350,33 @@ class WorkerService:
             '/helios.v1.WorkerService/GetTokenizer',
             helios_dot_v1_dot_worker__pb2.GetTokenizerRequest.SerializeToString,
             helios_dot_v1_dot_worker__pb2.GetTokenizerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetRouter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/helios.v1.WorkerService/SetRouter',
+            helios_dot_v1_dot_worker__pb2.SetRouterRequest.SerializeToString,
+            helios_dot_v1_dot_worker__pb2.SetRouterResponse.FromString,
             options,
             channel_credentials,
             insecure,

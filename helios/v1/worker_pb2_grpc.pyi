@@ -27,7 +27,7 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class WorkerServiceStub:
-    """Serves the first layers of one model."""
+    """Serves plans: the first layers of one model or of several."""
 
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
@@ -52,6 +52,10 @@ class WorkerServiceStub:
     """The worker's load, repeated at an interval and at once when the plan changes or a drain begins."""
     GetTokenizer: _grpc.UnaryUnaryMultiCallable[_worker_pb2.GetTokenizerRequest, _worker_pb2.GetTokenizerResponse]
     """The tokenizer of the model being served."""
+    SetRouter: _grpc.UnaryUnaryMultiCallable[_worker_pb2.SetRouterRequest, _worker_pb2.SetRouterResponse]
+    """Replaces the router, which chooses a plan for each request that asks for it. INVALID_ARGUMENT: it is of another
+    version, or broken; the router before it stays.
+    """
     Drain: _grpc.UnaryUnaryMultiCallable[_worker_pb2.DrainRequest, _worker_pb2.DrainResponse]
     """Stops taking sequences. Returns when the running ones have ended or been handed back: the streams of those
     end with UNAVAILABLE, and the gateway goes on elsewhere.
@@ -59,7 +63,7 @@ class WorkerServiceStub:
 
 @_typing.type_check_only
 class WorkerServiceAsyncStub(WorkerServiceStub):
-    """Serves the first layers of one model."""
+    """Serves plans: the first layers of one model or of several."""
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryStreamMultiCallable[_worker_pb2.WorkerServiceGenerateRequest, _worker_pb2.WorkerServiceGenerateResponse]  # type: ignore[assignment]
@@ -81,13 +85,17 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     """The worker's load, repeated at an interval and at once when the plan changes or a drain begins."""
     GetTokenizer: _aio.UnaryUnaryMultiCallable[_worker_pb2.GetTokenizerRequest, _worker_pb2.GetTokenizerResponse]  # type: ignore[assignment]
     """The tokenizer of the model being served."""
+    SetRouter: _aio.UnaryUnaryMultiCallable[_worker_pb2.SetRouterRequest, _worker_pb2.SetRouterResponse]  # type: ignore[assignment]
+    """Replaces the router, which chooses a plan for each request that asks for it. INVALID_ARGUMENT: it is of another
+    version, or broken; the router before it stays.
+    """
     Drain: _aio.UnaryUnaryMultiCallable[_worker_pb2.DrainRequest, _worker_pb2.DrainResponse]  # type: ignore[assignment]
     """Stops taking sequences. Returns when the running ones have ended or been handed back: the streams of those
     end with UNAVAILABLE, and the gateway goes on elsewhere.
     """
 
 class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
-    """Serves the first layers of one model."""
+    """Serves plans: the first layers of one model or of several."""
 
     @_abc_1.abstractmethod
     def Generate(
@@ -143,6 +151,16 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.GetTokenizerResponse, _abc.Awaitable[_worker_pb2.GetTokenizerResponse]]:
         """The tokenizer of the model being served."""
+
+    @_abc_1.abstractmethod
+    def SetRouter(
+        self,
+        request: _worker_pb2.SetRouterRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.SetRouterResponse, _abc.Awaitable[_worker_pb2.SetRouterResponse]]:
+        """Replaces the router, which chooses a plan for each request that asks for it. INVALID_ARGUMENT: it is of another
+        version, or broken; the router before it stays.
+        """
 
     @_abc_1.abstractmethod
     def Drain(
