@@ -151,7 +151,7 @@ class CompiledModel:
     ) -> int:
         """Returns the number of steps taken.
 
-        exits: EXIT [E], ascending; depths: as in `Batch.depths`, but no row leaves earlier if `is_dynamic`.
+        exits: EXIT [E], ascending; depths: as in `Batch.depths`, in a dynamic step as if no row left early.
         """
         rows, reads = batch.rows, batch.reads
         space = self._space_for(rows, burst.steps * reads, has_found=is_dynamic and len(exits) > 1)
