@@ -98,7 +98,7 @@ class CompiledModel:
         """
         depths = batch.depths
         if len(depths) == 1:
-            depth = batch.depth
+            depth = depths[0][0]
             found = self.step(batch, cache, depth, burst)
             return found, [depth] * len(found.best)
         exits = self._exits_of(tuple(depth for depth, _ in depths))

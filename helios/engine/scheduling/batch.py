@@ -195,11 +195,15 @@ def build_batch(
     A sequence gets a token when its last known token is among the rows. The rows of `readings` are read after
     those of the sequences; `readings` notes the token that follows each of them.
     """
-    depths = {seq.plan.depth for seq, _ in scheduled}
-    groups = [scheduled]
-    if len(depths) > 1:
-        deepest_first = sorted(depths, reverse=True)
-        groups = [[one for one in scheduled if one[0].plan.depth == depth] for depth in deepest_first]
+    depth, several, decodes, prefills = scheduled[0][0].plan.depth, False, [], []
+    for seq, count in scheduled:
+        if seq.plan.depth != depth:
+            several = True
+        if seq.is_decoding:
+            decodes.append(seq)
+        else:
+            prefills.append((seq, count))
+    groups = _by_depth(decodes, prefills) if several else [(depth, decodes, prefills)]
     token_ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -208,18 +212,11 @@ def build_batch(
     tables: list[list[int]] = []
     readers: list[Sequence] = []
     chunks: list[tuple[int, int, bool]] = []
-    # First row of each group, which is the number of deeper rows.
-    starts: list[int] = []
+    depths: Depths = ()
     decode_rows = 0
-    for group in groups:
-        starts.append(len(token_ids))
-        decodes: list[Sequence] = []
-        prefills: list[tuple[Sequence, int]] = []
-        for seq, count in group:
-            if seq.is_decoding:
-                decodes.append(seq)
-            else:
-                prefills.append((seq, count))
+    for depth, decodes, prefills in groups:
+        depths = ((depth, len(token_ids)), *depths)
+        decode_rows += len(decodes)
         row_tables += range(len(tables), len(tables) + len(decodes))
         read_rows += range(len(token_ids), len(token_ids) + len(decodes))
         # Each decode row is the last token of its sequence, and is read. One pass over the sequences, because
@@ -231,7 +228,6 @@ def build_batch(
             slots.append(blocks[position // block_tokens] * block_tokens + position % block_tokens)
             tables.append(blocks)
         readers += decodes
-        decode_rows += len(decodes)
         for seq, count in prefills:
             start, end = seq.computed, seq.computed + count
             first_row = len(token_ids)
@@ -256,15 +252,20 @@ def build_batch(
     for table in tables:
         numbers += table
         numbers += [0] * (width - len(table))
-    batch = Batch(
-        array("q", numbers),
-        device,
-        rows,
-        len(read_rows),
-        len(tables),
-        decode_rows,
-        block_tokens,
-        tuple(chunks),
-        tuple(zip(sorted(depths), reversed(starts), strict=True)),
-    )
-    return batch, readers
+    sizes = rows, len(read_rows), len(tables), decode_rows
+    return Batch(array("q", numbers), device, *sizes, block_tokens, tuple(chunks), depths), readers
+
+
+def _by_depth(
+    decodes: Seq[Sequence], prefills: Seq[tuple[Sequence, int]]
+) -> list[tuple[int, list[Sequence], list[tuple[Sequence, int]]]]:
+    """The depth, decodes and prefills of each group of one depth, the deepest first."""
+    depths = {seq.plan.depth for seq in (*decodes, *(seq for seq, _ in prefills))}
+    return [
+        (
+            depth,
+            [seq for seq in decodes if seq.plan.depth == depth],
+            [one for one in prefills if one[0].plan.depth == depth],
+        )
+        for depth in sorted(depths, reverse=True)
+    ]
