@@ -99,8 +99,8 @@ class CompiledModel:
         depths = batch.depths
         if len(depths) == 1:
             depth = depths[0][0]
-            found = self.step(batch, cache, depth, burst)
-            return found, [depth] * len(found.best)
+            steps = self._run(batch, cache, self._exits_of((depth,)), depths, burst)
+            return self._space.read(batch.reads, steps), [depth] * (steps * batch.reads)
         exits = self._exits_of(tuple(depth for depth, _ in depths))
         exits["staying"] = [staying for _, staying in depths]
         return self._with_exit_layers(batch, self._run(batch, cache, exits, depths, burst))
