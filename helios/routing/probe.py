@@ -19,10 +19,21 @@ class ExitReading:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What the first exits of the loaded models say of a prompt's first tokens, by model.
+    """What the first exits of models say of a prompt's first tokens, by model.
 
-    A prompt that is too short to be probed has no readings.
+    first_ids: the tokens that were probed. A prompt that is too short to be probed has no readings.
     """
 
     prompt_tokens: int
     readings: Mapping[str, ExitReading]
+    first_ids: tuple[int, ...] = ()
+
+
+def read_positions(tokens: int, most: int) -> list[int]:
+    """Positions of a probed beginning of `tokens` tokens that are read out, at most `most`, evenly spread.
+
+    The first ones are left out: a model knows too little before them.
+    """
+    first = tokens // 5
+    count = min(most, tokens - first)
+    return [first + (2 * index + 1) * (tokens - first) // (2 * count) for index in range(count)]
