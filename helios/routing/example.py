@@ -54,9 +54,7 @@ def joined(by_model: Mapping[str, Iterable[ModelExample]]) -> list[Example]:
     found = []
     for name, one in first.items():
         all_ = {model: examples[name] for model, examples in known.items() if name in examples}
-        same = all(
-            (other.ids, other.first_tokens) == (one.ids, one.first_tokens) for other in all_.values()
-        )
+        same = all((other.ids, other.first_tokens) == (one.ids, one.first_tokens) for other in all_.values())
         if len(all_) == len(known) and same:
             found.append(
                 Example(
