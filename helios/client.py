@@ -55,8 +55,9 @@ def generate_request(
         model=model,
         sampling=sampling,
         max_perplexity_increase=max_perplexity_increase,
-        objective=None if objective is None else objective.to_proto(),
     )
+    if objective is not None:
+        request.objective = objective.to_proto()
     if isinstance(prompt, str):
         request.text = prompt
     else:

@@ -45,12 +45,10 @@ class Preference:
 
     def to_proto(self) -> worker_pb2.Route:
         """Converts the preference to the message that workers get."""
-        return worker_pb2.Route(
-            max_perplexity_increase=self.max_perplexity_increase,
-            objective=controller_pb2.OBJECTIVE_UNSPECIFIED
-            if self.objective is None
-            else self.objective.to_proto(),
-        )
+        route = worker_pb2.Route(max_perplexity_increase=self.max_perplexity_increase)
+        if self.objective is not None:
+            route.objective = self.objective.to_proto()
+        return route
 
 
 def _names() -> str:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+from typing import cast
 
 from redis.exceptions import RedisError
 
@@ -25,7 +26,7 @@ async def find(redis_url: str | None) -> Router | None:
         return None
     try:
         async with asyncio.timeout(_REDIS_SECONDS), redis_client.connect(redis_url) as redis:
-            saved = await redis.get(ROUTER)
+            saved = cast("bytes | None", await redis.get(ROUTER))
         return None if saved is None else Router.from_json(saved)
     except (RedisError, OSError, InvalidRequestError) as error:  # TimeoutError is an OSError.
         reason = str(error) or f"no answer in {_REDIS_SECONDS:g} s"

@@ -269,13 +269,19 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             loop.call_soon_threadsafe(stages.put_nowait, (loaded, total))
 
         def reload() -> Reloaded:
-            (path, first), *others = map(self._wanted, [request, *request.also])
+            first_path, first = self._wanted(request)
+            others = [self._wanted(one) for one in request.also]
             named = [first.plan, *(one.plan for _, one in others)]
             if twice := [plan for plan, times in Counter(named).items() if times > 1]:
                 raise InvalidRequestError(f"{twice[0]} is named more than once")
             also = [PlanToLoad(path, one.plan.depth, one.threshold) for path, one in others]
             reloaded = self._engine.reload(
-                path, first.plan.depth, progress, first.threshold, also=also, urgent=request.urgent
+                first_path,
+                first.plan.depth,
+                progress,
+                first.threshold,
+                also=also,
+                urgent=request.urgent,
             )
             self._plan_file.write(first.plan, first.threshold, tuple(one for _, one in others))
             return reloaded
@@ -303,8 +309,8 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         try:
             result = task.result()
         except HeliosError as error:
-            wanted = ", ".join(f"{one.model} depth {one.depth}" for one in (request, *request.also))
-            log.warning("reload to %s failed: %s", wanted, error)
+            also = "".join(f", {one.model} depth {one.depth}" for one in request.also)
+            log.warning("reload to %s depth %d%s failed: %s", request.model, request.depth, also, error)
             await abort(context, error)
         served = ", ".join(f"{plan.model} depth {plan.depth}" for plan in self._engine.served.plans)
         log.info("serving %s", served)
