@@ -1,7 +1,7 @@
 """An engine without a model, for a worker whose plans, probes and prompts the test decides."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from helios.engine.interface import (
@@ -35,7 +35,7 @@ class ScriptedSequence:
     plan: ServedPlan
     prompt_tokens: int
     completion_tokens: int
-    times: PhaseTimes = field(default_factory=PhaseTimes)
+    times: PhaseTimes
     preemptions: int = 0
 
 
@@ -46,8 +46,9 @@ class ScriptedEngine:
         self.plans = plans
         self.probe = probe
         self.prompts: list[ServedPrompt] = []
-        # The thresholds of the last reload, in the order of the plans.
+        # Thresholds and shares of the last reload, in the order of the plans.
         self.thresholds: list[float | None] = []
+        self.shares: list[float] = []
         self.running = False
 
     def start(self) -> None:
@@ -68,17 +69,18 @@ class ScriptedEngine:
         plan: ServedPlan | None = None,
         route: Route | None = None,
     ) -> ScriptedSequence:
+        times = PhaseTimes()
         chosen = (plan or self.plans[0]) if route is None else route(self.probe)
         if chosen not in self.plans:
             sink(Output(error=PlanNotServedError(f"{chosen} is not in force")))
-            return ScriptedSequence(self.plans[0], len(prompt_ids), 0)
+            return ScriptedSequence(self.plans[0], len(prompt_ids), 0, times)
         tokens = tuple(
             GeneratedToken(index, 100 + index, "x", -0.1, 0.9, chosen.depth, chosen.model)
             for index in range(len(emitted_ids or []), sampling.max_tokens)
         )
         finish = Finish(FinishReason.LENGTH, "x" * sampling.max_tokens, len(prompt_ids), sampling.max_tokens)
         sink(Output(tokens, finish))
-        return ScriptedSequence(chosen, len(prompt_ids), sampling.max_tokens)
+        return ScriptedSequence(chosen, len(prompt_ids), sampling.max_tokens, times)
 
     def cancel(self, request_id: str, error: HeliosError | None = None) -> None:
         """Nothing is left to cancel."""
@@ -96,6 +98,7 @@ class ScriptedEngine:
         wanted = [PlanToLoad(path, depth, threshold), *also]
         self.plans = tuple(ServedPlan(model=one.path.name, depth=one.depth or 1) for one in wanted)
         self.thresholds = [one.threshold for one in wanted]
+        self.shares = [one.share for one in wanted]
         return Reloaded(bytes_read=0, sequences_moved=0, stall_seconds=0.0)
 
     def telemetry(self) -> Telemetry:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from helios import catalog, redis_client, registry, service_process
-from helios.engine.interface import PlanToLoad, ServingEngine
+from helios.engine.interface import ServingEngine
 from helios.errors import SettingsError
 from helios.orders import EVERY_WORKER
 from helios.served import ServedPlan
@@ -126,10 +126,7 @@ def _load_further(engine: ServingEngine, models_dir: Path, first: FirstPlan) -> 
         return
     try:
         path = catalog.find_model(models_dir, first.plan.model).path
-        also = [
-            PlanToLoad(catalog.find_model(models_dir, one.plan.model).path, one.plan.depth, one.threshold)
-            for one in first.also
-        ]
+        also = [one.to_load(catalog.find_model(models_dir, one.plan.model).path) for one in first.also]
         engine.reload(path, first.plan.depth, threshold=first.threshold, also=also, urgent=True)
     # Whatever is wrong with those plans, the worker can serve the first one.
     except Exception as error:

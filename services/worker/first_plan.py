@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from redis.exceptions import RedisError
 
 from helios import history, orders, redis_client
+from helios.engine.interface import PlanToLoad
 from helios.served import ServedPlan
 
 log = logging.getLogger(__name__)
@@ -19,12 +20,17 @@ _REDIS_SECONDS = 2.0
 
 
 class LoadedPlan(BaseModel):
-    """A plan, and the confidence threshold that it was loaded with."""
+    """A plan, and what it was loaded with: its confidence threshold and its share (`PlanToLoad`)."""
 
     model_config = ConfigDict(frozen=True)
 
     plan: ServedPlan
     threshold: float | None
+    share: float = 1.0
+
+    def to_load(self, path: Path) -> PlanToLoad:
+        """What the engine is given, with the checkpoint in `path`."""
+        return PlanToLoad(path, self.plan.depth, self.threshold, self.share)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import os
 import time
 from collections import Counter
@@ -19,13 +20,7 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Span, SpanKind, StatusCode
 
 from helios import catalog, telemetry
-from helios.engine.interface import (
-    Output,
-    PlanToLoad,
-    Reloaded,
-    ServedPrompt,
-    ServingEngine,
-)
+from helios.engine.interface import Output, Reloaded, ServedPrompt, ServingEngine
 from helios.errors import HeliosError, InvalidRequestError, UnavailableError, status_of
 from helios.routing.preference import Preference
 from helios.routing.router import Router
@@ -274,7 +269,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             named = [first.plan, *(one.plan for _, one in others)]
             if twice := [plan for plan, times in Counter(named).items() if times > 1]:
                 raise InvalidRequestError(f"{twice[0]} is named more than once")
-            also = [PlanToLoad(path, one.plan.depth, one.threshold) for path, one in others]
+            also = [one.to_load(path) for path, one in others]
             reloaded = self._engine.reload(
                 first_path,
                 first.plan.depth,
@@ -330,8 +325,13 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         threshold = message.threshold if message.HasField("threshold") else None
         if threshold is not None and not 0 <= threshold <= 1:
             raise InvalidRequestError(f"threshold must be in [0, 1], not {threshold}")
+        share = 1.0
+        if isinstance(message, worker_pb2.PlanToLoad) and message.HasField("share"):
+            share = message.share
+        if not 0 < share < math.inf:
+            raise InvalidRequestError(f"share must be a finite number above 0, not {share}")
         plan = ServedPlan(model=entry.name, depth=message.depth or entry.num_layers)
-        return entry.path, LoadedPlan(plan=plan, threshold=threshold)
+        return entry.path, LoadedPlan(plan=plan, threshold=threshold, share=share)
 
     async def SetRouter(
         self, request: worker_pb2.SetRouterRequest, context: _Context

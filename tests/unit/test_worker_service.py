@@ -9,8 +9,11 @@ from typing import cast
 import grpc
 import pytest
 from google.rpc import status_pb2
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from helios import redis_client
+from helios import redis_client, telemetry
 from helios.client import error_from, error_of
 from helios.engine.interface import ServedPrompt
 from helios.errors import HeliosError, InvalidRequestError, PlanNotServedError, UnknownModelError
@@ -203,6 +206,28 @@ async def test_a_request_that_names_a_model_is_routed_among_its_plans(tiny_model
     assert [(one.plan.model, one.plan.depth) for one in plans] == [("tiny", 1), ("tiny", 4)]
 
 
+async def test_a_span_tells_the_plan_what_was_expected_of_it_and_when_it_was_chosen(
+    tiny_models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(telemetry, "_tracer", provider.get_tracer("test"))
+    engine = ScriptedEngine(TINY_4, TINY_2, probe=PROBE)
+    for router in (ScriptedRouter(TINY_2), ScriptedRouter(OTHER_2)):
+        async with served(engine, tiny_models, router) as stub:
+            await ended(stub, request(route=worker_pb2.Route()), many=False)
+    spans = exporter.get_finished_spans()
+    chosen, redirected = (dict(span.attributes or {}) for span in spans if span.name == "Generate")
+    assert (chosen["helios.model"], chosen["helios.depth"]) == ("tiny", 2)
+    assert chosen["helios.expected_perplexity_increase"] == 0.02
+    assert chosen["helios.plan_reason"] == "tiny at depth 2 was ranked"
+    assert (chosen["helios.redirected"], redirected["helios.redirected"]) == (False, True)
+    assert "helios.depth" not in redirected
+    probes = [span for span in spans if span.name == "probe"]
+    assert len(probes) == 2
+    assert all(span.start_time <= span.end_time for span in probes)
+
+
 async def test_without_a_router_the_first_plan_serves(tiny_models: Path) -> None:
     async with served(ScriptedEngine(TINY_4, OTHER_2, probe=PROBE), tiny_models) as stub:
         finish = (await ended(stub, request(route=worker_pb2.Route()), many=True)).finish
@@ -230,10 +255,10 @@ async def test_a_router_that_is_broken_is_refused_and_the_one_before_it_stays(
     monkeypatch.setattr(Router, "from_json", from_json)
     async with served(ScriptedEngine(TINY_4, TINY_2, probe=PROBE), tiny_models) as stub:
         watch = stub.WatchTelemetry(worker_pb2.WatchTelemetryRequest(interval_seconds=60))
-        telemetry = aiter(watch)
-        assert (await anext(telemetry)).telemetry.router_number == 0
+        messages = aiter(watch)
+        assert (await anext(messages)).telemetry.router_number == 0
         await stub.SetRouter(worker_pb2.SetRouterRequest(router=b"good"))
-        assert (await anext(telemetry)).telemetry.router_number == 8, "it is told at once"
+        assert (await anext(messages)).telemetry.router_number == 8, "it is told at once"
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await stub.SetRouter(worker_pb2.SetRouterRequest(router=b"bad"))
         assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
@@ -248,7 +273,7 @@ async def test_a_reload_puts_a_set_in_force_that_outlives_the_process(
 ) -> None:
     path = tmp_path / "plan.json"
     reload = worker_pb2.ReloadRequest(model="tiny", depth=2, threshold=0.25)
-    reload.also.add(model="other", depth=2, threshold=0.5)
+    reload.also.add(model="other", depth=2, threshold=0.5, share=0.25)
     reload.also.add(model="tiny")
     engine = ScriptedEngine(TINY_4, probe=PROBE)
     async with served(engine, tiny_models, plan_file=path) as stub:
@@ -266,6 +291,7 @@ async def test_a_reload_puts_a_set_in_force_that_outlives_the_process(
     _load_further(again, tiny_models, kept)
     assert again.plans == engine.plans == (TINY_2, OTHER_2, TINY_4)
     assert again.thresholds == engine.thresholds == [0.25, 0.5, None]
+    assert again.shares == engine.shares == [1.0, 0.25, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -274,6 +300,8 @@ async def test_a_reload_puts_a_set_in_force_that_outlives_the_process(
         ({"model": "tiny", "depth": 2}, "tiny at depth 2 is named more than once"),
         ({"model": "nobody", "depth": 2}, "no model 'nobody'"),
         ({"model": "other", "threshold": 2.0}, "threshold must be in"),
+        ({"model": "other", "share": 0.0}, "share must be"),
+        ({"model": "other", "share": float("inf")}, "share must be"),
     ],
 )
 async def test_a_set_that_cannot_be_is_refused_and_the_plans_stay(
