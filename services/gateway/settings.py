@@ -73,7 +73,7 @@ class GatewaySettings(ServiceSettings):
     overload_retry_seconds: float = Field(
         1,
         gt=0,
-        description="retry hint of a refusal, and expected time until a full worker has a place, while no rate "
+        description="retry hint of a refusal, and expected wait for a place at a full worker, until a rate "
         "has been observed",
     )
     rate_window_seconds: float = Field(
