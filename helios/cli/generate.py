@@ -133,7 +133,7 @@ def _reason(finish: generation_pb2.Finish) -> str:
 
 
 def _summary(finish: generation_pb2.Finish, token_times: list[float]) -> str:
-    """One line about a stream that has ended, and a second one if its plan was chosen for it."""
+    """One line about a stream that has ended, and a second one if there is a reason for its plan."""
     parts = [f"{finish.completion_tokens} tokens ({_reason(finish)})"]
     if token_times:
         parts.append(f"{len(token_times) / token_times[-1]:.0f} tokens/s")
@@ -142,7 +142,9 @@ def _summary(finish: generation_pb2.Finish, token_times: list[float]) -> str:
     if finish.resumed:
         parts.append(f"went on with another worker {finish.resumed} times")
     summary = " · ".join(parts)
-    if finish.HasField("expected_perplexity_increase"):
-        expected = f"perplexity {finish.expected_perplexity_increase:+.1%} expected"
-        summary += f"\n{finish.model} at depth {finish.depth}, {expected}: {finish.plan_reason}"
+    if finish.plan_reason:
+        plan = f"{finish.model} at depth {finish.depth}"
+        if finish.HasField("expected_perplexity_increase"):
+            plan += f", perplexity {finish.expected_perplexity_increase:+.1%} expected"
+        summary += f"\n{plan}: {finish.plan_reason}"
     return summary

@@ -17,14 +17,19 @@ _REASONS = {
     FinishReason.EOS: generation_pb2.FINISH_REASON_EOS,
     FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
 }
+_NO_ROUTER = "no router has been learnt yet, so what the request asks of its plan was not applied"
 
 
 @dataclass(slots=True)
 class ServedSequence:
-    """A sequence in the engine, and the choice of its plan if a router makes it."""
+    """A sequence in the engine, and the choice of its plan if a router makes it.
+
+    `lacks_router`: whether the request has wishes for its plan that nothing can fulfil.
+    """
 
     submitted: Submitted
     choice: RoutedChoice | None
+    lacks_router: bool = False
     _redirected: bool = False
 
     def finish(self, finish: Finish) -> worker_pb2.WorkerServiceGenerateResponse:
@@ -43,6 +48,8 @@ class ServedSequence:
         if (expected := self._expected) is not None:
             response.finish.expected_perplexity_increase = expected.expected_perplexity_increase
             response.finish.plan_reason = expected.reason
+        elif self.lacks_router:
+            response.finish.plan_reason = _NO_ROUTER
         return response
 
     def redirect(self, error: HeliosError | None) -> worker_pb2.WorkerServiceGenerateResponse | None:

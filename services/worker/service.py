@@ -188,7 +188,10 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         if self._draining:
             raise UnavailableError(f"worker {self._worker_id} is draining; send the request to another")
         plan = named_plan(request, self._engine.served.plans)
-        choice = self._choice(request)
+        preference = Preference.from_proto(request.route)
+        # A request that goes on has a plan already, so it is not routed again.
+        is_routed = request.HasField("route") and not request.emitted_ids
+        choice = self._choice(request.model, preference) if is_routed else None
         if not request.sampling.HasField("max_tokens") or not request.sampling.HasField("seed"):
             raise InvalidRequestError(
                 "sampling.max_tokens and sampling.seed must be set on a worker's request"
@@ -206,7 +209,8 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             plan=plan,
             route=choice,
         )
-        sequence = ServedSequence(submitted, choice)
+        lacks_router = is_routed and choice is None and preference != Preference()
+        sequence = ServedSequence(submitted, choice, lacks_router)
         self._streams.add(name)
         self._idle.clear()
         try:
@@ -229,17 +233,11 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
                 sampling.max_tokens,
             )
 
-    def _choice(self, request: worker_pb2.WorkerServiceGenerateRequest) -> RoutedChoice | None:
-        """The choice of the request's plan by the router. None: the request wants none, or there is none.
-
-        A request that goes on has a plan already, so it is not routed again.
-        """
-        if not request.HasField("route"):
+    def _choice(self, model: str, preference: Preference) -> RoutedChoice | None:
+        """The choice of a plan by the router, among those of a model unless it is empty. None: no router."""
+        if self._router is None:
             return None
-        preference = Preference.from_proto(request.route)
-        if self._router is None or request.emitted_ids:
-            return None
-        return RoutedChoice(self._router, preference, self._plans(request.model) if request.model else None)
+        return RoutedChoice(self._router, preference, self._plans(model) if model else None)
 
     def _plans(self, model: str) -> frozenset[ServedPlan]:
         """All plans of a model, in force or not."""

@@ -231,7 +231,11 @@ async def test_a_span_tells_the_plan_what_was_expected_of_it_and_when_it_was_cho
 async def test_without_a_router_the_first_plan_serves(tiny_models: Path) -> None:
     async with served(ScriptedEngine(TINY_4, OTHER_2, probe=PROBE), tiny_models) as stub:
         finish = (await ended(stub, request(route=worker_pb2.Route()), many=True)).finish
-    assert (finish.model, finish.depth, finish.plan_reason) == ("tiny", 4, "")
+        assert (finish.model, finish.depth, finish.plan_reason) == ("tiny", 4, "")
+        bound = worker_pb2.Route(max_perplexity_increase=0.0)
+        finish = (await ended(stub, request(route=bound), many=True)).finish
+    assert (finish.model, finish.depth) == ("tiny", 4)
+    assert "was not applied" in finish.plan_reason
 
 
 async def test_a_request_that_goes_on_is_not_routed_again(tiny_models: Path) -> None:
