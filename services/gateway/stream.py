@@ -324,11 +324,13 @@ class Stream:
             "resume",
             {"worker": worker.address, "reason": reason, "emitted_tokens": len(self.emitted_ids)},
         )
+        came_from_it = bool(self.emitted_ids) and self._losses == 0
+        if came_from_it or (self._plan is None and not isinstance(loss, _PlanChangedError)):
+            self._plan = self._plan_at(worker)
         self._losses += 1
         self._failed.add(worker.address)
         if not isinstance(loss, _PlanChangedError):
             self.resumed += 1
-        self._plan = self._plan_at(worker)
         if not self.emitted_ids:
             # The plans in force may have changed, so another worker chooses again.
             self._ranking = None

@@ -251,6 +251,33 @@ async def test_a_stream_goes_on_under_its_very_plan(stack: Stack) -> None:
         assert (request.model, request.depth) == ("tiny", 4), "the next deeper one of its model"
 
 
+async def test_a_worker_that_is_lost_without_a_token_does_not_change_the_plan(stack: Stack) -> None:
+    async def dies_under_tiny_2(request: Request, seconds: float) -> AsyncIterator[Response]:
+        yield under(chunk(0, 1, 2), TINY_2)
+        raise UnavailableError("gone")
+
+    async def dies_once_c_has_the_plan(request: Request, seconds: float) -> AsyncIterator[Response]:
+        workers[2].serve(TINY_4, TINY_2)
+
+        async def heard() -> bool:
+            states = (await client.status()).workers
+            return any(len(state.telemetry.plans) == 2 and state.worker_id == "c" for state in states)
+
+        await until(heard, "the plan to be in force at c")
+        raise UnavailableError("gone")
+        yield
+
+    async with scripted_workers(dies_under_tiny_2, dies_once_c_has_the_plan, as_named) as workers:
+        workers[0].serve(TINY_4, TINY_2)
+        workers[1].serve(TINY_4)
+        workers[2].serve(TINY_4)
+        async with connected(stack, workers) as client:
+            whole = await stream(client, six())
+    assert whole.ids == IDS
+    (second,), (third,) = workers[1].requests, workers[2].requests
+    assert (second.depth, third.depth) == (4, 2)
+
+
 async def test_status_tells_every_plan_of_a_worker(stack: Stack) -> None:
     async with scripted_workers(well_behaved) as workers:
         workers[0].serve(TINY_4, OTHER_2)
