@@ -18,6 +18,7 @@ from services.controller.policy.decide import contradiction, decide
 from services.controller.record import DecisionEntry
 from services.controller.replica import Replica
 from services.controller.rollout import Rollout
+from services.controller.routing.request_routing import RequestRouting
 from services.controller.settings import ControllerSettings
 from services.controller.situation import Bar, Situation, Trigger
 from services.controller.workload import Workload
@@ -37,6 +38,8 @@ class DecisionMaker:
         history: History,
         rollout: Rollout,
         candidates: Candidates,
+        routing: RequestRouting,
+        workload: Workload,
     ) -> None:
         self._settings = settings
         self._policy = settings.policy
@@ -46,7 +49,8 @@ class DecisionMaker:
         self._history = history
         self._rollout = rollout
         self._candidates = candidates
-        self._workload = Workload(settings.prompt_tokens, settings.output_tokens)
+        self._routing = routing
+        self._workload = workload
         # Measures the last decision until its outcome is recorded.
         self._measurement: Measurement | None = None
         # Count of finished requests at the last move. None: the plan has never been moved.
@@ -68,7 +72,7 @@ class DecisionMaker:
             number = await self._record(situation, decision)
             # Without options nothing was chosen, so the operator's plan does not become the policy's.
             if self._settings.mode == "active" and decision.options:
-                await self._replica.change(plan=decision.plan)
+                await self._replica.change(plan=decision.plan, plans=decision.plans)
             span.set_attributes(
                 {
                     "helios.decision": number,
@@ -83,6 +87,15 @@ class DecisionMaker:
         if decision.moves and self._settings.mode == "active":
             self._moved_at = self._fleet.totals.finished
         return decision
+
+    async def would_change_sets(self, agenda: Agenda) -> bool:
+        """Whether a decision on what the router needs now would change the sets of plans.
+
+        Raises SettingsError when the models directory cannot be read.
+        """
+        candidates = await self._candidates.names(self._replica.state.slo.objective)
+        decision = decide(self._situation(Trigger.ROUTING, agenda, candidates), self._policy)
+        return decision.plans != decision.plans_before
 
     def contradiction(self, slo: Slo, agenda: Agenda) -> str | None:
         """The bounds of an SLO that no profiled option satisfies together. None: some option does."""
@@ -135,6 +148,9 @@ class DecisionMaker:
                 for worker in self._fleet.serving
             ),
             plan=state.plan if self._settings.mode == "active" else None,
+            plans=state.plans if self._settings.mode == "active" else {},
+            offer=self._routing.offer,
+            no_offer=self._routing.no_offer,
             reading=agenda.reading,
             bars=state.bars,
             delayed_seconds=agenda.delayed_seconds if trigger is Trigger.REASSESSMENT else 0.0,

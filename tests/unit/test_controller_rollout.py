@@ -7,9 +7,9 @@ from typing import cast
 
 from helios.served import ServedPlan
 from services.controller.fleet import Worker
-from services.controller.rollout import move_overlapping
+from services.controller.rollout import Plans, move_overlapping
 
-PLAN = ServedPlan(model="small", depth=4)
+PLANS = (ServedPlan(model="small", depth=4),)
 
 
 class Workers:
@@ -22,12 +22,12 @@ class Workers:
         self.loads = {name: asyncio.Event() for name in self.names}
         self.ends = {name: asyncio.Event() for name in self.names}
 
-    def following(self, besides: Collection[str]) -> tuple[Worker, ServedPlan] | None:
+    def following(self, besides: Collection[str]) -> tuple[Worker, Plans] | None:
         left = [name for name in self.names if name not in besides]
         # Only the part of a worker that the rollout reads.
-        return (cast("Worker", SimpleNamespace(worker_id=left[0])), PLAN) if left else None
+        return (cast("Worker", SimpleNamespace(worker_id=left[0])), PLANS) if left else None
 
-    async def move(self, worker: Worker, plan: ServedPlan, loaded: asyncio.Event) -> bool:
+    async def move(self, worker: Worker, plans: Plans, loaded: asyncio.Event) -> bool:
         self.begun.append(worker.worker_id)
         await self.loads[worker.worker_id].wait()
         if worker.worker_id == self.refusing:
