@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 class _Record(BaseModel):
     # It is stored in Redis, where a newer version may write fields that this one does not know.
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
 
 class ModelExample(_Record):
@@ -54,9 +54,7 @@ def joined(by_model: Mapping[str, Iterable[ModelExample]]) -> list[Example]:
     found = []
     for name, one in first.items():
         all_ = {model: examples[name] for model, examples in known.items() if name in examples}
-        same = all(
-            (other.ids, other.first_tokens) == (one.ids, one.first_tokens) for other in all_.values()
-        )
+        same = all((other.ids, other.first_tokens) == (one.ids, one.first_tokens) for other in all_.values())
         if len(all_) == len(known) and same:
             found.append(
                 Example(
