@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 class _Record(BaseModel):
     # It is stored in Redis, where a newer version may write fields that this one does not know.
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
 
 class ModelExample(_Record):
