@@ -33,6 +33,8 @@ class ModelExample(_Record):
     def _consistent(self) -> "ModelExample":
         if len(self.token_nats) != len(self.ids) - 1 or not 0 < self.first_tokens < len(self.ids):
             raise ValueError("an example has nats of every token but the first, and a beginning within it")
+        if min(self.ids) < 0:
+            raise ValueError("token ids must not be negative")
         return self
 
 

@@ -32,6 +32,8 @@ _SLACK_SIGMAS, _LEAST_SHARE = 1.5, 0.02
 # Requests with the low price may exceed the best model by this share at most, in the mean. Otherwise a few
 # requests would be served badly so that all others can be served well.
 _MOST_INCREASE = 0.3
+# What is expected counts as so many standard errors worse, because few examples can be lucky ones.
+_CAUTION_SIGMAS = 0.5
 # A bound below what can be had is replaced by the best that can be had plus this, in nats.
 _TOLERANCE = 0.004
 # Examples whose loss shows whether further readings are worth their seconds.
@@ -190,6 +192,9 @@ def _cheapest(
     deepest = knowledge.true_nats[:, knowledge.deepest]
     best = deepest[:, int((weights @ deepest).argmin())]
     costs, excess = seconds @ weights, (nats - best) @ weights
+    # [prices]
+    errors = np.sqrt((weights**2 * (nats - best - excess[:, None]) ** 2).sum(axis=1))
+    excess = excess + _CAUTION_SIGMAS * errors
     is_best_effort = bool(excess.min() > allowed)
     allowed = max(allowed, float(excess.min()) + _TOLERANCE)
     within = np.nonzero(excess <= allowed)[0]

@@ -131,3 +131,13 @@ def test_read_positions_are_spread_and_leave_out_the_beginning() -> None:
     assert max(read_positions(32, 12)) < 32
     assert len(read_positions(8, 12)) == 7
     assert read_positions(1, 4) == [0]
+
+
+def test_examples_of_other_exits_are_left_out() -> None:
+    found = examples()
+    old = found[0].model_copy(
+        update={"rest_nats": {**found[0].rest_nats, "tech": (1.0, 2.0)}, "id": "of replaced files"}
+    )
+    assert len(knowledge([old, *found[1:]]).features) == len(found) - 1
+    with pytest.raises(InvalidRequestError, match="too few"):
+        knowledge([old] * 60)
