@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 class _Record(BaseModel):
     # It is stored in Redis, where a newer version may write fields that this one does not know.
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
 
 class ModelExample(_Record):
@@ -33,6 +33,8 @@ class ModelExample(_Record):
     def _consistent(self) -> "ModelExample":
         if len(self.token_nats) != len(self.ids) - 1 or not 0 < self.first_tokens < len(self.ids):
             raise ValueError("an example has nats of every token but the first, and a beginning within it")
+        if min(self.ids) < 0:
+            raise ValueError("token ids must not be negative")
         return self
 
 

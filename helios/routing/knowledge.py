@@ -20,6 +20,8 @@ from helios.routing.token_table import TokenTable, TokenTableRecord
 from helios.served import ServedPlan
 
 VERSION: Final = 1
+# Fewest examples to learn from.
+LEAST_EXAMPLES = 8
 
 Numbers = NDArray[np.float64]
 _Row = tuple[float, ...]
@@ -150,12 +152,20 @@ class Knowledge(BaseModel):
         probe: ProbeCost,
         tokens: float,
     ) -> Self:
-        """Learns from examples, at least two.
+        """Learns from examples.
 
         plans: those that may be chosen; every model has at least one. depths: by model, the exit layers that
-        examples have nats of.
+        examples have nats of. Raises InvalidRequestError for fewer than LEAST_EXAMPLES examples.
         """
         models = tuple(dict.fromkeys(one.model for one in plans))
+        # Files of a model may have been replaced by others with other exits.
+        examples = [
+            one
+            for one in examples
+            if all(len(one.rest_nats[model]) == len(depths[model]) for model in models)
+        ]
+        if len(examples) < LEAST_EXAMPLES:
+            raise InvalidRequestError(f"{len(examples)} examples are too few, {LEAST_EXAMPLES} are needed")
         columns = [(one.model, list(depths[one.model]).index(one.depth)) for one in plans]
         nats = np.array([[one.rest_nats[model][at] for model, at in columns] for one in examples])
         texts, excess = [], []

@@ -29,6 +29,11 @@ _ALIKE = 40
 # needs. A few requests that are taken for others by mistake must not look like a mix. So a small minority's
 # share counts as this many standard errors smaller, and smaller by this constant.
 _SLACK_SIGMAS, _LEAST_SHARE = 1.5, 0.02
+# Requests with the low price may exceed the best model by this share at most, in the mean. Otherwise a few
+# requests would be served badly so that all others can be served well.
+_MOST_INCREASE = 0.3
+# What is expected counts as so many standard errors worse, because few examples can be lucky ones.
+_CAUTION_SIGMAS = 0.5
 # A bound below what can be had is replaced by the best that can be had plus this, in nats.
 _TOLERANCE = 0.004
 # Examples whose loss shows whether further readings are worth their seconds.
@@ -190,9 +195,13 @@ def _cheapest(
     deepest = knowledge.true_nats[:, knowledge.deepest]
     best = deepest[:, int((weights @ deepest).argmin())]
     costs, excess = seconds @ weights, (nats - best) @ weights
+    # [prices]
+    errors = np.sqrt((weights**2 * (nats - best - excess[:, None]) ** 2).sum(axis=1))
+    excess = excess + _CAUTION_SIGMAS * errors
     is_best_effort = bool(excess.min() > allowed)
     allowed = max(allowed, float(excess.min()) + _TOLERANCE)
-    within, beyond = np.nonzero(excess <= allowed)[0], np.nonzero(excess > allowed)[0]
+    within = np.nonzero(excess <= allowed)[0]
+    beyond = np.nonzero((excess > allowed) & (excess <= max(allowed, math.log1p(_MOST_INCREASE))))[0]
     high = int(within[costs[within].argmin()])
     low, share, cost = high, 0.0, costs[high]
     if len(beyond):
