@@ -14,7 +14,7 @@ from services.controller.policy.sets import Sets
 from services.controller.policy.settings import PolicySettings
 from services.controller.routing.costs import plan_cost
 from services.controller.routing.expectation import Demand, Expectation, expect, learn
-from services.controller.routing.plan_sets import Layout, choose_set, layouts_of, refit
+from services.controller.routing.plan_sets import Layout, choose_set, is_refused, layouts_of, refit
 from services.controller.situation import Bar, WorkerView
 
 _OBJECTIVES = (Objective.THROUGHPUT, Objective.LATENCY)
@@ -79,6 +79,8 @@ def find_sets(asked: Question) -> Answer:
         return any(bar.covers(profile, depth) for bar in asked.bars)
 
     current = refit(asked.in_force, profiles, asked.workers, context) if asked.in_force else None
+    if current is not None and is_refused(current, asked.refused):
+        current = None
     now = None if current is None else expected(current)
     layouts = layouts_of(
         profiles,

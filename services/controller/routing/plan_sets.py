@@ -49,11 +49,16 @@ def choose_set(
     layouts: the largest first (`layouts_of`). Only if memory is short there, the others are looked at.
     refused: sets that a worker could not load; no set that contains one of them is chosen.
     """
-    able = [one for one in layouts if not any(_has(one, bad) for bad in refused)]
-    if able and not able[0].is_short:
+    able = [one for one in layouts if not is_refused(one, refused)]
+    if able and able[0] is layouts[0] and not able[0].is_short:
         able = able[:1]
     found = [(one, expect(one)) for one in able]
     return min(found, key=lambda pair: seconds(pair[1]), default=None)
+
+
+def is_refused(layout: Layout, refused: Collection[frozenset[ServedPlan]]) -> bool:
+    """Whether some worker's set contains one that was refused."""
+    return any(bad <= set(its) for bad in refused for its in layout.plans.values())
 
 
 def layouts_of(
@@ -167,7 +172,3 @@ def _batch(
     weights = sum(by_name[model].at(depth).weight_bytes for model, depth in deepest.items())
     kv = fmean(by_name[one.model].at(one.depth).kv_bytes_per_token for one in plans)
     return most_sequences(worker, weights, kv * context)
-
-
-def _has(layout: Layout, plans: frozenset[ServedPlan]) -> bool:
-    return any(plans <= set(its) for its in layout.plans.values())
