@@ -44,7 +44,7 @@ SETTINGS = {
 
 
 def profile(model: str) -> ModelProfile:
-    """A model whose last layer alone is within the bound for its own traffic. Only `tech` is good at `tech`."""
+    """An early exit is beyond the bound. On the profiled traffic `prose` is a little better."""
     exits = [
         _timed(exit_profile(depth, 0.9 + (0.0 if model == "prose" else 0.02) + more))
         for depth, more in zip(DEPTHS, (0.2, 0.05, 0.0), strict=True)
@@ -401,7 +401,7 @@ async def test_workers_go_on_with_their_sets_when_a_controller_takes_over(redis_
         by_model = await examples.read(redis, MODELS)
         assert min(map(len, by_model.values())) >= 24
     async with scene(redis_url) as seen:
-        # These are other workers, which start with a single plan. Nothing must finish before they get their sets.
+        # These are other workers, which start with a single plan. No request finishes until they have sets.
         await seen.until(
             lambda: all(one.plans == ALL and one.telemetry.router_number > number for one in seen.workers),
             "the sets and a newer router",
