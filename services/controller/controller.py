@@ -200,7 +200,10 @@ class Controller:
         if self._agenda.has_begun and not self._rollout.is_moving and self.routing.is_due(finished, every):
             await self.routing.look(finished)
             is_report_due = self.routing.is_in_force and finished >= self._routing_decided_at + every
-            if is_report_due or await self._decisions.would_change_sets(self._agenda):
+            changes, held_up = await self._decisions.preview_routing(self._agenda)
+            if held_up is not None:
+                self.routing.look_again(finished + held_up)
+            if changes or is_report_due:
                 self._routing_decided_at = finished
                 await self._decide(Trigger.ROUTING)
         await self.routing.step()

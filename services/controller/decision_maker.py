@@ -15,6 +15,7 @@ from services.controller.leader import Leadership
 from services.controller.measurement import Measurement
 from services.controller.metrics import decision_counter
 from services.controller.policy.decide import contradiction, decide
+from services.controller.policy.sets import Sets
 from services.controller.record import DecisionEntry
 from services.controller.replica import Replica
 from services.controller.rollout import Rollout
@@ -55,6 +56,8 @@ class DecisionMaker:
         self._measurement: Measurement | None = None
         # Count of finished requests at the last move. None: the plan has never been moved.
         self._moved_at: int | None = None
+        # The sets of the last decision while the policy only advises.
+        self._advised: Sets = {}
         self._counter = decision_counter()
 
     async def make(self, trigger: Trigger, bar: Bar | None, agenda: Agenda) -> Decision:
@@ -73,6 +76,7 @@ class DecisionMaker:
             # Without options nothing was chosen, so the operator's plan does not become the policy's.
             if self._settings.mode == "active" and decision.options:
                 await self._replica.change(plan=decision.plan, plans=decision.plans)
+            self._advised = decision.plans
             span.set_attributes(
                 {
                     "helios.decision": number,
@@ -88,14 +92,20 @@ class DecisionMaker:
             self._moved_at = self._fleet.totals.finished
         return decision
 
-    async def would_change_sets(self, agenda: Agenda) -> bool:
+    async def preview_routing(self, agenda: Agenda) -> tuple[bool, int | None]:
         """Whether a decision on what the router needs now would change the sets of plans.
 
-        Raises SettingsError when the models directory cannot be read.
+        Also the number of requests for which a dwell holds a change up. None: it does not. Raises
+        SettingsError when the models directory cannot be read.
         """
         candidates = await self._candidates.names(self._replica.state.slo.objective)
         decision = decide(self._situation(Trigger.ROUTING, agenda, candidates), self._policy)
-        return decision.plans != decision.plans_before
+        return decision.plans != self._sets, decision.again_after_requests
+
+    @property
+    def _sets(self) -> Sets:
+        """The sets of plans in force or, if the policy only advises, those of the last decision."""
+        return self._replica.state.plans if self._settings.mode == "active" else self._advised
 
     def contradiction(self, slo: Slo, agenda: Agenda) -> str | None:
         """The bounds of an SLO that no profiled option satisfies together. None: some option does."""
@@ -148,7 +158,7 @@ class DecisionMaker:
                 for worker in self._fleet.serving
             ),
             plan=state.plan if self._settings.mode == "active" else None,
-            plans=state.plans if self._settings.mode == "active" else {},
+            plans=self._sets,
             offer=self._routing.offer,
             no_offer=self._routing.no_offer,
             reading=agenda.reading,

@@ -24,8 +24,8 @@ ROUTER = controller_pb2.RouterState(
 def test_a_router_is_told_in_two_lines() -> None:
     first, second = in_words(ROUTER)
     assert first == (
-        "router 7: 120 examples, 300 us a nat (100 for 25% of the requests); perplexity +3.1% +- 1.2% expected, "
-        "aims at +4.5%"
+        "router 7: 120 examples, 300 us a nat (100 for 25% of the requests); perplexity +3.1% +- 1.2% "
+        "expected, aims at +4.5%"
     )
     assert second == "last requests: prose 2 40%, prose 4 30%, prose 6 15%, prose 8 10%, others 5%"
 

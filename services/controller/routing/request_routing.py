@@ -78,6 +78,8 @@ class RequestRouting:
         # For what the sets were looked for last, and at which count of finished requests.
         self._asked_for: Hashable = None
         self._asked_at = 0
+        # The count at which to look again, because a dwell held a change up. None: none was held up.
+        self._again_at: int | None = None
         self._router: Router | None = None
         self._json = b""
         # The last number that any controller has given, and whether Redis has a router. None: not read.
@@ -215,7 +217,12 @@ class RequestRouting:
 
     def is_due(self, finished: int, every: int) -> bool:
         """Whether to look for sets again: something has changed, or `every` requests have finished."""
-        return self.is_wanted and (self._subject() != self._asked_for or finished >= self._asked_at + every)
+        due_at = self._asked_at + every if self._again_at is None else self._again_at
+        return self.is_wanted and (self._subject() != self._asked_for or finished >= due_at)
+
+    def look_again(self, finished: int) -> None:
+        """Sets are looked for again at this count of finished requests, if not earlier."""
+        self._again_at = finished
 
     def refuse(self, plans: Sequence[ServedPlan]) -> None:
         """Notes that a worker could not load a set. No set that contains it is offered again."""
@@ -227,7 +234,7 @@ class RequestRouting:
             return
         if self._examples is None:
             await self._read_examples()
-        self._asked_for, self._asked_at = self._subject(), finished
+        self._asked_for, self._asked_at, self._again_at = self._subject(), finished, None
         self._answer, self._no_offer = await self._looked()
         self._is_unsettled = True
 
