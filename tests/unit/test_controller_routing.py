@@ -256,8 +256,8 @@ async def scene(
 async def test_a_router_is_learnt_while_serving_and_workers_get_their_sets(redis_url: str) -> None:
     async with scene(redis_url) as seen:
         state = seen.controller.routing.state
-        await seen.until(lambda: bool(state() and state().problem), "a reason why nothing is routed")
-        assert "0 requests have been evaluated for the router, 24 are needed" in state().problem
+        few = "0 requests have been evaluated for the router, 24 are needed"
+        await seen.until(lambda: state().problem == few, "the reason why nothing is routed")
         await seen.until_routed()
         asked = [one.requests for one in seen.profiler.evaluated if one.for_router]
         assert asked[:2] == [8, 16]
@@ -419,6 +419,9 @@ async def test_the_setting_single_is_the_papers_method(redis_url: str) -> None:
         seen.workers[1].telemetry.router_number = 3
         await seen.until(lambda: seen.workers[1].telemetry.router_number == 0, "the router to be taken away")
         await seen.serve(40)
+        await seen.controller.operator.set_slo(Slo(Objective.LATENCY))
+        (decided,) = await seen.decisions(Trigger.SLO)
+        assert "one plan for all" not in decided.entry.decision.reason
         assert not await seen.decisions(Trigger.ROUTING)
         assert not any(one.for_router for one in seen.profiler.evaluated)
         assert all(len(one.plans) == 1 for one in seen.workers)

@@ -218,6 +218,19 @@ def test_sets_in_force_that_were_refused_or_do_not_fit_are_left() -> None:
     assert find_sets(question(in_force=in_force, workers=[worker(megabytes=5)])) == Answer()
 
 
+def test_what_was_learnt_from_the_same_examples_is_not_learnt_again() -> None:
+    first = find_sets(question())
+    again = find_sets(question(before=first, recent=mixed))
+    assert first.best is not None
+    assert again.best is not None
+    assert again.best.knowledge is first.best.knowledge
+    assert again.best.terms != first.best.terms, "but the terms are those of the recent requests"
+    # With less memory the batch is another one, and so is what plans cost.
+    short = find_sets(question(before=first, workers=[worker(megabytes=27)])).best
+    assert short is not None
+    assert short.knowledge is not first.best.knowledge
+
+
 def test_a_bar_keeps_a_plan_out_of_the_offer() -> None:
     bar = Bar(model="prose", depth=2, time=2000.0, reason="a test")
     best = find_sets(question(bars=[bar])).best

@@ -23,11 +23,20 @@ _OTHER_BOUNDS = ("min_agreement", "max_ttft_seconds", "max_tpot_seconds")
 
 
 @dataclass(frozen=True, slots=True)
+class Answer:
+    """The best sets, and what is expected of them and of those in force, by all of their plans."""
+
+    best: Expectation | None = None
+    expected: Mapping[frozenset[ServedPlan], Expectation] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class Question:
     """What is known when sets are looked for.
 
     workers: those that are not pinned. in_force: their sets. refused: sets that a worker could not load.
-    recent: the last routed requests, as a knowledge sees them.
+    recent: the last routed requests, as a knowledge sees them. before: the answer to an earlier question
+    about the same examples and profiles; what was learnt for it is not learnt again.
     """
 
     examples: Sequence[Example]
@@ -40,14 +49,7 @@ class Question:
     recent: Callable[[Knowledge], Sequence[Recent]]
     refused: Collection[frozenset[ServedPlan]] = ()
     bars: Sequence[Bar] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """The best sets, and what is expected of them and of those in force, by all of their plans."""
-
-    best: Expectation | None = None
-    expected: Mapping[frozenset[ServedPlan], Expectation] = field(default_factory=dict)
+    before: Answer = Answer()
 
 
 def why_single(slo: Slo, settings: PolicySettings) -> str:
@@ -71,7 +73,11 @@ def find_sets(asked: Question) -> Answer:
     def expected(layout: Layout) -> Expectation:
         key = (layout.union, layout.batch)
         if key not in found:
-            knowledge = learn(asked.examples, layout, asked.profiles, demand)
+            known = asked.before.expected.get(layout.union)
+            if known is not None and known.layout.batch == layout.batch:
+                knowledge = known.knowledge
+            else:
+                knowledge = learn(asked.examples, layout, asked.profiles, demand)
             found[key] = expect(knowledge, layout, asked.recent(knowledge), asked.bound, alone)
         return found[key]
 

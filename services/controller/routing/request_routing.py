@@ -73,7 +73,7 @@ class RequestRouting:
         # None: they have not been read.
         self._examples: list[Example] | None = None
         self._answer = Answer()
-        self._no_offer = ""
+        self._no_offer = "nothing has been decided yet"
         self._refused: set[frozenset[ServedPlan]] = set()
         # For what the sets were looked for last, and at which count of finished requests.
         self._asked_for: Hashable = None
@@ -133,7 +133,7 @@ class RequestRouting:
     @property
     def no_offer(self) -> str:
         """Why there is no offer, in words. Empty if there is one, or if no router is wanted."""
-        return self._no_offer
+        return self._no_offer if self.is_wanted else ""
 
     @property
     def router(self) -> Router | None:
@@ -234,11 +234,13 @@ class RequestRouting:
             return
         if self._examples is None:
             await self._read_examples()
-        self._asked_for, self._asked_at, self._again_at = self._subject(), finished, None
-        self._answer, self._no_offer = await self._looked()
+        subject = self._subject()
+        before = self._answer if subject == self._asked_for else Answer()
+        self._asked_for, self._asked_at, self._again_at = subject, finished, None
+        self._answer, self._no_offer = await self._looked(before)
         self._is_unsettled = True
 
-    async def _looked(self) -> tuple[Answer, str]:
+    async def _looked(self, before: Answer) -> tuple[Answer, str]:
         """The answer, and why there is none in words."""
         why = why_single(self._replica.state.slo, self._settings)
         workers = [worker.view(pinned=False) for worker in self._free()]
@@ -250,7 +252,7 @@ class RequestRouting:
         if len(known) < least or len(profiles) < len(names):
             why = f"{len(known)} requests have been evaluated for the router, {least} are needed"
             return Answer(), why + (", and there is no profiler" if self._settings.profiler is None else "")
-        answer = await asyncio.to_thread(find_sets, self._question(known, profiles, workers))
+        answer = await asyncio.to_thread(find_sets, self._question(known, profiles, workers, before))
         return answer, "" if answer.best is not None else "the workers' memory holds no set of plans"
 
     def _question(
@@ -258,6 +260,7 @@ class RequestRouting:
         known: Sequence[Example],
         profiles: Mapping[str, ModelProfile],
         workers: Sequence[WorkerView],
+        before: Answer,
     ) -> Question:
         state, settings, prompts = self._replica.state, self._settings, self._prompts.prompts
         in_flight = sum(worker.running + worker.waiting for worker in workers)
@@ -277,6 +280,7 @@ class RequestRouting:
             recent=lambda knowledge: recent(prompts, knowledge),
             refused=tuple(self._refused),
             bars=state.bars,
+            before=before,
         )
 
     def _subject(self) -> Hashable:
