@@ -21,6 +21,7 @@ from helios.engine.interface import (
     Output,
     Progress,
     Reloaded,
+    Route,
     Served,
     Sink,
     Telemetry,
@@ -28,6 +29,7 @@ from helios.engine.interface import (
 from helios.engine.memory import device_budget
 from helios.engine.move import Reload, ServedPlans
 from helios.engine.plan import Plan, load_plan
+from helios.engine.probe import Prober
 from helios.engine.scheduling.batch import Batch, build_batch
 from helios.engine.scheduling.detokenizer import Detokenizer, token_texts
 from helios.engine.scheduling.prompt_readings import PromptReadings
@@ -73,6 +75,7 @@ class Engine:
         self._plans = ServedPlans(plan, settings)
         self._scheduler = self._plans.scheduler
         self._delivery = Delivery(self._scheduler, self._forget)
+        self._prober = Prober(settings)
         # All plans have the same tokenizer.
         self._token_texts = token_texts(plan.tokenizer)
         self._thread: threading.Thread | None = None
@@ -108,6 +111,7 @@ class Engine:
         *,
         emitted_ids: list[int] | None = None,
         deadline: float | None = None,
+        route: Route | None = None,
     ) -> Sequence:
         """Queues a sequence, as `ServingEngine.submit` says."""
         emitted, plan = emitted_ids or [], self.plan
@@ -121,6 +125,7 @@ class Engine:
             sink=sink,
             plan=plan.served,
             deadline=None if deadline is None else float(deadline),
+            route=route,
         )
         try:
             _, ended = take(sequence, emitted, 0, plan.model.config.eos_token_ids)
@@ -201,19 +206,20 @@ class Engine:
         return self._step()
 
     def _step(self) -> bool:
-        began = time.perf_counter()
         self._take_inbox()
+        self._route()
+        began = time.perf_counter()
         self._expire()
         scheduled = self._scheduler.schedule(self._plans.send_back())
         self._plans.end_move()
         if not scheduled:
             self._last_step = time.monotonic()
-            return False
+            return self._prober.is_waiting
         decoding = prompt_tokens = 0
         for plan, part in self._plans.grouped(scheduled):
             batch, steps = self._run(plan, part)
             decoding += batch.decode_rows
-            prompt_tokens += batch.rows - batch.decode_rows
+            prompt_tokens += sum(tokens for _, tokens in part) - batch.decode_rows
         self._delivery.counters.steps += steps
         self._delivery.counters.prefill_tokens += prompt_tokens
         seconds, chunks = (time.perf_counter() - began) / steps, self._scheduler.chunks
@@ -229,7 +235,8 @@ class Engine:
         plans, runner, in_force = self._plans, plan.runner, plan is self._plans.in_force
         readings = PromptReadings(self.settings.prompt_readings if in_force else 0)
         steps, burst = 1, ONE_STEP
-        if runner.has_bursts and plans.move is None:
+        scheduled = self._prober.go_on(plan, scheduled, plans.cache, self._scheduler.advance)
+        if runner.has_bursts and plans.move is None and not self._prober.is_waiting:
             steps = self._burst_steps(scheduled)
         batch, readers = build_batch(scheduled, self.settings.block_tokens, plan.model.device, readings)
         if runner.has_bursts:
@@ -305,7 +312,10 @@ class Engine:
             # A reload may have happened since it was submitted.
             sequence.plan = self.plan.served
             self._scheduler.add(sequence)
-            self._refuse_misfit(sequence)
+            if sequence.route is not None:
+                self._prober.add(sequence)
+            else:
+                self._refuse_misfit(sequence)
         for request_id, error in cancelled.items():
             if (found := self._sequences.get(request_id)) is not None:
                 self._delivery.end(found, Output(error=error))
@@ -313,6 +323,17 @@ class Engine:
             self._plans.take_over(reload, self._last_step)
             for sequence in list(self._scheduler):
                 self._refuse_misfit(sequence)
+
+    def _route(self) -> None:
+        """Gives plans to the next sequences that wait for one. Those that get none end."""
+        if not self._prober.is_waiting:
+            return
+        for seq, error in self._prober.route([self.plan], {self.plan.served}):
+            if error is None:
+                self._refuse_misfit(seq)
+            else:
+                known = error if isinstance(error, HeliosError) else failure(seq, error)
+                self._delivery.end(seq, Output(error=known))
 
     def _expire(self) -> None:
         now = time.monotonic()

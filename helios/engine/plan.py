@@ -122,12 +122,14 @@ def load_plan(
     exits = [depth]
     if settings.exit_mode is ExitMode.DYNAMIC:
         exits = [layer for layer in entry.exit_layers if layer <= depth]
+    # A probe reads out at the first exit.
+    heads = {*exits, entry.exit_layers[0]} if settings.probe_tokens else exits
     device = torch.device(settings.device)
     precision = precision_on(Precision(settings.precision), device)
     weights = load_packed(
         entry,
         depth,
-        exits,
+        sorted(heads),
         precision,
         device,
         cache_dir=settings.packed_cache_dir,

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from helios.architectures.spec import ModelConfig
-from helios.engine.backends.burst import Burst
+from helios.engine.backends.burst import ONE_STEP, Burst
 from helios.engine.backends.kv_cache import KVCache
 from helios.engine.backends.paged_attention import addresses_of
 from helios.engine.backends.readout import Readout
@@ -35,7 +35,7 @@ from helios.engine.kernels.layout import (
     record,
 )
 from helios.engine.kernels.sampling import drawing_numbers
-from helios.engine.kernels.step import step_scratch
+from helios.engine.kernels.step import ROW_BYTES, step_scratch
 from helios.engine.kernels.team import TEAM
 from helios.engine.scheduling.batch import Batch
 from helios.engine.weights.linear import Linear, PackedLinear
@@ -90,6 +90,13 @@ class CompiledModel:
         """
         steps = self._run(batch, cache, ((depth, 0.0),), burst)
         return self._space.read(batch.reads, steps)
+
+    def step_with_states(self, batch: Batch, cache: KVCache, depth: int) -> tuple[Readout, torch.Tensor]:
+        """Like `step`. Also returns the states of all rows after these layers, as valid as the readout."""
+        found = self.step(batch, cache, depth, ONE_STEP)
+        start, width = ROW_BYTES * batch.rows, self._config.hidden_size
+        states = self._space.scratch[start : start + 4 * batch.rows * width].view(torch.float32)
+        return found, states.view(batch.rows, width)
 
     def step_dynamic(
         self, batch: Batch, cache: KVCache, thresholds: Mapping[int, float], burst: Burst

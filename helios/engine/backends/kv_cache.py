@@ -3,6 +3,7 @@
 import logging
 import math
 import mmap
+from collections.abc import Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -179,6 +180,16 @@ class KVCache:
         """Copies a block in all layers."""
         for tensor in (*self.keys, *self.values):
             tensor[target] = tensor[source]
+
+    def copies(self, blocks: slice) -> list[torch.Tensor]:
+        """Copies of some blocks: the keys of each layer, then the values of each layer."""
+        return [tensor[blocks].clone() for tensor in (*self.keys, *self.values)]
+
+    def put(self, blocks: Sequence[int], copies: Sequence[torch.Tensor]) -> None:
+        """Fills blocks with `copies` of as many blocks of another cache, which may have fewer layers."""
+        layers, at = len(copies) // 2, torch.tensor(blocks, device=self.device)
+        for tensor, copy in zip((*self.keys[:layers], *self.values[:layers]), copies, strict=True):
+            tensor.index_copy_(0, at, copy)
 
     def gather(self, layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of blocks [rows, blocks], each [rows, heads, blocks * block_tokens, head_dim]."""

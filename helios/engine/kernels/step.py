@@ -38,8 +38,8 @@ from helios.engine.kernels.simd import (
 )
 from helios.engine.kernels.summary import summarize
 
-# Bytes that `run_step` keeps per row besides its state: five int64.
-_ROW_BYTES = 40
+# Bytes that `run_step` keeps per row besides its state: five int64. The states of all rows follow them.
+ROW_BYTES = 40
 
 
 @compiled
@@ -111,7 +111,7 @@ def run_step(thread, model, layers, exits, cache, batch, scratch, found, out):
     positions = scratch
     slots, row_tables = positions + 8 * rows, positions + 16 * rows
     origins, left_slots = positions + 24 * rows, positions + 32 * rows
-    hidden = positions + _ROW_BYTES * rows
+    hidden = positions + ROW_BYTES * rows
     x = hidden + 4 * rows * width
     _enter(thread, model, batch, hidden, x)
     last = len(exits) - 1
@@ -192,7 +192,7 @@ def step_scratch(model, rows):
     wide = max(width, model.embedding.width)
     reading = 4 * rows * (width + wide) + product_scratch(model.precision, rows, wide)
     leaving = 4 * rows * width + propagate_scratch(model, rows)
-    return rows * (_ROW_BYTES + 4 * width) + max(layers_scratch(model, rows), reading, leaving)
+    return rows * (ROW_BYTES + 4 * width) + max(layers_scratch(model, rows), reading, leaving)
 
 
 @compiled

@@ -158,8 +158,8 @@ class Scheduler:
 
     def _admit(self) -> Sequence | None:
         """Admits the first of the queue to the batch. Returns None without a place or memory for it."""
-        # First come, first served: no sequence overtakes it.
-        if not self.waiting or len(self.running) >= self._max_running:
+        # First come, first served: no sequence overtakes it, even if it still waits for its plan.
+        if not self.waiting or self.waiting[0].route is not None or len(self.running) >= self._max_running:
             return None
         if not self._give_blocks(self.waiting[0]):
             return None
@@ -220,3 +220,4 @@ class Scheduler:
         self.pool.free(seq.blocks)
         seq.blocks = []
         seq.computed = 0
+        seq.probed = None

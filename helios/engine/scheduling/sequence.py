@@ -7,8 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
-from helios.engine.interface import Finish, FinishReason, Output, PhaseTimes
+from helios.engine.interface import Finish, FinishReason, Output, PhaseTimes, Route
 from helios.engine.scheduling.detokenizer import Detokenizer
+from helios.engine.scheduling.probed_layers import ProbedLayers
+from helios.routing.probe import Probe
 from helios.sampling import SamplingParams
 from helios.served import ServedPlan
 
@@ -48,6 +50,13 @@ class Sequence:
     # Prompt tokens before this one have been sampled (`PromptReadings`). A second prefill does not read them
     # again.
     read_until: int = 0
+    # Chooses its plan after a probe. It is not admitted before. None: it has its plan.
+    route: Route | None = None
+    # What the plan was chosen by, and how many of its tokens were probed. None: it was not routed.
+    probe: Probe | None = None
+    probed_tokens: int = 0
+    # The layers that the probe computed, until prefill goes on with them.
+    probed: ProbedLayers | None = None
     times: PhaseTimes = field(default_factory=PhaseTimes)
     # Whether every token is simply the most likely one.
     takes_likeliest: bool = field(init=False)
