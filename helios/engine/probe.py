@@ -89,8 +89,8 @@ class Prober:
     ) -> list[tuple[Sequence, Exception | None]]:
         """Probes the next sequences and gives each the plan that its route chooses.
 
-        plans: one for each loaded model; in_force: the plans that may be chosen. Returns these sequences. With
-        those that get no plan it returns the reason: PlanNotServedError, or whatever the route raised.
+        plans: one for each loaded model; in_force: the plans that may be chosen. Returns these sequences,
+        those that get no plan with the reason: PlanNotServedError, or whatever the route raised.
         """
         sequences: list[Sequence] = []
         while self._waiting and len(sequences) < self._prompts:
@@ -116,7 +116,8 @@ class Prober:
             seq.plan, seq.route, seq.probe = chosen, None, probe
             if beginnings is not None and (part := beginnings.parts[index]) is not None:
                 seq.probed_tokens = part.rows.stop - part.rows.start
-                self._keep(seq, part, found[chosen.model])
+                if (computed := found.get(chosen.model)) is not None:
+                    self._keep(seq, part, computed)
             routed.append((seq, None))
         return routed
 

@@ -373,8 +373,8 @@ def test_a_prefix_that_is_cached_with_all_layers_is_used_instead(models: Path) -
 def test_a_reload_before_the_prompt_is_computed_changes_no_token(models: Path, name: str, depth: int) -> None:
     engine = Engine.load(models / "first", 4, settings_of(max_running=1))
     submit(engine, [[3, 4, 5]], routed=False, sampling=SamplingParams(max_tokens=9, ignore_eos=True))
-    streams, (sequence,) = [Stream(engine)], [None]
-    sequence = engine.submit("waits", PROMPT, GREEDY, streams[0], route=streams[0].route)
+    stream = Stream(engine)
+    sequence = engine.submit("waits", PROMPT, GREEDY, stream, route=stream.route)
     engine.step()
     assert sequence.probed is not None
     engine.reload(models / name, depth)
@@ -382,7 +382,7 @@ def test_a_reload_before_the_prompt_is_computed_changes_no_token(models: Path, n
     fresh = Engine.load(models / name, depth, settings_of())
     expect, _ = submit(fresh, [PROMPT], routed=False)
     run(fresh)
-    assert streams[0].ids == expect[0].ids
+    assert stream.ids == expect[0].ids
 
 
 def test_a_model_whose_numbers_overflow_gives_no_reading(tmp_path: Path) -> None:
