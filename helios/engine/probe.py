@@ -17,7 +17,6 @@ import torch
 
 from helios.engine.backends.kv_cache import KVCache
 from helios.engine.backends.model import Model
-from helios.engine.backends.readout import Readout
 from helios.engine.plan import Plan
 from helios.engine.scheduling.batch import Batch
 from helios.engine.scheduling.probed_layers import ProbedLayers
@@ -173,7 +172,7 @@ class Prober:
             read_rows += (rows + position for position in at)
             targets += (ids[position + 1] for position in at)
             first = len(texts) * per_prompt
-            blocks = slice(first, first - (-count // self._block_tokens))
+            blocks = slice(first, first + -(-count // self._block_tokens))
             parts.append(_Part(slice(rows, rows + count), slice(first_read, len(targets)), blocks))
             texts.append((ids[:count], range(blocks.start, blocks.stop)))
             rows += count
@@ -195,7 +194,7 @@ class Prober:
             cache = self._caches[model.weights.id]
             readout, states = model.backend.step_with_states(beginnings.batch, cache, depth)
             found[plan.entry.name] = _Computed(model.weights.id, depth, states, cache)
-            nats, doubts = _costs(readout, beginnings.targets)
+            nats, doubts = readout.costs(beginnings.targets)
             for of_prompt, part in zip(readings, beginnings.parts, strict=True):
                 if part is None:
                     continue
@@ -271,11 +270,3 @@ def _batch_of(
     numbers = array("q", token_ids + positions + slots + row_tables + read_rows + tables)
     sizes = len(token_ids), len(read_rows), len(texts)
     return Batch(numbers, device, *sizes, 0, block_tokens, tuple(chunks))
-
-
-def _costs(found: Readout, targets: list[int]) -> tuple[list[float], list[float]]:
-    """For each row, the nats of its target, and -ln of the confidence."""
-    at = torch.tensor(targets, device=found.logits.device)
-    nats = found.normalizers - found.logits.gather(1, at[:, None])[:, 0]
-    first, second = torch.stack([nats, -found.logprobs]).tolist()
-    return first, second

@@ -161,7 +161,7 @@ def counting(path: Path, depth: int, options: EngineSettings) -> tuple[Engine, C
     "changes",
     [
         {},
-        {"block_tokens": 4, "probe_tokens": 30},
+        {"probe_tokens": 23},
         {"step_token_budget": 20, "max_running": 3, "probe_prompts": 2},
         {"prompt_readings": 4, "burst_seconds": 0.01},
     ],
@@ -196,6 +196,21 @@ def test_prefill_goes_on_where_the_probe_ended_and_tokens_are_the_same(
         == sum(map(len, prompts))
     )
     assert engine.telemetry().blocks_free == engine.telemetry().blocks_total
+
+
+@pytest.mark.parametrize(("variant", "block_tokens"), [("pre-norm", 4), ("gelu", 16)])
+def test_models_that_torch_computes_go_on_as_well(tmp_path: Path, variant: str, block_tokens: int) -> None:
+    save_variant(tmp_path / "m", variant, 5, exits=EXITS, head="norm")
+    options = settings_of(precision="float32", block_tokens=block_tokens, probe_tokens=30)
+    plain, plain_rows = counting(tmp_path / "m", 6, options)
+    before, _ = submit(plain, [PROMPT], routed=False)
+    run(plain)
+    engine, rows = counting(tmp_path / "m", 6, options)
+    after, _ = submit(engine, [PROMPT])
+    run(engine)
+    assert after[0].ids == before[0].ids
+    assert after[0].logprobs == pytest.approx(before[0].logprobs, abs=1e-4)
+    assert plain_rows.rows - rows.rows == 30
 
 
 def test_short_prompts_have_no_readings(models: Path) -> None:
@@ -388,10 +403,17 @@ def test_a_reload_before_the_prompt_is_computed_changes_no_token(models: Path, n
 def test_a_model_whose_numbers_overflow_gives_no_reading(tmp_path: Path) -> None:
     save_variant(tmp_path / "steep", "untied", 21, exits=EXITS)
     tensors = load_file(tmp_path / "steep" / "model.safetensors")
-    tensors["model.decoder.embed_tokens.weight"][100] = 3e38
+    layer = "model.decoder.layers.0"
+    # Token 100 alone makes a state that is too large. It stands where the prompt is read.
+    tensors["model.decoder.embed_tokens.weight"][100, 0] = 6e4
+    tensors[f"{layer}.final_layer_norm.weight"].fill_(1)
+    tensors[f"{layer}.final_layer_norm.bias"].zero_()
+    tensors[f"{layer}.fc1.weight"].zero_()[:, 0] = 1e19
+    tensors[f"{layer}.fc1.bias"].fill_(-4.5e19)
+    tensors[f"{layer}.fc2.weight"].fill_(1e25)
     save_file(tensors, tmp_path / "steep" / "model.safetensors")
     engine = Engine.load(tmp_path / "steep", 4, settings_of(precision="float32"))
-    streams, _ = submit(engine, [[*PROMPT[:20], 100, *PROMPT[20:30]], [*PROMPT[:30]]])
+    streams, _ = submit(engine, [[*PROMPT[:21], 100, *PROMPT[21:30]], PROMPT[:31]])
     run(engine)
     assert [set(stream.probe.readings) for stream in streams if stream.probe] == [set(), {"steep"}]
     assert streams[1].is_finished
