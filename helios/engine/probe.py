@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Callable, Container
 from collections.abc import Sequence as Seq
 from typing import NamedTuple
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -28,11 +28,11 @@ from helios.served import ServedPlan
 
 
 class _Part(NamedTuple):
-    """One prompt's part of a probe: its rows, the rows of the readout, and its blocks."""
+    """One prompt's part of a probe: its rows, its rows of the readout, and the slot of its KV."""
 
     rows: slice
     reads: slice
-    blocks: slice
+    slot: int
 
 
 class _Beginnings(NamedTuple):
@@ -55,10 +55,11 @@ class _Computed(NamedTuple):
 
 
 class Prober:
-    """The sequences that wait for a plan, and the memory that probing them needs.
+    """The sequences that wait for a plan, and what was computed of their first tokens to choose it.
 
-    All methods run on the engine's thread, between two steps. Layers are kept for at most `max_running`
-    sequences. Those of others are computed again.
+    The KV of a probe is in a cache of its own, one for each model, with a slot for each prompt. Slots and
+    states are kept for at most `max_running` sequences. What is not kept is computed again.
+    All methods run on the engine's thread, between two steps.
     """
 
     def __init__(self, settings: EngineSettings) -> None:
@@ -68,11 +69,16 @@ class Prober:
         # A probe is never larger than a step.
         fitting = settings.step_token_budget // max(1, self._tokens)
         self._prompts = min(settings.probe_prompts, fitting)
-        self._block_tokens, self._most_kept = settings.block_tokens, settings.max_running
+        self._most_kept = settings.max_running
+        # Enough for a probe while as many as possible are kept.
+        self._slots = range(self._prompts + self._most_kept)
+        self._block_tokens = settings.block_tokens
+        self._slot_blocks = -(-self._tokens // self._block_tokens)
         self._waiting: deque[Sequence] = deque()
-        # KV of the prompts that are being probed, by the id of the weights.
+        # By the id of the weights.
         self._caches: dict[str, KVCache] = {}
-        self._kept: WeakSet[ProbedLayers] = WeakSet()
+        # What sequences keep, and the cache that has its KV. A slot is free once no sequence keeps it.
+        self._kept: WeakKeyDictionary[ProbedLayers, KVCache] = WeakKeyDictionary()
 
     @property
     def is_waiting(self) -> bool:
@@ -156,7 +162,8 @@ class Prober:
         configs = [plan.model.config for plan in plans]
         most = min(self._tokens, *(config.context_tokens for config in configs))
         vocabulary = min(config.vocab_size for config in configs)
-        per_prompt = -(-self._tokens // self._block_tokens)
+        taken = {kept.slot for kept in self._kept}
+        free = (slot for slot in self._slots if slot not in taken)
         texts: list[tuple[list[int], Seq[int]]] = []
         parts: list[_Part | None] = []
         read_rows, targets, rows = list[int](), list[int](), 0
@@ -171,10 +178,10 @@ class Prober:
             at = [(2 * index + 1) * count // (2 * readings) for index in range(readings)]
             read_rows += (rows + position for position in at)
             targets += (ids[position + 1] for position in at)
-            first = len(texts) * per_prompt
-            blocks = slice(first, first + -(-count // self._block_tokens))
-            parts.append(_Part(slice(rows, rows + count), slice(first_read, len(targets)), blocks))
-            texts.append((ids[:count], range(blocks.start, blocks.stop)))
+            slot = next(free)
+            parts.append(_Part(slice(rows, rows + count), slice(first_read, len(targets)), slot))
+            first = slot * self._slot_blocks
+            texts.append((ids[:count], range(first, first + self._blocks_for(count))))
             rows += count
         if not texts:
             return None
@@ -212,16 +219,26 @@ class Prober:
         model = plan.model
         if (cache := self._caches.get(model.weights.id)) is not None:
             return cache
-        blocks = self._prompts * -(-self._tokens // self._block_tokens)
-        depth = plan.entry.exit_layers[0]
-        return KVCache.of(model.config, depth, blocks, self._block_tokens, model.kv_dtype, model.device)
+        return KVCache.of(
+            model.config,
+            plan.entry.exit_layers[0],
+            len(self._slots) * self._slot_blocks,
+            self._block_tokens,
+            model.kv_dtype,
+            model.device,
+            # Most slots are rarely used.
+            commit=False,
+        )
 
     def _keep(self, seq: Sequence, part: _Part, computed: _Computed) -> None:
-        """Keeps a copy of a prompt's part, because the next probe overwrites it."""
+        """Keeps a prompt's part, with a copy of its states, because the model's next step overwrites them."""
         if len(self._kept) < self._most_kept:
-            states, kv = computed.states[part.rows].clone(), computed.cache.copies(part.blocks)
-            seq.probed = ProbedLayers(computed.weights_id, computed.depth, states, kv)
-            self._kept.add(seq.probed)
+            states = computed.states[part.rows].clone()
+            seq.probed = ProbedLayers(computed.weights_id, computed.depth, states, part.slot)
+            self._kept[seq.probed] = computed.cache
+
+    def _blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self._block_tokens)
 
     def _run_remaining(
         self, model: Model, going: list[tuple[Sequence, int, ProbedLayers]], cache: KVCache
@@ -229,14 +246,15 @@ class Prober:
         """Fills the sequences' blocks up to their depths."""
         # Deepest first, so that those which go on after a depth are always the first rows.
         going = sorted(going, key=lambda one: -one[0].plan.depth)
-        for seq, _, kept in going:
-            cache.put(seq.blocks[: len(kept.kv[0])], kept.kv)
+        for seq, tokens, kept in going:
+            blocks = seq.blocks[: self._blocks_for(tokens)]
+            cache.fill(blocks, self._kept[kept], kept.slot * self._slot_blocks)
         hidden, first = torch.cat([kept.states[:tokens] for _, tokens, kept in going]), going[0][2].layers
         while going:
             last = going[-1][0].plan.depth
             if last > first:
                 texts = [
-                    (seq.token_ids[:tokens], seq.blocks[: -(-tokens // self._block_tokens)])
+                    (seq.token_ids[:tokens], seq.blocks[: self._blocks_for(tokens)])
                     for seq, tokens, _ in going
                 ]
                 batch = _batch_of(texts, [], self._block_tokens, model.device)
@@ -250,11 +268,9 @@ def _batch_of(
 ) -> Batch:
     """The batch of the beginnings of several texts. texts: token ids and their blocks."""
     token_ids, positions, slots, row_tables = list[int](), list[int](), list[int](), list[int]()
-    width, tables, chunks = (
-        max(len(blocks) for _, blocks in texts),
-        list[int](),
-        list[tuple[int, int, bool]](),
-    )
+    chunks: list[tuple[int, int, bool]] = []
+    tables: list[int] = []
+    width = max(len(blocks) for _, blocks in texts)
     for index, (ids, blocks) in enumerate(texts):
         start, end = len(token_ids), len(token_ids) + len(ids)
         chunks.append((start, end, True))

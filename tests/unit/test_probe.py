@@ -357,13 +357,14 @@ def test_what_was_kept_goes_with_a_cancelled_sequence(models: Path) -> None:
     assert streams[2].probe is None
 
 
-def test_layers_are_kept_for_as_many_sequences_as_may_run(models: Path) -> None:
-    engine = Engine.load(models / "first", 4, settings_of(max_running=2, prefix_cache=False))
+@pytest.mark.parametrize("at_once", [8, 2])
+def test_layers_are_kept_for_as_many_sequences_as_may_run(models: Path, at_once: int) -> None:
+    options = settings_of(max_running=2, prefix_cache=False, probe_prompts=at_once)
+    engine = Engine.load(models / "first", 4, options)
     streams, sequences = submit(engine, [PROMPT[start:] for start in range(7)])
-    engine.step()
-    assert sum(seq.probed is not None for seq in sequences) == 0
-    assert sum(seq.probe is not None for seq in sequences) == 7
-    run(engine)
+    while engine.step():
+        assert sum(seq.probed is not None for seq in sequences) <= 2
+    assert all(seq.probe is not None for seq in sequences)
     plain = Engine.load(models / "first", 4, settings_of(max_running=2, prefix_cache=False))
     expect, _ = submit(plain, [PROMPT[start:] for start in range(7)], routed=False)
     run(plain)

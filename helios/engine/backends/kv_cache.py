@@ -181,15 +181,15 @@ class KVCache:
         for tensor in (*self.keys, *self.values):
             tensor[target] = tensor[source]
 
-    def copies(self, blocks: slice) -> list[torch.Tensor]:
-        """Copies of some blocks: the keys of each layer, then the values of each layer."""
-        return [tensor[blocks].clone() for tensor in (*self.keys, *self.values)]
+    def fill(self, blocks: Sequence[int], other: "KVCache", first: int) -> None:
+        """Fills blocks with those of another cache from its block `first` on, in all layers of the other.
 
-    def put(self, blocks: Sequence[int], copies: Sequence[torch.Tensor]) -> None:
-        """Fills blocks with `copies` of as many blocks of another cache, which may have fewer layers."""
-        layers, at = len(copies) // 2, torch.tensor(blocks, device=self.device)
-        for tensor, copy in zip((*self.keys[:layers], *self.values[:layers]), copies, strict=True):
-            tensor.index_copy_(0, at, copy)
+        Its blocks have the same shape and type.
+        """
+        for kind, parts in ((self.keys, other.keys), (self.values, other.values)):
+            for tensor, part in zip(kind, parts, strict=False):
+                for source, block in enumerate(blocks, first):
+                    tensor[block] = part[source]
 
     def gather(self, layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of blocks [rows, blocks], each [rows, heads, blocks * block_tokens, head_dim]."""

@@ -15,5 +15,5 @@ class ProbedLayers:
     layers: int
     # After these layers: [tokens, hidden].
     states: torch.Tensor
-    # Whole blocks of these tokens' KV (`KVCache.copies`).
-    kv: list[torch.Tensor]
+    # The prober keeps their KV in this slot.
+    slot: int
