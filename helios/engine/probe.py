@@ -8,7 +8,7 @@ computed is kept, and prefill goes on with it.
 import math
 from array import array
 from collections import deque
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from collections.abc import Sequence as Seq
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -17,6 +17,7 @@ import torch
 
 from helios.engine.backends.kv_cache import KVCache
 from helios.engine.backends.model import Model
+from helios.engine.backends.readout import Readout
 from helios.engine.plan import Plan
 from helios.engine.scheduling.batch import Batch
 from helios.engine.scheduling.probed_layers import ProbedLayers
@@ -38,7 +39,8 @@ class _Part(NamedTuple):
 class _Beginnings(NamedTuple):
     """The first tokens of several prompts as one batch, which every model computes."""
 
-    batch: Batch
+    # None: no prompt is probed.
+    batch: Batch | None
     # The prompts' own next tokens, for each row that is read.
     targets: list[int]
     # None: the prompt is not probed.
@@ -50,6 +52,7 @@ class _Computed(NamedTuple):
 
     weights_id: str
     depth: int
+    readout: Readout
     states: torch.Tensor
     cache: KVCache
 
@@ -104,13 +107,12 @@ class Prober:
             if seq.state is SequenceState.WAITING:
                 sequences.append(seq)
         beginnings = self._beginnings(plans, sequences)
-        probes = [Probe(seq.prompt_tokens, {}) for seq in sequences]
-        found: dict[str, _Computed] = {}
-        if beginnings is not None:
-            probes, found = self._probe(plans, sequences, beginnings)
+        found = self._compute(plans, beginnings.batch) if beginnings.batch is not None else {}
+        readings = _readings(found, beginnings)
         routed: list[tuple[Sequence, Exception | None]] = []
-        for index, (seq, probe) in enumerate(zip(sequences, probes, strict=True)):
+        for seq, part, of_prompt in zip(sequences, beginnings.parts, readings, strict=True):
             assert seq.route is not None
+            probe = Probe(seq.prompt_tokens, of_prompt)
             try:
                 chosen = seq.route(probe)
                 if chosen not in in_force:
@@ -119,7 +121,7 @@ class Prober:
                 routed.append((seq, error))
                 continue
             seq.plan, seq.route, seq.probe = chosen, None, probe
-            if beginnings is not None and (part := beginnings.parts[index]) is not None:
+            if part is not None:
                 seq.probed_tokens = part.rows.stop - part.rows.start
                 if (computed := found.get(chosen.model)) is not None:
                     self._keep(seq, part, computed)
@@ -157,8 +159,8 @@ class Prober:
             advance(seq, tokens)
         return left
 
-    def _beginnings(self, plans: Seq[Plan], sequences: Seq[Sequence]) -> _Beginnings | None:
-        """Chooses what is probed. Returns None if no prompt is."""
+    def _beginnings(self, plans: Seq[Plan], sequences: Seq[Sequence]) -> _Beginnings:
+        """Chooses what is probed and what is read out."""
         configs = [plan.model.config for plan in plans]
         most = min(self._tokens, *(config.context_tokens for config in configs))
         vocabulary = min(config.vocab_size for config in configs)
@@ -183,37 +185,22 @@ class Prober:
             first = slot * self._slot_blocks
             texts.append((ids[:count], range(first, first + self._blocks_for(count))))
             rows += count
-        if not texts:
-            return None
-        batch = _batch_of(texts, read_rows, self._block_tokens, plans[0].model.device)
+        batch = None
+        if texts:
+            batch = _batch_of(texts, read_rows, self._block_tokens, plans[0].model.device)
         return _Beginnings(batch, targets, parts)
 
-    def _probe(
-        self, plans: Seq[Plan], sequences: Seq[Sequence], beginnings: _Beginnings
-    ) -> tuple[list[Probe], dict[str, _Computed]]:
-        """Probes of all sequences, and what each model computed."""
-        readings: list[dict[str, ExitReading]] = [{} for _ in sequences]
-        found: dict[str, _Computed] = {}
+    def _compute(self, plans: Seq[Plan], batch: Batch) -> dict[str, _Computed]:
+        """Runs every model up to its first exit. By model."""
         # Only the loaded models keep their caches.
         self._caches = {plan.model.weights.id: self._cache_of(plan) for plan in plans}
+        found: dict[str, _Computed] = {}
         for plan in plans:
-            model, depth = plan.model, plan.entry.exit_layers[0]
-            cache = self._caches[model.weights.id]
-            readout, states = model.backend.step_with_states(beginnings.batch, cache, depth)
-            found[plan.entry.name] = _Computed(model.weights.id, depth, states, cache)
-            nats, doubts = readout.costs(beginnings.targets)
-            for of_prompt, part in zip(readings, beginnings.parts, strict=True):
-                if part is None:
-                    continue
-                count = part.reads.stop - part.reads.start
-                means = sum(nats[part.reads]) / count, sum(doubts[part.reads]) / count
-                # Numbers that are too large for the precision say nothing about the text.
-                if all(map(math.isfinite, means)):
-                    of_prompt[plan.entry.name] = ExitReading(depth, count, *means)
-        probes = [
-            Probe(seq.prompt_tokens, of_prompt) for seq, of_prompt in zip(sequences, readings, strict=True)
-        ]
-        return probes, found
+            weights_id, depth = plan.model.weights.id, plan.entry.exit_layers[0]
+            cache = self._caches[weights_id]
+            results = plan.model.backend.step_with_states(batch, cache, depth)
+            found[plan.entry.name] = _Computed(weights_id, depth, *results, cache)
+        return found
 
     def _cache_of(self, plan: Plan) -> KVCache:
         model = plan.model
@@ -261,6 +248,22 @@ class Prober:
                 hidden = model.layers(first, last, hidden[: batch.rows], batch, cache)
             first = last
             going = [one for one in going if one[0].plan.depth > last]
+
+
+def _readings(found: Mapping[str, _Computed], beginnings: _Beginnings) -> list[dict[str, ExitReading]]:
+    """Each prompt's readings, by model."""
+    readings: list[dict[str, ExitReading]] = [{} for _ in beginnings.parts]
+    for name, computed in found.items():
+        nats, doubts = computed.readout.costs(beginnings.targets)
+        for of_prompt, part in zip(readings, beginnings.parts, strict=True):
+            if part is None:
+                continue
+            count = part.reads.stop - part.reads.start
+            means = sum(nats[part.reads]) / count, sum(doubts[part.reads]) / count
+            # Numbers that are too large for the precision say nothing about the text.
+            if all(map(math.isfinite, means)):
+                of_prompt[name] = ExitReading(computed.depth, count, *means)
+    return readings
 
 
 def _batch_of(
