@@ -185,5 +185,7 @@ def warm_up(model: Model) -> Sampled:
     cache = KVCache.of(model.config, model.depth, 1, model.block_tokens, model.kv_dtype, model.device)
     zero = torch.zeros(1, dtype=torch.int64, device=model.device)
     batch = Batch.of(zero, zero, zero, zero[None], zero, 1, model.block_tokens, (), zero)
+    # After a probe, prefill goes on with the layers alone.
+    model.layers(0, 1, model.embed(zero, zero), batch, cache)
     found = model.backend.step(batch, cache, model.depth, ONE_STEP)
     return sample(found, {0: Row(SamplingParams(temperature=1.0), 1, [0])})
