@@ -1,5 +1,6 @@
 """A probe says what a model's first exit says, costs no token its place, and is not computed twice."""
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,14 @@ from helios.engine.plan import Plan, load_plan
 from helios.engine.probe import Prober
 from helios.engine.scheduling.batch import Batch, build_batch
 from helios.engine.scheduling.sequence import Sequence as EngineSequence
-from helios.errors import CancelledError, HeliosError, PlanNotServedError, SequenceFailedError, SettingsError
+from helios.errors import (
+    CancelledError,
+    HeliosError,
+    OutOfMemoryError,
+    PlanNotServedError,
+    SequenceFailedError,
+    SettingsError,
+)
 from helios.routing.probe import Probe
 from helios.served import ServedPlan
 from tests.opt_variants import save_variant
@@ -128,7 +136,7 @@ def test_readings_are_those_of_the_first_exit(
 
 @dataclass
 class CountingRunner:
-    """Counts the rows that `runner` computes."""
+    """Counts the prompt tokens that `runner` computes."""
 
     runner: Runner
     rows: int = 0
@@ -142,7 +150,7 @@ class CountingRunner:
         return self.runner.spare_blocks
 
     def run(self, batch: Batch, cache: KVCache, burst: Burst) -> tuple[Readout, list[int]]:
-        self.rows += batch.rows
+        self.rows += batch.rows - batch.decode_rows
         return self.runner.run(batch, cache, burst)
 
     def release(self) -> None:
@@ -371,6 +379,23 @@ def test_layers_are_kept_for_as_many_sequences_as_may_run(models: Path, at_once:
     assert [stream.ids for stream in streams] == [stream.ids for stream in expect]
 
 
+def test_preempted_sequences_have_the_same_tokens(models: Path) -> None:
+    prompts = [PROMPT[start : start + 50] for start in range(0, 24, 3)]
+    sampling = SamplingParams(max_tokens=40, ignore_eos=True, temperature=0.8, seed=7)
+    plain = Engine.load(models / "first", 6, settings_of())
+    expect, _ = submit(plain, prompts, routed=False, sampling=sampling)
+    run(plain)
+    with pytest.raises(OutOfMemoryError) as error:
+        Engine.load(models / "first", 6, settings_of(memory_bytes=1))
+    (least,) = re.findall(r"at least ([\d,]+)", error.value.message)
+    engine = Engine.load(models / "first", 6, settings_of(memory_bytes=int(least.replace(",", ""))))
+    streams, _ = submit(engine, prompts, sampling=sampling)
+    run(engine)
+    assert engine.telemetry().preemptions > 0
+    assert [stream.ids for stream in streams] == [stream.ids for stream in expect]
+    assert engine.telemetry().blocks_free == engine.telemetry().blocks_total
+
+
 def test_a_prefix_that_is_cached_with_all_layers_is_used_instead(models: Path) -> None:
     engine, runner = counting(models / "first", 6, settings_of())
     first, _ = submit(engine, [PROMPT])
@@ -380,8 +405,8 @@ def test_a_prefix_that_is_cached_with_all_layers_is_used_instead(models: Path) -
     run(engine)
     assert again[0].ids == first[0].ids
     assert again[0].probe == first[0].probe
-    # The last token of the prompt, and each generated one but the last.
-    assert runner.rows - before == GREEDY.max_tokens
+    # The last token of the prompt.
+    assert runner.rows - before == 1
     assert sequence.probed is None
 
 
