@@ -31,7 +31,7 @@ from helios.engine.interface import (
 )
 from helios.engine.memory import device_budget
 from helios.engine.move import Reload, ServedPlans
-from helios.engine.plan import Plan, bytes_read, load_plans
+from helios.engine.plan import Plan, bytes_read_for, load_plans
 from helios.engine.scheduling.batch import Batch, build_batch
 from helios.engine.scheduling.detokenizer import Detokenizer, token_texts
 from helios.engine.scheduling.prompt_readings import PromptReadings
@@ -440,7 +440,7 @@ class Engine:
             weight_bytes=plan.memory.weight_bytes,
             kv_bytes_per_token=plan.memory.kv_bytes_per_token,
             memory_bytes=(self.settings.memory_bytes or 0) - plan.memory.activation_bytes,
-            bytes_read=bytes_read(plans),
+            bytes_read=bytes_read_for(plans),
         )
 
     @property

@@ -4,7 +4,7 @@ Plans of different depth share the KV cache. Each layer has a number of blocks o
 needs memory in the layers of its plan alone.
 """
 
-import operator
+import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -179,7 +179,7 @@ def divide_memory(models: Sequence[LoadedPlans], limits: MemoryLimits) -> Memory
         return [max(int(total * share), floor) for share in shares.values()]
 
     def kv(total: int, floor: int) -> int:
-        return layer_bytes * sum(map(operator.mul, blocks(total, floor), layers))
+        return layer_bytes * math.sumprod(blocks(total, floor), layers)
 
     left = limits.budget - weights - activations
     if kv(least, least) > left:

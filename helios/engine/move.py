@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 from helios.engine.backends.kv_cache import KVCache
 from helios.engine.interface import Reloaded
-from helios.engine.plan import Plan, bytes_read
+from helios.engine.plan import Plan, bytes_read_for
 from helios.engine.scheduling.block_pool import BlockPool
 from helios.engine.scheduling.chunk_budget import ChunkBudget
 from helios.engine.scheduling.scheduler import Scheduler
@@ -236,7 +236,7 @@ class ServedPlans:
         try:
             if len(kept) == len(to) and self._can_stay(new):
                 self._keep(new, to)
-                reload.end(Reloaded(bytes_read(new), moved, time.monotonic() - began))
+                reload.end(Reloaded(bytes_read_for(new), moved, time.monotonic() - began))
                 return
             if self._can_hold_both(new):
                 self.move = self._begin_move(new, to, kept, last_step)
@@ -261,7 +261,7 @@ class ServedPlans:
         move, reload, self.move, self._reload = self.move, self._reload, None, None
         self._plans = _by_name(self.in_force)
         self._settle()
-        reload.end(Reloaded(bytes_read(self.in_force), move.sequences, move.stall_seconds))
+        reload.end(Reloaded(bytes_read_for(self.in_force), move.sequences, move.stall_seconds))
 
     def abandon_move(self) -> None:
         """Wakes whoever waits for the reload, because the move will never end."""

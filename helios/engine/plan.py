@@ -62,6 +62,11 @@ class Plan:
         return self.served.depth
 
     @property
+    def bytes_read(self) -> int:
+        """Bytes read to load its model. Weights shared with earlier plans were not read again."""
+        return self.model.weights.bytes_read
+
+    @property
     def checkpoint_id(self) -> str:
         """Equal for the same files at the same path (`catalog.checkpoint_id`)."""
         return self.model.weights.checkpoint_id
@@ -103,9 +108,14 @@ def load_plan(
     settings: EngineSettings,
     progress: Progress | None = None,
     threshold: float | None = None,
+    running: Plan | None = None,
 ) -> Plan:
-    """Loads a single plan. `threshold` overrides the settings' value. Raises as `load_plans` does."""
-    (plan,) = load_plans([PlanToLoad(path, depth, threshold)], settings, progress)
+    """Loads a single plan. `threshold` overrides the settings' value. Everything else is as in `load_plans`.
+
+    Raises CheckpointError, UnknownDepthError, OutOfMemoryError, SettingsError.
+    """
+    one = PlanToLoad(path, depth, threshold)
+    (plan,) = load_plans([one], settings, progress, () if running is None else (running,))
     return plan
 
 
@@ -200,9 +210,9 @@ def load_plans(
     return tuple(found[id(one)] for one in wanted)
 
 
-def bytes_read(plans: Sequence[Plan]) -> int:
-    """Bytes read to load the plans' weights. Weights shared with earlier plans were not read again."""
-    return sum({id(plan.model): plan.model.weights.bytes_read for plan in plans}.values())
+def bytes_read_for(plans: Sequence[Plan]) -> int:
+    """Bytes read to load all models of the plans."""
+    return sum({id(plan.model): plan.bytes_read for plan in plans}.values())
 
 
 class _LoadedModel(NamedTuple):

@@ -64,7 +64,7 @@ def test_the_first_of_two_equal_blocks_is_the_one_that_is_found() -> None:
 def test_new_blocks_are_added_to_those_there_are() -> None:
     pool = BlockPool(2, 4)
     held = published(pool, b"a")
-    pool.grow(5)
+    pool.resize([5])
     assert sorted([*held, *pool.allocate(4)]) == [0, 1, 2, 3, 4]
     assert pool.reuse([b"a"]) == held
 
@@ -74,10 +74,12 @@ def test_a_renewed_pool_keeps_what_is_held_and_forgets_what_was_published() -> N
     kept = published(pool, b"a")
     held = pool.allocate(2)
     pool.free(kept)
-    pool.renew(4)
+    pool.forget()
+    pool.resize([4])
     assert pool.reuse([b"a"]) == []
     assert pool.free_blocks == 2
     assert sorted([*pool.allocate(2), *held]) == [0, 1, 2, 3]
     pool.free(held)
-    pool.renew(6)
+    pool.forget()
+    pool.resize([6])
     assert pool.free_blocks == 4

@@ -20,11 +20,12 @@ from tests.opt_variants import byte_tokenizer
 TOKENIZER = byte_tokenizer()
 BLOCK_TOKENS = 4
 CONTEXT = 32
+DEPTH = 4
 
 
 def plan(number: int) -> ServedPlan:
     """The plan number `number` of those to which sequences move."""
-    return ServedPlan(model=f"model-{number}", depth=4)
+    return ServedPlan(model=f"model-{number}", depth=DEPTH)
 
 
 def make_sequence(name: str, prompt: int, output: int, served: ServedPlan | None = None) -> Sequence:
@@ -127,15 +128,15 @@ class SchedulerMachine(RuleBasedStateMachine):
     def begin_move(self, data: st.DataObject) -> None:
         """Begins a move to a plan that may have fewer blocks."""
         blocks = data.draw(st.integers(CONTEXT // BLOCK_TOKENS, self.pool.num_blocks))
-        self.move = Move(self.scheduler, plan(self.plans), plan(self.plans + 1), self.budget, last_step=0.0)
-        self.move.begin(blocks, self.new_chunks())
+        self.move = Move(self.scheduler, {plan(self.plans): plan(self.plans + 1)}, self.budget, last_step=0.0)
+        self.move.begin([blocks] * DEPTH, self.new_chunks())
         self.plans += 1
 
     def schedule(self) -> list[tuple[Sequence, int]]:
         scheduled = self.scheduler.schedule(0 if self.move is None else self.move.send_back())
         if self.move is not None and not self.move.is_leaving:
             self.move = None
-            self.pool.grow(self.blocks)
+            self.pool.resize([self.blocks] * DEPTH)
         return scheduled
 
     @rule()
@@ -205,8 +206,8 @@ def moving(prompts: list[int], room: int) -> tuple[Scheduler, Move, list[Sequenc
         scheduler.add(sequence)
     while not all(sequence.is_decoding for sequence in sequences):
         advance(scheduler, scheduler.schedule())
-    move = Move(scheduler, plan(0), plan(1), budget, last_step=0.0)
-    move.begin(64, ChunkBudget(math.inf, 8, budget))
+    move = Move(scheduler, {plan(0): plan(1)}, budget, last_step=0.0)
+    move.begin([64] * DEPTH, ChunkBudget(math.inf, 8, budget))
     return scheduler, move, sequences
 
 
@@ -278,7 +279,7 @@ def test_what_does_not_fit_into_a_smaller_pool_is_sent_back_at_once() -> None:
     while not all(sequence.is_decoding for sequence in sequences):
         advance(scheduler, scheduler.schedule())
     kept = max(sequences[1].blocks) + 1
-    Move(scheduler, plan(0), plan(1), 54, last_step=0.0).begin(kept, scheduler.chunks)
+    Move(scheduler, {plan(0): plan(1)}, 54, last_step=0.0).begin([kept] * DEPTH, scheduler.chunks)
     assert list(map(is_leaving, sequences)) == [True, True, False, False]
     assert list(scheduler.waiting) == sequences[2:]
     assert scheduler.pool.num_blocks == kept
