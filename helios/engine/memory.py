@@ -4,7 +4,6 @@ Plans of different depth share the KV cache. Each layer has a number of blocks o
 needs memory in the layers of its plan alone.
 """
 
-import math
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -179,7 +178,8 @@ def divide_memory(models: Sequence[LoadedPlans], limits: MemoryLimits) -> Memory
         return [max(int(total * share), floor) for share in shares.values()]
 
     def kv(total: int, floor: int) -> int:
-        return layer_bytes * math.sumprod(blocks(total, floor), layers)
+        by_depth = zip(blocks(total, floor), layers, strict=True)
+        return layer_bytes * sum(count * between for count, between in by_depth)
 
     left = limits.budget - weights - activations
     if kv(least, least) > left:
