@@ -128,3 +128,22 @@ def test_address_space_is_no_memory() -> None:
     cache.resize([most])
     cache.keys[0][-1] = 1
     assert cache.keys[0][-1].all()
+
+
+def test_layers_have_their_own_numbers_of_blocks() -> None:
+    cache = make(3, 4, most_blocks=8)
+    for tensor in (*cache.keys, *cache.values):
+        tensor.fill_(1)
+    places = cache.addresses[0].tolist()
+    cache.resize([8, 4, 2])
+    assert [len(tensor) for tensor in cache.keys] == [8, 4, 2]
+    assert cache.addresses[0].tolist() == places
+    cache.copy(1, 3)
+    cache.keys[0][6] = 7
+    cache.copy(6, 3)
+    assert (cache.keys[0][3] == 7).all()
+    assert (cache.keys[1][3] == 1).all(), "this layer lacks the copied block"
+    cache.resize([2, 2, 2])
+    cache.give_back()
+    cache.resize([4, 4, 4])
+    assert all(bool(tensor[:2].all()) for tensor in cache.keys)
