@@ -385,13 +385,16 @@ def test_a_shallow_sequence_gives_its_deep_blocks_to_an_older_deep_one() -> None
 
 
 def test_blocks_are_reserved_for_all_depths_or_for_none() -> None:
-    scheduler = shallow_and_deep(deep=6, shallow=3)
+    scheduler = shallow_and_deep(deep=7, shallow=3)
     deep, shallow = make_sequence("deep", 8, 9, plan(0, DEPTH)), make_sequence("s", 8, 9, plan(0, SHALLOW))
     for sequence in (deep, shallow):
         scheduler.add(sequence)
     advance(scheduler, scheduler.schedule())
     free = scheduler.pool.free_blocks
-    assert not scheduler.reserve([shallow, deep], 5 * BLOCK_TOKENS)
+    assert not scheduler.reserve([deep], 5 * BLOCK_TOKENS), (
+        "six blocks are free, five of them have all layers"
+    )
+    assert not scheduler.reserve([shallow, deep], 3 * BLOCK_TOKENS)
     assert scheduler.pool.free_blocks == free
     assert scheduler.reserve([shallow, deep], 2 * BLOCK_TOKENS)
-    assert max(deep.blocks) < 6
+    assert max(deep.blocks) < 7
