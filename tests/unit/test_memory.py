@@ -1,7 +1,6 @@
-"""A budget is divided among plans: never more than there is, at least a context for each, the rest by share."""
+"""A budget is divided among plans: as much as fits, at least a context for each depth, the rest by share."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 import torch
@@ -80,6 +79,6 @@ def test_a_single_plan_has_all_the_memory(config: ModelConfig, budget: int, dept
 
 
 def test_scarce_blocks_are_divided_by_share(config: ModelConfig) -> None:
-    memory = divide(config, 8 << 20, [{2: 3.0, 12: 1.0}])
+    memory = divide(config, 3 << 20, [{2: 3.0, 12: 1.0}])
     only_shallow = memory.blocks[2] - memory.blocks[12]
     assert only_shallow / memory.blocks[12] == pytest.approx(3, rel=0.05)
