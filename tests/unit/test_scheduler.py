@@ -398,3 +398,25 @@ def test_blocks_are_reserved_for_all_depths_or_for_none() -> None:
     assert scheduler.pool.free_blocks == free
     assert scheduler.reserve([shallow, deep], 2 * BLOCK_TOKENS)
     assert max(deep.blocks) < 7
+
+
+def test_blocks_of_few_layers_are_used_while_a_deep_sequence_waits_for_others() -> None:
+    scheduler = shallow_and_deep(deep=8, shallow=7)
+    running, waiting = (make_sequence(name, 20, 11, plan(0, DEPTH)) for name in ("running", "waiting"))
+    # Three of four fit into the blocks of few layers. The fourth would need one that `waiting` can use.
+    shallow = [make_sequence(f"{number}", 6, 3, plan(0, SHALLOW)) for number in range(4)]
+    late = make_sequence("late", 4, 4, plan(0, DEPTH))
+    for sequence in (running, waiting, *shallow, late):
+        scheduler.add(sequence)
+    for _ in range(2):
+        advance(scheduler, scheduler.schedule())
+        assert set(scheduler.running) == {running, *shallow[:3]}
+    assert list(scheduler.waiting) == [waiting, shallow[3], late]
+    while running.state is not SequenceState.FINISHED:
+        assert waiting.state is SequenceState.WAITING
+        advance(scheduler, scheduler.schedule())
+    advance(scheduler, scheduler.schedule())
+    assert waiting.state is SequenceState.RUNNING
+    while list(scheduler):
+        advance(scheduler, scheduler.schedule())
+    assert scheduler.preemptions == 0

@@ -9,8 +9,9 @@ never preempted for a younger one, so every sequence ends.
 A prefix that this or an earlier sequence has already computed is not computed again: its full blocks are
 shared (`BlockPool`).
 
-Blocks may differ in their number of layers. A sequence whose plan has few layers can use more of them, and is
-preempted for another sequence only if that one can use some of its blocks.
+Blocks may differ in their number of layers. A sequence whose plan has few layers can use more of them. It is
+preempted for another sequence only if that one can use some of its blocks, and overtakes it only with blocks
+that it cannot use.
 """
 
 import itertools
@@ -171,16 +172,40 @@ class Scheduler:
             self.preempt(last)
 
     def _admit(self) -> Sequence | None:
-        """Admits the first of the queue to the batch. Returns None without a place or memory for it."""
-        # First come, first served: no sequence overtakes it.
+        """Admits the first of the queue to the batch, or else one that takes no memory from it.
+
+        Returns None without a place or memory for them.
+        """
         if not self.waiting or len(self.running) >= self._max_running:
             return None
+        # First come, first served.
+        seq: Sequence | None = self.waiting[0]
         if not self._give_blocks(self.waiting[0]):
+            seq = self._next_beside(self.waiting[0])
+        if seq is None:
             return None
-        seq = self.waiting.popleft()
+        self.waiting.remove(seq)
         seq.state = SequenceState.RUNNING
         seq.times.scheduled = seq.times.scheduled or time.time_ns()
         insort(self.running, seq, key=lambda running: running.arrival)
+        return seq
+
+    def _next_beside(self, first: Sequence) -> Sequence | None:
+        """Gives blocks that `first` cannot use to the next sequence with fewer layers. Returns it, or None.
+
+        So these blocks do not lie idle while `first` waits for others.
+        """
+        pool, depth = self.pool, first.plan.depth
+        limit, free = pool.limit(depth), pool.free_for(depth)
+        if pool.free_blocks == free:
+            return None
+        seq = next((seq for seq in self.waiting if pool.limit(seq.plan.depth) > limit), None)
+        if seq is None or not self._give_blocks(seq):
+            return None
+        if pool.free_for(depth) < free:
+            self.cached_tokens -= seq.computed
+            self._release(seq)
+            return None
         return seq
 
     def _chunk(self, seq: Sequence, budget: int, scheduled: list[tuple[Sequence, int]]) -> int:
