@@ -229,6 +229,8 @@ class Engine:
         parts, steps = self._plans.grouped(scheduled), 1
         if self._plans.move is None and all(plan.runner.has_bursts for plan, _ in parts):
             steps = self._burst_steps(scheduled)
+        chunks = self._scheduler.chunks
+        cost = chunks.cost([seq for seq, _ in scheduled if seq.is_decoding])
         for plan, part in parts:
             batch, taken = self._run(plan, part, steps)
             decoding += batch.decode_rows
@@ -237,11 +239,10 @@ class Engine:
             seconds, began = seconds + (now - began) / taken, now
         self._delivery.counters.steps += most_steps
         self._delivery.counters.prefill_tokens += prompt_tokens
-        chunks = self._scheduler.chunks
         # A step during a move says little about the plans in force. It is observed only while no step time is
         # known, because prompts wait for one.
         if self._plans.move is None or chunks.decode_seconds(decoding) is None:
-            chunks.observe(decoding, prompt_tokens, seconds)
+            chunks.observe(decoding, prompt_tokens, seconds, cost)
         self._last_step = time.monotonic()
         return True
 
@@ -288,7 +289,8 @@ class Engine:
             if not seq.is_decoding:
                 return 1
             left = min(left, seq.sampling.max_tokens - seq.completion_tokens)
-        seconds = self._scheduler.chunks.decode_seconds(len(scheduled))
+        chunks = self._scheduler.chunks
+        seconds = chunks.decode_seconds(len(scheduled), chunks.cost([seq for seq, _ in scheduled]))
         if seconds is None:
             return 1
         count = max(1, min(left, int(self.settings.burst_seconds / seconds)))

@@ -110,8 +110,9 @@ class Move:
         if not leaving:
             self.is_leaving = False
             return 0
-        decoding = sum(seq.pending == 1 for seq in scheduler.running)
-        room = max(1, min(scheduler.chunks.tokens(decoding), self._step_token_budget - decoding))
+        decoding = [seq for seq in scheduler.running if seq.pending == 1]
+        fitting = scheduler.chunks.tokens(len(decoding), cost=scheduler.chunks.cost(decoding))
+        room = max(1, min(fitting, self._step_token_budget - len(decoding)))
         prefills = [seq for seq in scheduler if seq.pending > 1]
         earned = -(-room // 2) if prefills else room
         # Credit may accumulate for one sequence, but not for many at once.
@@ -182,7 +183,7 @@ class ServedPlans:
             BlockPool(memory.num_blocks, settings.block_tokens),
             settings.max_running,
             settings.step_token_budget,
-            ChunkBudget(settings.prefill_stretch, settings.block_tokens, settings.step_token_budget),
+            self._new_chunks(self.in_force),
             copy_block=self._copy_block if shares else None,
         )
         self.scheduler.pool.resize(memory.layer_blocks)
@@ -372,11 +373,20 @@ class ServedPlans:
         for plan in self.in_force:
             plan.runner.release()
 
+    def _new_chunks(self, plans: Seq[Plan]) -> ChunkBudget:
+        settings = self._settings
+        costs = {plan.served: _step_size(plan) / _step_size(plans[0]) for plan in plans}
+        return ChunkBudget(
+            settings.prefill_stretch,
+            settings.block_tokens,
+            settings.step_token_budget,
+            costs if len(costs) > 1 else {},
+        )
+
     def _chunk_budget(self, new: Seq[Plan]) -> ChunkBudget:
         """A chunk budget for other plans, with step times estimated from those of the plans in force."""
-        settings = self._settings
-        chunks = ChunkBudget(settings.prefill_stretch, settings.block_tokens, settings.step_token_budget)
-        chunks.expect(self.scheduler.chunks, _step_size(new) / _step_size(self.in_force))
+        chunks = self._new_chunks(new)
+        chunks.expect(self.scheduler.chunks, _step_size(new[0]) / _step_size(self.in_force[0]))
         return chunks
 
     def _allocate(self, plans: Seq[Plan], before: KVCache | None) -> KVCache:
@@ -427,10 +437,9 @@ def _common(before: Seq[int], after: Seq[int]) -> list[int]:
     return found
 
 
-def _step_size(plans: Seq[Plan]) -> float:
-    """Parameters that a decode step reads, as the mean over plans by their share."""
-    sizes = (plan.share * plan.model.config.step_parameters(plan.depth) for plan in plans)
-    return sum(sizes) / sum(plan.share for plan in plans)
+def _step_size(plan: Plan) -> int:
+    """Parameters that a decode step reads."""
+    return plan.model.config.step_parameters(plan.depth)
 
 
 def _no_room(num_blocks: int, error: BaseException) -> OutOfMemoryError:

@@ -53,8 +53,6 @@ class Plan:
     # By exit layer of any plan of the model, the confidence below which a token counts as unsure. The model's
     # last layer has none.
     thresholds: Mapping[int, float]
-    # Relative to that of other plans: the part of the served tokens that it is expected to hold.
-    share: float
 
     @property
     def depth(self) -> int:
@@ -202,7 +200,6 @@ def load_plans(
             tokenizer_json=model.tokenizer.tokenizer_json,
             memory=memory,
             thresholds=model.thresholds,
-            share=one.share,
         )
         for model, (_, depths) in zip(loaded, models, strict=True)
         for depth, one in depths.items()

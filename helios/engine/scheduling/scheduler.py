@@ -90,7 +90,8 @@ class Scheduler:
             # An older sequence must not wait until the time of such a decode step is known.
             least = max(least, self._block_tokens)
         if first.arrival > self.unbounded_until:
-            budget = min(budget, max(least, self.chunks.tokens(decoding, waiting)))
+            cost = self.chunks.cost([seq for seq, _ in scheduled])
+            budget = min(budget, max(least, self.chunks.tokens(decoding, waiting, cost)))
         for seq in prefills:
             budget = self._chunk(seq, budget, scheduled)
         while budget > 0 and (admitted := self._admit()) is not None:
@@ -199,8 +200,8 @@ class Scheduler:
         limit, free = pool.limit(depth), pool.free_for(depth)
         if pool.free_blocks == free:
             return None
-        seq = next((seq for seq in self.waiting if pool.limit(seq.plan.depth) > limit), None)
-        if seq is None or not self._give_blocks(seq):
+        others = (seq for seq in self.waiting if seq.route is None and pool.limit(seq.plan.depth) > limit)
+        if (seq := next(others, None)) is None or not self._give_blocks(seq):
             return None
         if pool.free_for(depth) < free:
             self.cached_tokens -= seq.computed
