@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -158,18 +159,11 @@ def test_each_sequence_gets_the_tokens_of_its_own_plan(
         assert all(max(len(output.tokens) for output in stream.outputs) > 4 for stream in streams)
 
 
-@pytest.mark.parametrize("precision", ["int8", "float32"])
 @pytest.mark.parametrize("memory", [MEMORY, 3 << 20])
-def test_sequences_keep_or_change_their_plan_as_plans_come_and_go(
-    models: Path, memory: int, precision: str
-) -> None:
+def test_sequences_keep_or_change_their_plan_as_plans_come_and_go(models: Path, memory: int) -> None:
     # A step has room for few prompt tokens beside decodes, so sequences move one after the other.
     settings = EngineSettings(
-        memory_bytes=memory,
-        block_tokens=BLOCK_TOKENS,
-        max_running=12,
-        step_token_budget=40,
-        precision=precision,
+        memory_bytes=memory, block_tokens=BLOCK_TOKENS, max_running=12, step_token_budget=40
     )
     engine = load(models, "a2", settings=settings)
     sampling = SamplingParams(max_tokens=150, ignore_eos=True)
@@ -195,6 +189,34 @@ def test_sequences_keep_or_change_their_plan_as_plans_come_and_go(
     for stream in streams:
         check_alone(models, settings, stream)
     assert engine.telemetry().blocks_free == engine.telemetry().blocks_total
+
+
+@pytest.mark.parametrize("precision", ["int8", "float32"])
+def test_who_stays_and_who_moves_computes_what_it_would_alone_to_the_bit(
+    models: Path, precision: str
+) -> None:
+    # Each prefix is computed in one chunk, as it is alone.
+    settings = EngineSettings(
+        memory_bytes=MEMORY,
+        block_tokens=BLOCK_TOKENS,
+        precision=precision,
+        prefill_stretch=math.inf,
+        prefix_cache=False,
+    )
+    engine = load(models, "a2", "b4", "a4", settings=settings)
+    sampling = SamplingParams(max_tokens=80, ignore_eos=True, temperature=0.8, seed=9)
+    names = ["a2", "b4", "a4", "a2", "b4"]
+    streams = [submit(engine, name, [2, 9, 30 + n], sampling) for n, name in enumerate(names)]
+    drive(engine, lambda: len(streams[-1].tokens) > 9)
+    assert reload(engine, models, "b6", "a4", "b4") == 2
+    late = submit(engine, "b6", LONG, sampling)
+    drive(engine, lambda: len(late.tokens) > 9)
+    assert reload(engine, models, "b4", "a6") == 5
+    drive(engine)
+    expected = [{"a2", "a4", "a6"}, {"b4"}, {"a4", "a6"}, {"a2", "a4", "a6"}, {"b4"}]
+    assert [set(stream.plans) for stream in streams] == expected
+    for stream in streams:
+        check_alone(models, settings, stream, exactly=True)
 
 
 def test_who_keeps_a_plan_or_needs_fewer_layers_is_not_computed_again(models: Path) -> None:

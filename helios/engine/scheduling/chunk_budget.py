@@ -77,7 +77,7 @@ class ChunkBudget:
         return int(min(max(fitting, self._least), self._most))
 
     def decode_seconds(self, decoding: int, cost: float = 1.0) -> float | None:
-        """Seconds of a step in which only `decoding` sequences of this mean cost decode. None while unknown."""
+        """Seconds of a step in which only `decoding` sequences decode, of this mean cost. None: unknown."""
         key = decoding.bit_length()
         seconds = self._decode.get(key, self._expected.get(key))
         return None if seconds is None else cost * seconds
