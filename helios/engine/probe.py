@@ -120,7 +120,8 @@ class Prober:
             except Exception as error:
                 routed.append((seq, error))
                 continue
-            seq.plan, seq.route, seq.probe = chosen, None, probe
+            seq.change_plan(chosen)
+            seq.route, seq.probe = None, probe
             if part is not None:
                 seq.probed_tokens = part.rows.stop - part.rows.start
                 if (computed := found.get(chosen.model)) is not None:
