@@ -26,6 +26,10 @@ class HookedRunner:
         return self.runner.has_bursts
 
     @property
+    def mixes_depths(self) -> bool:
+        return self.runner.mixes_depths
+
+    @property
     def spare_blocks(self) -> int:
         return self.runner.spare_blocks
 

@@ -230,7 +230,11 @@ class Engine:
         # Seconds of one step, if a burst took several.
         seconds = 0.0
         parts, steps = self._plans.grouped(scheduled), 1
-        if self._plans.move is None and not self._prober.is_waiting and all(plan.runner.has_bursts for plan, _ in parts):
+        if (
+            self._plans.move is None
+            and not self._prober.is_waiting
+            and all(plan.runner.has_bursts for plan, _ in parts)
+        ):
             steps = self._burst_steps(scheduled)
         chunks = self._scheduler.chunks
         cost = chunks.cost([seq for seq, _ in scheduled if seq.is_decoding])

@@ -53,7 +53,7 @@ def test_padding_changes_neither_logits_nor_the_blocks_of_others(tmp_path: Path,
     ):
         own.normal_()
         other.copy_(own)
-    padded = PaddedDecode(plan.model, caches[0], rows=8, blocks=4, spare_block=BLOCKS)
+    padded = PaddedDecode(plan.model, caches[0], depth=plan.depth, rows=8, blocks=4, spare_block=BLOCKS)
     # The second batch is smaller. Nothing of the first may be left in the buffers.
     for seed, lengths in enumerate(([5, 1, 9, 12, 3], [2, 16])):
         batch = decodes(lengths, seed)

@@ -35,9 +35,9 @@ from helios.engine.kernels.layout import (
     record,
 )
 from helios.engine.kernels.sampling import drawing_numbers
-from helios.engine.kernels.step import ROW_BYTES, step_scratch
+from helios.engine.kernels.step import step_scratch
 from helios.engine.kernels.team import TEAM
-from helios.engine.scheduling.batch import Batch
+from helios.engine.scheduling.batch import Batch, Depths
 from helios.engine.weights.linear import Linear, PackedLinear
 from helios.engine.weights.packed_weights import Ends, Head, Layer, PackedWeights
 from helios.engine.weights.parts import Norm
@@ -62,8 +62,8 @@ class CompiledModel:
         self._layers = _layer_records(weights.layers, self._norms)
         self._heads = {layer: self._head_record(head) for layer, head in weights.exits.items()}
         self._final = self._head_record(weights.final or Head(None, None))
-        self._exits: dict[tuple[tuple[int, float], ...], NDArray[np.void]] = {}
-        self._space = _Space.of(0, 0, 0, 0, several_exits=False)
+        self._exits: dict[tuple[int, ...], NDArray[np.void]] = {}
+        self._space = _Space.of(0, 0, 0, 0, has_found=False)
         # Memory in which each thread draws tokens, and its size per thread in float32 numbers.
         self._drawing, self._drawing_numbers = torch.empty(0), drawing_numbers(config.vocab_size)
 
@@ -88,15 +88,29 @@ class CompiledModel:
         After several steps the logits are those of the last step. All other results cover all steps in order.
         The result is valid until the next call.
         """
-        steps = self._run(batch, cache, ((depth, 0.0),), burst)
+        steps = self._run(batch, cache, self._exits_of((depth,)), ((depth, 0),), burst)
         return self._space.read(batch.reads, steps)
 
     def step_with_states(self, batch: Batch, cache: KVCache, depth: int) -> tuple[Readout, torch.Tensor]:
         """Like `step`. Also returns the states of all rows after these layers, as valid as the readout."""
         found = self.step(batch, cache, depth, ONE_STEP)
-        start, width = ROW_BYTES * batch.rows, self._config.hidden_size
-        states = self._space.scratch[start : start + 4 * batch.rows * width].view(torch.float32)
-        return found, states.view(batch.rows, width)
+        # The states of all rows are the first part of the work space.
+        rows, width = batch.rows, self._config.hidden_size
+        return found, self._space.scratch[: 4 * rows * width].view(torch.float32).view(rows, width)
+
+    def step_mixed(self, batch: Batch, cache: KVCache, burst: Burst) -> tuple[Readout, list[int]]:
+        """Like `step`, but each row leaves at its own depth (`Batch.depths`).
+
+        Also returns the exit layer of each row that is read.
+        """
+        depths = batch.depths
+        if len(depths) == 1:
+            depth = depths[0][0]
+            steps = self._run(batch, cache, self._exits_of((depth,)), depths, burst)
+            return self._space.read(batch.reads, steps), [depth] * (steps * batch.reads)
+        exits = self._exits_of(tuple(depth for depth, _ in depths))
+        exits["staying"] = [staying for _, staying in depths]
+        return self._with_exit_layers(batch, self._run(batch, cache, exits, depths, burst))
 
     def step_dynamic(
         self, batch: Batch, cache: KVCache, thresholds: Mapping[int, float], burst: Burst
@@ -106,10 +120,11 @@ class CompiledModel:
         Also returns the exit layer of each row that is read. Several steps and validity are as in `step`.
         """
         depth = len(self._layers)
-        before = ((layer, threshold) for layer, threshold in thresholds.items() if layer < depth)
-        steps = self._run(batch, cache, (*sorted(before), (depth, 0.0)), burst)
-        exit_layers = self._space.exit_layers[: steps * batch.reads]
-        return self._space.read(batch.reads, steps), exit_layers.tolist()
+        before = sorted(layer for layer in thresholds if layer < depth)
+        exits = self._exits_of((*before, depth))
+        exits["threshold"][:-1] = [thresholds[layer] for layer in before]
+        steps = self._run(batch, cache, exits, ((depth, 0),), burst, is_dynamic=True)
+        return self._with_exit_layers(batch, steps)
 
     def layers(
         self, hidden: torch.Tensor, batch: Batch, cache: KVCache, first: int, last: int
@@ -131,35 +146,53 @@ class CompiledModel:
         )
         return hidden
 
-    def _run(self, batch: Batch, cache: KVCache, exits: tuple[tuple[int, float], ...], burst: Burst) -> int:
-        """Returns the number of steps taken. exits: (layer, confidence threshold) pairs, layers ascending."""
-        depth, rows, reads = exits[-1][0], batch.rows, batch.reads
-        space = self._space_for(rows, burst.steps * reads, several_exits=len(exits) > 1)
+    def _run(
+        self,
+        batch: Batch,
+        cache: KVCache,
+        exits: NDArray[np.void],
+        depths: Depths,
+        burst: Burst,
+        *,
+        is_dynamic: bool = False,
+    ) -> int:
+        """Returns the number of steps taken.
+
+        exits: EXIT [E], ascending; depths: as in `Batch.depths`, in a dynamic step as if no row left early.
+        """
+        rows, reads = batch.rows, batch.reads
+        space = self._space_for(rows, burst.steps * reads, has_found=is_dynamic and len(exits) > 1)
         if len(burst.draws.rows) and len(self._drawing) < TEAM.threads * self._drawing_numbers:
             self._drawing = torch.empty(TEAM.threads * self._drawing_numbers)
-        if exits not in self._exits:
-            self._exits[exits] = self._exit_records(exits)
+        # Number of layers, summed over the rows.
+        layers = before = 0
+        for depth, staying in depths:
+            layers, before, rows = layers + (depth - before) * rows, depth, staying
         interrupt = 0 if burst.interrupt is None else burst.interrupt.address
         TEAM.run(
             border.call_burst,
             burst.steps,
             self._model,
             self._layers,
-            self._exits[exits],
+            exits,
+            is_dynamic,
             _cache_addresses(cache),
             tuple(addresses_of(batch)),
             tuple(burst.draws),
             tuple(Stop(interrupt, burst.last_tokens)),
             tuple(Room(space.scratch_address, self._drawing.data_ptr(), space.found, space.out)),
-            operations=depth * rows * self._operations(batch)
-            + reads * self._embed_width * self._config.vocab_size,
+            operations=layers * self._operations(batch) + reads * self._embed_width * self._config.vocab_size,
         )
         return burst.steps if burst.interrupt is None else burst.interrupt.steps_of(burst.steps)
 
-    def _space_for(self, rows: int, reads: int, *, several_exits: bool) -> "_Space":
+    def _with_exit_layers(self, batch: Batch, steps: int) -> tuple[Readout, list[int]]:
+        exit_layers = self._space.exit_layers[: steps * batch.reads]
+        return self._space.read(batch.reads, steps), exit_layers.tolist()
+
+    def _space_for(self, rows: int, reads: int, *, has_found: bool) -> "_Space":
         """Memory for steps of this size. reads: rows read in all steps of a burst together."""
         space = self._space
-        if not space.holds(rows, reads, several_exits=several_exits):
+        if not space.holds(rows, reads, has_found=has_found):
             # Never smaller than before: prompts and bursts alternate, and each needs its own maximum.
             rows, reads = max(rows, space.rows), max(reads, space.reads)
             self._space = _Space.of(
@@ -167,19 +200,22 @@ class CompiledModel:
                 reads,
                 step_scratch(self._model[0], rows),
                 self._config.vocab_size,
-                several_exits=several_exits or space.several_exits,
+                has_found=has_found or space.has_found,
             )
         return self._space
 
-    def _exit_records(self, exits: Sequence[tuple[int, float]]) -> NDArray[np.void]:
-        found = np.zeros(len(exits), dtype=EXIT)
-        for index, (layer, threshold) in enumerate(exits):
-            found[index] = self._heads.get(layer, self._final)[0]
-            found["layer"][index], found["threshold"][index] = layer, threshold
-        return found
+    def _exits_of(self, layers: tuple[int, ...]) -> NDArray[np.void]:
+        """EXIT records of these layers. They are kept, and each call says anew which rows leave where."""
+        if layers not in self._exits:
+            found = np.zeros(len(layers), dtype=EXIT)
+            for index, layer in enumerate(layers):
+                found[index] = self._heads.get(layer, self._final)[0]
+            found["layer"] = layers
+            self._exits[layers] = found
+        return self._exits[layers]
 
     def _head_record(self, head: Head) -> NDArray[np.void]:
-        """An EXIT record without layer and threshold."""
+        """An EXIT record of only an exit's head."""
         norm = record(NORM) if head.norm is None else self._norms.record(head.norm)
         return record(EXIT, norm=norm, linear=_linear_record(head.linear))
 
@@ -208,7 +244,8 @@ class _Space(NamedTuple):
 
     rows: int
     reads: int
-    several_exits: bool
+    # Whether `found` has memory of its own.
+    has_found: bool
     scratch: torch.Tensor
     scratch_address: int
     # The results: the tensors of a `Readout`, and the exit layers.
@@ -219,13 +256,13 @@ class _Space(NamedTuple):
     # Addresses, as in `Room`.
     found: tuple[int, ...]
     out: tuple[int, ...]
-    # The tensors behind `found`. They are the tensors of `out` unless there are several exits.
+    # The tensors behind `found`: those of `out` unless `has_found`.
     kept: tuple[torch.Tensor, ...]
     # Readouts made earlier, by (reads, steps).
     readouts: dict[tuple[int, int], Readout]
 
     @classmethod
-    def of(cls, rows: int, reads: int, scratch_bytes: int, vocabulary: int, *, several_exits: bool) -> Self:
+    def of(cls, rows: int, reads: int, scratch_bytes: int, vocabulary: int, *, has_found: bool) -> Self:
         """reads: in all steps of a burst. Steps with many rows read few, so most pages stay unused."""
         reads = max(rows, reads)
 
@@ -238,12 +275,12 @@ class _Space(NamedTuple):
             )
 
         out = tensors()
-        found = tensors() if several_exits else out
+        found = tensors() if has_found else out
         scratch = torch.empty(scratch_bytes, dtype=torch.uint8)
         return cls(
             rows,
             reads,
-            several_exits,
+            has_found,
             scratch,
             scratch.data_ptr(),
             *out,
@@ -264,9 +301,9 @@ class _Space(NamedTuple):
             self.readouts[key] = Readout(self.logits[:reads], best, summaries, host)
         return self.readouts[key]
 
-    def holds(self, rows: int, reads: int, *, several_exits: bool) -> bool:
+    def holds(self, rows: int, reads: int, *, has_found: bool) -> bool:
         """Whether there is room for steps of this size."""
-        return rows <= self.rows and reads <= self.reads and (self.several_exits or not several_exits)
+        return rows <= self.rows and reads <= self.reads and (self.has_found or not has_found)
 
 
 def _addresses(outputs: tuple[torch.Tensor, ...]) -> tuple[int, ...]:

@@ -22,14 +22,15 @@ _WARM_UPS = 2
 
 @dataclass(frozen=True)
 class PaddedDecode:
-    """A decode step of `rows` rows with contexts of up to `blocks` blocks, in tensors that never move.
+    """A decode step of `rows` rows through `depth` layers, with contexts of up to `blocks` blocks.
 
-    Unused rows are padding: they write to `spare_block`, which no sequence has, and attend only to
-    themselves.
+    Its tensors never move. Unused rows are padding: they write to `spare_block`, which no sequence has, and
+    attend only to themselves.
     """
 
     model: Model
     cache: KVCache
+    depth: int
     rows: int
     blocks: int
     spare_block: int
@@ -72,45 +73,48 @@ class PaddedDecode:
         """The readout of all rows. Writes their KV."""
         # The batch's masks depend on its positions, so they are computed again, inside the graph.
         batch = replace(self.batch)
-        return self.model.backend.step(batch, self.cache, self.model.depth, ONE_STEP)
+        return self.model.backend.step(batch, self.cache, self.depth, ONE_STEP)
 
 
 class GraphRunner:
     """Runs decode steps as graphs of `PaddedDecode`, and all other steps with the model's backend.
 
-    Each graph is captured at first use. Rows and blocks are rounded up to powers of two. Graphs are valid as
-    long as the cache keeps its tensors. Padding uses the cache's last block.
+    Each graph is of one depth and is captured at first use. Rows and blocks are rounded up to powers of two.
+    Graphs are valid as long as the cache keeps its tensors. Padding uses the cache's last block.
     """
 
     has_bursts = False
+    mixes_depths = False
     spare_blocks = 1
 
     def __init__(self, model: Model, most_rows: int) -> None:
         """most_rows: largest number of rows for which a step is captured."""
         self._model, self._most_rows = model, most_rows
-        self._graphs: dict[tuple[int, int], tuple[PaddedDecode, torch.cuda.CUDAGraph, Readout]] = {}
+        # By depth, rows and blocks.
+        self._graphs: dict[tuple[int, int, int], tuple[PaddedDecode, torch.cuda.CUDAGraph, Readout]] = {}
         # Addresses of the cache on which the graphs were captured.
         self._addresses: tuple[NDArray[Any], NDArray[Any]] | None = None
 
     def run(self, batch: Batch, cache: KVCache, burst: Burst) -> tuple[Readout, list[int]]:
         """See `Runner.run`."""
+        depth = batch.depth
         if batch.chunks or batch.rows > self._most_rows:
-            found = self._model.backend.step(batch, cache, self._model.depth, burst)
+            found = self._model.backend.step(batch, cache, depth, burst)
         else:
-            found = self._replayed(batch, cache)
-        return found, [self._model.depth] * len(found.best)
+            found = self._replayed(batch, cache, depth)
+        return found, [depth] * len(found.best)
 
     def release(self) -> None:
         """Frees all graphs and the memory that they allocated."""
         self._graphs.clear()
         self._addresses = None
 
-    def _replayed(self, batch: Batch, cache: KVCache) -> Readout:
+    def _replayed(self, batch: Batch, cache: KVCache, depth: int) -> Readout:
         if self._addresses is not cache.addresses:
             self.release()
             self._addresses = cache.addresses
         rows = batch.rows
-        key = _at_least(rows), _at_least(batch.width)
+        key = depth, _at_least(rows), _at_least(batch.width)
         if key not in self._graphs:
             self._graphs[key] = self._captured(cache, *key)
         step, graph, found = self._graphs[key]
@@ -119,9 +123,9 @@ class GraphRunner:
         return found.rows(slice(rows))
 
     def _captured(
-        self, cache: KVCache, rows: int, blocks: int
+        self, cache: KVCache, depth: int, rows: int, blocks: int
     ) -> tuple[PaddedDecode, torch.cuda.CUDAGraph, Readout]:
-        step = PaddedDecode(self._model, cache, rows, blocks, spare_block=cache.num_blocks - 1)
+        step = PaddedDecode(self._model, cache, depth, rows, blocks, spare_block=cache.num_blocks - 1)
         device = self._model.device
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
@@ -135,7 +139,7 @@ class GraphRunner:
         pool = next((graph.pool() for _, graph, _ in self._graphs.values()), None)
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             found = step.compute()
-        log.info("captured a decode step of %d rows and %d blocks", rows, blocks)
+        log.info("captured a decode step of %d layers, %d rows and %d blocks", depth, rows, blocks)
         return step, graph, found
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from helios.engine.backends.burst import Burst
+from helios.engine.backends.compiled import CompiledModel
 from helios.engine.backends.cuda_graphs import GraphRunner
 from helios.engine.backends.kv_cache import KVCache
 from helios.engine.backends.model import Backend, Model
@@ -13,7 +14,7 @@ from helios.engine.scheduling.batch import Batch
 
 
 class Runner(Protocol):
-    """Runs steps of one plan on any cache that its model can use. One call at a time."""
+    """Runs steps on any cache that its model can use. One call at a time."""
 
     @property
     def has_bursts(self) -> bool:
@@ -21,6 +22,10 @@ class Runner(Protocol):
 
         If not, it takes one step, and the caller chooses all tokens that are not simply the most likely ones.
         """
+
+    @property
+    def mixes_depths(self) -> bool:
+        """Whether the rows of a batch may have several depths (`Batch.depths`)."""
 
     @property
     def spare_blocks(self) -> int:
@@ -38,17 +43,35 @@ class Runner(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class StaticRunner:
-    """Every row leaves after the last layer (exit modes full and greedy)."""
+    """Every row leaves at its sequence's depth (exit modes full and greedy)."""
 
-    backend: Backend
-    depth: int
-    has_bursts: bool
+    backend: CompiledModel
+    has_bursts: bool = True
+    mixes_depths: bool = True
     spare_blocks: int = 0
 
     def run(self, batch: Batch, cache: KVCache, burst: Burst) -> tuple[Readout, list[int]]:
         """See `Runner.run`."""
-        found = self.backend.step(batch, cache, self.depth, burst)
-        return found, [self.depth] * len(found.best)
+        return self.backend.step_mixed(batch, cache, burst)
+
+    def release(self) -> None:
+        """Does nothing: this runner keeps nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class EagerRunner:
+    """`StaticRunner` for the backend that takes one step of one depth at a time."""
+
+    backend: Backend
+    has_bursts: bool = False
+    mixes_depths: bool = False
+    spare_blocks: int = 0
+
+    def run(self, batch: Batch, cache: KVCache, burst: Burst) -> tuple[Readout, list[int]]:
+        """See `Runner.run`."""
+        depth = batch.depth
+        found = self.backend.step(batch, cache, depth, burst)
+        return found, [depth] * len(found.best)
 
     def release(self) -> None:
         """Does nothing: this runner keeps nothing."""
@@ -62,6 +85,7 @@ class DynamicRunner:
     # The confidence that each exit before the last layer requires.
     thresholds: Mapping[int, float]
     has_bursts: bool
+    mixes_depths: bool = False
     spare_blocks: int = 0
 
     def run(self, batch: Batch, cache: KVCache, burst: Burst) -> tuple[Readout, list[int]]:
@@ -77,11 +101,13 @@ def choose_runner(
 ) -> Runner:
     """The runner for a loaded model.
 
-    thresholds: those of dynamic exits. None: no row leaves before the last layer. cuda_graphs: whether decode
+    thresholds: those of dynamic exits. None: every row leaves at its known depth. cuda_graphs: whether decode
     steps of up to `most_rows` rows may be captured, if the device has graphs.
     """
     if thresholds is not None:
         return DynamicRunner(model.backend, thresholds, model.has_bursts)
     if cuda_graphs and model.device.type == "cuda":
         return GraphRunner(model, most_rows)
-    return StaticRunner(model.backend, model.depth, model.has_bursts)
+    if isinstance(model.backend, CompiledModel):
+        return StaticRunner(model.backend)
+    return EagerRunner(model.backend)

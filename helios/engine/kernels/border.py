@@ -24,7 +24,7 @@ from helios.engine.kernels.summary import summarize
 
 
 @compiled
-def call_burst(thread, steps, model, layers, exits, cache, batch, draws, stop, room):
+def call_burst(thread, steps, model, layers, exits, is_dynamic, cache, batch, draws, stop, room):
     """Calls `run_burst`."""
     scratch, drawing, found, out = room
     run_burst(
@@ -33,6 +33,7 @@ def call_burst(thread, steps, model, layers, exits, cache, batch, draws, stop, r
         model[0],
         layers,
         exits,
+        is_dynamic,
         CacheAddresses(*cache),
         BatchAddresses(*batch),
         Draws(*draws),

@@ -95,10 +95,17 @@ MODEL = np.dtype(
     align=True,
 )
 
-# One exit of a step: its number of layers, the confidence at which a decode row may leave there, and the
-# exit's own head before the LM head.
+# One exit of a step: its number of layers, and its own head before the LM head. The other fields say which
+# rows leave there. If that is known before the step, all rows but the first `staying` leave. In a dynamic
+# step, decode rows leave that reach the confidence `threshold`.
 EXIT = np.dtype(
-    [("layer", np.int64), ("threshold", np.float32), ("norm", NORM), ("linear", LINEAR)],
+    [
+        ("layer", np.int64),
+        ("staying", np.int64),
+        ("threshold", np.float32),
+        ("norm", NORM),
+        ("linear", LINEAR),
+    ],
     align=True,
 )
 
@@ -139,9 +146,10 @@ ALONE = Thread(0, 1, 0)
 
 
 class BatchAddresses(NamedTuple):
-    """A step's rows (`Batch`), decode rows first. All data at these addresses is int64."""
+    """A step's rows (`Batch`). All data at these addresses is int64."""
 
     rows: int
+    # Number of rows that decode. Used only by dynamic steps, in which they come first.
     decode_rows: int
     reads: int
     # Per row, [rows]: its token, its position, the slot of its keys and values, and the index of its
@@ -222,7 +230,7 @@ class Room(NamedTuple):
     scratch: int
     # Has `drawing_numbers` float32 for each thread. Used only by draws.
     drawing: int
-    # `Outputs` of the rows that have not left yet. Used only with several exits.
+    # `Outputs` of the rows that have not left yet. Used only by dynamic steps with several exits.
     found: tuple[int, ...]
     # `Outputs` of the step.
     out: tuple[int, ...]

@@ -38,24 +38,29 @@ from helios.engine.kernels.simd import (
 )
 from helios.engine.kernels.summary import summarize
 
-# Bytes that `run_step` keeps per row besides its state: five int64. The states of all rows follow them.
-ROW_BYTES = 40
+# Bytes that a dynamic step keeps per row besides its state: five int64.
+_ROW_BYTES = 40
 
 
 @compiled
-def run_burst(thread, steps, model, layers, exits, cache, batch, draws, stop, room):
+def run_burst(thread, steps, model, layers, exits, is_dynamic, cache, batch, draws, stop, room):
     """One thread's part of one step, or of several decode steps. Each uses the tokens of the step before.
 
-    model: MODEL; layers: LAYER [all]; exits: EXIT [E], ascending. The last exit takes all remaining rows. The
-    other arguments are as in `layout`. `room.out` gets the logits of the last step, and [steps, reads] of
-    everything else. The tables include the blocks of all tokens of the burst.
+    model: MODEL; layers: LAYER [all]; exits: EXIT [E], ascending. The last exit takes all remaining rows.
+    is_dynamic: whether decode rows leave where they are confident; otherwise each row's exit is known before
+    the step. The other arguments are as in `layout`. `room.out` gets the logits of the last step, and [steps,
+    reads] of everything else. The tables include the blocks of all tokens of the burst.
     """
     out = room.out
     for index in range(steps):
-        run_step(thread, model, layers, exits, cache, batch, room.scratch, room.found, out)
+        if is_dynamic:
+            _step_dynamic(thread, model, layers, exits, cache, batch, room.scratch, room.found, out)
+        else:
+            _step(thread, model, layers, exits, cache, batch, room.scratch, out)
         if len(draws.rows):
-            # One thread copies the outputs of rows that left early, and the others must wait for it.
-            meet(thread)
+            if is_dynamic:
+                # One thread copies the outputs of rows that left early, and the others must wait for it.
+                meet(thread)
             draw(thread, draws, index, out, batch.reads, model.vocabulary, room.drawing)
         if index + 1 == steps:
             return
@@ -98,8 +103,91 @@ def _advance(batch, block_tokens, tokens, stop, taken):
 
 
 @compiled
-def run_step(thread, model, layers, exits, cache, batch, scratch, found, out):
-    """One thread's part of a step.
+def _step(thread, model, layers, exits, cache, batch, scratch, out):
+    """One thread's part of a step whose rows leave at exits that are known before.
+
+    The rows that go on after an exit are always the first ones (`EXIT.staying`). So no row moves, and after
+    the last layer each row's state, at the beginning of scratch, is the one at its own exit. scratch: `step_scratch` bytes; the rest as in
+    `run_burst`.
+    """
+    reads, width = batch.reads, model.width
+    hidden = scratch
+    x = hidden + 4 * batch.rows * width
+    _enter(thread, model, batch, hidden, x)
+    count, first = batch.rows, 0
+    for index in range(len(exits)):
+        running = _moved(batch, count, batch.positions, batch.slots, batch.row_tables)
+        run_layers(thread, model, layers, first, exits[index].layer, hidden, running, cache, x)
+        if not model.norm_before:
+            # The layers ended with norms, which each thread computed only for its own rows.
+            meet(thread)
+        count, first = exits[index].staying, exits[index].layer
+    # The rows of all exits are read together, because the LM head's weights are read once for all.
+    start, end = share(thread, reads)
+    for read in range(start, end):
+        row = load_long(batch.read_rows, read)
+        at_exit = exits[_exit_of(exits, row)]
+        state, target = hidden + 4 * row * width, x + 4 * read * width
+        if at_exit.norm.weight:
+            norm(model, at_exit.norm, state, 0, 1, target)
+        else:
+            _copy_row(state, target, width)
+        store_long(out.exit_layers, read, at_exit.layer)
+    other = x + 4 * reads * width
+    rest = other + 4 * reads * max(width, model.embedding.width)
+    if _have_linear(exits):
+        _apply_linear(thread, model, exits, batch, x, other, rest)
+        x, other = other, x
+    _predict(thread, model, x, reads, other, rest, out)
+
+
+@compiled
+def _exit_of(exits, row):
+    """Index of the exit at which a row leaves when exits are known before the step."""
+    index = 0
+    while row < exits[index].staying:
+        index += 1
+    return index
+
+
+@compiled
+def _have_linear(exits):
+    """Whether any of the exits has a linear layer."""
+    found = False
+    for index in range(len(exits)):
+        found = found or exits[index].linear.weights != 0
+    return found
+
+
+@compiled
+def _apply_linear(thread, model, exits, batch, x, out, scratch):
+    """Applies the linear layer of each read row's exit: x to out, float32 [reads, width] each.
+
+    The thread has prepared its own rows of x. When it returns, the thread can read its own rows of out.
+    """
+    reads, width = batch.reads, model.width
+    start, end = share(thread, reads)
+    if len(exits) > 1:
+        # Threads divide the rows of one exit in another way than all rows.
+        meet(thread)
+    first = 0
+    while first < reads:
+        # Rows first..last are read at the same exit.
+        index, last = _exit_of(exits, load_long(batch.read_rows, first)), first + 1
+        while last < reads and _exit_of(exits, load_long(batch.read_rows, last)) == index:
+            last += 1
+        linear, source, target = exits[index].linear, x + 4 * first * width, out + 4 * first * width
+        if linear.weights:
+            product(thread, model.precision, linear, source, last - first, target, NONE, 0, scratch)
+        else:
+            for read in range(max(start, first), min(end, last)):
+                _copy_row(x + 4 * read * width, out + 4 * read * width, width)
+        first = last
+
+
+@compiled
+def _step_dynamic(thread, model, layers, exits, cache, batch, scratch, found, out):
+    """One thread's part of a step whose decode rows leave where they are confident.
 
     At each exit but the last, decode rows leave that reach the confidence of the exit. The KV of layers that
     a row skips is computed from its state at the exit. found: outputs of intermediate exits, used only with
@@ -111,7 +199,7 @@ def run_step(thread, model, layers, exits, cache, batch, scratch, found, out):
     positions = scratch
     slots, row_tables = positions + 8 * rows, positions + 16 * rows
     origins, left_slots = positions + 24 * rows, positions + 32 * rows
-    hidden = positions + ROW_BYTES * rows
+    hidden = positions + _ROW_BYTES * rows
     x = hidden + 4 * rows * width
     _enter(thread, model, batch, hidden, x)
     last = len(exits) - 1
@@ -184,7 +272,7 @@ def run_step(thread, model, layers, exits, cache, batch, scratch, found, out):
 
 @compiled
 def step_scratch(model, rows):
-    """Work bytes of `run_step`: what it keeps per row, states, and the largest of three work spaces.
+    """Work bytes of a step: what a dynamic one keeps per row, states, and the largest of three work spaces.
 
     They are those of the layers, of reading out, and of rows that leave early (their states and propagation).
     """
@@ -192,7 +280,7 @@ def step_scratch(model, rows):
     wide = max(width, model.embedding.width)
     reading = 4 * rows * (width + wide) + product_scratch(model.precision, rows, wide)
     leaving = 4 * rows * width + propagate_scratch(model, rows)
-    return rows * (ROW_BYTES + 4 * width) + max(layers_scratch(model, rows), reading, leaving)
+    return rows * (_ROW_BYTES + 4 * width) + max(layers_scratch(model, rows), reading, leaving)
 
 
 @compiled
@@ -265,19 +353,29 @@ def _leave(thread, model, at_exit, x, reads, scratch, outputs):
 
     at_exit: EXIT; outputs: all of them are written except the exit layers.
     """
-    precision, embed_width = model.precision, model.embedding.width
     start, end = share(thread, reads)
     if at_exit.norm.weight:
         norm(model, at_exit.norm, x, start, end, x)
     other = scratch
-    rest = other + 4 * reads * max(model.width, embed_width)
+    rest = other + 4 * reads * max(model.width, model.embedding.width)
     if at_exit.linear.weights:
-        product(thread, precision, at_exit.linear, x, reads, other, NONE, 0, rest)
+        product(thread, model.precision, at_exit.linear, x, reads, other, NONE, 0, rest)
         x, other = other, x
+    _predict(thread, model, x, reads, other, rest, outputs)
+
+
+@compiled
+def _predict(thread, model, x, reads, other, scratch, outputs):
+    """Computes logits and summaries of x, the outputs of exit heads, float32 [reads, width].
+
+    Each thread can read its own rows of x. other: space for as many states or embeddings; outputs: as in
+    `_leave`.
+    """
+    precision = model.precision
     if model.project_out.weights:
-        product(thread, precision, model.project_out, x, reads, other, NONE, 0, rest)
+        product(thread, precision, model.project_out, x, reads, other, NONE, 0, scratch)
         x = other
-    product(thread, precision, model.lm_head, x, reads, outputs.logits, NONE, 0, rest)
+    product(thread, precision, model.lm_head, x, reads, outputs.logits, NONE, 0, scratch)
     summarize(thread, outputs, reads, model.vocabulary)
     meet(thread)
 

@@ -1,4 +1,8 @@
-"""The tensors of one step: decode rows, then the chunks of prefills, concatenated along one axis."""
+"""The tensors of one step: the rows of all its sequences, concatenated along one axis.
+
+Rows of the deepest plan come first, so that those that go on after an exit are always the first ones. Among
+rows of one depth, decode rows come before the chunks of prefills.
+"""
 
 from array import array
 from collections.abc import Sequence as Seq
@@ -9,6 +13,9 @@ import torch
 
 from helios.engine.scheduling.prompt_readings import PromptReadings
 from helios.engine.scheduling.sequence import Sequence
+
+# The depths of a step's rows, ascending, and for each the number of rows that are deeper. Those come first.
+Depths = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +34,7 @@ class PrefillChunk:
 # Not frozen: one is created per step, and freezing makes creation twice as slow.
 @dataclass(eq=False)
 class Batch:
-    """One step: T rows of S sequences. The first `decode_rows` rows are one token of a sequence each."""
+    """One step: T rows of S sequences."""
 
     # All integers of the step, one after the other: token ids, positions, slots and row_tables, [T] each;
     # read_rows, [R]; tables, [S, W]. 64 bits each, created in host memory.
@@ -36,10 +43,13 @@ class Batch:
     rows: int
     reads: int
     sequences: int
+    # Number of rows that are one token of a decoding sequence each. With one depth they are the first rows.
     decode_rows: int
     block_tokens: int
     # (start, end, whole) of each prefill: its rows, and whether they are its whole context.
     chunks: tuple[tuple[int, int, bool], ...]
+    # Empty if the depth, the same for all rows, is given beside the batch.
+    depths: Depths = ()
 
     @classmethod
     def of(
@@ -65,6 +75,12 @@ class Batch:
         if isinstance(self.values, torch.Tensor):
             return self.values
         return torch.frombuffer(self.values, dtype=torch.int64).to(self.device)
+
+    @property
+    def depth(self) -> int:
+        """The depth of all rows. Raises ValueError if they have several."""
+        ((depth, _),) = self.depths
+        return depth
 
     @property
     def width(self) -> int:
@@ -120,13 +136,13 @@ class Batch:
 
     @cached_property
     def decode_mask(self) -> torch.Tensor:
-        """True where a decode row may attend: [decode_rows, 1, 1, blocks * block_tokens]."""
+        """True where a decode row may attend: [decode_rows, 1, 1, blocks * block_tokens]. For one depth."""
         lengths = self.lengths[: self.decode_rows, None]
         return self._slots_seen < lengths[:, None, None]
 
     @cached_property
     def decode_blocks(self) -> torch.Tensor:
-        """Blocks of each decode row's sequence: [decode_rows, blocks]."""
+        """Blocks of each decode row's sequence: [decode_rows, blocks]. For one depth."""
         return self.tables[self.row_tables[: self.decode_rows]]
 
     @cached_property
@@ -148,7 +164,10 @@ class Batch:
         return torch.arange(self.tables.shape[1] * self.block_tokens, device=self.tables.device)
 
     def with_decode_rows(self, rows: torch.Tensor) -> "Batch":
-        """This batch with only some of its decode rows. Prefill rows stay. rows: [kept], ascending."""
+        """This batch with only some of its decode rows. Prefill rows stay. For one depth.
+
+        rows: [kept], ascending.
+        """
         prefill_rows = torch.arange(self.decode_rows, len(self.token_ids), device=rows.device)
         kept = torch.cat([rows, prefill_rows])
         shift = self.decode_rows - len(rows)
@@ -176,38 +195,55 @@ def build_batch(
     A sequence gets a token when its last known token is among the rows. The rows of `readings` are read after
     those of the sequences; `readings` notes the token that follows each of them.
     """
-    decodes: list[Sequence] = []
-    prefills: list[tuple[Sequence, int]] = []
+    depth, several, decodes, prefills = scheduled[0][0].plan.depth, False, [], []
     for seq, count in scheduled:
+        if seq.plan.depth != depth:
+            several = True
         if seq.is_decoding:
             decodes.append(seq)
         else:
             prefills.append((seq, count))
-    # Each decode row is the last token of its sequence, and is read. One pass over the sequences, because
-    # they are scattered in memory.
-    token_ids, positions, slots, tables = [], [], [], []
-    for seq in decodes:
-        position, blocks = seq.computed, seq.blocks
-        token_ids.append(seq.token_ids[-1])
-        positions.append(position)
-        slots.append(blocks[position // block_tokens] * block_tokens + position % block_tokens)
-        tables.append(blocks)
-    row_tables = list(range(len(decodes)))
-    read_rows, readers = row_tables.copy(), decodes.copy()
+    groups = _by_depth(decodes, prefills) if several else [(depth, decodes, prefills)]
+    token_ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    row_tables: list[int] = []
+    read_rows: list[int] = []
+    tables: list[list[int]] = []
+    readers: list[Sequence] = []
     chunks: list[tuple[int, int, bool]] = []
-    for seq, count in prefills:
-        start, end = seq.computed, seq.computed + count
-        chunks.append((len(token_ids), len(token_ids) + count, start == 0))
-        token_ids += seq.token_ids[start:end]
-        positions += range(start, end)
-        slots += (seq.blocks[p // block_tokens] * block_tokens + p % block_tokens for p in range(start, end))
-        row_tables += [len(tables)] * count
-        tables.append(seq.blocks[: -(-end // block_tokens)])
-        if count == seq.pending:
-            read_rows.append(len(token_ids) - 1)
-            readers.append(seq)
-        if readings is not None:
-            readings.take(seq, start, end, len(token_ids) - count)
+    depths: Depths = ()
+    decode_rows = 0
+    for depth, decodes, prefills in groups:
+        depths = ((depth, len(token_ids)), *depths)
+        decode_rows += len(decodes)
+        row_tables += range(len(tables), len(tables) + len(decodes))
+        read_rows += range(len(token_ids), len(token_ids) + len(decodes))
+        # Each decode row is the last token of its sequence, and is read. One pass over the sequences, because
+        # they are scattered in memory.
+        for seq in decodes:
+            position, blocks = seq.computed, seq.blocks
+            token_ids.append(seq.token_ids[-1])
+            positions.append(position)
+            slots.append(blocks[position // block_tokens] * block_tokens + position % block_tokens)
+            tables.append(blocks)
+        readers += decodes
+        for seq, count in prefills:
+            start, end = seq.computed, seq.computed + count
+            first_row = len(token_ids)
+            chunks.append((first_row, first_row + count, start == 0))
+            token_ids += seq.token_ids[start:end]
+            positions += range(start, end)
+            slots += (
+                seq.blocks[p // block_tokens] * block_tokens + p % block_tokens for p in range(start, end)
+            )
+            row_tables += [len(tables)] * count
+            tables.append(seq.blocks[: -(-end // block_tokens)])
+            if count == seq.pending:
+                read_rows.append(len(token_ids) - 1)
+                readers.append(seq)
+            if readings is not None:
+                readings.take(seq, start, end, first_row)
     if readings is not None:
         read_rows += readings.rows
     rows, width = len(token_ids), max(map(len, tables))
@@ -216,5 +252,20 @@ def build_batch(
     for table in tables:
         numbers += table
         numbers += [0] * (width - len(table))
-    sizes = rows, len(read_rows), len(tables)
-    return Batch(array("q", numbers), device, *sizes, len(decodes), block_tokens, tuple(chunks)), readers
+    sizes = rows, len(read_rows), len(tables), decode_rows
+    return Batch(array("q", numbers), device, *sizes, block_tokens, tuple(chunks), depths), readers
+
+
+def _by_depth(
+    decodes: Seq[Sequence], prefills: Seq[tuple[Sequence, int]]
+) -> list[tuple[int, list[Sequence], list[tuple[Sequence, int]]]]:
+    """The depth, decodes and prefills of each group of one depth, the deepest first."""
+    depths = {seq.plan.depth for seq in (*decodes, *(seq for seq, _ in prefills))}
+    return [
+        (
+            depth,
+            [seq for seq in decodes if seq.plan.depth == depth],
+            [one for one in prefills if one[0].plan.depth == depth],
+        )
+        for depth in sorted(depths, reverse=True)
+    ]
