@@ -16,6 +16,7 @@ from helios.engine.backends.readout import Readout
 from helios.engine.backends.runner import Runner
 from helios.engine.evaluation.space import sequence_of
 from helios.engine.evaluation.trace import trace_exits
+from helios.engine.interface import PlanToLoad
 from helios.engine.plan import Plan, load_plan
 from helios.engine.probe import Prober
 from helios.engine.scheduling.batch import Batch, build_batch
@@ -144,6 +145,10 @@ class CountingRunner:
     @property
     def has_bursts(self) -> bool:
         return self.runner.has_bursts
+
+    @property
+    def mixes_depths(self) -> bool:
+        return self.runner.mixes_depths
 
     @property
     def spare_blocks(self) -> int:
@@ -310,6 +315,34 @@ def test_each_model_is_probed_and_each_sequence_goes_on_in_its_own_at_its_own_de
                 ):
                     count = seq.probed_tokens
                     assert torch.equal(found[:, :, :count], wanted[:, :, :count])
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_routed_sequences_have_the_tokens_that_their_plans_alone_give(models: Path, precision: str) -> None:
+    options = settings_of(precision=precision, probe_prompts=3, burst_seconds=0.01)
+    choices = [("first", 2), ("first", 6), ("second", 4)]
+    also = [PlanToLoad(models / name, depth) for name, depth in choices[1:]]
+    engine = Engine.load(models / "first", 2, options, also=also)
+    prompts = [PROMPT[index : index + 18 + 5 * index] for index in range(12)]
+    plans = [
+        ServedPlan(model=name, depth=depth) for name, depth in (choices[index % 3] for index in range(12))
+    ]
+    streams, sequences = [], []
+    for index, (prompt, plan) in enumerate(zip(prompts, plans, strict=True)):
+        stream = Stream(engine, lambda _, plan=plan: plan)  # type: ignore[misc]
+        sequences.append(engine.submit(f"{index}", list(prompt), GREEDY, stream, route=stream.route))
+        streams.append(stream)
+    run(engine)
+    assert all(stream.probe and set(stream.probe.readings) == {"first", "second"} for stream in streams)
+    assert [sequence.plan for sequence in sequences] == plans
+    for name, depth in choices:
+        alone = Engine.load(models / name, depth, options)
+        own = [index for index, plan in enumerate(plans) if (plan.model, plan.depth) == (name, depth)]
+        expect, _ = submit(alone, [prompts[index] for index in own], routed=False)
+        run(alone)
+        assert [streams[index].ids for index in own] == [stream.ids for stream in expect]
+        assert [streams[index].logprobs for index in own] == [stream.logprobs for stream in expect]
+    assert engine.telemetry().blocks_free == engine.telemetry().blocks_total
 
 
 def test_a_route_that_fails_or_chooses_elsewhere_ends_its_own_sequence_only(models: Path) -> None:
