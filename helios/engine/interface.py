@@ -103,12 +103,15 @@ class ServedPrompt:
 class PlanToLoad:
     """A plan to serve. depth: None is all layers.
 
-    threshold: overrides the confidence threshold of its exits from settings and calibration.
+    threshold: overrides the confidence threshold of its exits from settings and calibration. share: the part
+    of the served tokens that it is expected to hold, relative to the shares of the other plans. Where memory
+    is scarce, the KV of its layers gets memory in this proportion.
     """
 
     path: Path
     depth: int | None = None
     threshold: float | None = None
+    share: float = 1.0
 
 
 class Submitted(Protocol):
