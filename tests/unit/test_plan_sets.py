@@ -1,11 +1,14 @@
 """An engine serves several plans at once, and each sequence gets what its plan alone would give it."""
 
+import errno
 import functools
 import itertools
 import math
+import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +29,7 @@ from helios.routing.probe import Probe
 from helios.served import ServedPlan
 from tests.opt_variants import save_variant
 
+BUNDLED = Path(helios.__file__).parents[1] / "models"
 EXITS = (1, 2, 4, 6)
 MEMORY = 64 << 20
 # Engines that are compared have the same, because sums depend on it. Steps with blocks of this size are
@@ -165,28 +169,18 @@ def test_each_sequence_gets_the_tokens_of_its_own_plan(
 
 def test_the_bundled_models_serve_texts_side_by_side() -> None:
     settings = EngineSettings(memory_bytes=256 << 20, precision="int8")
-    prose, tech = (
-        Path(helios.__file__).parents[1] / "models" / name for name in ("helios-prose", "helios-tech")
-    )
+    prose, tech = (BUNDLED / name for name in ("helios-prose", "helios-tech"))
     engine = Engine.load(prose, 6, settings, also=[PlanToLoad(prose, 2), PlanToLoad(tech, 8)])
-    said: dict[ServedPlan, list[GeneratedToken]] = {}
-    for served in engine.served.plans:
-        prompt = engine.plan.tokenizer.encode(f"{served.model} was asked about the river and the engine").ids
-        said[served] = []
-        for number in range(2):
-            tokens = said[served] if number else []
-            engine.submit(
-                f"{served} {number}",
-                prompt[number:],
-                GREEDY,
-                lambda output, tokens=tokens: tokens.extend(output.tokens),  # type: ignore[misc]
-                plan=served,
-            )
+    prompt = engine.plan.tokenizer.encode("The river was asked about the engine, and").ids
+    streams = {served: Stream(prompt, GREEDY) for served in engine.served.plans}
+    for served, stream in streams.items():
+        engine.submit(f"{served}", prompt, GREEDY, stream, plan=served)
+        # A neighbour of the same plan.
+        engine.submit(f"{served} again", prompt[1:], GREEDY, lambda _: None, plan=served)
     drive(engine)
-    for served, tokens in said.items():
-        alone = Engine.load(prose.with_name(served.model), served.depth, settings)
-        prompt = alone.plan.tokenizer.encode(f"{served.model} was asked about the river and the engine").ids
-        assert list(alone.generate(prompt[1:], GREEDY)) == tokens
+    for served, stream in streams.items():
+        alone = Engine.load(BUNDLED / served.model, served.depth, settings)
+        assert list(alone.generate(prompt, GREEDY)) == stream.tokens
 
 
 @pytest.mark.parametrize("block_tokens", [BLOCK_TOKENS, ODD_BLOCK_TOKENS])
@@ -420,6 +414,32 @@ def test_a_set_that_does_not_fit_names_what_would(models: Path) -> None:
     assert len(stream.tokens) == 30
     with pytest.raises(OutOfMemoryError, match="depths of a that fit alone"):
         load(models, "a6", "b6", settings=EngineSettings(memory_bytes=1 << 20))
+
+
+def test_a_deeper_plan_without_memory_for_its_layers_is_not_added(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load(models, "a2")
+    before, stream = engine.served, submit(engine, "a2", LONG)
+    drive(engine, lambda: len(stream.tokens) > 3)
+    map_memory = mmap.mmap
+
+    def exhausted(file: int, size: int, **options: Any) -> mmap.mmap:
+        # Small maps still work: a warm-up needs one block.
+        if size > 1 << 14:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return map_memory(file, size, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("helios.engine.backends.kv_cache.mmap.mmap", exhausted)
+        with pytest.raises(OutOfMemoryError, match=r"no memory for \d+ blocks of KV"):
+            reload(engine, models, "a2", "a6")
+    assert engine.served == before
+    assert reload(engine, models, "a2", "a6") == 0
+    drive(engine)
+    assert stream.sequence is not None
+    assert stream.sequence.preemptions == 0
+    check_alone(models, EngineSettings(memory_bytes=MEMORY, block_tokens=BLOCK_TOKENS), stream)
 
 
 # -- shared prefixes ---------------------------------------------------------------------------------------
