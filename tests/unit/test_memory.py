@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from helios import catalog
 from helios.architectures.spec import ModelConfig
 from helios.engine.backends.kv_cache import kv_bytes
-from helios.engine.memory import ServedModel, MemoryLimits, MemoryPlan, divide_memory
+from helios.engine.memory import MemoryLimits, MemoryPlan, ServedModel, divide_memory
 from helios.errors import OutOfMemoryError
 from tests.opt_variants import save_variant
 
