@@ -143,15 +143,12 @@ def load_plans(
         raise SettingsError(
             f"on {device.type} one model is served at a time, not {len(models)}; name depths of one model"
         )
-    # With several plans, prompts may be probed.
-    is_probed = len(wanted) > 1
     loaded, done, total = list[_LoadedModel](), 0, sum(max(depths) for _, depths in models)
     for entry, depths in models:
         loaded.append(
             _load_model(
                 entry,
                 {depth: one.threshold for depth, one in depths.items()},
-                [entry.exit_layers[0]] if is_probed else [],
                 settings,
                 None if progress is None else partial(_add_progress, progress, done, total),
                 next((plan.model for plan in running if plan.entry.name == entry.name), None),
@@ -243,14 +240,13 @@ def _by_model(wanted: Sequence[PlanToLoad]) -> list[tuple[catalog.ModelEntry, di
 def _load_model(
     entry: catalog.ModelEntry,
     own_thresholds: Mapping[int, float | None],
-    other_exits: Sequence[int],
     settings: EngineSettings,
     progress: Progress | None,
     running: Model | None,
     *,
     beside_serving: bool,
 ) -> _LoadedModel:
-    """Loads a model with the heads of its plans' exits, and of others.
+    """Loads a model to the deepest of its plans, with the heads of their exits.
 
     own_thresholds: for each plan's depth, the threshold that overrides others.
     """
@@ -261,7 +257,7 @@ def _load_model(
             "use exit mode greedy for fewer"
         )
     is_dynamic = settings.exit_mode is ExitMode.DYNAMIC
-    exits = sorted({*own_thresholds, *other_exits})
+    exits = sorted(own_thresholds)
     if is_dynamic:
         exits = [layer for layer in entry.exit_layers if layer <= depth]
     device = torch.device(settings.device)
