@@ -284,8 +284,7 @@ def _load_model(
         calibrated = entry.facts.thresholds.get(layer, DEFAULT_THRESHOLD)
         return next(one for one in (own, settings.threshold, calibrated) if one is not None)
 
-    served_exits = exits if is_dynamic else own_thresholds
-    thresholds = {layer: threshold_at(layer) for layer in served_exits if layer < entry.num_layers}
+    thresholds = {layer: threshold_at(layer) for layer in exits if layer < entry.num_layers}
     runner = choose_runner(
         model,
         thresholds if is_dynamic else None,
