@@ -52,7 +52,7 @@ class MemoryPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class LoadedPlans:
+class ServedModel:
     """A loaded model's name, depths and sizes."""
 
     name: str
@@ -87,14 +87,14 @@ def plan_memory(
 ) -> MemoryPlan:
     """Fits loaded models into a budget.
 
-    models: name, model, and the share of each depth, as in `LoadedPlans`. exit_layers: those of the first
+    models: name, model, and the share of each depth, as in `ServedModel`. exit_layers: those of the first
     model. The pool is never larger than `max_running` sequences of full context can use. It holds at least
     one such sequence at each depth.
     Raises OutOfMemoryError if it cannot. The error names the bytes that would be enough, and for one plan the
     exit layers of the same model that fit, for several the first of them that fit.
     """
 
-    def loaded(count: int) -> list[LoadedPlans]:
+    def loaded(count: int) -> list[ServedModel]:
         """The first `count` plans."""
         found = []
         for name, model, shares in models:
@@ -103,10 +103,10 @@ def plan_memory(
             if kept:
                 deepest = max(kept)
                 weights = model.weight_bytes if kept == shares else model.weights.bytes_at(deepest)
-                found.append(LoadedPlans(name, model.config, kept, weights, model.dtype, model.kv_dtype))
+                found.append(ServedModel(name, model.config, kept, weights, model.dtype, model.kv_dtype))
         return found
 
-    def fits(plans: Sequence[LoadedPlans]) -> bool:
+    def fits(plans: Sequence[ServedModel]) -> bool:
         try:
             divide_memory(plans, limits)
         except OutOfMemoryError:
@@ -124,7 +124,7 @@ def plan_memory(
         _, model, shares = models[0]
         first, least = loaded(1)[0], min(shares)
 
-        def at(depth: int) -> LoadedPlans:
+        def at(depth: int) -> ServedModel:
             return replace(first, shares={depth: 1.0}, weights=model.weights.bytes_at(depth))
 
         smaller = [str(depth) for depth in exit_layers if depth < least and fits([at(depth)])]
@@ -149,10 +149,10 @@ def share_memory(
     dtype: type of activations; kv: type of keys and values. Raises OutOfMemoryError.
     """
     limits = MemoryLimits(budget, max_running, step_token_budget, block_tokens)
-    return divide_memory([LoadedPlans("", config, {depth: 1.0}, weights, dtype, kv)], limits)
+    return divide_memory([ServedModel("", config, {depth: 1.0}, weights, dtype, kv)], limits)
 
 
-def divide_memory(models: Sequence[LoadedPlans], limits: MemoryLimits) -> MemoryPlan:
+def divide_memory(models: Sequence[ServedModel], limits: MemoryLimits) -> MemoryPlan:
     """The division of a budget among models whose keys and values have the same shape.
 
     Each depth gets blocks in proportion to its share. Memory that is left then gives more blocks the layers
@@ -205,7 +205,7 @@ def divide_memory(models: Sequence[LoadedPlans], limits: MemoryLimits) -> Memory
     )
 
 
-def _shares_from(models: Sequence[LoadedPlans]) -> dict[int, float]:
+def _shares_from(models: Sequence[ServedModel]) -> dict[int, float]:
     """By depth, ascending: the part of all shares that plans of at least this depth have."""
     by_depth: dict[int, float] = {}
     for model in models:

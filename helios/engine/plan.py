@@ -241,14 +241,14 @@ def _by_model(wanted: Sequence[PlanToLoad]) -> list[tuple[catalog.ModelEntry, di
 def _load_model(
     entry: catalog.ModelEntry,
     own_thresholds: Mapping[int, float | None],
-    other_exits: Sequence[int],
+    probed_exits: Sequence[int],
     settings: EngineSettings,
     progress: Progress | None,
     running: Model | None,
     *,
     beside_serving: bool,
 ) -> _LoadedModel:
-    """Loads a model with the heads of its plans' exits, and of others.
+    """Loads a model to the deepest of its plans, with the heads of their exits and of those that are probed.
 
     own_thresholds: for each plan's depth, the threshold that overrides others.
     """
@@ -259,7 +259,7 @@ def _load_model(
             "use exit mode greedy for fewer"
         )
     is_dynamic = settings.exit_mode is ExitMode.DYNAMIC
-    exits = sorted({*own_thresholds, *other_exits})
+    exits = sorted({*own_thresholds, *probed_exits})
     if is_dynamic:
         exits = [layer for layer in entry.exit_layers if layer <= depth]
     device = torch.device(settings.device)

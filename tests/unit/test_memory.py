@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from helios import catalog
 from helios.architectures.spec import ModelConfig
 from helios.engine.backends.kv_cache import kv_bytes
-from helios.engine.memory import LoadedPlans, MemoryLimits, MemoryPlan, divide_memory
+from helios.engine.memory import MemoryLimits, MemoryPlan, ServedModel, divide_memory
 from helios.errors import OutOfMemoryError
 from tests.opt_variants import save_variant
 
@@ -31,7 +31,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
 
 def divide(config: ModelConfig, budget: int, shares: Sequence[dict[int, float]]) -> MemoryPlan:
     models = [
-        LoadedPlans(f"model-{number}", config, one, WEIGHTS, torch.float32, torch.float32)
+        ServedModel(f"model-{number}", config, one, WEIGHTS, torch.float32, torch.float32)
         for number, one in enumerate(shares)
     ]
     return divide_memory(models, MemoryLimits(budget, RUNNING, 64, BLOCK_TOKENS))

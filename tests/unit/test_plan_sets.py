@@ -1,14 +1,18 @@
 """An engine serves several plans at once, and each sequence gets what its plan alone would give it."""
 
+import errno
 import functools
 import itertools
 import math
+import mmap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import helios
 from helios.engine import Engine, EngineSettings, ExitMode, Output, SamplingParams
 from helios.engine.interface import GeneratedToken, PlanToLoad
 from helios.engine.move import successor
@@ -25,10 +29,14 @@ from helios.routing.probe import Probe
 from helios.served import ServedPlan
 from tests.opt_variants import save_variant
 
+BUNDLED = Path(helios.__file__).parents[1] / "models"
 EXITS = (1, 2, 4, 6)
 MEMORY = 64 << 20
-# The sums of attention depend on the size of a block, so engines that are compared have the same.
-BLOCK_TOKENS = 4
+# Engines that are compared have the same, because sums depend on it. Steps with blocks of this size are
+# compiled, and mix depths.
+BLOCK_TOKENS = 16
+# With blocks of this size torch computes the steps, each of one depth.
+ODD_BLOCK_TOKENS = 4
 LONG = [2, *range(30, 71)]
 GREEDY = SamplingParams(max_tokens=30, ignore_eos=True)
 # Long enough for bursts of any length.
@@ -159,14 +167,37 @@ def test_each_sequence_gets_the_tokens_of_its_own_plan(
         assert all(max(len(output.tokens) for output in stream.outputs) > 4 for stream in streams)
 
 
+def test_the_bundled_models_serve_texts_side_by_side() -> None:
+    settings = EngineSettings(memory_bytes=256 << 20, precision="int8")
+    prose, tech = (BUNDLED / name for name in ("helios-prose", "helios-tech"))
+    engine = Engine.load(prose, 6, settings, also=[PlanToLoad(prose, 2), PlanToLoad(tech, 8)])
+    prompt = engine.plan.tokenizer.encode("The river was asked about the engine, and").ids
+    streams = {served: Stream(prompt, GREEDY) for served in engine.served.plans}
+    for served, stream in streams.items():
+        engine.submit(f"{served}", prompt, GREEDY, stream, plan=served)
+        # A neighbour of the same plan.
+        engine.submit(f"{served} again", prompt[1:], GREEDY, lambda _: None, plan=served)
+    drive(engine)
+    for served, stream in streams.items():
+        alone = Engine.load(BUNDLED / served.model, served.depth, settings)
+        assert list(alone.generate(prompt, GREEDY)) == stream.tokens
+
+
+@pytest.mark.parametrize("block_tokens", [BLOCK_TOKENS, ODD_BLOCK_TOKENS])
 @pytest.mark.parametrize("memory", [MEMORY, 3 << 20])
-def test_sequences_keep_or_change_their_plan_as_plans_come_and_go(models: Path, memory: int) -> None:
+def test_sequences_keep_or_change_their_plan_as_plans_come_and_go(
+    models: Path, memory: int, block_tokens: int
+) -> None:
     # A step has room for few prompt tokens beside decodes, so sequences move one after the other.
     settings = EngineSettings(
-        memory_bytes=memory, block_tokens=BLOCK_TOKENS, max_running=12, step_token_budget=40
+        memory_bytes=memory,
+        block_tokens=block_tokens,
+        max_running=12,
+        step_token_budget=40,
+        prefill_stretch=math.inf,
     )
     engine = load(models, "a2", settings=settings)
-    sampling = SamplingParams(max_tokens=150, ignore_eos=True)
+    sampling = SamplingParams(max_tokens=200, ignore_eos=True)
 
     def begin(*names: str) -> list[Stream]:
         found = [submit(engine, name, [2, 9, 30 + n], sampling) for n, name in enumerate(names)]
@@ -295,15 +326,14 @@ def test_unsure_tokens_are_counted_by_the_threshold_of_their_plan(models: Path) 
 def test_a_model_is_loaded_once_and_what_is_loaded_is_not_read_again(models: Path) -> None:
     engine = load(models, "a6", "a2")
     alone = load(models, "a6").served
-    heads = 4 * (32 * 32 + 2 * 32)
-    # The heads of depths 2 and of the first exit, where prompts are probed.
-    assert engine.served.bytes_read == alone.bytes_read + 2 * heads
-    assert engine.reload(models / "a", 2, also=to_load(models, "a1", "a6")).bytes_read == 0
+    head = 4 * (32 * 32 + 2 * 32)
+    assert engine.served.bytes_read == alone.bytes_read + head
+    assert engine.reload(models / "a", 2, also=to_load(models, "a6")).bytes_read == 0
     told: list[tuple[int, int]] = []
     read = engine.reload(
         models / "a", 2, lambda done, total: told.append((done, total)), also=to_load(models, "b4")
     )
-    assert read.bytes_read == load(models, "b4", "b1").served.bytes_read
+    assert read.bytes_read == load(models, "b4").served.bytes_read
     assert told == [(count, 6) for count in range(1, 7)]
 
 
@@ -335,7 +365,7 @@ def test_shallow_sequences_fit_where_deep_ones_do_not(models: Path) -> None:
 
 def test_where_memory_is_ample_all_blocks_have_all_layers(models: Path) -> None:
     memory = load(models, "a6", "a1", "b2").plan.memory
-    assert set(memory.layer_blocks) == {64 * 256 // 4}
+    assert set(memory.layer_blocks) == {64 * 256 // BLOCK_TOKENS}
     assert len(memory.layer_blocks) == 6
 
 
@@ -385,6 +415,32 @@ def test_a_set_that_does_not_fit_names_what_would(models: Path) -> None:
         load(models, "a6", "b6", settings=EngineSettings(memory_bytes=1 << 20))
 
 
+def test_a_deeper_plan_without_memory_for_its_layers_is_not_added(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load(models, "a2")
+    before, stream = engine.served, submit(engine, "a2", LONG)
+    drive(engine, lambda: len(stream.tokens) > 3)
+    map_memory = mmap.mmap
+
+    def exhausted(file: int, size: int, **options: Any) -> mmap.mmap:
+        # Small maps still work: a warm-up needs one block.
+        if size > 1 << 14:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return map_memory(file, size, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("helios.engine.backends.kv_cache.mmap.mmap", exhausted)
+        with pytest.raises(OutOfMemoryError, match=r"no memory for \d+ blocks of KV"):
+            reload(engine, models, "a2", "a6")
+    assert engine.served == before
+    assert reload(engine, models, "a2", "a6") == 0
+    drive(engine)
+    assert stream.sequence is not None
+    assert stream.sequence.preemptions == 0
+    check_alone(models, EngineSettings(memory_bytes=MEMORY, block_tokens=BLOCK_TOKENS), stream)
+
+
 # -- shared prefixes ---------------------------------------------------------------------------------------
 
 
@@ -401,8 +457,8 @@ def test_a_prefix_is_shared_with_shallower_plans_of_the_same_model_alone(models:
         return engine.telemetry().cached_tokens - before
 
     found = {name: cached(name) for name in ("a4", "a2", "b4", "a6", "a4", "b4", "b4")}
-    assert cached("a6") == 40, "what it computed has replaced what fewer layers had"
-    assert found == {"a4": 40, "a2": 40, "b4": 40, "a6": 0}
+    assert cached("a6") == 32, "what it computed has replaced what fewer layers had"
+    assert found == {"a4": 32, "a2": 32, "b4": 32, "a6": 0}
     assert engine.telemetry().blocks_free == engine.telemetry().blocks_total
 
 
