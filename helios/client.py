@@ -18,6 +18,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from helios import channel, errors
 from helios.errors import HeliosError, InvalidRequestError, OverloadedError
+from helios.slo import Objective
 from helios.v1 import generation_pb2, inference_pb2, inference_pb2_grpc
 
 Event = generation_pb2.Token | generation_pb2.Finish
@@ -42,9 +43,21 @@ def generate_request(
     model: str = "",
     request_id: str = "",
     sampling: generation_pb2.SamplingParams | None = None,
+    max_perplexity_increase: float | None = None,
+    objective: Objective | None = None,
 ) -> inference_pb2.GenerateRequest:
-    """A request for a text or for token ids. Unset fields get the gateway's defaults."""
-    request = inference_pb2.GenerateRequest(request_id=request_id, model=model, sampling=sampling)
+    """A request for a text or for token ids. Unset fields get the gateway's defaults.
+
+    max_perplexity_increase: a share (0.05 is 5 %).
+    """
+    request = inference_pb2.GenerateRequest(
+        request_id=request_id,
+        model=model,
+        sampling=sampling,
+        max_perplexity_increase=max_perplexity_increase,
+    )
+    if objective is not None:
+        request.objective = objective.to_proto()
     if isinstance(prompt, str):
         request.text = prompt
     else:

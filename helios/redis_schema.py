@@ -7,6 +7,7 @@
 | `helios:v1:profile:<model>` | string, JSON | performance history of one model (`helios.history`) |
 | `helios:v1:decisions` | stream, capped, append-only | the controller's decision record |
 | `helios:v1:controller:state` | hash | SLO, pins, plan and mode: orders, and what a controller resumes from |
+| `helios:v1:controller:router` | string, JSON | the last router (`helios.routing.router`) |
 | `helios:v1:controller:leader` | string, expires | the leading controller and its fencing number |
 | `helios:v1:controller:fence` | integer | the last fencing number given out |
 | `helios:v1:probe:<id>` | string, expires | tests whether Redis takes writes (`helios.redis_outage`) |
@@ -25,6 +26,7 @@ PROFILE_PATTERN = "helios:v*:profile:*"
 PROMPTS = _ROOT + "prompts"
 DECISIONS = _ROOT + "decisions"
 CONTROLLER_STATE = _ROOT + "controller:state"
+ROUTER = _ROOT + "controller:router"
 CONTROLLER_LEADER = _ROOT + "controller:leader"
 CONTROLLER_FENCE = _ROOT + "controller:fence"
 PROBE_PREFIX = _ROOT + "probe:"

@@ -16,6 +16,15 @@ class Objective(enum.StrEnum):
     ENERGY = "energy"
     ACCURACY = "accuracy"
 
+    @classmethod
+    def from_proto(cls, value: controller_pb2.Objective.ValueType) -> "Objective | None":
+        """None: it is unset, or of another version."""
+        return _BY_VALUE.get(value)
+
+    def to_proto(self) -> controller_pb2.Objective.ValueType:
+        """Converts the objective to its number in protos."""
+        return _OBJECTIVES[self]
+
 
 _OBJECTIVES = {
     Objective.THROUGHPUT: controller_pb2.OBJECTIVE_THROUGHPUT,
@@ -23,6 +32,7 @@ _OBJECTIVES = {
     Objective.ENERGY: controller_pb2.OBJECTIVE_ENERGY,
     Objective.ACCURACY: controller_pb2.OBJECTIVE_ACCURACY,
 }
+_BY_VALUE = {value: objective for objective, value in _OBJECTIVES.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +62,8 @@ class Slo:
     @classmethod
     def from_proto(cls, message: controller_pb2.Slo) -> "Slo":
         """Raises InvalidRequestError for an unset objective or a bound out of range."""
-        objectives = {value: key for key, value in _OBJECTIVES.items()}
-        if message.objective not in objectives:
+        objective = Objective.from_proto(message.objective)
+        if objective is None:
             names = ", ".join(Objective)
             raise InvalidRequestError(f"slo.objective must be set to one of {names}")
 
@@ -63,7 +73,7 @@ class Slo:
             return getattr(message, name) if name in present else None
 
         return cls(
-            objectives[message.objective],
+            objective,
             bound("max_perplexity_increase"),
             bound("min_agreement"),
             bound("max_ttft_seconds"),
@@ -73,7 +83,7 @@ class Slo:
     def to_proto(self) -> controller_pb2.Slo:
         """Converts the SLO to a message."""
         return controller_pb2.Slo(
-            objective=_OBJECTIVES[self.objective],
+            objective=self.objective.to_proto(),
             max_perplexity_increase=self.max_perplexity_increase,
             min_agreement=self.min_agreement,
             max_ttft_seconds=self.max_ttft_seconds,

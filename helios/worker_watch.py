@@ -52,10 +52,11 @@ class WatchedWorker:
         self.lease = lease
         self.channel = channel.to_service_async(lease.address, options)
         self.stub: worker_pb2_grpc.WorkerServiceAsyncStub = worker_pb2_grpc.WorkerServiceStub(self.channel)
-        # All three are None until the worker has been reached.
+        # All are None or empty until the worker has been reached.
         self.telemetry: worker_pb2.Telemetry | None = None
         self.status: worker_pb2.GetStatusResponse | None = None
-        self.plan: ServedPlan | None = None
+        # The plans in force, the first one first.
+        self.plans: tuple[ServedPlan, ...] = ()
         # Counted by the watch while this process runs, not computed from a clock.
         self.silent_seconds = 0.0
         self._timeout_seconds = timeout_seconds
@@ -66,23 +67,28 @@ class WatchedWorker:
         return self.lease.address
 
     @property
+    def plan(self) -> ServedPlan | None:
+        """The first of its plans. None until it has been reached."""
+        return self.plans[0] if self.plans else None
+
+    @property
     def is_silent(self) -> bool:
         """Whether it has stopped answering."""
         return self.silent_seconds > self._timeout_seconds
 
     async def take(self, message: worker_pb2.Telemetry) -> worker_pb2.Telemetry:
-        """Handles one telemetry message. Requests the status when the plan has changed.
+        """Handles one telemetry message. Requests the status when the plans have changed.
 
         Returns the telemetry that is valid now, because the status brings a newer one. Raises
         grpc.aio.AioRpcError when the worker does not return its status.
         """
         self.silent_seconds = 0.0
-        is_new_plan = self.status is None or self.plan != _plan(message)
+        is_new_plan = self.status is None or self.plans != _plans(message)
         if is_new_plan:
             request = worker_pb2.GetStatusRequest()
             self.status = await self.stub.GetStatus(request, timeout=self._timeout_seconds)
             message = self.status.telemetry
-        self.telemetry, self.plan = message, _plan(message)
+        self.telemetry, self.plans = message, _plans(message)
         self.heard(message)
         if is_new_plan:
             self.plan_changed()
@@ -92,7 +98,7 @@ class WatchedWorker:
         """For subclasses: called with each telemetry message."""
 
     def plan_changed(self) -> None:
-        """For subclasses: called after `heard` with the first message under a new plan."""
+        """For subclasses: called after `heard` with the first message under new plans."""
 
 
 _Worker = TypeVar("_Worker", bound=WatchedWorker)
@@ -250,8 +256,9 @@ class WorkerWatch(Generic[_Worker]):
                     self._on_silent(worker)
 
 
-def _plan(telemetry: worker_pb2.Telemetry) -> ServedPlan | None:
-    """The plan that the worker serves. None when it does not report one."""
-    if not telemetry.model or not telemetry.depth:
-        return None
-    return ServedPlan(model=telemetry.model, depth=telemetry.depth)
+def _plans(telemetry: worker_pb2.Telemetry) -> tuple[ServedPlan, ...]:
+    """The plans that the worker serves. Empty when it does not report one."""
+    listed = [(one.plan.model, one.plan.depth) for one in telemetry.plans]
+    # A worker that serves only one plan need not list it.
+    plans = listed or [(telemetry.model, telemetry.depth)]
+    return tuple(ServedPlan(model=model, depth=depth) for model, depth in plans if model and depth)

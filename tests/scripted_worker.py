@@ -9,12 +9,15 @@ from typing import Any, TypeAlias
 import grpc
 
 from helios.errors import HeliosError, status_of
+from helios.served import ServedPlan
 from helios.v1 import generation_pb2, worker_pb2, worker_pb2_grpc
 from tests.stack import VOCAB_SIZE, write_tokenizer
 
 Request: TypeAlias = worker_pb2.WorkerServiceGenerateRequest
 Response: TypeAlias = worker_pb2.WorkerServiceGenerateResponse
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+# Sequences that a worker runs at once.
+PLACES = 64
 # Takes a request and the seconds until its deadline. If it raises a HeliosError, the sequence ends with it.
 Script: TypeAlias = Callable[[Request, float], AsyncIterator[Response]]
 
@@ -36,6 +39,14 @@ class ScriptedWorker(worker_pb2_grpc.WorkerServiceServicer):
             worker_id=worker_id, model=model, depth=4, blocks_total=100, blocks_free=100
         )
         self._tokenizer_json = write_tokenizer().encode()
+
+    def serve(self, *plans: ServedPlan, router_number: int = 1) -> None:
+        """From its next telemetry on, these plans are in force, and it has a router."""
+        self.telemetry.model, self.telemetry.depth = plans[0].model, plans[0].depth
+        self.telemetry.ClearField("plans")
+        for plan in plans:
+            self.telemetry.plans.add(plan=worker_pb2.Plan(model=plan.model, depth=plan.depth))
+        self.telemetry.router_number = router_number
 
     async def GenerateMany(  # noqa: N802
         self, request_iterator: AsyncIterator[worker_pb2.GenerateManyRequest], context: Context
@@ -65,7 +76,7 @@ class ScriptedWorker(worker_pb2_grpc.WorkerServiceServicer):
         try:
             async for response in self.script(start.request, start.timeout_seconds):
                 await send(response=response)
-                if response.HasField("finish"):
+                if not response.HasField("chunk"):
                     return
         except HeliosError as error:
             await send(status=status_of(error).SerializeToString())
@@ -91,7 +102,7 @@ class ScriptedWorker(worker_pb2_grpc.WorkerServiceServicer):
             context_tokens=256,
             tokenizer_id="scripted",
         )
-        return worker_pb2.GetStatusResponse(telemetry=self.telemetry, model=model)
+        return worker_pb2.GetStatusResponse(telemetry=self.telemetry, model=model, max_running=PLACES)
 
     async def GetTokenizer(  # noqa: N802
         self, request: worker_pb2.GetTokenizerRequest, context: Context
@@ -133,6 +144,26 @@ def finish(tokens: int, text: str = "x") -> Response:
     return Response(
         finish=generation_pb2.Finish(
             reason=generation_pb2.FINISH_REASON_LENGTH, text=text * tokens, completion_tokens=tokens
+        )
+    )
+
+
+def redirect(*plans: tuple[ServedPlan, float]) -> Response:
+    """The end of a stream that may be served under these plans: each with its extra seconds per token.
+
+    The expected rise of perplexity is a hundredth of the plan's depth.
+    """
+    return Response(
+        redirect=worker_pb2.Redirect(
+            plans=[
+                worker_pb2.RankedPlan(
+                    plan=worker_pb2.Plan(model=plan.model, depth=plan.depth),
+                    extra_seconds_per_token=seconds,
+                    expected_perplexity_increase=plan.depth / 100,
+                    reason=f"{plan} was ranked",
+                )
+                for plan, seconds in plans
+            ]
         )
     )
 

@@ -65,15 +65,15 @@ class Snapshot:
         """The rates of the worker since the previous snapshot."""
         return rates(worker.telemetry, self.before.get(worker.worker_id))
 
-    def exit_profile(self, worker: inference_pb2.WorkerState) -> "ExitProfile | None":
-        """The profile of the exit at which the worker reads out its tokens."""
-        profile = self.profiles.get(worker.telemetry.model)
-        exits = profile.exits if profile is not None else ()
-        return next((one for one in exits if one.depth == worker.telemetry.depth), None)
+    def exit_profile(self, plan: worker_pb2.Plan) -> "ExitProfile | None":
+        """The profile of the exit at which a plan reads out its tokens."""
+        profile = self.profiles.get(plan.model)
+        return None if profile is None else profile.find_exit(plan.depth)
 
     def worker_as_dict(self, worker: inference_pb2.WorkerState) -> dict[str, Any]:
         """A worker in the form of the JSON output, with the histogram of its exit."""
-        one, profile = self.exit_profile(worker), self.profiles.get(worker.telemetry.model)
+        first = plan_loads(worker)[0].plan
+        one, profile = self.exit_profile(first), self.profiles.get(first.model)
         histogram = None
         if one is not None and profile is not None:
             histogram = {
@@ -97,10 +97,22 @@ class Snapshot:
             **{
                 field.name: getattr(worker.telemetry, field.name)
                 for field in worker.telemetry.DESCRIPTOR.fields
-                if field.name != "worker_id"
+                if field.name not in ("worker_id", "plans")
             },
+            "plans": [
+                {"model": load.plan.model, "depth": load.plan.depth, "running": load.running}
+                for load in plan_loads(worker)
+            ],
             "exit_histogram": histogram,
         }
+
+
+def plan_loads(worker: inference_pb2.WorkerState) -> Sequence[worker_pb2.PlanLoad]:
+    """The plans in force at a worker with their load, the first one first. At least one."""
+    load = worker.telemetry
+    # A worker that serves only one plan need not list it.
+    only = worker_pb2.PlanLoad(plan=worker_pb2.Plan(model=load.model, depth=load.depth), running=load.running)
+    return load.plans or [only]
 
 
 class Observer:

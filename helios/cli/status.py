@@ -8,15 +8,16 @@ import click
 
 from helios.cli import slo
 from helios.cli.decisions import as_dict, in_one_line
-from helios.cli.snapshot import Snapshot, agreement_bars, histogram, observe
+from helios.cli.snapshot import Snapshot, agreement_bars, histogram, observe, plan_loads
 from helios.cli.target import target_option
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from rich.console import RenderableType
 
     from helios.cli.rows import Rows
+    from helios.history import ExitProfile
 
 
 @click.command()
@@ -65,8 +66,8 @@ def _parts(snapshot: Snapshot) -> "Iterator[RenderableType]":
     from helios.cli.rows import Line
 
     yield _workers(snapshot)
-    if any(snapshot.exit_profile(worker) for worker in snapshot.workers):
-        yield _exits(snapshot)
+    if exits := _served_exits(snapshot):
+        yield _exits(snapshot, exits)
     objective = slo.in_words(snapshot.slo) if snapshot.slo is not None else "unknown"
     yield Line(f"objective: {objective}; controller: {_controller(snapshot)}")
     for decision in snapshot.decisions:
@@ -107,7 +108,7 @@ def _workers(snapshot: Snapshot) -> "Rows":
     left = ("worker", "address", "state", "model")
     rows = Rows(*left, "depth", "run", "wait", "KV", "tokens", left=left, note="reason")
     for worker in snapshot.workers:
-        load = worker.telemetry
+        load, plans = worker.telemetry, plan_loads(worker)
         state = Text("ready", "green") if worker.ready else Text("not ready", "red")
         if snapshot.is_pinned(worker.worker_id):
             state = Text.assemble(state, " ", ("pinned", "yellow"))
@@ -116,9 +117,9 @@ def _workers(snapshot: Snapshot) -> "Rows":
             worker.worker_id,
             worker.address,
             state,
-            load.model,
-            str(load.depth),
-            str(load.running),
+            "\n".join(one.plan.model for one in plans),
+            "\n".join(str(one.plan.depth) for one in plans),
+            "\n".join(str(one.running) for one in plans),
             str(load.waiting),
             f"{used / load.blocks_total:.0%}" if load.blocks_total else "-",
             f"{load.generated_tokens:,}",
@@ -127,7 +128,14 @@ def _workers(snapshot: Snapshot) -> "Rows":
     return rows
 
 
-def _exits(snapshot: Snapshot) -> "Rows":
+def _served_exits(snapshot: Snapshot) -> "dict[tuple[str, int], ExitProfile]":
+    """The profiled exits of all plans in force, by model and depth."""
+    plans = [load.plan for worker in snapshot.workers for load in plan_loads(worker)]
+    found = {(plan.model, plan.depth): snapshot.exit_profile(plan) for plan in plans}
+    return {key: one for key, one in sorted(found.items()) if one is not None}
+
+
+def _exits(snapshot: Snapshot, exits: "Mapping[tuple[str, int], ExitProfile]") -> "Rows":
     """A table of the served exits with their last profile."""
     from rich.text import Text
 
@@ -135,11 +143,7 @@ def _exits(snapshot: Snapshot) -> "Rows":
 
     left = ("exit", "confidence 0-1", "")
     rows = Rows(*left, "agree", "sure", "profiled", left=left)
-    served = {}
-    for worker in snapshot.workers:
-        if (one := snapshot.exit_profile(worker)) is not None:
-            served[worker.telemetry.model, one.depth] = one
-    for (model, depth), one in sorted(served.items()):
+    for (model, depth), one in exits.items():
         profile = snapshot.profiles[model]
         agreeing = agreement_bars(one.confidence_counts, one.agreement_counts)
         rows.add(

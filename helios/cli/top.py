@@ -8,7 +8,7 @@ import click
 
 from helios.cli import slo
 from helios.cli.decisions import as_dict, in_one_line
-from helios.cli.snapshot import Snapshot, histogram, observe
+from helios.cli.snapshot import Snapshot, histogram, observe, plan_loads
 from helios.cli.target import target_option
 from helios.rates import WINDOW_TOKENS
 
@@ -95,17 +95,18 @@ def draw(frame: Snapshot) -> "Group":
         note="not ready",
     )
     for worker in frame.workers:
-        load, rates, profiled = worker.telemetry, frame.rates(worker), frame.exit_profile(worker)
+        load, rates, plans = worker.telemetry, frame.rates(worker), plan_loads(worker)
+        profiled = [frame.exit_profile(one.plan) for one in plans]
         pinned = (" pinned", "yellow") if frame.is_pinned(worker.worker_id) else ""
         rows.add(
             Text.assemble(worker.worker_id, pinned),
-            load.model,
-            str(load.depth),
-            "-" if profiled is None else histogram(profiled.confidence_counts),
+            "\n".join(one.plan.model for one in plans),
+            "\n".join(str(one.plan.depth) for one in plans),
+            "\n".join("-" if one is None else histogram(one.confidence_counts) for one in profiled),
             "-" if rates.cbc is None else f"{rates.cbc:.0f}",
             f"{rates.tokens_per_second:.0f}",
             "-" if rates.tpot_seconds is None else f"{1e3 * rates.tpot_seconds:.1f} ms",
-            str(load.running),
+            "\n".join(str(one.running) for one in plans),
             str(load.waiting),
             note="" if worker.ready else worker.reason or "no reason is known",
             style="" if worker.ready else "red",

@@ -245,7 +245,7 @@ class Finish(_message.Message):
     depth: _builtins.int
     expected_perplexity_increase: _builtins.float
     """If the plan was chosen for this request: the expected rise of its perplexity over the best model with all layers,
-    a share, and the reason for the choice, in words.
+    a share, and the reason for the choice, in words. Or why none was chosen, although the request asks for it.
     """
     plan_reason: _builtins.str
     def __init__(

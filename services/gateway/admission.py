@@ -19,9 +19,9 @@ class EventRate:
         self._count = 0.0
         self._counted_at = 0.0
 
-    def observe(self, now: float) -> None:
-        """Records one occurrence."""
-        self._count = self._faded(now) + 1
+    def observe(self, now: float, occurrences: int = 1) -> None:
+        """Records one occurrence, or several at once."""
+        self._count = self._faded(now) + occurrences
         self._counted_at = now
 
     def seconds_between(self, now: float) -> float | None:

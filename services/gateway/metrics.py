@@ -1,8 +1,9 @@
-"""The gateway's metrics: its open streams, and how streams ended."""
+"""The gateway's metrics: its open streams, how streams ended, and which plans served them."""
 
 from opentelemetry.metrics import CallbackOptions, Observation
 
 from helios import telemetry
+from helios.v1 import generation_pb2
 from services.gateway.admission import Admission
 
 
@@ -28,11 +29,22 @@ class StreamMetrics:
         self._resumes = meter.create_counter(
             "helios.gateway.resumes", "{resume}", "Times that a stream went on at another worker"
         )
+        self._redirects = meter.create_counter(
+            "helios.gateway.redirects", "{redirect}", "Times that a stream's plan was in force elsewhere"
+        )
+        self._plan_streams = meter.create_counter(
+            "helios.gateway.plan_streams", "{stream}", "Streams that came to their end under a plan"
+        )
 
     def ended(self, status: str) -> None:
         """Records that one stream has ended with this gRPC status."""
         self._streams.add(1, {"helios.status": status})
 
-    def resumed(self, times: int) -> None:
-        """Records that a stream has ended that was resumed this many times."""
-        self._resumes.add(times)
+    def finished(self, finish: generation_pb2.Finish) -> None:
+        """Records under which plan a stream came to its end."""
+        self._plan_streams.add(1, {"helios.model": finish.model, "helios.depth": finish.depth})
+
+    def moved(self, resumed: int, redirected: int) -> None:
+        """Records that a stream has ended that was resumed and redirected this many times."""
+        self._resumes.add(resumed)
+        self._redirects.add(redirected)

@@ -14,6 +14,7 @@ from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 
 from helios import telemetry
 from helios.errors import DeadlineExceededError, HeliosError, InvalidRequestError, UnavailableError
+from helios.routing.preference import Preference
 from helios.sampling import SamplingParams
 from helios.server import abort
 from helios.v1 import generation_pb2, inference_pb2
@@ -118,8 +119,9 @@ class InferenceService:
             request_id = request.request_id or str(uuid.uuid4())
             span.set_attribute("helios.request_id", request_id)
             check_request(request)
+            preference = Preference.from_proto(request)
             sampling = sampling_params(request, self._settings, default_seed=secrets.randbits(64))
-            finish = await self._serve(request, request_id, sampling, context, span)
+            finish = await self._serve(request, request_id, sampling, preference, context, span)
         except HeliosError as error:
             log.info("stream %s ended with %s: %s", request_id, error.code.name, error.message)
             return error
@@ -136,11 +138,23 @@ class InferenceService:
             return HeliosError(f"the gateway failed on request {request_id}; its log has the cause")
         reason = generation_pb2.FinishReason.Name(finish.reason)
         span.set_attribute("helios.finish_reason", reason)
+        self._metrics.finished(finish)
+        if finish.depth:
+            span.set_attribute("helios.depth", finish.depth)
+        if finish.HasField("expected_perplexity_increase"):
+            increase = finish.expected_perplexity_increase
+            span.set_attribute("helios.expected_perplexity_increase", increase)
+            span.set_attribute("helios.plan_reason", finish.plan_reason)
         log.info(
             "stream %s ended: %s",
             request_id,
             reason,
-            extra={"completion_tokens": finish.completion_tokens, "resumed": finish.resumed},
+            extra={
+                "completion_tokens": finish.completion_tokens,
+                "resumed": finish.resumed,
+                "model": finish.model,
+                "depth": finish.depth,
+            },
         )
         return None
 
@@ -149,6 +163,7 @@ class InferenceService:
         request: inference_pb2.GenerateRequest,
         request_id: str,
         sampling: SamplingParams,
+        preference: Preference,
         context: Context,
         span: Span,
     ) -> generation_pb2.Finish:
@@ -174,6 +189,7 @@ class InferenceService:
                             request_id=request_id,
                             prompt_ids=prompt.ids,
                             sampling=sampling,
+                            preference=preference,
                             needs=prompt.needs(sampling),
                             write=ResponseWriter(context).write,
                             on_first_token=place.first_token,
@@ -182,7 +198,7 @@ class InferenceService:
                             with _described(span, stream):
                                 return await stream.run(deadline)
                         finally:
-                            self._metrics.resumed(stream.resumed)
+                            self._metrics.moved(stream.resumed, stream.redirected)
                     finally:
                         self._deadlines.discard(timeout)
                         self._stream_ended.set()
@@ -205,6 +221,7 @@ def _described(span: Span, stream: Stream) -> Iterator[None]:
             {
                 "helios.completion_tokens": len(stream.emitted_ids),
                 "helios.resumed": stream.resumed,
+                "helios.redirected": stream.redirected,
                 "helios.model": stream.model,
             }
         )

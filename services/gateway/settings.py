@@ -71,10 +71,13 @@ class GatewaySettings(ServiceSettings):
     discovery_seconds: float = Field(1, gt=0, description="time between two looks at the leases in Redis")
     redial_seconds: float = Field(0.5, gt=0, description="pause before a lost worker is dialled again")
     overload_retry_seconds: float = Field(
-        1, gt=0, description="retry hint of a refusal until a rate has been observed"
+        1,
+        gt=0,
+        description="retry hint of a refusal, and expected wait for a place at a full worker, until a rate "
+        "has been observed",
     )
     rate_window_seconds: float = Field(
-        10, gt=0, description="time over which the rates behind retry hints are observed"
+        10, gt=0, description="time over which the rates behind retry hints and expected waits are observed"
     )
     max_retry_seconds: float = Field(30, gt=0, description="longest retry hint of a refusal")
     grace_seconds: float = Field(10, ge=0, description="time that open streams get to end on SIGTERM")

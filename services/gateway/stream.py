@@ -16,11 +16,13 @@ from helios.errors import (
     SequenceFailedError,
     UnavailableError,
 )
+from helios.routing.preference import Preference
+from helios.routing.router import RankedPlan
 from helios.sampling import SamplingParams
 from helios.served import ServedPlan
 from helios.v1 import generation_pb2, worker_pb2
 from services.gateway.outlet import Outlet
-from services.gateway.router import Needs
+from services.gateway.router import Needs, Ranking, nearest
 from services.gateway.settings import GatewaySettings
 from services.gateway.worker_call import WorkerFailedError, WorkerLostError
 from services.gateway.worker_pool import Worker, WorkerPool
@@ -52,6 +54,9 @@ class Stream:
     not settled when its worker failed, or if two workers have failed under it. If that worker fails too, the
     stream ends, because nothing else there can have caused both failures. A stream that had settled continues
     at once, beside others. docs/decisions/0018 gives the reasons.
+
+    A stream without tokens has its worker choose the plan. If that plan is in force elsewhere, the worker
+    redirects the stream, which then names a plan. So it is redirected once, and again only after a loss.
     """
 
     def __init__(
@@ -62,6 +67,7 @@ class Stream:
         request_id: str,
         prompt_ids: list[int],
         sampling: SamplingParams,
+        preference: Preference,
         needs: Needs,
         write: Callable[[bytes], Awaitable[None]],
         on_first_token: Callable[[], None],
@@ -71,12 +77,14 @@ class Stream:
         self._request_id = request_id
         self._prompt_ids = prompt_ids
         self._sampling = sampling
+        self._preference = preference
         self._needs = needs
         self._write = write
         self._outlet = Outlet(write)
         self._on_first_token = on_first_token
         self.emitted_ids: list[int] = []
         self.resumed = 0
+        self.redirected = 0
         # Since the last token: number of lost workers, their addresses, and addresses of full workers.
         self._losses = 0
         self._failed: set[str] = set()
@@ -86,10 +94,13 @@ class Stream:
         # Number of workers that failed under it since it last settled on one, and whether it continues alone.
         self._failures = 0
         self._alone = False
-        # The model of the last token, and the plan of the lost worker. Only the same plan continues with the
-        # same tokens.
+        # Model and layers of the last token, and the plan at the lost worker. Only the same plan continues
+        # with the same tokens.
         self.model = ""
+        self._layers = 0
         self._plan: ServedPlan | None = None
+        # The plans that may serve it, if a worker has redirected it.
+        self._ranking: Ranking | None = None
 
     async def run(self, deadline: float) -> generation_pb2.Finish:
         """Relays until the finish is written, and returns it. `deadline` is in the event loop's time.
@@ -116,7 +127,10 @@ class Stream:
         while True:
             worker = await self._next_worker()
             try:
-                return await self._relay(worker, deadline)
+                response = await self._relay(worker, deadline)
+                if response.HasField("finish"):
+                    return response
+                self._note_redirect(worker, response.redirect)
             except WorkerLostError as loss:
                 await self._note_loss(worker, loss)
             except _WorkerFullError as full:
@@ -136,13 +150,22 @@ class Stream:
             patience = math.inf
         latest: float | None = None
         while True:
+            # Once it has tokens, it goes on under their plan. Until then any ranked plan is as good.
+            ranking = None if self.emitted_ids else self._ranking
+            prefer = None if ranking is not None else self._plan
             worker = self._pool.choose(
-                self._needs, prefer=self._plan, avoid=self._failed, exclude=self._full, alone=self._alone
+                self._needs,
+                prefer=prefer,
+                ranking=ranking,
+                avoid=self._failed,
+                exclude=self._full,
+                alone=self._alone,
             )
             if worker is None and self._refusal is None:
                 worker = await self._pool.wait_for(
                     self._needs,
-                    prefer=self._plan,
+                    prefer=prefer,
+                    ranking=ranking,
                     avoid=self._failed,
                     alone=self._alone,
                     under_way=self._under_way,
@@ -171,14 +194,8 @@ class Stream:
         self._refusal = None
 
     async def _relay(self, worker: Worker, deadline: float) -> worker_pb2.WorkerServiceGenerateResponse:
-        request = worker_pb2.WorkerServiceGenerateRequest(
-            request_id=self._request_id,
-            prompt_ids=self._prompt_ids,
-            emitted_ids=self.emitted_ids,
-            sampling=self._sampling.to_proto(),
-            # Named even if the client named no model, because the ids belong to this model's tokenizer.
-            model=worker.model.name,
-        )
+        """Has a worker generate what is left. Returns the finish or the redirect with which it ends."""
+        request = self._request(worker)
         timeout = max(0.0, deadline - asyncio.get_running_loop().time())
         with worker.attempt(request, timeout, self._take, suspect=self._failures > 0) as attempt:
             try:
@@ -194,8 +211,33 @@ class Stream:
             finally:
                 if attempt.settled:
                     self._failures, self._alone = 0, False
-        self._complete(response.finish)
+        if response.HasField("finish"):
+            self._complete(response.finish)
         return response
+
+    def _request(self, worker: Worker) -> worker_pb2.WorkerServiceGenerateRequest:
+        """What the worker is asked for: to go on under a plan, or to choose one."""
+        request = worker_pb2.WorkerServiceGenerateRequest(
+            request_id=self._request_id,
+            prompt_ids=self._prompt_ids,
+            emitted_ids=self.emitted_ids,
+            sampling=self._sampling.to_proto(),
+        )
+        plans = [plan for plan in worker.plans if not self._needs.models or plan.model in self._needs.models]
+        plan: ServedPlan | None = None
+        if self.emitted_ids:
+            plan = nearest(plans, self._plan or plans[0])
+        elif self._ranking is not None and (best := self._ranking.best_at(plans)) is not None:
+            plan = best.plan
+        if plan is not None:
+            request.model, request.depth = plan.model, plan.depth
+            return request
+        request.route.CopyFrom(self._preference.to_proto())
+        if self._needs.models or not worker.has_router:
+            # Without a router it serves its first plan. That is named even if the client named no model,
+            # because the ids belong to this model's tokenizer.
+            request.model = plans[0].model
+        return request
 
     def _take(self, response: worker_pb2.WorkerServiceGenerateResponse) -> None:
         """Passes a worker's tokens on, except those that the client already has."""
@@ -213,7 +255,7 @@ class Stream:
         self._on_first_token()
         self._outlet.put(response)
         self.emitted_ids.extend(ids)
-        self.model = tokens[-1].model
+        self.model, self._layers = tokens[-1].model, tokens[-1].exit_layer
         if self._losses or self._refused_since is not None:
             self._losses, self._refused_since = 0, None
             self._failed.clear()
@@ -226,6 +268,31 @@ class Stream:
                 f"it finished after {finish.completion_tokens} tokens of which {len(self.emitted_ids)} came"
             )
         finish.resumed = self.resumed
+        if not finish.HasField("expected_perplexity_increase") and self._ranking is not None and finish.depth:
+            ranked = self._ranking.find(ServedPlan(model=finish.model, depth=finish.depth))
+            if ranked is not None:
+                finish.expected_perplexity_increase = ranked.expected_perplexity_increase
+                finish.plan_reason = ranked.reason
+
+    def _note_redirect(self, worker: Worker, redirect: worker_pb2.Redirect) -> None:
+        """Takes over the plans that a worker has ranked. Raises WorkerLostError if it may not redirect."""
+        if self.emitted_ids or self._ranking is not None:
+            raise WorkerLostError("it redirected a stream that has a plan")
+        plans = tuple(
+            RankedPlan(
+                plan=ServedPlan(model=one.plan.model, depth=one.plan.depth),
+                extra_seconds_per_token=one.extra_seconds_per_token,
+                expected_perplexity_increase=one.expected_perplexity_increase,
+                reason=one.reason,
+            )
+            for one in redirect.plans
+            if one.plan.depth
+        )
+        if not plans:
+            raise WorkerLostError("it redirected a stream without naming a plan")
+        self._ranking = Ranking(plans, self._sampling.max_tokens)
+        self.redirected += 1
+        trace.get_current_span().add_event("redirect", {"worker": worker.address, "plan": str(plans[0].plan)})
 
     def _judged(self, worker: Worker, error: HeliosError) -> Exception:
         """Translates a worker's error into its consequence for the stream."""
@@ -257,11 +324,16 @@ class Stream:
             "resume",
             {"worker": worker.address, "reason": reason, "emitted_tokens": len(self.emitted_ids)},
         )
+        came_from_it = bool(self.emitted_ids) and self._losses == 0
+        if came_from_it or (self._plan is None and not isinstance(loss, _PlanChangedError)):
+            self._plan = self._plan_at(worker)
         self._losses += 1
         self._failed.add(worker.address)
         if not isinstance(loss, _PlanChangedError):
             self.resumed += 1
-            self._plan = worker.plan
+        if not self.emitted_ids:
+            # The plans in force may have changed, so another worker chooses again.
+            self._ranking = None
         if self._needs.models and self.model:
             # A reload may have moved the stream to another model than the client named. It may continue
             # there.
@@ -275,6 +347,13 @@ class Stream:
             )
         if self._losses > 1:
             await asyncio.sleep(self._settings.resume_backoff_seconds * 2 ** (self._losses - 2))
+
+    def _plan_at(self, worker: Worker) -> ServedPlan | None:
+        """The plan under which the lost worker computed the last token. Without tokens its first plan."""
+        if not self.emitted_ids or not worker.plans:
+            return worker.plan
+        # An exit before the plan's last layer is possible, so the token's layers are only a lower bound.
+        return nearest(worker.plans, ServedPlan(model=self.model, depth=max(1, self._layers)))
 
     def _note_failure(self, worker: Worker, failure: WorkerFailedError) -> None:
         """Counts a failed worker. Raises QuarantinedError if this stream seems to be the cause."""

@@ -51,7 +51,7 @@ class Attempt:
         )
 
     async def finish(self) -> worker_pb2.WorkerServiceGenerateResponse:
-        """Returns the finish, once the sequence has ended and all its tokens have been taken.
+        """Returns the finish or the redirect, once the sequence has ended and all its tokens have been taken.
 
         Raises the HeliosError with which the worker ended the sequence, WorkerLostError when the pool has
         given the worker up, and any error of `take`.
@@ -189,7 +189,7 @@ class WorkerCall:
             attempt.end(error)
             return
         response = output.response
-        if response.HasField("finish"):
+        if response.HasField("finish") or response.HasField("redirect"):
             del self._attempts[output.sequence]
             attempt.end(response)
         else:

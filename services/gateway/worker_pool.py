@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 
@@ -14,7 +15,8 @@ from helios.registry import WorkerLease
 from helios.served import ServedPlan
 from helios.v1 import inference_pb2, worker_pb2
 from helios.worker_watch import WatchedWorker, WatchPace, WorkerWatch
-from services.gateway.router import Candidate, Needs, choose
+from services.gateway.admission import EventRate
+from services.gateway.router import Candidate, Needs, Ranking, choose
 from services.gateway.settings import GatewaySettings
 from services.gateway.worker_call import Attempt, Take, WorkerCall
 
@@ -39,6 +41,7 @@ class Worker(WatchedWorker):
         """`on_acquitted`: see WorkerCall."""
         super().__init__(lease, settings.worker_timeout_seconds, _WORKER_OPTIONS)
         # After this much silence the worker may be dead.
+        self._settings = settings
         self._overdue_seconds = (settings.telemetry_seconds + settings.worker_timeout_seconds) / 2
         self._on_acquitted = on_acquitted
         # Why it accepts no streams. Empty if it does.
@@ -47,6 +50,9 @@ class Worker(WatchedWorker):
         self.open_streams = 0
         # Number of sequences in the last telemetry that belong to others.
         self._foreign_sequences = 0
+        # How often one of its places becomes free, and how many sequences had ended there at the last look.
+        self._ends = EventRate(settings.rate_window_seconds)
+        self._ended: int | None = None
         self._call: WorkerCall | None = None
 
     @property
@@ -63,6 +69,16 @@ class Worker(WatchedWorker):
     def model(self) -> worker_pb2.ModelInfo:
         """The model that it serves. Has no name until the worker has been reached."""
         return _UNKNOWN_MODEL if self.status is None else self.status.model
+
+    @property
+    def models(self) -> frozenset[str]:
+        """The names of the models of its plans. Empty until it has been reached."""
+        return frozenset(plan.model for plan in self.plans)
+
+    @property
+    def has_router(self) -> bool:
+        """Whether it chooses the plans of requests that ask for it."""
+        return self.telemetry is not None and self.telemetry.router_number > 0
 
     @property
     def suspects(self) -> int:
@@ -105,21 +121,28 @@ class Worker(WatchedWorker):
             self._call = None
 
     def heard(self, telemetry: worker_pb2.Telemetry) -> None:
-        """Computes the load that others put on it."""
+        """Computes the load that others put on it, and how fast its sequences end."""
+        # A smaller number is that of another process.
+        if self._ended is not None and telemetry.finished_sequences > self._ended:
+            self._ends.observe(time.monotonic(), telemetry.finished_sequences - self._ended)
+        self._ended = telemetry.finished_sequences
         self._foreign_sequences = max(0, telemetry.running + telemetry.waiting - self.open_streams)
 
     def candidate(self) -> Candidate | None:
         """The router's view of it. None while it is not ready."""
-        if self.problem or self.telemetry is None or self.plan is None:
+        if self.problem or self.telemetry is None or self.status is None or not self.plans:
             return None
+        seconds = self._ends.seconds_between(time.monotonic())
         return Candidate(
             address=self.address,
-            plan=self.plan,
+            plans=self.plans,
             tokenizer_id=self.model.tokenizer_id,
             context_tokens=self.model.context_tokens,
             sequences=self.open_streams + self._foreign_sequences,
             free_share=self.telemetry.blocks_free / max(1, self.telemetry.blocks_total),
             suspects=self.suspects,
+            places=self.status.max_running,
+            seconds_per_place=self._settings.overload_retry_seconds if seconds is None else seconds,
         )
 
     def state(self) -> inference_pb2.WorkerState:
@@ -195,12 +218,21 @@ class WorkerPool:
         needs: Needs,
         *,
         prefer: ServedPlan | None = None,
+        ranking: Ranking | None = None,
         avoid: Set[str] = frozenset(),
         exclude: Set[str] = frozenset(),
         alone: bool = False,
     ) -> Worker | None:
         """The ready worker that should take a stream (router.choose), or None."""
-        chosen = choose(self._candidates(), needs, prefer=prefer, avoid=avoid, exclude=exclude, alone=alone)
+        chosen = choose(
+            self._candidates(),
+            needs,
+            prefer=prefer,
+            ranking=ranking,
+            avoid=avoid,
+            exclude=exclude,
+            alone=alone,
+        )
         return None if chosen is None else self._watch.find(chosen.address)
 
     def context_tokens(self, needs: Needs) -> int:
@@ -212,6 +244,7 @@ class WorkerPool:
         needs: Needs,
         *,
         prefer: ServedPlan | None = None,
+        ranking: Ranking | None = None,
         avoid: Set[str] = frozenset(),
         alone: bool = False,
         under_way: bool = False,
@@ -219,18 +252,22 @@ class WorkerPool:
         """Like `choose`, but waits `worker_wait_seconds` for a worker.
 
         Raises UnavailableError, which says what was waited for, if none came. Raises UnknownModelError at
-        once if workers are ready and no known worker serves the model. A stream that is `under_way` waits
-        even then, because its model has been served and may come back.
+        once if workers are ready and no known worker serves the model. A stream that is `under_way`, or whose
+        plans are ranked, waits even then, because its model has been served and may come back.
         """
         seconds = self._settings.worker_wait_seconds
         try:
             async with asyncio.timeout(seconds):
-                while (worker := self.choose(needs, prefer=prefer, avoid=avoid, alone=alone)) is None:
-                    if not under_way:
+                while (
+                    worker := self.choose(needs, prefer=prefer, ranking=ranking, avoid=avoid, alone=alone)
+                ) is None:
+                    if not under_way and ranking is None:
                         self._check_model_is_served(needs)
                     await self._changed.wait()
         except TimeoutError:
             what = " or ".join(sorted(needs.models)) or "any model"
+            if ranking is not None:
+                what = " or ".join(str(one.plan) for one in ranking.plans)
             raise UnavailableError(
                 f"waited {seconds:g} s for a worker that serves {what}: {self._waited_for()}"
             ) from None
@@ -251,10 +288,11 @@ class WorkerPool:
                 yield candidate
 
     def _check_model_is_served(self, needs: Needs) -> None:
-        served = {worker.model.name for worker in self.workers}
+        served = frozenset[str]().union(*(worker.models for worker in self.workers))
         ready = any(worker.ready for worker in self.workers)
         # A worker that has not been reached yet may serve the model.
-        if needs.models and ready and "" not in served and not needs.models & served:
+        all_known = all(worker.models for worker in self.workers)
+        if needs.models and ready and all_known and not needs.models & served:
             asked = " or ".join(sorted(needs.models))
             raise UnknownModelError(f"model {asked} is not served; served are {', '.join(sorted(served))}")
 
@@ -266,7 +304,7 @@ class WorkerPool:
                 return "no worker has announced itself in Redis; start one"
             return "this gateway has neither a Redis URL nor a list of workers; set one"
         found = [
-            f"{worker.worker_id or 'worker'} at {worker.address}: {worker.problem or f'serves {worker.plan}'}"
+            f"{worker.worker_id or 'worker'} at {worker.address}: {worker.problem or _serves(worker)}"
             for worker in self.workers
         ]
         more = len(found) - _WORKERS_TOLD
@@ -293,7 +331,7 @@ class WorkerPool:
             if problem:
                 log.warning("worker %s at %s takes no streams: %s", worker.worker_id, worker.address, problem)
             else:
-                log.info("worker %s at %s is ready: serves %s", worker.worker_id, worker.address, worker.plan)
+                log.info("worker %s at %s is ready: %s", worker.worker_id, worker.address, _serves(worker))
         worker.problem = problem
         # Waiters check again after every message, because the load or the plan may have changed.
         self._wake()
@@ -302,3 +340,7 @@ class WorkerPool:
         """Makes everyone who waits for a worker check again."""
         self._changed.set()
         self._changed = asyncio.Event()
+
+
+def _serves(worker: Worker) -> str:
+    return f"serves {' and '.join(map(str, worker.plans))}"

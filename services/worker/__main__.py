@@ -13,9 +13,9 @@ from helios.orders import EVERY_WORKER
 from helios.served import ServedPlan
 from helios.server import Server
 from helios.v1 import worker_pb2_grpc
-from services.worker import first_plan
+from services.worker import first_plan, first_router
 from services.worker.engines import ENGINES, OWN
-from services.worker.first_plan import PlanFile
+from services.worker.first_plan import FirstPlan, PlanFile
 from services.worker.lease import keep_announced
 from services.worker.service import WorkerService
 from services.worker.settings import WorkerSettings
@@ -43,15 +43,20 @@ async def _serve(settings: WorkerSettings) -> int:
     if depth is None:
         depth = entry.default_depth if settings.exit_mode == "greedy" else entry.num_layers
     plan_file = PlanFile(settings.plan_file, ServedPlan(model=entry.name, depth=depth))
-    engine = await _load(settings, models_dir, entry, depth, plan_file)
+    engine, first = await _load(settings, models_dir, entry, depth, plan_file)
 
     server = Server(["helios.v1.WorkerService"])
     port = server.bind(settings.address)
     address = _advertised(settings, port)
     worker_id = settings.worker_id or address
-    service = WorkerService(engine, settings, models_dir, worker_id, plan_file)
+    router = await first_router.find(settings.redis_url)
+    service = WorkerService(engine, settings, models_dir, worker_id, plan_file, router)
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(service, server.grpc_server)
     engine.start()
+    if first is not None:
+        await asyncio.to_thread(_load_further, engine, models_dir, first)
+        served = engine.served.plans
+        plan_file.write(first.plan, first.threshold, tuple(one for one in first.also if one.plan in served))
     await server.start()
     background = [asyncio.create_task(_watch(engine))]
     if settings.redis_url is not None:
@@ -81,8 +86,11 @@ async def _load(
     entry: catalog.ModelEntry,
     depth: int,
     plan_file: PlanFile,
-) -> ServingEngine:
-    """An engine with the plan to start with (first_plan.py). The flags specify `entry` at `depth`."""
+) -> tuple[ServingEngine, FirstPlan | None]:
+    """An engine with the plan to start with (first_plan.py), and that plan unless it is that of the flags.
+
+    The flags specify `entry` at `depth`.
+    """
     load = ENGINES[OWN]
     port = settings.address.rpartition(":")[2]
     has_port = port.isdecimal() and int(port) > 0
@@ -108,9 +116,24 @@ async def _load(
             )
         else:
             log.info("starting with %s, which %s", first.plan, first.why)
-            plan_file.write(first.plan, first.threshold)
-            return engine
-    return load(settings, entry.path, depth)
+            return engine, first
+    return load(settings, entry.path, depth), None
+
+
+def _load_further(engine: ServingEngine, models_dir: Path, first: FirstPlan) -> None:
+    """Loads the plans that are served beside the first one. If they cannot be, that is logged."""
+    if not first.also:
+        return
+    try:
+        path = catalog.find_model(models_dir, first.plan.model).path
+        also = [one.to_load(catalog.find_model(models_dir, one.plan.model).path) for one in first.also]
+        engine.reload(path, first.plan.depth, threshold=first.threshold, also=also, urgent=True)
+    # Whatever is wrong with those plans, the worker can serve the first one.
+    except Exception as error:
+        told = ", ".join(str(one.plan) for one in first.also)
+        log.warning("%s cannot be loaded, starting with %s alone: %s", told, first.plan, error)
+    else:
+        log.info("serving beside it %s", ", ".join(str(one.plan) for one in first.also))
 
 
 async def _watch(engine: ServingEngine) -> None:

@@ -1,4 +1,4 @@
-"""Finds the plan that a worker starts with: the one in force, the last one served, or that of its flags."""
+"""Finds the plans that a worker starts with: those in force, the last ones served, or that of its flags."""
 
 import asyncio
 import logging
@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from redis.exceptions import RedisError
 
 from helios import history, orders, redis_client
+from helios.engine.interface import PlanToLoad
 from helios.served import ServedPlan
 
 log = logging.getLogger(__name__)
@@ -18,35 +19,54 @@ log = logging.getLogger(__name__)
 _REDIS_SECONDS = 2.0
 
 
+class LoadedPlan(BaseModel):
+    """A plan, and what it was loaded with: its confidence threshold and its share (`PlanToLoad`)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    plan: ServedPlan
+    threshold: float | None
+    share: float = 1.0
+
+    def to_load(self, path: Path) -> PlanToLoad:
+        """What the engine is given, with the checkpoint in `path`."""
+        return PlanToLoad(path, self.plan.depth, self.threshold, self.share)
+
+
 @dataclass(frozen=True, slots=True)
 class FirstPlan:
-    """A plan that replaces the flags' plan, the confidence threshold to load it with, and the reason."""
+    """A plan that replaces the flags' plan, the confidence threshold to load it with, and the reason.
+
+    `also` are the plans to serve beside it.
+    """
 
     plan: ServedPlan
     threshold: float | None
     why: str
+    also: tuple[LoadedPlan, ...] = ()
 
 
 class _Kept(BaseModel):
-    """The contents of a plan file: the plan served last, and the plan of the flags of that worker."""
+    """The contents of a plan file: the plans served last, and the plan of the flags of that worker."""
 
     model_config = ConfigDict(frozen=True)
 
     plan: ServedPlan
     threshold: float | None
     flags: ServedPlan
+    also: tuple[LoadedPlan, ...] = ()
 
 
 class PlanFile:
-    """The file in which a worker stores its plan for the process that replaces it. No path: no file."""
+    """The file in which a worker stores its plans for the process that replaces it. No path: no file."""
 
     def __init__(self, path: Path | None, flags: ServedPlan) -> None:
-        """flags: the plan of this process's flags. A plan stored under other flags is ignored."""
+        """flags: the plan of this process's flags. Plans stored under other flags are ignored."""
         self._path = path
         self._flags = flags
 
     def read(self) -> FirstPlan | None:
-        """The plan that was stored under the same flags, or None."""
+        """The plans that were stored under the same flags, or None."""
         if self._path is None:
             return None
         try:
@@ -58,13 +78,13 @@ class PlanFile:
             return None
         if kept.flags != self._flags:
             return None
-        return FirstPlan(kept.plan, kept.threshold, "was served before the restart")
+        return FirstPlan(kept.plan, kept.threshold, "was served before the restart", kept.also)
 
-    def write(self, plan: ServedPlan, threshold: float | None) -> None:
-        """Stores a plan. If the file cannot be written, that is logged and serving continues."""
+    def write(self, plan: ServedPlan, threshold: float | None, also: tuple[LoadedPlan, ...] = ()) -> None:
+        """Stores the plans in force. If the file cannot be written, that is logged and serving continues."""
         if self._path is None:
             return
-        kept = _Kept(plan=plan, threshold=threshold, flags=self._flags)
+        kept = _Kept(plan=plan, threshold=threshold, flags=self._flags, also=also)
         draft = self._path.with_name(f"{self._path.name}.{os.getpid()}")
         try:
             draft.write_text(kept.model_dump_json())
@@ -74,24 +94,30 @@ class PlanFile:
 
 
 async def find(redis_url: str | None, worker_id: str, plan_file: PlanFile) -> FirstPlan | None:
-    """The plan that this worker must serve first. None: the plan of its flags.
+    """The plans that this worker must serve first. None: the plan of its flags.
 
     Never raises, and takes at most a few seconds. Faults of Redis or of the file are logged.
     """
-    ordered = None if redis_url is None else await _ordered(redis_url, worker_id)
-    return ordered or plan_file.read()
+    kept = plan_file.read()
+    ordered = None if redis_url is None else await _ordered(redis_url, worker_id, kept)
+    return ordered or kept
 
 
-async def _ordered(redis_url: str, worker_id: str) -> FirstPlan | None:
+async def _ordered(redis_url: str, worker_id: str, kept: FirstPlan | None) -> FirstPlan | None:
     try:
         async with asyncio.timeout(_REDIS_SECONDS), redis_client.connect(redis_url) as redis:
-            plan = (await orders.read(redis)).wanted(worker_id)
+            in_force = await orders.read(redis)
+            plan = in_force.wanted(worker_id)
             if plan is None:
                 return None
             # The controller sends the same threshold with a reload.
             profile = await history.find(redis, plan.model)
             found = None if profile is None else profile.find_exit(plan.depth)
-            return FirstPlan(plan, None if found is None else found.threshold, "is in force")
+            # Orders name only the first plan of a set. A pin is a single plan.
+            also: tuple[LoadedPlan, ...] = ()
+            if kept is not None and kept.plan == plan and in_force.pin_of(worker_id) is None:
+                also = kept.also
+            return FirstPlan(plan, None if found is None else found.threshold, "is in force", also)
     except (RedisError, OSError, ValidationError) as error:  # TimeoutError is an OSError.
         reason = str(error) or f"no answer in {_REDIS_SECONDS:g} s"
         log.warning("the plan in force cannot be read from Redis: %s", reason)

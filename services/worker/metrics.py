@@ -69,10 +69,24 @@ def observe_load(engine: ServingEngine, worker_id: str) -> None:
         return lambda _: [Observation(figure.read(engine.telemetry()), worker)]
 
     def depth(_: CallbackOptions) -> list[Observation]:
-        load = engine.telemetry()
-        return [Observation(load.plan.depth, worker | {"helios.model": load.plan.model})]
+        deepest: dict[str, int] = {}
+        for plan in engine.telemetry().plans:
+            deepest[plan.model] = max(plan.depth, deepest.get(plan.model, 0))
+        return [Observation(layers, worker | {"helios.model": model}) for model, layers in deepest.items()]
+
+    def plan_running(_: CallbackOptions) -> list[Observation]:
+        return [
+            Observation(running, worker | {"helios.model": plan.model, "helios.depth": plan.depth})
+            for plan, running in engine.telemetry().plans.items()
+        ]
 
     meter.create_observable_gauge("helios.worker.depth", [depth], "{layer}", "Layers loaded of the model")
+    meter.create_observable_gauge(
+        "helios.worker.plan_running",
+        [plan_running],
+        "{sequence}",
+        "Sequences in the running batch under a plan",
+    )
     for one in _GAUGES:
         meter.create_observable_gauge(f"helios.worker.{one.name}", [observe(one)], one.unit, one.description)
     for one in _COUNTERS:

@@ -4,10 +4,13 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import os
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,29 +20,39 @@ from opentelemetry.context import Context
 from opentelemetry.trace import Span, SpanKind, StatusCode
 
 from helios import catalog, telemetry
-from helios.engine.interface import Finish, FinishReason, Output, PhaseTimes, Reloaded, ServingEngine
-from helios.errors import HeliosError, InvalidRequestError, UnavailableError, UnknownModelError, status_of
+from helios.engine.interface import Output, Reloaded, ServedPrompt, ServingEngine
+from helios.errors import HeliosError, InvalidRequestError, UnavailableError, status_of
+from helios.routing.preference import Preference
+from helios.routing.router import Router
 from helios.sampling import SamplingParams
 from helios.served import ServedPlan
 from helios.server import abort
 from helios.v1 import generation_pb2, worker_pb2, worker_pb2_grpc
-from services.worker.first_plan import PlanFile
+from services.worker.choice import RoutedChoice, named_plan, plan_message
+from services.worker.first_plan import LoadedPlan, PlanFile
 from services.worker.metrics import Latency, observe_load
 from services.worker.outbox import Delivery, Outbox
+from services.worker.sequence import ServedSequence
 from services.worker.settings import WorkerSettings
 
 log = logging.getLogger(__name__)
 
 _Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
 
-_REASONS = {
-    FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
-    FinishReason.EOS: generation_pb2.FINISH_REASON_EOS,
-    FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
-}
 _MIN_TELEMETRY_SECONDS = 0.05
 _DEFAULT_TELEMETRY_SECONDS = 0.5
 _DEFAULT_DRAIN_SECONDS = 30.0
+
+
+@dataclass(slots=True)
+class _Ending:
+    """How a sequence of a call ends. `end` is done when its end has been sent.
+
+    `sequence` is None until the engine has taken it.
+    """
+
+    end: "asyncio.Future[HeliosError | None]"
+    sequence: ServedSequence | None = None
 
 
 class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
@@ -52,12 +65,16 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         models_dir: Path,
         worker_id: str,
         plan_file: PlanFile,
+        router: Router | None = None,
     ) -> None:
         self._engine = engine
         self._settings = settings
         self._models_dir = models_dir
         self._worker_id = worker_id
         self._plan_file = plan_file
+        self._router = router
+        # By model, the plans that its exits allow. Read once, because that takes a look at its files.
+        self._plans_of: dict[str, frozenset[ServedPlan]] = {}
         self._delivery = Delivery()
         self._numbers = itertools.count()
         self._streams: set[str] = set()
@@ -78,7 +95,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         try:
             with self._sequence(
                 request, context.time_remaining(), parent, partial(self._delivery.send, outbox, 0)
-            ):
+            ) as sequence:
                 while True:
                     outputs = [output for _, output in await outbox.take()]
                     response = worker_pb2.WorkerServiceGenerateResponse()
@@ -87,11 +104,14 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
                     if response.chunk.tokens:
                         await context.write(response)
                     end = outputs[-1]
+                    if end.finish is not None:
+                        await context.write(sequence.finish(end.finish))
+                        return
+                    if (redirect := sequence.redirect(end.error)) is not None:
+                        await context.write(redirect)
+                        return
                     if end.error is not None:
                         raise end.error
-                    if end.finish is not None:
-                        await context.write(_finish(end.finish))
-                        return
         except HeliosError as error:
             failure = error
         await abort(context, failure)
@@ -101,36 +121,32 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
     ) -> None:
         """Generates many sequences. The output of one step for all of them is sent in one message."""
         outbox = Outbox()
-        ends: dict[int, asyncio.Future[HeliosError | None]] = {}
+        ends: dict[int, _Ending] = {}
         async with asyncio.TaskGroup() as writing:
             writer = writing.create_task(_write(outbox, ends, context))
             async with asyncio.TaskGroup() as sequences:
                 async for request in request_iterator:
                     number = request.start.sequence if request.HasField("start") else request.cancel
                     if (running := ends.pop(number, None)) is not None:
-                        running.cancel()
+                        running.end.cancel()
                     if request.HasField("start"):
-                        ends[number] = asyncio.get_running_loop().create_future()
+                        ends[number] = _Ending(asyncio.get_running_loop().create_future())
                         sequences.create_task(self._run(request.start, outbox, ends[number]))
             writer.cancel()
 
-    async def _run(
-        self,
-        start: worker_pb2.SequenceStart,
-        outbox: Outbox,
-        end: "asyncio.Future[HeliosError | None]",
-    ) -> None:
+    async def _run(self, start: worker_pb2.SequenceStart, outbox: Outbox, ending: _Ending) -> None:
         """Runs one sequence of a call, until its end has been sent or it is cancelled."""
         parent = telemetry.extract(start.trace_context.items())
         seconds = start.timeout_seconds if start.HasField("timeout_seconds") else None
         try:
             with self._sequence(
                 start.request, seconds, parent, partial(self._delivery.send, outbox, start.sequence)
-            ):
-                if (error := await end) is not None:
+            ) as sequence:
+                ending.sequence = sequence
+                if (error := await ending.end) is not None:
                     raise error
         except HeliosError as error:
-            if not end.done():
+            if not ending.end.done():
                 outbox.put(start.sequence, Output(error=error))
         except Exception:
             log.exception("sequence %s failed", start.request.request_id)
@@ -144,7 +160,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         seconds: float | None,
         parent: Context,
         sink: Callable[[Output], None],
-    ) -> Iterator[None]:
+    ) -> Iterator[ServedSequence]:
         """A sequence in the engine and its span. Both end with the block.
 
         `seconds` is the time until its deadline. Raises the HeliosError with which it is refused.
@@ -153,8 +169,8 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         attributes = {"helios.request_id": request.request_id}
         with telemetry.span("Generate", parent, SpanKind.SERVER, attributes) as span:
             try:
-                with self._submitted(request, seconds, span, sink):
-                    yield
+                with self._submitted(request, seconds, span, sink) as sequence:
+                    yield sequence
             except HeliosError as error:
                 failure = error
                 span.set_status(StatusCode.ERROR, error.message)
@@ -168,12 +184,14 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         seconds: float | None,
         span: Span,
         sink: Callable[[Output], None],
-    ) -> Iterator[None]:
+    ) -> Iterator[ServedSequence]:
         if self._draining:
             raise UnavailableError(f"worker {self._worker_id} is draining; send the request to another")
-        served = self._engine.served.plan.model
-        if request.model and request.model != served:
-            raise UnknownModelError(f"model {request.model!r} is not served here; {served!r} is")
+        plan = named_plan(request, self._engine.served.plans)
+        preference = Preference.from_proto(request.route)
+        # A request that goes on has a plan already, so it is not routed again.
+        is_routed = request.HasField("route") and not request.emitted_ids
+        choice = self._choice(request.model, preference) if is_routed else None
         if not request.sampling.HasField("max_tokens") or not request.sampling.HasField("seed"):
             raise InvalidRequestError(
                 "sampling.max_tokens and sampling.seed must be set on a worker's request"
@@ -181,18 +199,22 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         sampling = SamplingParams.from_proto(request.sampling, default_max_tokens=0, default_seed=0)
         # Callers may reuse a request id, so each sequence gets its own id inside the engine.
         name = f"{request.request_id}#{next(self._numbers)}"
-        sequence = self._engine.submit(
+        submitted = self._engine.submit(
             name,
             list(request.prompt_ids),
             sampling,
             sink,
             emitted_ids=list(request.emitted_ids),
             deadline=None if seconds is None else time.monotonic() + seconds,
+            plan=plan,
+            route=choice,
         )
+        lacks_router = is_routed and choice is None and preference != Preference()
+        sequence = ServedSequence(submitted, choice, lacks_router)
         self._streams.add(name)
         self._idle.clear()
         try:
-            yield
+            yield sequence
         finally:
             # Also reached when the client disconnected or the deadline passed. The engine frees the KV at
             # once.
@@ -200,29 +222,38 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             self._streams.discard(name)
             if not self._streams:
                 self._idle.set()
-            _record_phases(sequence.times, sequence.preemptions)
-            tokens = sequence.completion_tokens - len(request.emitted_ids)
-            self._latency.record(sequence.times, tokens, sequence.plan)
-            span.set_attributes(
-                {
-                    "helios.prompt_tokens": sequence.prompt_tokens,
-                    "helios.emitted_before": len(request.emitted_ids),
-                    "helios.completion_tokens": sequence.completion_tokens,
-                    "helios.model": sequence.plan.model,
-                    "helios.depth": sequence.plan.depth,
-                }
-            )
+            tokens = submitted.completion_tokens - len(request.emitted_ids)
+            self._latency.record(submitted.times, tokens, submitted.plan)
+            span.set_attribute("helios.emitted_before", len(request.emitted_ids))
+            sequence.record(span)
             log.info(
                 "sequence %s ended, %d of %d tokens",
                 name,
-                sequence.completion_tokens,
+                submitted.completion_tokens,
                 sampling.max_tokens,
             )
+
+    def _choice(self, model: str, preference: Preference) -> RoutedChoice | None:
+        """The choice of a plan by the router, among those of a model unless it is empty. None: no router."""
+        if self._router is None:
+            return None
+        return RoutedChoice(self._router, preference, self._plans(model) if model else None)
+
+    def _plans(self, model: str) -> frozenset[ServedPlan]:
+        """All plans of a model, in force or not."""
+        if model not in self._plans_of:
+            try:
+                depths = catalog.find_model(self._models_dir, model).exit_layers
+            except HeliosError:
+                # Its files are gone. What is in force can still be served.
+                return frozenset(plan for plan in self._engine.served.plans if plan.model == model)
+            self._plans_of[model] = frozenset(ServedPlan(model=model, depth=depth) for depth in depths)
+        return self._plans_of[model]
 
     async def Reload(
         self, request: worker_pb2.ReloadRequest, context: _Context
     ) -> AsyncIterator[worker_pb2.ReloadResponse]:
-        """Loads another model or depth in a separate thread while serving, and reports its stages."""
+        """Loads other plans in a separate thread while serving, and reports its stages."""
         began = time.monotonic()
         loop = asyncio.get_running_loop()
         stages: asyncio.Queue[tuple[int, int]] = asyncio.Queue()
@@ -231,15 +262,24 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             loop.call_soon_threadsafe(stages.put_nowait, (loaded, total))
 
         def reload() -> Reloaded:
-            entry = catalog.find_model(self._models_dir, request.model)
-            threshold = request.threshold if request.HasField("threshold") else None
-            if threshold is not None and not 0 <= threshold <= 1:
-                raise InvalidRequestError(f"threshold must be in [0, 1], not {threshold}")
-            depth = request.depth or entry.num_layers
-            reloaded = self._engine.reload(entry.path, depth, progress, threshold, urgent=request.urgent)
-            self._plan_file.write(ServedPlan(model=entry.name, depth=depth), threshold)
+            first_path, first = self._wanted(request)
+            others = [self._wanted(one) for one in request.also]
+            named = [first.plan, *(one.plan for _, one in others)]
+            if twice := [plan for plan, times in Counter(named).items() if times > 1]:
+                raise InvalidRequestError(f"{twice[0]} is named more than once")
+            also = [one.to_load(path) for path, one in others]
+            reloaded = self._engine.reload(
+                first_path,
+                first.plan.depth,
+                progress,
+                first.threshold,
+                also=also,
+                urgent=request.urgent,
+            )
+            self._plan_file.write(first.plan, first.threshold, tuple(one for _, one in others))
             return reloaded
 
+        self._plans_of.clear()
         task = asyncio.ensure_future(asyncio.to_thread(reload))
         # Also announces the end if the caller has disconnected meanwhile.
         task.add_done_callback(lambda _: self._announce())
@@ -262,10 +302,11 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         try:
             result = task.result()
         except HeliosError as error:
-            log.warning("reload to %s depth %d failed: %s", request.model, request.depth, error)
+            also = "".join(f", {one.model} depth {one.depth}" for one in request.also)
+            log.warning("reload to %s depth %d%s failed: %s", request.model, request.depth, also, error)
             await abort(context, error)
-        served = self._engine.served.plan
-        log.info("serving %s depth %d", served.model, served.depth)
+        served = ", ".join(f"{plan.model} depth {plan.depth}" for plan in self._engine.served.plans)
+        log.info("serving %s", served)
         yield worker_pb2.ReloadResponse(
             stage=worker_pb2.RELOAD_STAGE_DONE,
             layers_loaded=loaded,
@@ -276,10 +317,38 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             stall_seconds=result.stall_seconds,
         )
 
+    def _wanted(self, message: worker_pb2.ReloadRequest | worker_pb2.PlanToLoad) -> tuple[Path, LoadedPlan]:
+        """The checkpoint and the plan that a reload names. Raises HeliosError."""
+        entry = catalog.find_model(self._models_dir, message.model)
+        threshold = message.threshold if message.HasField("threshold") else None
+        if threshold is not None and not 0 <= threshold <= 1:
+            raise InvalidRequestError(f"threshold must be in [0, 1], not {threshold}")
+        share = 1.0
+        if isinstance(message, worker_pb2.PlanToLoad) and message.HasField("share"):
+            share = message.share
+        if not 0 < share < math.inf:
+            raise InvalidRequestError(f"share must be a finite number above 0, not {share}")
+        plan = ServedPlan(model=entry.name, depth=message.depth or entry.num_layers)
+        return entry.path, LoadedPlan(plan=plan, threshold=threshold, share=share)
+
+    async def SetRouter(
+        self, request: worker_pb2.SetRouterRequest, context: _Context
+    ) -> worker_pb2.SetRouterResponse:
+        """Replaces the router. One that cannot be used is refused, and the router before it stays."""
+        try:
+            router = Router.from_json(request.router)
+        except InvalidRequestError as error:
+            log.warning("a router was refused: %s", error)
+            await abort(context, error)
+        self._router = router
+        log.info("routing by router %d", router.number)
+        self._announce()
+        return worker_pb2.SetRouterResponse()
+
     async def GetStatus(
         self, request: worker_pb2.GetStatusRequest, context: _Context
     ) -> worker_pb2.GetStatusResponse:
-        """The plan, the limits and the load."""
+        """The plans, the limits and the load."""
         served, limits = self._engine.served, self._engine.limits
         models = await asyncio.to_thread(catalog.list_models, self._models_dir)
         return worker_pb2.GetStatusResponse(
@@ -308,21 +377,30 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             bytes_read=served.bytes_read,
             resident_bytes=_resident_bytes(),
             memory_bytes=served.memory_bytes,
+            plans=[plan_message(plan) for plan in served.plans],
         )
 
     async def WatchTelemetry(
         self, request: worker_pb2.WatchTelemetryRequest, context: _Context
     ) -> AsyncIterator[worker_pb2.WatchTelemetryResponse]:
-        """The load, at an interval and whenever the plan changes, until the caller disconnects."""
+        """The load, at an interval and whenever the plans change, until the caller disconnects.
+
+        A caller that asks for served prompts gets each one once, at first those that the engine still has.
+        """
         interval = _DEFAULT_TELEMETRY_SECONDS
         if request.HasField("interval_seconds"):
             interval = request.interval_seconds
         if not interval >= _MIN_TELEMETRY_SECONDS:
             message = f"interval_seconds must be at least {_MIN_TELEMETRY_SECONDS}, not {interval}"
             await abort(context, InvalidRequestError(message))
+        last_prompt = 0
         while True:
             changed = self._changed
-            yield worker_pb2.WatchTelemetryResponse(telemetry=self._telemetry())
+            response = worker_pb2.WatchTelemetryResponse(telemetry=self._telemetry())
+            if request.served_prompts and (prompts := self._engine.served_prompts(last_prompt)):
+                last_prompt = prompts[-1].number
+                response.served_prompts.extend(map(_served_prompt, prompts))
+            yield response
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(interval):
                     await changed.wait()
@@ -394,12 +472,15 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             prompt_nats=load.counters.prompt_nats,
             confidence_tokens=load.counters.confidence_tokens,
             confidence_nats=load.counters.confidence_nats,
+            plans=[
+                worker_pb2.PlanLoad(plan=plan_message(plan), running=running)
+                for plan, running in load.plans.items()
+            ],
+            router_number=0 if self._router is None else self._router.number,
         )
 
 
-async def _write(
-    outbox: Outbox, ends: "dict[int, asyncio.Future[HeliosError | None]]", context: _Context
-) -> None:
+async def _write(outbox: Outbox, ends: dict[int, _Ending], context: _Context) -> None:
     """Sends the outputs of a call's sequences. Resolves a sequence's future when its end is sent."""
     while True:
         response = worker_pb2.GenerateManyResponse()
@@ -410,13 +491,19 @@ async def _write(
                 continue
             if output.tokens:
                 _add_tokens(response.outputs.add(sequence=number).response.chunk, output)
-            if output.finish is not None:
-                response.outputs.add(sequence=number, response=_finish(output.finish))
-            elif output.error is not None:
-                response.outputs.add(sequence=number, status=status_of(output.error).SerializeToString())
-            else:
+            if output.finish is None and output.error is None:
                 continue
-            ended.append((ends.pop(number), output.error))
+            ending, error = ends.pop(number), output.error
+            # None if the engine has refused it. Then it has neither finish nor redirect.
+            sequence = ending.sequence
+            if sequence is not None and output.finish is not None:
+                response.outputs.add(sequence=number, response=sequence.finish(output.finish))
+            elif sequence is not None and (redirect := sequence.redirect(error)) is not None:
+                response.outputs.add(sequence=number, response=redirect)
+                error = None
+            elif error is not None:
+                response.outputs.add(sequence=number, status=status_of(error).SerializeToString())
+            ended.append((ending.end, error))
         try:
             if response.outputs:
                 await context.write(response)
@@ -440,26 +527,23 @@ def _add_tokens(chunk: generation_pb2.Chunk, output: Output) -> None:
         )
 
 
-def _finish(finish: Finish) -> worker_pb2.WorkerServiceGenerateResponse:
-    return worker_pb2.WorkerServiceGenerateResponse(
-        finish=generation_pb2.Finish(
-            reason=_REASONS[finish.reason],
-            text=finish.text,
-            prompt_tokens=finish.prompt_tokens,
-            completion_tokens=finish.completion_tokens,
-        )
+def _served_prompt(prompt: ServedPrompt) -> worker_pb2.ServedPrompt:
+    return worker_pb2.ServedPrompt(
+        plan=plan_message(prompt.plan),
+        prompt_tokens=prompt.probe.prompt_tokens,
+        readings=[
+            worker_pb2.ExitReading(
+                model=model,
+                depth=reading.depth,
+                tokens=reading.tokens,
+                nats=reading.nats,
+                doubt=reading.doubt,
+            )
+            for model, reading in prompt.probe.readings.items()
+        ],
+        tokens=prompt.tokens,
+        nats=prompt.nats,
     )
-
-
-def _record_phases(times: PhaseTimes, preemptions: int) -> None:
-    """Records a sequence's finished phases as spans: three per request, none per token."""
-    now = times.finished or time.time_ns()
-    telemetry.record_span("queue", None, times.submitted, times.scheduled or now)
-    if times.scheduled:
-        telemetry.record_span("prefill", None, times.scheduled, times.first_token or now)
-    if times.first_token:
-        attributes = {"helios.preemptions": preemptions}
-        telemetry.record_span("decode", None, times.first_token, now, attributes)
 
 
 def _resident_bytes() -> int:

@@ -47,8 +47,8 @@ class WorkerSettings(ServiceSettings):
     )
     plan_file: Path | None = Field(
         None,
-        description="file in which the worker keeps the plan that it serves; started again with the same "
-        "flags, it serves that plan, unless Redis names another one; none: it serves what its flags say",
+        description="file in which the worker keeps the plans that it serves; started again with the same "
+        "flags, it serves these, unless Redis names another one; none: it serves what its flags say",
     )
     exit_mode: ExitModeName = Field("greedy", description="how tokens leave the model")
     threshold: float | None = Field(

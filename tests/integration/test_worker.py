@@ -300,6 +300,47 @@ def test_a_killed_worker_goes_on_with_the_plan_that_it_served_last(stack: Stack,
     assert served_by(stack.start_worker("tiny", 1, **flags)) == ("tiny", 1), "somebody wants another one"
 
 
+def plans_of(stub: worker_pb2_grpc.WorkerServiceStub) -> list[tuple[str, int]]:
+    status = stub.GetStatus(worker_pb2.GetStatusRequest(), timeout=TIMEOUT)
+    return [(plan.model, plan.depth) for plan in status.plans]
+
+
+def test_a_worker_serves_a_set_of_plans_and_again_after_it_was_killed(stack: Stack, tmp_path: Path) -> None:
+    flags = {"worker_id": "w", "plan_file": tmp_path / "plan.json"}
+    worker = stack.start_worker("tiny", 4, **flags)
+    reload = worker_pb2.ReloadRequest(model="tiny", depth=2)
+    reload.also.add(model="other", depth=4)
+    reload.also.add(model="tiny", depth=4)
+    plans = [("tiny", 2), ("other", 4), ("tiny", 4)]
+    texts = []
+    for _ in range(2):
+        with grpc.insecure_channel(worker.address) as channel:
+            stub = worker_pb2_grpc.WorkerServiceStub(channel)
+            if not texts:
+                list(stub.Reload(reload, timeout=TIMEOUT))
+            assert plans_of(stub) == plans
+            # All run at once, so that rows of both depths are in one batch.
+            sent = []
+            for model, depth in plans:
+                message = request([2, 50, 60], model=model)
+                message.depth = depth
+                sent.append(stub.Generate(message, timeout=TIMEOUT))
+            for call, plan in zip(sent, plans, strict=True):
+                tokens, finish = tokens_of(call)
+                assert {(token.model, token.exit_layer) for token in tokens} == {plan}
+                assert (finish.model, finish.depth) == plan
+                texts.append(finish.text)
+            with pytest.raises(grpc.RpcError) as refused:
+                absent = request([2, 50, 60], model="other")
+                absent.depth = 2
+                tokens_of(stub.Generate(absent, timeout=TIMEOUT))
+            assert refused.value.code() is grpc.StatusCode.NOT_FOUND
+        worker.kill()
+        worker = stack.start_worker("tiny", 4, **flags)
+    assert texts[:3] == texts[3:]
+    assert len(set(texts)) == 3
+
+
 @pytest.mark.parametrize(("model", "depth", "said"), [("nobody", 1, "available: "), ("tiny", 3, "1, 2, 4")])
 def test_a_pinned_plan_that_cannot_be_loaded_keeps_no_worker_from_starting(
     stack: Stack, model: str, depth: int, said: str

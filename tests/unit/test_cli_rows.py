@@ -1,6 +1,7 @@
 """The output of commands is complete and cuts no word, in narrow and wide terminals."""
 
 import io
+import json
 import time
 from pathlib import Path
 
@@ -119,6 +120,31 @@ def test_status_and_top_tell_all_of_a_worker_and_every_problem(width: int, model
     check(text, width, *told, f"SLO: {REASON}", f"CBC/{WINDOW_TOKENS}")
     for part in ("worker-0 pinned", "256", "64"):
         assert part in text
+
+
+@WIDTHS
+def test_status_and_top_tell_every_plan_of_a_worker_and_its_sequences(width: int) -> None:
+    seen = snapshot("prose")
+    load = seen.status.workers[0].telemetry
+    for model, depth, running in (("prose", 4, 41), ("prose", 8, 22), ("tech", 6, 1)):
+        load.plans.add(plan=worker_pb2.Plan(model=model, depth=depth), running=running)
+    for view in (status._workers(seen), top.draw(seen)):
+        words = rendered(width, view).replace(",", " ").split()
+        assert {"prose", "tech", "4", "8", "6", "41", "22", "1"} <= set(words)
+
+
+def test_json_of_a_worker_lists_its_plans() -> None:
+    seen = snapshot("prose")
+    one, other = seen.workers
+    one.telemetry.plans.add(plan=worker_pb2.Plan(model="prose", depth=4), running=41)
+    one.telemetry.plans.add(plan=worker_pb2.Plan(model="tech", depth=6), running=23)
+    told = json.loads(json.dumps(seen.worker_as_dict(one)))
+    assert told["plans"] == [
+        {"model": "prose", "depth": 4, "running": 41},
+        {"model": "tech", "depth": 6, "running": 23},
+    ]
+    assert told["exit_histogram"] is not None
+    assert seen.worker_as_dict(other)["plans"] == [{"model": "prose", "depth": 4, "running": 64}]
 
 
 @WIDTHS

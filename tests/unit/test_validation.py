@@ -6,7 +6,9 @@ from hypothesis import strategies as st
 
 from helios.client import generate_request
 from helios.errors import InvalidRequestError
-from helios.v1 import generation_pb2, inference_pb2
+from helios.routing.preference import Preference
+from helios.slo import Objective
+from helios.v1 import controller_pb2, generation_pb2, inference_pb2, worker_pb2
 from services.gateway.settings import GatewaySettings
 from services.gateway.validation import (
     check_prompt_bytes,
@@ -25,6 +27,7 @@ def test_any_bytes_are_a_request_or_refused_with_a_reason(raw: bytes) -> None:
     try:
         request = parse(raw)
         check_request(request)
+        Preference.from_proto(request)
         sampling_params(request, SETTINGS, default_seed=1)
     except InvalidRequestError as refusal:
         assert refusal.message
@@ -62,6 +65,51 @@ def test_accepted_sampling_is_within_the_limits(max_tokens: int, temperature: fl
     else:
         with pytest.raises(InvalidRequestError, match=r"sampling\.(max_tokens|temperature|top_p) must be"):
             sampling_params(request, SETTINGS, default_seed=7)
+
+
+@given(st.floats(allow_nan=True), st.integers(-(2**31), 2**31 - 1))
+def test_an_accepted_preference_is_within_the_limits_and_reaches_the_worker(
+    increase: float, objective: int
+) -> None:
+    request = inference_pb2.GenerateRequest(text="a", max_perplexity_increase=increase)
+    # Protos take any number for an enum that has been read from bytes.
+    raw = request.SerializeToString() + b"\x38" + _varint(objective)
+    request = parse(raw)
+    allowed = (
+        controller_pb2.OBJECTIVE_UNSPECIFIED,
+        controller_pb2.OBJECTIVE_THROUGHPUT,
+        controller_pb2.OBJECTIVE_LATENCY,
+    )
+    if 0 <= increase < float("inf") and objective in allowed:
+        preference = Preference.from_proto(request)
+        assert preference.max_perplexity_increase == increase
+        assert Preference.from_proto(preference.to_proto()) == preference
+        assert preference.to_proto().objective == objective
+    else:
+        with pytest.raises(InvalidRequestError, match=r"(max_perplexity_increase|objective) must be"):
+            Preference.from_proto(request)
+
+
+def test_a_request_without_preference_leaves_the_choice_to_the_operator() -> None:
+    preference = Preference.from_proto(generate_request("a"))
+    assert preference == Preference(None, None)
+    assert preference.to_proto() == worker_pb2.Route()
+
+
+def test_the_client_sends_a_preference() -> None:
+    request = generate_request("a", max_perplexity_increase=0.0, objective=Objective.LATENCY)
+    assert Preference.from_proto(request) == Preference(0.0, Objective.LATENCY)
+
+
+def _varint(value: int) -> bytes:
+    """An enum's number on the wire; negative ones as 64 bits."""
+    value &= (1 << 64) - 1
+    parts = []
+    while True:
+        value, part = value >> 7, value & 0x7F
+        parts.append(part | (0x80 if value else 0))
+        if not value:
+            return bytes(parts)
 
 
 @given(st.lists(st.integers(0, 600), min_size=1, max_size=150), st.integers(2, 200))
