@@ -1,8 +1,8 @@
 """Probes prompts before they have a plan, and lets their routes choose one.
 
-The first tokens of a prompt go through the first layers of every loaded model, and a sample of them is read
-out at the first exit: how well does the model predict the prompt's own next tokens? What the chosen model has
-computed is kept, and prefill goes on with it.
+The first tokens of a prompt go through the first layers of one loaded model, and of the others where this one
+does not say enough. A sample of them is read out at the first exit: how well does the model predict the
+prompt's own next tokens? What the chosen model has computed is kept, and prefill goes on with it.
 """
 
 import math
@@ -10,51 +10,48 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Container, Mapping
 from collections.abc import Sequence as Seq
-from typing import NamedTuple
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
 
 from helios.engine.backends.kv_cache import KVCache
 from helios.engine.backends.model import Model
-from helios.engine.backends.readout import Readout
 from helios.engine.plan import Plan
 from helios.engine.scheduling.batch import Batch
 from helios.engine.scheduling.probed_layers import ProbedLayers
 from helios.engine.scheduling.sequence import Sequence, SequenceState
 from helios.engine.settings import EngineSettings
-from helios.errors import PlanNotServedError
-from helios.routing.probe import ExitReading, Probe
+from helios.errors import PlanNotServedError, SequenceFailedError
+from helios.routing.probe import ExitReading, Probe, read_positions
 from helios.served import ServedPlan
 
-
-class _Part(NamedTuple):
-    """One prompt's part of a probe: its rows, its rows of the readout, and the slot of its KV."""
-
-    rows: slice
-    reads: slice
-    slot: int
+# Token ids, and the blocks of their KV.
+_Text: TypeAlias = tuple[Seq[int], Seq[int]]
 
 
-class _Beginnings(NamedTuple):
-    """The first tokens of several prompts as one batch, which every model computes."""
+@dataclass(slots=True, eq=False)
+class _Beginning:
+    """A sequence's first tokens, and what models have said of them."""
 
-    # None: no prompt is probed.
-    batch: Batch | None
-    # The prompts' own next tokens, for each row that is read.
-    targets: list[int]
-    # None: the prompt is not probed.
-    parts: list[_Part | None]
+    seq: Sequence
+    ids: tuple[int, ...]
+    # Positions that are read out, and the prompt's own next token at each. Empty: the prompt is not probed.
+    positions: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
+    # Where every model writes its KV.
+    slot: int = 0
+    # By model. The states are those of all tokens after the first exit.
+    states: dict[str, torch.Tensor] = field(default_factory=dict)
+    readings: Mapping[str, ExitReading] = field(default_factory=dict)
+    # Why it gets no plan.
+    error: Exception | None = None
 
-
-class _Computed(NamedTuple):
-    """What one model computed of `_Beginnings`. Valid until its next step."""
-
-    weights_id: str
-    depth: int
-    readout: Readout
-    states: torch.Tensor
-    cache: KVCache
+    @property
+    def is_probed(self) -> bool:
+        return bool(self.positions)
 
 
 class Prober:
@@ -97,37 +94,24 @@ class Prober:
     ) -> list[tuple[Sequence, Exception | None]]:
         """Probes the next sequences and gives each the plan that its route chooses.
 
+        A route whose `first` model is loaded is called after this model was probed, and once more with the
+        readings of all models if it chooses none.
         plans: one for each loaded model; in_force: the plans that may be chosen. Returns these sequences,
-        those that get no plan with the reason: PlanNotServedError, or whatever the route raised.
+        those that get no plan with the reason: PlanNotServedError, SequenceFailedError if a route chooses
+        none from all readings, or whatever the route raised.
         """
-        sequences: list[Sequence] = []
-        while self._waiting and len(sequences) < self._prompts:
-            seq = self._waiting.popleft()
-            # It may have been cancelled meanwhile.
-            if seq.state is SequenceState.WAITING:
-                sequences.append(seq)
-        beginnings = self._beginnings(plans, sequences)
-        found = self._compute(plans, beginnings.batch) if beginnings.batch is not None else {}
-        readings = _readings(found, beginnings)
-        routed: list[tuple[Sequence, Exception | None]] = []
-        for seq, part, of_prompt in zip(sequences, beginnings.parts, readings, strict=True):
-            assert seq.route is not None
-            probe = Probe(seq.prompt_tokens, of_prompt)
-            try:
-                chosen = seq.route(probe)
-                if chosen not in in_force:
-                    raise PlanNotServedError(f"{chosen} is not in force here; another worker may serve it")
-            except Exception as error:
-                routed.append((seq, error))
-                continue
-            seq.change_plan(chosen)
-            seq.route, seq.probe = None, probe
-            if part is not None:
-                seq.probed_tokens = part.rows.stop - part.rows.start
-                if (computed := found.get(chosen.model)) is not None:
-                    self._keep(seq, part, computed)
-            routed.append((seq, None))
-        return routed
+        models = {plan.entry.name: plan for plan in plans}
+        beginnings = self._beginnings(plans)
+        # Only the loaded models keep their caches.
+        self._caches = {plan.model.weights.id: self._cache_of(plan) for plan in plans}
+        for name, plan in models.items():
+            self._probe(plan, [one for one in beginnings if _first_of(one, models) in (name, None)])
+        undecided = [one for one in beginnings if not self._choose(one, models, in_force)]
+        for name, plan in models.items():
+            self._probe(plan, [one for one in undecided if name not in one.states])
+        for one in undecided:
+            self._choose(one, models, in_force)
+        return [(one.seq, one.error) for one in beginnings]
 
     def go_on(
         self,
@@ -160,48 +144,86 @@ class Prober:
             advance(seq, tokens)
         return left
 
-    def _beginnings(self, plans: Seq[Plan], sequences: Seq[Sequence]) -> _Beginnings:
-        """Chooses what is probed and what is read out."""
+    def _beginnings(self, plans: Seq[Plan]) -> list[_Beginning]:
+        """Takes the next sequences, and chooses what is probed and what is read out."""
+        sequences: list[Sequence] = []
+        while self._waiting and len(sequences) < self._prompts:
+            seq = self._waiting.popleft()
+            # It may have been cancelled meanwhile.
+            if seq.state is SequenceState.WAITING:
+                sequences.append(seq)
         configs = [plan.model.config for plan in plans]
         most = min(self._tokens, *(config.context_tokens for config in configs))
         vocabulary = min(config.vocab_size for config in configs)
         taken = {kept.slot for kept in self._kept}
         free = (slot for slot in self._slots if slot not in taken)
-        texts: list[tuple[list[int], Seq[int]]] = []
-        parts: list[_Part | None] = []
-        read_rows, targets, rows = list[int](), list[int](), 0
+        beginnings: list[_Beginning] = []
         for seq in sequences:
             # The last token of a prompt has no next one.
             count = min(most, seq.prompt_tokens - 1)
-            ids = seq.token_ids[: count + 1]
+            ids = tuple(seq.token_ids[: count + 1])
             if count < self._least_tokens or max(ids) >= vocabulary:
-                parts.append(None)
+                beginnings.append(_Beginning(seq, ids[:most]))
                 continue
-            readings, first_read = min(self._most_readings, count), len(targets)
-            at = [(2 * index + 1) * count // (2 * readings) for index in range(readings)]
-            read_rows += (rows + position for position in at)
-            targets += (ids[position + 1] for position in at)
-            slot = next(free)
-            parts.append(_Part(slice(rows, rows + count), slice(first_read, len(targets)), slot))
-            first = slot * self._slot_blocks
-            texts.append((ids[:count], range(first, first + self._blocks_for(count))))
-            rows += count
-        batch = None
-        if texts:
-            batch = _batch_of(texts, read_rows, self._block_tokens, plans[0].model.device)
-        return _Beginnings(batch, targets, parts)
+            positions = read_positions(count, self._most_readings)
+            targets = [ids[position + 1] for position in positions]
+            beginnings.append(_Beginning(seq, ids[:count], positions, targets, next(free)))
+        return beginnings
 
-    def _compute(self, plans: Seq[Plan], batch: Batch) -> dict[str, _Computed]:
-        """Runs every model up to its first exit. By model."""
-        # Only the loaded models keep their caches.
-        self._caches = {plan.model.weights.id: self._cache_of(plan) for plan in plans}
-        found: dict[str, _Computed] = {}
-        for plan in plans:
-            weights_id, depth = plan.model.weights.id, plan.entry.exit_layers[0]
-            cache = self._caches[weights_id]
-            results = plan.model.backend.step_with_states(batch, cache, depth)
-            found[plan.entry.name] = _Computed(weights_id, depth, *results, cache)
-        return found
+    def _probe(self, plan: Plan, beginnings: Seq[_Beginning]) -> None:
+        """Runs a model up to its first exit, and reads it out there."""
+        probed = [one for one in beginnings if one.is_probed]
+        if not probed:
+            return
+        read_rows, targets, texts, rows = list[int](), list[int](), list[_Text](), 0
+        for one in probed:
+            read_rows += [rows + position for position in one.positions]
+            targets += one.targets
+            first = one.slot * self._slot_blocks
+            texts.append((one.ids, range(first, first + self._blocks_for(len(one.ids)))))
+            rows += len(one.ids)
+        name, depth = plan.entry.name, plan.entry.exit_layers[0]
+        batch = _batch_of(texts, read_rows, self._block_tokens, plan.model.device)
+        cache = self._caches[plan.model.weights.id]
+        found, states = plan.model.backend.step_with_states(batch, cache, depth)
+        nats, doubts = found.costs(targets)
+        # The model's next step overwrites them.
+        states, row, read = states.clone(), 0, 0
+        for one in probed:
+            count = len(one.positions)
+            means = fmean(nats[read : read + count]), fmean(doubts[read : read + count])
+            one.states[name] = states[row : row + len(one.ids)]
+            # Numbers that are too large for the precision say nothing about the text.
+            if all(map(math.isfinite, means)):
+                one.readings = {**one.readings, name: ExitReading(depth, count, *means)}
+            row, read = row + len(one.ids), read + count
+
+    def _choose(self, one: _Beginning, models: Mapping[str, Plan], in_force: Container[ServedPlan]) -> bool:
+        """Lets a route choose the plan of its sequence. Returns False if it needs the other readings."""
+        seq, is_complete = one.seq, not one.is_probed or len(one.states) == len(models)
+        assert seq.route is not None
+        probe = Probe(seq.prompt_tokens, one.readings, one.ids)
+        try:
+            chosen = seq.route(probe, is_complete=is_complete)
+            if chosen is None:
+                if not is_complete:
+                    return False
+                raise SequenceFailedError("the route chose no plan from all readings")
+            if chosen not in in_force:
+                raise PlanNotServedError(f"{chosen} is not in force here; another worker may serve it")
+        except Exception as error:
+            one.error = error
+            return True
+        seq.change_plan(chosen)
+        seq.route, seq.probe = None, probe
+        if one.is_probed:
+            seq.probed_tokens = len(one.ids)
+        if chosen.model in one.states and len(self._kept) < self._most_kept:
+            plan = models[chosen.model]
+            weights_id, layers = plan.model.weights.id, plan.entry.exit_layers[0]
+            seq.probed = ProbedLayers(weights_id, layers, one.states[chosen.model], one.slot)
+            self._kept[seq.probed] = self._caches[weights_id]
+        return True
 
     def _cache_of(self, plan: Plan) -> KVCache:
         model = plan.model
@@ -217,13 +239,6 @@ class Prober:
             # Most slots are rarely used.
             commit=False,
         )
-
-    def _keep(self, seq: Sequence, part: _Part, computed: _Computed) -> None:
-        """Keeps a prompt's part, with a copy of its states, because the model's next step overwrites them."""
-        if len(self._kept) < self._most_kept:
-            states = computed.states[part.rows].clone()
-            seq.probed = ProbedLayers(computed.weights_id, computed.depth, states, part.slot)
-            self._kept[seq.probed] = computed.cache
 
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self._block_tokens)
@@ -251,26 +266,14 @@ class Prober:
             going = [one for one in going if one[0].plan.depth > last]
 
 
-def _readings(found: Mapping[str, _Computed], beginnings: _Beginnings) -> list[dict[str, ExitReading]]:
-    """Each prompt's readings, by model."""
-    readings: list[dict[str, ExitReading]] = [{} for _ in beginnings.parts]
-    for name, computed in found.items():
-        nats, doubts = computed.readout.costs(beginnings.targets)
-        for of_prompt, part in zip(readings, beginnings.parts, strict=True):
-            if part is None:
-                continue
-            count = part.reads.stop - part.reads.start
-            means = sum(nats[part.reads]) / count, sum(doubts[part.reads]) / count
-            # Numbers that are too large for the precision say nothing about the text.
-            if all(map(math.isfinite, means)):
-                of_prompt[name] = ExitReading(computed.depth, count, *means)
-    return readings
+def _first_of(one: _Beginning, models: Container[str]) -> str | None:
+    """The model that is probed first. None: all at once."""
+    first = None if one.seq.route is None else one.seq.route.first
+    return first if first in models else None
 
 
-def _batch_of(
-    texts: Seq[tuple[list[int], Seq[int]]], read_rows: list[int], block_tokens: int, device: torch.device
-) -> Batch:
-    """The batch of the beginnings of several texts. texts: token ids and their blocks."""
+def _batch_of(texts: Seq[_Text], read_rows: list[int], block_tokens: int, device: torch.device) -> Batch:
+    """The batch of the beginnings of several texts."""
     token_ids, positions, slots, row_tables = list[int](), list[int](), list[int](), list[int]()
     chunks: list[tuple[int, int, bool]] = []
     tables: list[int] = []

@@ -35,11 +35,11 @@ class EngineSettings:
     # Most tokens of each prompt whose probabilities are read out during prefill. They show how well the plan
     # predicts the traffic. At most one in sixteen tokens is read. 0: none.
     prompt_readings: int = 0
-    # Tokens at the beginning of each prompt that go through the first exit of every loaded model before its
-    # plan is chosen, if it is submitted with a route. Never more than step_token_budget. 0: none.
+    # Tokens at the beginning of each prompt that go through the first exits of loaded models before its plan
+    # is chosen, if it is submitted with a route. Never more than step_token_budget. 0: none.
     probe_tokens: int = 32
-    # Most positions among them whose probabilities are read out, evenly spread.
-    probe_readings: int = 16
+    # Most positions among them whose probabilities are read out, evenly spread after the first fifth.
+    probe_readings: int = 12
     # A prompt in which fewer tokens than this have a next token is not probed: its probe has no readings.
     min_probe_tokens: int = 12
     # Most prompts that are probed between two steps. More wait for the next step.

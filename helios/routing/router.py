@@ -29,6 +29,11 @@ class Router(BaseModel):
     number: int
     ranking: tuple[RankedPlan, ...]
 
+    @property
+    def first_model(self) -> str:
+        """The model that is probed first."""
+        return self.ranking[0].plan.model
+
     @classmethod
     def from_json(cls, data: bytes) -> "Router":
         """Raises InvalidRequestError."""
@@ -41,9 +46,11 @@ class Router(BaseModel):
         self,
         probe: Probe,  # noqa: ARG002
         *,
+        lot: float,  # noqa: ARG002
+        is_complete: bool,  # noqa: ARG002
         max_perplexity_increase: float | None = None,  # noqa: ARG002
         objective: Objective | None = None,  # noqa: ARG002
         among: Collection[ServedPlan] | None = None,
-    ) -> list[RankedPlan]:
-        """The plans within the bound, the best first. Never empty."""
+    ) -> list[RankedPlan] | None:
+        """The plans within the bound, the best first. Never empty. None: all readings are needed."""
         return [one for one in self.ranking if among is None or one.plan in among] or list(self.ranking[:1])

@@ -717,6 +717,7 @@ class ServedPrompt(_message.Message):
     READINGS_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
     NATS_FIELD_NUMBER: _builtins.int
+    FIRST_IDS_FIELD_NUMBER: _builtins.int
     prompt_tokens: _builtins.int
     tokens: _builtins.int
     """A sample of the prompt's later tokens: their number, and the sum of their negative natural log-probabilities at
@@ -727,7 +728,11 @@ class ServedPrompt(_message.Message):
     def plan(self) -> Global___Plan: ...
     @_builtins.property
     def readings(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExitReading]:
-        """What the first exit of each model said of the prompt's first tokens. Empty: the prompt was too short."""
+        """What the first exits of models said of the prompt's first tokens. Empty: the prompt was too short."""
+
+    @_builtins.property
+    def first_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The tokens that were probed. If the prompt was too short: all of its tokens."""
 
     def __init__(
         self,
@@ -737,10 +742,11 @@ class ServedPrompt(_message.Message):
         readings: _abc.Iterable[Global___ExitReading] | None = ...,
         tokens: _builtins.int = ...,
         nats: _builtins.float = ...,
+        first_ids: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["nats", b"nats", "plan", b"plan", "prompt_tokens", b"prompt_tokens", "readings", b"readings", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_ids", b"first_ids", "nats", b"nats", "plan", b"plan", "prompt_tokens", b"prompt_tokens", "readings", b"readings", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -92,11 +92,14 @@ class WorkerSettings(ServiceSettings):
     probe_tokens: int = Field(
         32,
         ge=0,
-        description="tokens at the beginning of a prompt that go through the first exit of every loaded "
-        "model before its plan is chosen; 0: none",
+        description="tokens at the beginning of a prompt that go through the first exits of loaded models "
+        "before its plan is chosen; 0: none",
     )
     probe_readings: int = Field(
-        16, ge=1, description="most positions among them whose probabilities are read out, evenly spread"
+        12,
+        ge=1,
+        description="most positions among them whose probabilities are read out, evenly spread; the first "
+        "fifth of the tokens is left out",
     )
     min_probe_tokens: int = Field(
         12,

@@ -1,5 +1,6 @@
 """A probe says what a model's first exit says, costs no token its place, and is not computed twice."""
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from helios.engine.backends.runner import Runner
 from helios.engine.evaluation.space import sequence_of
 from helios.engine.evaluation.trace import trace_exits
 from helios.engine.interface import PlanToLoad
-from helios.engine.plan import Plan, load_plan
+from helios.engine.plan import Plan, load_plan, load_plans
 from helios.engine.probe import Prober
 from helios.engine.scheduling.batch import Batch, build_batch
 from helios.engine.scheduling.sequence import Sequence as EngineSequence
@@ -29,7 +30,7 @@ from helios.errors import (
     SequenceFailedError,
     SettingsError,
 )
-from helios.routing.probe import Probe
+from helios.routing.probe import Probe, read_positions
 from helios.served import ServedPlan
 from tests.opt_variants import save_variant
 
@@ -54,30 +55,59 @@ def settings_of(**changes: object) -> EngineSettings:
 
 
 class Stream:
-    """The outputs of one sequence, and the probe that its route was given."""
+    """The outputs of one sequence, and the probe from which its route chose."""
 
-    def __init__(self, engine: Engine, choose: Callable[[Probe], ServedPlan] | None = None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        choose: Callable[[Probe], ServedPlan | None] | None = None,
+        first: str | None = None,
+        *,
+        asks_for_all: bool = False,
+    ) -> None:
+        """first, asks_for_all: its route's first model, and whether this model's readings are not enough."""
         self.ids: list[int] = []
         self.logprobs: list[float] = []
         self.error: HeliosError | None = None
         self.is_finished = False
         self.probe: Probe | None = None
+        # Every probe that its route was given, and whether it was said to be complete.
+        self.probes: list[tuple[Probe, bool]] = []
         self._choose = choose or (lambda _: engine.plan.served)
+        self._first, self._asks_for_all = first, asks_for_all
 
     def __call__(self, output: Output) -> None:
         self.ids += [token.token_id for token in output.tokens]
         self.logprobs += [token.logprob for token in output.tokens]
         self.error, self.is_finished = output.error, output.finish is not None
 
-    def route(self, probe: Probe) -> ServedPlan:
+    @property
+    def route(self) -> "ScriptedRoute":
+        return ScriptedRoute(self._asked, self._first)
+
+    def _asked(self, probe: Probe, is_complete: bool) -> ServedPlan | None:
+        self.probes.append((probe, is_complete))
+        if self._asks_for_all and not is_complete:
+            return None
         self.probe = probe
         return self._choose(probe)
+
+
+@dataclass(frozen=True)
+class ScriptedRoute:
+    """A route that a function makes: (probe, whether it is complete) -> plan."""
+
+    choose: Callable[[Probe, bool], ServedPlan | None]
+    first: str | None = None
+
+    def __call__(self, probe: Probe, *, is_complete: bool) -> ServedPlan | None:
+        return self.choose(probe, is_complete)
 
 
 def submit(
     engine: Engine,
     prompts: Iterable[Sequence[int]],
-    choose: Callable[[Probe], ServedPlan] | None = None,
+    choose: Callable[[Probe], ServedPlan | None] | None = None,
     *,
     routed: bool = True,
     sampling: SamplingParams = GREEDY,
@@ -98,9 +128,7 @@ def run(engine: Engine) -> None:
 
 def expected(plan: Plan, prompt: Sequence[int], tokens: int, readings: int) -> tuple[float, float]:
     """Mean nats and doubt at the first exit, from a trace of every position of the prompt."""
-    count = min(tokens, len(prompt) - 1)
-    readings = min(readings, count)
-    at = [(2 * index + 1) * count // (2 * readings) for index in range(readings)]
+    at = read_positions(min(tokens, len(prompt) - 1), readings)
     (trace,) = trace_exits(plan, [prompt])
     doubts = -torch.tensor(trace.confidences[0, at]).log()
     return float(trace.nats[0, at].mean()), float(doubts.mean())
@@ -129,7 +157,9 @@ def test_readings_are_those_of_the_first_exit(
         assert stream.probe.prompt_tokens == len(prompt)
         reading = stream.probe.readings["m"]
         count = min(30, len(prompt) - 1)
-        assert (reading.depth, reading.tokens, sequence.probed_tokens) == (2, min(7, count), count)
+        assert (reading.depth, reading.tokens) == (2, len(read_positions(count, 7)))
+        assert stream.probe.first_ids == tuple(prompt[:count])
+        assert sequence.probed_tokens == count
         nats, doubt = expected(whole, prompt, 30, 7)
         assert reading.nats == pytest.approx(nats, abs=1e-4)
         assert reading.doubt == pytest.approx(doubt, abs=1e-4)
@@ -232,6 +262,12 @@ def test_short_prompts_have_no_readings(models: Path) -> None:
     run(engine)
     assert [len(stream.probe.readings) for stream in streams if stream.probe] == [0, 0, 1]
     assert [sequence.probed_tokens for sequence in sequences] == [0, 0, 8]
+    assert [stream.probe.first_ids for stream in streams if stream.probe] == [
+        tuple(PROMPT[:1]),
+        tuple(PROMPT[:8]),
+        tuple(PROMPT[:8]),
+    ]
+    assert all(is_complete for stream in streams for _, is_complete in stream.probes)
     assert all(stream.is_finished for stream in streams)
 
 
@@ -239,7 +275,7 @@ def test_without_probe_tokens_routes_get_empty_probes_and_the_head_is_not_loaded
     engine = Engine.load(models / "first", 4, settings_of(probe_tokens=0))
     streams, _ = submit(engine, [PROMPT])
     run(engine)
-    assert streams[0].probe == Probe(len(PROMPT), {})
+    assert streams[0].probe == Probe(len(PROMPT), {}, ())
     assert streams[0].is_finished
     assert list(engine.plan.model.weights.exits) == [4]
 
@@ -267,7 +303,7 @@ def test_many_prompts_at_once_are_probed_in_rounds_and_first_come_first_served(m
 
 def queued(prober: Prober, plan: Plan, prompt: Sequence[int], chosen: ServedPlan) -> EngineSequence:
     seq = sequence_of(plan.served, plan.tokenizer, prompt, [])
-    seq.route = lambda _: chosen
+    seq.route = ScriptedRoute(lambda *_: chosen)
     prober.add(seq)
     return seq
 
@@ -292,7 +328,7 @@ def test_each_model_is_probed_and_each_sequence_goes_on_in_its_own_at_its_own_de
         )
         own = [seq for seq in sequences if seq.plan.model == name]
         for number, seq in enumerate(sequences):
-            nats, doubt = expected(whole, seq.token_ids, 32, 16)
+            nats, doubt = expected(whole, seq.token_ids, 32, 12)
             assert seq.probe is not None
             assert seq.probe.readings[name].nats == pytest.approx(nats, abs=1e-4)
             assert seq.probe.readings[name].doubt == pytest.approx(doubt, abs=1e-4)
@@ -345,27 +381,79 @@ def test_routed_sequences_have_the_tokens_that_their_plans_alone_give(models: Pa
     assert engine.telemetry().blocks_free == engine.telemetry().blocks_total
 
 
+def test_other_models_are_probed_only_where_the_first_one_does_not_say_enough(models: Path) -> None:
+    # No prompt is cut into chunks.
+    options = settings_of(probe_prompts=5, prefill_stretch=math.inf, step_token_budget=1024)
+    choices = [("first", 2), ("first", 6), ("second", 4)]
+    wanted = [PlanToLoad(models / name, depth) for name, depth in choices]
+    prompts = [PROMPT[index : index + 14 + 2 * index] for index in range(24)]
+    at_once = Engine.load(wanted[0].path, 2, options, also=wanted[1:])
+    everything, _ = submit(at_once, prompts)
+    run(at_once)
+
+    plans = [replace(plan, runner=CountingRunner(plan.runner)) for plan in load_plans(wanted, options)]
+    engine = Engine(plans[0], options, plans[1:])
+    # Their first models differ within one probe. The readings of one are enough for every fifth.
+    firsts = [("first", "second", None, "not loaded")[index % 4] for index in range(24)]
+    asks = [first in ("first", "second") and index % 5 > 0 for index, first in enumerate(firsts)]
+    chosen = [plans[index % 3].served for index in range(24)]
+    streams, sequences = [], []
+    for index, (prompt, first, plan) in enumerate(zip(prompts, firsts, chosen, strict=True)):
+        stream = Stream(engine, lambda _, plan=plan: plan, first, asks_for_all=asks[index])  # type: ignore[misc]
+        sequences.append(engine.submit(f"{index}", prompt, GREEDY, stream, route=stream.route))
+        streams.append(stream)
+    run(engine)
+
+    gone_on = 0
+    for stream, seq, whole, first, asked in zip(streams, sequences, everything, firsts, asks, strict=True):
+        assert stream.is_finished
+        assert whole.probe is not None
+        stages = [probe.readings for probe, _ in stream.probes]
+        complete = [is_complete for _, is_complete in stream.probes]
+        of_all = whole.probe.readings
+        if first not in ("first", "second"):
+            assert (stages, complete) == ([of_all], [True])
+        elif asked:
+            assert (stages, complete) == ([{first: of_all[first]}, of_all], [False, True])
+        else:
+            assert (stages, complete) == ([{first: of_all[first]}], [False])
+        if seq.plan.model in stages[-1]:
+            gone_on += seq.probed_tokens
+    assert [seq.plan for seq in sequences] == chosen
+    computed = sum(plan.runner.rows for plan in plans if isinstance(plan.runner, CountingRunner))
+    assert computed == sum(map(len, prompts)) - gone_on
+    for plan in plans:
+        alone = Engine.load(models / plan.entry.name, plan.depth, options)
+        own = [index for index, one in enumerate(chosen) if one == plan.served]
+        expect, _ = submit(alone, [prompts[index] for index in own], routed=False)
+        run(alone)
+        assert [streams[index].ids for index in own] == [stream.ids for stream in expect]
+        assert [streams[index].logprobs for index in own] == [stream.logprobs for stream in expect]
+
+
 def test_a_route_that_fails_or_chooses_elsewhere_ends_its_own_sequence_only(models: Path) -> None:
     engine = Engine.load(models / "first", 4, settings_of())
     elsewhere = ServedPlan(model="second", depth=4)
     own = PlanNotServedError("somewhere else")
 
-    def choose(probe: Probe) -> ServedPlan:
+    def choose(probe: Probe) -> ServedPlan | None:
         if probe.prompt_tokens == 40:
             return elsewhere
         if probe.prompt_tokens == 41:
             raise own
         if probe.prompt_tokens == 42:
             raise ZeroDivisionError
-        return engine.plan.served
+        return None if probe.prompt_tokens == 43 else engine.plan.served
 
-    streams, _ = submit(engine, [PROMPT[:count] for count in (39, 40, 41, 42, 43)], choose)
+    streams, _ = submit(engine, [PROMPT[:count] for count in (39, 40, 41, 42, 43, 44)], choose)
     run(engine)
-    assert [stream.is_finished for stream in streams] == [True, False, False, False, True]
+    assert [stream.is_finished for stream in streams] == [True, False, False, False, False, True]
     assert isinstance(streams[1].error, PlanNotServedError)
     assert "second at depth 4" in streams[1].error.message
     assert streams[2].error is own
     assert isinstance(streams[3].error, SequenceFailedError)
+    assert isinstance(streams[4].error, SequenceFailedError)
+    assert "chose no plan" in streams[4].error.message
     telemetry = engine.telemetry()
     assert (telemetry.running, telemetry.waiting) == (0, 0)
     assert telemetry.blocks_free == telemetry.blocks_total
