@@ -2,7 +2,8 @@
 
 The first tokens of a prompt go through the first layers of one loaded model, and of the others where this one
 does not say enough. A sample of them is read out at the first exit: how well does the model predict the
-prompt's own next tokens? What the chosen model has computed is kept, and prefill goes on with it.
+prompt's own next tokens? What the chosen model has computed is kept, and prefill goes on with it where that
+is quicker.
 """
 
 import math
@@ -19,6 +20,7 @@ import torch
 
 from helios.engine.backends.kv_cache import KVCache
 from helios.engine.backends.model import Model
+from helios.engine.kernels.team import TEAM
 from helios.engine.plan import Plan
 from helios.engine.scheduling.batch import Batch
 from helios.engine.scheduling.probed_layers import ProbedLayers
@@ -27,6 +29,11 @@ from helios.engine.settings import EngineSettings
 from helios.errors import PlanNotServedError, SequenceFailedError
 from helios.routing.probe import ExitReading, Probe, read_positions
 from helios.served import ServedPlan
+
+# With at least this many rows per thread, prefill goes on where probes ended. It is one more pass over the
+# weights of the other layers. Fewer rows are computed again in the step of the rest sooner than in a pass of
+# their own.
+LEAST_ROWS = 128
 
 # Token ids, and the blocks of their KV.
 _Text: TypeAlias = tuple[Seq[int], Seq[int]]
@@ -122,6 +129,7 @@ class Prober:
     ) -> list[tuple[Sequence, int]]:
         """Takes what was kept of the scheduled sequences through the remaining layers of their plans.
 
+        With fewer than `LEAST_ROWS` per thread it does nothing, and they are computed again.
         scheduled: (sequence, tokens to compute) pairs of one model; cache: the KV of all sequences; advance:
         notes that a sequence's next tokens are computed. Returns the pairs with the tokens that are left, at
         least one of each sequence.
@@ -138,8 +146,9 @@ class Prober:
                 if tokens:
                     going.append((seq, tokens, kept))
             left.append((seq, count - tokens))
-        if going:
-            self._run_remaining(plan.model, going, cache)
+        if not going or sum(tokens for _, tokens, _ in going) < LEAST_ROWS * TEAM.threads:
+            return scheduled
+        self._run_remaining(plan.model, going, cache)
         for seq, tokens, _ in going:
             advance(seq, tokens)
         return left

@@ -18,6 +18,7 @@ from helios.engine.backends.runner import Runner
 from helios.engine.evaluation.space import sequence_of
 from helios.engine.evaluation.trace import trace_exits
 from helios.engine.interface import PlanToLoad
+from helios.engine.kernels.team import TEAM
 from helios.engine.plan import Plan, load_plan, load_plans
 from helios.engine.probe import Prober
 from helios.engine.scheduling.batch import Batch, build_batch
@@ -48,6 +49,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_variant(path / "second", "pre-norm", 22, exits=EXITS, head="norm")
     save_variant(path / "wider", "projected", 23, exits=(1, 6), hidden_size=64)
     return path
+
+
+@pytest.fixture(autouse=True)
+def _goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefill goes on after every probe, however small."""
+    monkeypatch.setattr("helios.engine.probe.LEAST_ROWS", 0)
 
 
 def settings_of(**changes: object) -> EngineSettings:
@@ -239,6 +246,25 @@ def test_prefill_goes_on_where_the_probe_ended_and_tokens_are_the_same(
         == sum(map(len, prompts))
     )
     assert engine.telemetry().blocks_free == engine.telemetry().blocks_total
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_few_tokens_are_computed_again_and_many_are_not(
+    models: Path, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("helios.engine.probe.LEAST_ROWS", 96)
+    monkeypatch.setattr(TEAM, "threads", threads)
+    for count, goes_on in ((2, False), (3, threads == 1), (6, True)):
+        engine, rows = counting(models / "first", 6, settings_of())
+        prompts = [PROMPT[start : start + 40] for start in range(count)]
+        streams, sequences = submit(engine, prompts)
+        run(engine)
+        assert rows.rows == count * (40 - 32 * goes_on)
+        assert [sequence.probed for sequence in sequences] == [None] * count
+        plain = Engine.load(models / "first", 6, settings_of())
+        expect, _ = submit(plain, prompts, routed=False)
+        run(plain)
+        assert [stream.logprobs for stream in streams] == [stream.logprobs for stream in expect]
 
 
 @pytest.mark.parametrize(("variant", "block_tokens"), [("pre-norm", 4), ("gelu", 16)])
