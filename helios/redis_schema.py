@@ -5,6 +5,7 @@
 | `helios:v1:worker:<id>` | string, JSON, expires | a worker's lease (`helios.registry`) |
 | `helios:v1:prompts` | stream, capped, entries expire | ids of recent prompts, sampled by gateways |
 | `helios:v1:profile:<model>` | string, JSON | performance history of one model (`helios.history`) |
+| `helios:v1:examples:<model>` | list of JSON, capped | what routers learn from (`helios.examples`) |
 | `helios:v1:decisions` | stream, capped, append-only | the controller's decision record |
 | `helios:v1:controller:state` | hash | SLO, pins, plan and mode: orders, and what a controller resumes from |
 | `helios:v1:controller:router` | string, JSON | the last router (`helios.routing.router`) |
@@ -23,6 +24,7 @@ WORKER_PREFIX = _ROOT + "worker:"
 PROFILE_PREFIX = _ROOT + "profile:"
 # Matches profiles of every version, so that those of other versions can be reported.
 PROFILE_PATTERN = "helios:v*:profile:*"
+EXAMPLES_PREFIX = _ROOT + "examples:"
 PROMPTS = _ROOT + "prompts"
 DECISIONS = _ROOT + "decisions"
 CONTROLLER_STATE = _ROOT + "controller:state"

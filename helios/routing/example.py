@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 class _Record(BaseModel):
     # It is stored in Redis, where a newer version may write fields that this one does not know.
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
 
 class ModelExample(_Record):
@@ -33,6 +33,8 @@ class ModelExample(_Record):
     def _consistent(self) -> "ModelExample":
         if len(self.token_nats) != len(self.ids) - 1 or not 0 < self.first_tokens < len(self.ids):
             raise ValueError("an example has nats of every token but the first, and a beginning within it")
+        if min(self.ids) < 0:
+            raise ValueError("token ids must not be negative")
         return self
 
 
@@ -54,9 +56,7 @@ def joined(by_model: Mapping[str, Iterable[ModelExample]]) -> list[Example]:
     found = []
     for name, one in first.items():
         all_ = {model: examples[name] for model, examples in known.items() if name in examples}
-        same = all(
-            (other.ids, other.first_tokens) == (one.ids, one.first_tokens) for other in all_.values()
-        )
+        same = all((other.ids, other.first_tokens) == (one.ids, one.first_tokens) for other in all_.values())
         if len(all_) == len(known) and same:
             found.append(
                 Example(

@@ -8,7 +8,7 @@ leave the example itself out, so they include the router's own errors.
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import Literal, Self
+from typing import Final, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,9 @@ from helios.routing.example import Example
 from helios.routing.token_table import TokenTable, TokenTableRecord
 from helios.served import ServedPlan
 
-VERSION = 1
+VERSION: Final = 1
+# Fewest examples to learn from.
+LEAST_EXAMPLES = 8
 
 Numbers = NDArray[np.float64]
 _Row = tuple[float, ...]
@@ -125,7 +127,10 @@ class Knowledge(BaseModel):
         missing = [name for name in self.models if name not in {one.model for one in self.plans}]
         if wrong or missing:
             raise ValueError(f"parts do not fit together: {', '.join(wrong) or f'no plan of {missing}'}")
-        if not all(np.isfinite(part).all() for part in (self.F, self.Y, self.L, self.FL)):
+        if not all(
+            np.isfinite(part).all()
+            for part in (self.known_features, self.true_nats, self.expected_by_all, self.expected_by_first)
+        ):
             raise ValueError("a number is not finite")
         TokenTable.from_record(self.table, models)
         return self
@@ -147,12 +152,20 @@ class Knowledge(BaseModel):
         probe: ProbeCost,
         tokens: float,
     ) -> Self:
-        """Learns from examples, at least two.
+        """Learns from examples.
 
         plans: those that may be chosen; every model has at least one. depths: by model, the exit layers that
-        examples have nats of.
+        examples have nats of. Raises InvalidRequestError for fewer than LEAST_EXAMPLES examples.
         """
         models = tuple(dict.fromkeys(one.model for one in plans))
+        # Files of a model may have been replaced by others with other exits.
+        examples = [
+            one
+            for one in examples
+            if all(len(one.rest_nats[model]) == len(depths[model]) for model in models)
+        ]
+        if len(examples) < LEAST_EXAMPLES:
+            raise InvalidRequestError(f"{len(examples)} examples are too few, {LEAST_EXAMPLES} are needed")
         columns = [(one.model, list(depths[one.model]).index(one.depth)) for one in plans]
         nats = np.array([[one.rest_nats[model][at] for model, at in columns] for one in examples])
         texts, excess = [], []
@@ -189,30 +202,30 @@ class Knowledge(BaseModel):
             first_expected=tuple(_rows(expected) for _, expected in first),
         )
 
-    # Arrays of the fields. Names as in the equations: F features, Y nats, L expected, C costs.
+    # The fields as arrays.
 
     @cached_property
-    def F(self) -> Numbers:
+    def known_features(self) -> Numbers:
         """Standardised features of the examples: [examples, features]."""
         return np.array(self.features)
 
     @cached_property
-    def Y(self) -> Numbers:
+    def true_nats(self) -> Numbers:
         """True nats of the examples: [examples, plans]."""
         return np.array(self.nats)
 
     @cached_property
-    def L(self) -> Numbers:
+    def expected_by_all(self) -> Numbers:
         """Expected nats of the examples from all readings: [examples, plans]."""
         return np.array(self.expected)
 
     @cached_property
-    def FL(self) -> Numbers:
+    def expected_by_first(self) -> Numbers:
         """The same from the reading of one model: [models, examples, plans]."""
         return np.array(self.first_expected)
 
     @cached_property
-    def C(self) -> Numbers:
+    def costs(self) -> Numbers:
         """Seconds of a token under each plan: [plans]."""
         return np.array([one.seconds for one in self.plans])
 
@@ -220,14 +233,17 @@ class Knowledge(BaseModel):
     def deepest(self) -> list[int]:
         """By model: the index of its deepest plan."""
         return [
-            max((at for at, one in enumerate(self.plans) if one.model == model), key=lambda at: self.plans[at].depth)
+            max(
+                (at for at, one in enumerate(self.plans) if one.model == model),
+                key=lambda at: self.plans[at].depth,
+            )
             for model in self.models
         ]
 
     @cached_property
     def best_models(self) -> NDArray[np.intp]:
         """For each example the model that reads it best at its deepest plan: [examples]."""
-        return np.asarray(self.Y[:, self.deepest].argmin(axis=1))
+        return np.asarray(self.true_nats[:, self.deepest].argmin(axis=1))
 
     @cached_property
     def token_table(self) -> TokenTable:
@@ -276,7 +292,7 @@ class Knowledge(BaseModel):
         ]
 
     def _squares(self, features: Numbers, columns: list[int]) -> Numbers:
-        return np.asarray(((self.F[:, columns] - features[columns]) ** 2).sum(axis=1))
+        return np.asarray(((self.known_features[:, columns] - features[columns]) ** 2).sum(axis=1))
 
 
 def _first_columns(models: int, first: int) -> list[int]:

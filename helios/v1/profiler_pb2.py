@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18helios/v1/profiler.proto\x12\thelios.v1\"\xad\x01\n\x0f\x45valuateRequest\x12\x0e\n\x06models\x18\x01 \x03(\t\x12\x15\n\x08requests\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x11\n\tremeasure\x18\x03 \x01(\x08\x12\r\n\x05\x66resh\x18\x04 \x01(\x08\x12\x1b\n\x0enewest_seconds\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x14\n\x0cprompts_only\x18\x06 \x01(\x08\x42\x0b\n\t_requestsB\x11\n\x0f_newest_seconds\"y\n\x10\x45valuateResponse\x12\x31\n\x08progress\x18\x01 \x01(\x0b\x32\x1d.helios.v1.EvaluationProgressH\x00\x12)\n\x06result\x18\x02 \x01(\x0b\x32\x17.helios.v1.ModelProfileH\x00\x42\x07\n\x05\x65vent\"R\n\x12\x45valuationProgress\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rrequests_done\x18\x02 \x01(\r\x12\x16\n\x0erequests_total\x18\x03 \x01(\r\"#\n\x11GetHistoryRequest\x12\x0e\n\x06models\x18\x01 \x03(\t\"?\n\x12GetHistoryResponse\x12)\n\x08profiles\x18\x01 \x03(\x0b\x32\x17.helios.v1.ModelProfile\"\x83\x03\n\x0cModelProfile\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04time\x18\x02 \x01(\x01\x12\x10\n\x08requests\x18\x03 \x01(\r\x12\x0e\n\x06tokens\x18\x04 \x01(\x04\x12%\n\x05\x65xits\x18\x05 \x03(\x0b\x32\x16.helios.v1.ExitProfile\x12\x14\n\x0cwall_seconds\x18\x06 \x01(\x01\x12\x13\n\x0b\x63pu_seconds\x18\x07 \x01(\x01\x12\x14\n\x0ctokenizer_id\x18\x08 \x01(\t\x12\x17\n\x0f\x62ytes_per_token\x18\t \x01(\x01\x12;\n\nprovenance\x18\n \x03(\x0b\x32\'.helios.v1.ModelProfile.ProvenanceEntry\x12\x18\n\x10once_cpu_seconds\x18\x0b \x01(\x01\x12)\n\x07samples\x18\x0c \x03(\x0b\x32\x18.helios.v1.RequestSample\x1a\x31\n\x0fProvenanceEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"=\n\rRequestSample\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\ntext_bytes\x18\x02 \x01(\r\x12\x0c\n\x04nats\x18\x03 \x03(\x01\"\xec\x02\n\x0b\x45xitProfile\x12\r\n\x05\x64\x65pth\x18\x01 \x01(\r\x12\x11\n\tthreshold\x18\x02 \x01(\x01\x12\x19\n\x11\x63onfidence_counts\x18\x03 \x03(\x04\x12\x18\n\x10\x61greement_counts\x18\x04 \x03(\x04\x12\x12\n\nperplexity\x18\x05 \x01(\x01\x12\x15\n\rnats_per_byte\x18\x06 \x01(\x01\x12&\n\x06\x64\x65\x63ode\x18\x07 \x03(\x0b\x32\x16.helios.v1.DecodeSpeed\x12!\n\x19prefill_tokens_per_second\x18\x08 \x01(\x01\x12\x14\n\x0cttft_seconds\x18\t \x01(\x01\x12\x14\n\x0cweight_bytes\x18\n \x01(\x04\x12\x1a\n\x12kv_bytes_per_token\x18\x0b \x01(\x04\x12\x14\n\x0cload_seconds\x18\x0c \x01(\x01\x12\x1d\n\x10joules_per_token\x18\r \x01(\x01H\x00\x88\x01\x01\x42\x13\n\x11_joules_per_token\"2\n\x0b\x44\x65\x63odeSpeed\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\r\x12\x14\n\x0cstep_seconds\x18\x02 \x01(\x01\x32\xa3\x01\n\x0fProfilerService\x12\x45\n\x08\x45valuate\x12\x1a.helios.v1.EvaluateRequest\x1a\x1b.helios.v1.EvaluateResponse0\x01\x12I\n\nGetHistory\x12\x1c.helios.v1.GetHistoryRequest\x1a\x1d.helios.v1.GetHistoryResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18helios/v1/profiler.proto\x12\thelios.v1\"\xc1\x01\n\x0f\x45valuateRequest\x12\x0e\n\x06models\x18\x01 \x03(\t\x12\x15\n\x08requests\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x11\n\tremeasure\x18\x03 \x01(\x08\x12\r\n\x05\x66resh\x18\x04 \x01(\x08\x12\x1b\n\x0enewest_seconds\x18\x05 \x01(\x01H\x01\x88\x01\x01\x12\x14\n\x0cprompts_only\x18\x06 \x01(\x08\x12\x12\n\nfor_router\x18\x07 \x01(\x08\x42\x0b\n\t_requestsB\x11\n\x0f_newest_seconds\"\xaf\x01\n\x10\x45valuateResponse\x12\x31\n\x08progress\x18\x01 \x01(\x0b\x32\x1d.helios.v1.EvaluationProgressH\x00\x12)\n\x06result\x18\x02 \x01(\x0b\x32\x17.helios.v1.ModelProfileH\x00\x12\x34\n\rrouter_result\x18\x03 \x01(\x0b\x32\x1b.helios.v1.RouterEvaluationH\x00\x42\x07\n\x05\x65vent\"b\n\x10RouterEvaluation\x12\r\n\x05model\x18\x01 \x01(\t\x12\x10\n\x08\x65xamples\x18\x02 \x01(\r\x12\x13\n\x0b\x63pu_seconds\x18\x03 \x01(\x01\x12\x18\n\x10once_cpu_seconds\x18\x04 \x01(\x01\"R\n\x12\x45valuationProgress\x12\r\n\x05model\x18\x01 \x01(\t\x12\x15\n\rrequests_done\x18\x02 \x01(\r\x12\x16\n\x0erequests_total\x18\x03 \x01(\r\"#\n\x11GetHistoryRequest\x12\x0e\n\x06models\x18\x01 \x03(\t\"?\n\x12GetHistoryResponse\x12)\n\x08profiles\x18\x01 \x03(\x0b\x32\x17.helios.v1.ModelProfile\"\x83\x03\n\x0cModelProfile\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0c\n\x04time\x18\x02 \x01(\x01\x12\x10\n\x08requests\x18\x03 \x01(\r\x12\x0e\n\x06tokens\x18\x04 \x01(\x04\x12%\n\x05\x65xits\x18\x05 \x03(\x0b\x32\x16.helios.v1.ExitProfile\x12\x14\n\x0cwall_seconds\x18\x06 \x01(\x01\x12\x13\n\x0b\x63pu_seconds\x18\x07 \x01(\x01\x12\x14\n\x0ctokenizer_id\x18\x08 \x01(\t\x12\x17\n\x0f\x62ytes_per_token\x18\t \x01(\x01\x12;\n\nprovenance\x18\n \x03(\x0b\x32\'.helios.v1.ModelProfile.ProvenanceEntry\x12\x18\n\x10once_cpu_seconds\x18\x0b \x01(\x01\x12)\n\x07samples\x18\x0c \x03(\x0b\x32\x18.helios.v1.RequestSample\x1a\x31\n\x0fProvenanceEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"=\n\rRequestSample\x12\n\n\x02id\x18\x01 \x01(\t\x12\x12\n\ntext_bytes\x18\x02 \x01(\r\x12\x0c\n\x04nats\x18\x03 \x03(\x01\"\xec\x02\n\x0b\x45xitProfile\x12\r\n\x05\x64\x65pth\x18\x01 \x01(\r\x12\x11\n\tthreshold\x18\x02 \x01(\x01\x12\x19\n\x11\x63onfidence_counts\x18\x03 \x03(\x04\x12\x18\n\x10\x61greement_counts\x18\x04 \x03(\x04\x12\x12\n\nperplexity\x18\x05 \x01(\x01\x12\x15\n\rnats_per_byte\x18\x06 \x01(\x01\x12&\n\x06\x64\x65\x63ode\x18\x07 \x03(\x0b\x32\x16.helios.v1.DecodeSpeed\x12!\n\x19prefill_tokens_per_second\x18\x08 \x01(\x01\x12\x14\n\x0cttft_seconds\x18\t \x01(\x01\x12\x14\n\x0cweight_bytes\x18\n \x01(\x04\x12\x1a\n\x12kv_bytes_per_token\x18\x0b \x01(\x04\x12\x14\n\x0cload_seconds\x18\x0c \x01(\x01\x12\x1d\n\x10joules_per_token\x18\r \x01(\x01H\x00\x88\x01\x01\x42\x13\n\x11_joules_per_token\"2\n\x0b\x44\x65\x63odeSpeed\x12\r\n\x05\x62\x61tch\x18\x01 \x01(\r\x12\x14\n\x0cstep_seconds\x18\x02 \x01(\x01\x32\xa3\x01\n\x0fProfilerService\x12\x45\n\x08\x45valuate\x12\x1a.helios.v1.EvaluateRequest\x1a\x1b.helios.v1.EvaluateResponse0\x01\x12I\n\nGetHistory\x12\x1c.helios.v1.GetHistoryRequest\x1a\x1d.helios.v1.GetHistoryResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,25 +34,27 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MODELPROFILE_PROVENANCEENTRY']._loaded_options = None
   _globals['_MODELPROFILE_PROVENANCEENTRY']._serialized_options = b'8\001'
   _globals['_EVALUATEREQUEST']._serialized_start=40
-  _globals['_EVALUATEREQUEST']._serialized_end=213
-  _globals['_EVALUATERESPONSE']._serialized_start=215
-  _globals['_EVALUATERESPONSE']._serialized_end=336
-  _globals['_EVALUATIONPROGRESS']._serialized_start=338
-  _globals['_EVALUATIONPROGRESS']._serialized_end=420
-  _globals['_GETHISTORYREQUEST']._serialized_start=422
-  _globals['_GETHISTORYREQUEST']._serialized_end=457
-  _globals['_GETHISTORYRESPONSE']._serialized_start=459
-  _globals['_GETHISTORYRESPONSE']._serialized_end=522
-  _globals['_MODELPROFILE']._serialized_start=525
-  _globals['_MODELPROFILE']._serialized_end=912
-  _globals['_MODELPROFILE_PROVENANCEENTRY']._serialized_start=863
-  _globals['_MODELPROFILE_PROVENANCEENTRY']._serialized_end=912
-  _globals['_REQUESTSAMPLE']._serialized_start=914
-  _globals['_REQUESTSAMPLE']._serialized_end=975
-  _globals['_EXITPROFILE']._serialized_start=978
-  _globals['_EXITPROFILE']._serialized_end=1342
-  _globals['_DECODESPEED']._serialized_start=1344
-  _globals['_DECODESPEED']._serialized_end=1394
-  _globals['_PROFILERSERVICE']._serialized_start=1397
-  _globals['_PROFILERSERVICE']._serialized_end=1560
+  _globals['_EVALUATEREQUEST']._serialized_end=233
+  _globals['_EVALUATERESPONSE']._serialized_start=236
+  _globals['_EVALUATERESPONSE']._serialized_end=411
+  _globals['_ROUTEREVALUATION']._serialized_start=413
+  _globals['_ROUTEREVALUATION']._serialized_end=511
+  _globals['_EVALUATIONPROGRESS']._serialized_start=513
+  _globals['_EVALUATIONPROGRESS']._serialized_end=595
+  _globals['_GETHISTORYREQUEST']._serialized_start=597
+  _globals['_GETHISTORYREQUEST']._serialized_end=632
+  _globals['_GETHISTORYRESPONSE']._serialized_start=634
+  _globals['_GETHISTORYRESPONSE']._serialized_end=697
+  _globals['_MODELPROFILE']._serialized_start=700
+  _globals['_MODELPROFILE']._serialized_end=1087
+  _globals['_MODELPROFILE_PROVENANCEENTRY']._serialized_start=1038
+  _globals['_MODELPROFILE_PROVENANCEENTRY']._serialized_end=1087
+  _globals['_REQUESTSAMPLE']._serialized_start=1089
+  _globals['_REQUESTSAMPLE']._serialized_end=1150
+  _globals['_EXITPROFILE']._serialized_start=1153
+  _globals['_EXITPROFILE']._serialized_end=1517
+  _globals['_DECODESPEED']._serialized_start=1519
+  _globals['_DECODESPEED']._serialized_end=1569
+  _globals['_PROFILERSERVICE']._serialized_start=1572
+  _globals['_PROFILERSERVICE']._serialized_end=1735
 # @@protoc_insertion_point(module_scope)

@@ -28,6 +28,7 @@ class EvaluateRequest(_message.Message):
     FRESH_FIELD_NUMBER: _builtins.int
     NEWEST_SECONDS_FIELD_NUMBER: _builtins.int
     PROMPTS_ONLY_FIELD_NUMBER: _builtins.int
+    FOR_ROUTER_FIELD_NUMBER: _builtins.int
     requests: _builtins.int
     """How many recent requests to run through each model. Unset: the profiler's default (5)."""
     remeasure: _builtins.bool
@@ -41,6 +42,10 @@ class EvaluateRequest(_message.Message):
     """Evaluate only on requests that are at most so many seconds old. Unset: of any age."""
     prompts_only: _builtins.bool
     """Do not generate a continuation of the prompts, which is half of the work. Perplexity needs only the prompts."""
+    for_router: _builtins.bool
+    """Evaluate only what a router learns from, and add it to Redis. Profiles stay as they are: nothing is generated or
+    timed, so `remeasure` and `prompts_only` change nothing. Prompts of fewer than 24 tokens are left out.
+    """
     @_builtins.property
     def models(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Names of the models to evaluate. Empty: the shortlist."""
@@ -54,10 +59,11 @@ class EvaluateRequest(_message.Message):
         fresh: _builtins.bool = ...,
         newest_seconds: _builtins.float | None = ...,
         prompts_only: _builtins.bool = ...,
+        for_router: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_newest_seconds", b"_newest_seconds", "_requests", b"_requests", "newest_seconds", b"newest_seconds", "requests", b"requests"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_newest_seconds", b"_newest_seconds", "_requests", b"_requests", "fresh", b"fresh", "models", b"models", "newest_seconds", b"newest_seconds", "prompts_only", b"prompts_only", "remeasure", b"remeasure", "requests", b"requests"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_newest_seconds", b"_newest_seconds", "_requests", b"_requests", "for_router", b"for_router", "fresh", b"fresh", "models", b"models", "newest_seconds", b"newest_seconds", "prompts_only", b"prompts_only", "remeasure", b"remeasure", "requests", b"requests"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__newest_seconds: _TypeAlias = _typing.Literal["newest_seconds"]  # noqa: Y015
     _WhichOneofArgType__newest_seconds: _TypeAlias = _typing.Literal["_newest_seconds", b"_newest_seconds"]  # noqa: Y015
@@ -76,25 +82,63 @@ class EvaluateResponse(_message.Message):
 
     PROGRESS_FIELD_NUMBER: _builtins.int
     RESULT_FIELD_NUMBER: _builtins.int
+    ROUTER_RESULT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def progress(self) -> Global___EvaluationProgress: ...
     @_builtins.property
     def result(self) -> Global___ModelProfile: ...
+    @_builtins.property
+    def router_result(self) -> Global___RouterEvaluation:
+        """With `for_router`, instead of `result`."""
+
     def __init__(
         self,
         *,
         progress: Global___EvaluationProgress | None = ...,
         result: Global___ModelProfile | None = ...,
+        router_result: Global___RouterEvaluation | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "progress", b"progress", "result", b"result"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "progress", b"progress", "result", b"result", "router_result", b"router_result"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "progress", b"progress", "result", b"result"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "progress", b"progress", "result", b"result", "router_result", b"router_result"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "result"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["progress", "result", "router_result"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___EvaluateResponse: _TypeAlias = EvaluateResponse  # noqa: Y015
+
+@_typing.final
+class RouterEvaluation(_message.Message):
+    """What an evaluation for the router found of one candidate. The examples themselves are in Redis."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    EXAMPLES_FIELD_NUMBER: _builtins.int
+    CPU_SECONDS_FIELD_NUMBER: _builtins.int
+    ONCE_CPU_SECONDS_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    examples: _builtins.int
+    """Examples found: one for each prompt that is long enough."""
+    cpu_seconds: _builtins.float
+    """What it cost, in seconds of CPU, and the part that the next one does not cost again: loading the model."""
+    once_cpu_seconds: _builtins.float
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        examples: _builtins.int = ...,
+        cpu_seconds: _builtins.float = ...,
+        once_cpu_seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cpu_seconds", b"cpu_seconds", "examples", b"examples", "model", b"model", "once_cpu_seconds", b"once_cpu_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RouterEvaluation: _TypeAlias = RouterEvaluation  # noqa: Y015
 
 @_typing.final
 class EvaluationProgress(_message.Message):

@@ -5,12 +5,12 @@ import logging
 import os
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 from opentelemetry.trace import SpanKind, StatusCode
@@ -18,10 +18,12 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 from tokenizers import Tokenizer
 
-from helios import catalog, history, telemetry
+from helios import catalog, examples, history, telemetry
 from helios.drift import pooled
-from helios.engine.evaluation.evaluate import evaluate
+from helios.engine.evaluation.candidate import Candidate
+from helios.engine.evaluation.evaluate import Progress, evaluate
 from helios.engine.evaluation.pace import Pace
+from helios.engine.evaluation.router_examples import evaluate_for_router
 from helios.engine.evaluation.settings import EvaluationSettings
 from helios.engine.threads import set_threads
 from helios.errors import (
@@ -37,6 +39,7 @@ from helios.history import ModelProfile
 from helios.ignored_entries import IgnoredEntries
 from helios.redis_outage import reason
 from helios.redis_schema import PROFILE_PREFIX
+from helios.routing.example import ModelExample
 from helios.server import abort
 from helios.shortlist import shortlist
 from helios.v1 import profiler_pb2, profiler_pb2_grpc
@@ -56,6 +59,22 @@ _YOUNG_PROMPTS_SECONDS, _LOOK_SECONDS = 1.0, 0.05
 _FIRST_RETRY_SECONDS = 5.0
 
 
+_Result = TypeVar("_Result")
+# The arguments are a candidate, whether it was loaded for this call, the prompts' ids, progress and pace.
+_Work: TypeAlias = Callable[[Candidate, bool, list[list[int]], Progress, Pace], _Result]
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """An Evaluate call, and the prompts that were chosen for it."""
+
+    request: profiler_pb2.EvaluateRequest
+    context: _Context
+    prompts: PromptSet
+    # Tokenizers of recent prompts, by id.
+    known: Mapping[str, Tokenizer]
+
+
 class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
     """Runs one evaluation at a time in its own thread. Without `redis` no result is stored."""
 
@@ -70,6 +89,9 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
             generated_tokens=settings.generated_tokens,
             batches=settings.batches,
             repetitions=settings.repetitions,
+            probe_tokens=settings.probe_tokens,
+            probe_readings=settings.probe_readings,
+            router_stride=settings.router_stride,
             device=settings.device,
             precision=settings.precision,
             memory_bytes=settings.memory_bytes,
@@ -104,6 +126,8 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
         self, request: profiler_pb2.EvaluateRequest, context: _Context
     ) -> None:
         """Evaluates the named models, or the shortlist. Results are sent and stored one by one.
+
+        With `for_router` the results are examples for routers, and profiles do not change.
 
         A model that cannot be evaluated does not stop the others. The call ends with its status after all
         have had their turn. UNAVAILABLE after results means that they could not be stored. RESOURCE_EXHAUSTED
@@ -228,53 +252,29 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
                 break
         if not prompts.prompts:
             raise InvalidRequestError(f"no prompt was sampled in the last {newest_seconds:.1f} s; try again")
+        call = _Call(request, context, prompts, known)
         failures: list[HeliosError] = []
         for name in names:
             try:
-                profile = await self._evaluate(name, prompts, known, context, request)
-            except _CandidateErrors as error:
+                if request.for_router:
+                    await self._add_examples(name, call)
+                else:
+                    await self._add_profile(name, call)
+            except (*_CandidateErrors, UnavailableError) as error:
                 failures.append(error)
-                continue
-            await context.write(profiler_pb2.EvaluateResponse(result=profile.to_proto()))
-            log.info(
-                "evaluated %s on %d %s requests (%d pooled) in %.2f s (%.2f s of CPU, %.2f s of it once)",
-                name,
-                len(prompts.prompts),
-                prompts.source,
-                profile.requests,
-                profile.wall_seconds,
-                profile.cpu_seconds,
-                profile.once_cpu_seconds,
-            )
-            if self._redis is None:
-                continue
-            try:
-                await history.write(self._redis, profile)
-            except (RedisError, OSError) as error:
-                failures.append(UnavailableError(f"{name} was evaluated but not stored: {reason(error)}"))
         return failures
 
-    async def _evaluate(
-        self,
-        name: str,
-        prompts: PromptSet,
-        known: dict[str, Tokenizer],
-        context: _Context,
-        request: profiler_pb2.EvaluateRequest,
-    ) -> ModelProfile:
-        """Evaluates one candidate in the thread and sends its progress. Ends when the call is cancelled."""
-        entry = catalog.find_model(self._models_dir, name)
+    async def _add_profile(self, name: str, call: _Call) -> None:
+        """Evaluates one candidate, sends its profile and stores it.
+
+        Raises UnavailableError if Redis did not take it, and the errors of the evaluation.
+        """
+        prompts, request = call.prompts, call.request
         before = await self._before(name)
-        loop = asyncio.get_running_loop()
-        stages: asyncio.Queue[tuple[int, int] | None] = asyncio.Queue()
-        pace = Pace(1.0 if request.fresh else self._settings.cpu_share)
 
-        def progress(done: int, total: int) -> None:
-            loop.call_soon_threadsafe(stages.put_nowait, (done, total))
-
-        def run() -> ModelProfile:
-            ids = prompts.ids_for(entry, known, self._tokenizers.of(entry))
-            candidate, is_fresh = self._candidates.take(entry, ids)
+        def profiled(
+            candidate: Candidate, is_fresh: bool, ids: list[list[int]], progress: Progress, pace: Pace
+        ) -> ModelProfile:
             timed = None if request.remeasure else before
             settings = self._evaluation
             if request.prompts_only:
@@ -288,18 +288,7 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
                 update["once_cpu_seconds"] = profile.once_cpu_seconds + candidate.load_cpu_seconds
             return profile.model_copy(update=update)
 
-        task = loop.run_in_executor(self._urgent_thread if request.fresh else self._thread, run)
-        task.add_done_callback(lambda _: stages.put_nowait(None))
-        try:
-            while (stage := await stages.get()) is not None:
-                message = profiler_pb2.EvaluationProgress(
-                    model=name, requests_done=stage[0], requests_total=stage[1]
-                )
-                await context.write(profiler_pb2.EvaluateResponse(progress=message))
-            profile = await task
-        finally:
-            pace.stop()
-            await asyncio.wait({task})
+        profile = await self._evaluate(name, call, profiled)
         # Requests are pooled only if they belong to the same traffic and were read by the same weights.
         if before is not None and _is_poolable(before, profile):
             settings = self._settings
@@ -309,7 +298,92 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
                 keep = min(keep, settings.fresh_pooled_requests)
             profile = pooled(before, profile, keep, target, is_noticed=request.fresh)
         self._last[name] = profile
-        return profile
+        await call.context.write(profiler_pb2.EvaluateResponse(result=profile.to_proto()))
+        log.info(
+            "evaluated %s on %d %s requests (%d pooled) in %.2f s (%.2f s of CPU, %.2f s of it once)",
+            name,
+            len(prompts.prompts),
+            prompts.source,
+            profile.requests,
+            profile.wall_seconds,
+            profile.cpu_seconds,
+            profile.once_cpu_seconds,
+        )
+        if self._redis is None:
+            return
+        try:
+            await history.write(self._redis, profile)
+        except (RedisError, OSError) as error:
+            raise UnavailableError(f"{name} was evaluated but not stored: {reason(error)}") from error
+
+    async def _add_examples(self, name: str, call: _Call) -> None:
+        """Evaluates one candidate for routers, sends what it cost and stores the examples.
+
+        Raises the same errors as `_add_profile`.
+        """
+        prompts = call.prompts
+        settings = replace(self._evaluation, generated_tokens=1)
+
+        def evaluated(
+            candidate: Candidate, is_fresh: bool, ids: list[list[int]], progress: Progress, pace: Pace
+        ) -> tuple[list[ModelExample], profiler_pb2.RouterEvaluation]:
+            began = time.process_time()
+            found = evaluate_for_router(candidate, ids, prompts.names, settings, progress, pace)
+            seconds = time.process_time() - began
+            once = candidate.load_cpu_seconds if is_fresh else 0.0
+            return found, profiler_pb2.RouterEvaluation(
+                model=name, examples=len(found), cpu_seconds=seconds + once, once_cpu_seconds=once
+            )
+
+        found, result = await self._evaluate(name, call, evaluated)
+        # They are stored first, because who gets the result reads them.
+        failure: Exception | None = None
+        if self._redis is not None:
+            try:
+                await examples.append(self._redis, name, found, self._settings.examples_kept)
+            except (RedisError, OSError) as error:
+                failure = error
+        await call.context.write(profiler_pb2.EvaluateResponse(router_result=result))
+        log.info(
+            "evaluated %s for routers on %d %s requests (%d examples, %.2f s of CPU, %.2f s of it once)",
+            name,
+            len(prompts.prompts),
+            prompts.source,
+            result.examples,
+            result.cpu_seconds,
+            result.once_cpu_seconds,
+        )
+        if failure is not None:
+            raise UnavailableError(f"{name} was evaluated but not stored: {reason(failure)}") from failure
+
+    async def _evaluate(self, name: str, call: _Call, work: _Work[_Result]) -> _Result:
+        """Has the thread work on one candidate, and sends its progress. Ends when the call is cancelled."""
+        entry = catalog.find_model(self._models_dir, name)
+        loop = asyncio.get_running_loop()
+        stages: asyncio.Queue[tuple[int, int] | None] = asyncio.Queue()
+        pace = Pace(1.0 if call.request.fresh else self._settings.cpu_share)
+
+        def progress(done: int, total: int) -> None:
+            loop.call_soon_threadsafe(stages.put_nowait, (done, total))
+
+        def run() -> _Result:
+            ids = call.prompts.ids_for(entry, call.known, self._tokenizers.of(entry))
+            candidate, is_fresh = self._candidates.take(entry, ids)
+            return work(candidate, is_fresh, ids, progress, pace)
+
+        thread = self._urgent_thread if call.request.fresh else self._thread
+        task = loop.run_in_executor(thread, run)
+        task.add_done_callback(lambda _: stages.put_nowait(None))
+        try:
+            while (stage := await stages.get()) is not None:
+                message = profiler_pb2.EvaluationProgress(
+                    model=name, requests_done=stage[0], requests_total=stage[1]
+                )
+                await call.context.write(profiler_pb2.EvaluateResponse(progress=message))
+            return await task
+        finally:
+            pace.stop()
+            await asyncio.wait({task})
 
     async def _before(self, name: str) -> ModelProfile | None:
         """The model's last profile, from Redis or else from this process's memory."""

@@ -68,6 +68,18 @@ class ProfilerSettings(ServiceSettings):
         description="the same where the traffic seems to have drifted; earlier ones are included unless they "
         "differ by more than chance",
     )
+    probe_tokens: int = Field(
+        32, ge=1, description="tokens of a prompt's beginning that a router learns from, as the workers probe"
+    )
+    probe_readings: int = Field(
+        12, ge=1, description="how many of these are read at the first exit, as the workers do"
+    )
+    router_stride: int = Field(
+        2, ge=1, description="of the tokens after them, one in so many is read at every exit"
+    )
+    examples_kept: int = Field(
+        200, ge=1, description="evaluated prompts of each model that Redis keeps for routers to learn from"
+    )
     power_watts: float | None = Field(
         None, gt=0, description="power while decoding, for machines without a readable meter"
     )

@@ -15,11 +15,13 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoRe
 from redis.asyncio import Redis
 from tokenizers import Tokenizer
 
-from helios import catalog, history, prompts
+from helios import catalog, examples, history, prompts
 from helios.client import AsyncClient, generate_request
+from helios.engine.tokenizer import load_tokenizer
 from helios.footprint import activation_bytes, kv_bytes_per_token, model_bytes
 from helios.modes import Precision
-from helios.redis_schema import DECISIONS, PROFILE_PREFIX, PROMPTS
+from helios.redis_schema import DECISIONS, EXAMPLES_PREFIX, PROFILE_PREFIX, PROMPTS
+from helios.routing.example import joined
 from helios.v1 import generation_pb2, profiler_pb2, profiler_pb2_grpc
 from tests.opt_variants import byte_tokenizer, save_variant
 from tests.stack import EXIT_LAYERS, Process, Stack, free_port
@@ -382,6 +384,84 @@ async def test_a_fresh_evaluation_takes_only_the_youngest_prompts(stub: Stub, re
     assert "no prompt was sampled in the last" in (error.details() or "")
 
 
+async def evaluate_for_router(
+    stub: Stub, models: Sequence[str], **fields: Any
+) -> tuple[list[profiler_pb2.RouterEvaluation], grpc.aio.AioRpcError | None]:
+    """Returns the results, and the error with which the call ended."""
+    results = []
+    request = profiler_pb2.EvaluateRequest(models=models, for_router=True, **fields)
+    try:
+        async for response in stub.Evaluate(request, timeout=TIMEOUT):
+            assert not response.HasField("result")
+            if response.HasField("router_result"):
+                results.append(response.router_result)
+    except grpc.aio.AioRpcError as error:
+        return results, error
+    return results, None
+
+
+async def write_prompts(redis: Redis, models: Path, ids: Sequence[tuple[int, ...]]) -> None:
+    """Writes recent prompts of the tokenizer of `tiny`, which `other` shares."""
+    tokenizer_id = load_tokenizer(models / "tiny", catalog.read_model(models / "tiny").facts).tokenizer_id
+    await prompts.write(redis, [prompts.RecentPrompt(tokenizer_id, one) for one in ids], 250, 60)
+
+
+async def test_an_evaluation_for_the_router_adds_examples_and_leaves_profiles_alone(
+    stub: Stub, redis: Redis, models: Path
+) -> None:
+    sent = [(2, *range(first, first + 90)) for first in (10, 40, 70)]
+    await write_prompts(redis, models, [*sent, (2, *range(100, 110))])
+    results, error = await evaluate_for_router(stub, ["tiny", "other"], requests=4)
+    assert error is None
+    # The prompt of eleven tokens is too short to learn from.
+    assert [(one.model, one.examples) for one in results] == [("tiny", 3), ("other", 3)]
+    assert all(one.cpu_seconds > one.once_cpu_seconds for one in results)
+    found = await examples.read(redis, ["tiny", "other"])
+    for of_model in found.values():
+        assert {one.ids for one in of_model} == set(sent)
+        for one in of_model:
+            assert (one.first_tokens, len(one.rest_nats)) == (32, len(EXIT_LAYERS))
+    # Prompts have the same names under every model.
+    assert {one.ids for one in joined(found)} == set(sent)
+    assert not await redis.exists(PROFILE_PREFIX + "tiny", PROFILE_PREFIX + "other")
+    # The models stay loaded, and the same prompts take no more room.
+    results, _ = await evaluate_for_router(stub, ["tiny"], requests=4)
+    assert [one.once_cpu_seconds for one in results] == [0]
+    assert await redis.llen(EXAMPLES_PREFIX + "tiny") == 3
+
+
+async def test_other_evaluations_add_no_examples(stub: Stub, redis: Redis) -> None:
+    for fields in ({}, {"prompts_only": True}):
+        _, results, _ = await evaluate(stub, ["tiny"], requests=1, **fields)
+        assert len(results) == 1
+    assert not await redis.exists(EXAMPLES_PREFIX + "tiny")
+
+
+async def test_several_profilers_add_examples_and_the_newest_are_kept(
+    profiled_stack: Stack, stub: Stub, redis: Redis, models: Path
+) -> None:
+    first, second = [[(2, *range(start, start + 130)) for start in starts] for starts in ((5, 6, 7), (8, 9))]
+    await write_prompts(redis, models, first)
+    await evaluate_for_router(stub, ["tiny"], requests=3)
+    await write_prompts(redis, models, second)
+    another = profiled_stack.start_profiler(examples_kept=4, probe_tokens=8, max_prompt_tokens=64)
+    async with grpc.aio.insecure_channel(another.address) as channel:
+        await evaluate_for_router(Stub(channel), ["tiny"], requests=2, fresh=True, newest_seconds=60)
+    found = (await examples.read(redis, ["tiny"]))["tiny"]
+    assert [(len(one.ids), one.first_tokens) for one in found] == [(131, 32), (131, 32), (64, 8), (64, 8)]
+    assert {one.ids for one in found[2:]} == {one[:64] for one in second}
+
+
+async def test_a_model_that_cannot_be_evaluated_for_the_router_does_not_stop_the_others(
+    stub: Stub, redis: Redis
+) -> None:
+    results, error = await evaluate_for_router(stub, ["broken", "tiny"], requests=1)
+    assert [one.model for one in results] == ["tiny"]
+    assert error is not None
+    assert error.code() is grpc.StatusCode.FAILED_PRECONDITION
+    assert await redis.exists(EXAMPLES_PREFIX + "tiny")
+
+
 async def test_it_answers_health_and_reflection(profiler: Process) -> None:
     with grpc.insecure_channel(profiler.address) as channel:
         health = health_pb2_grpc.HealthStub(channel).Check(
@@ -400,6 +480,11 @@ async def test_without_redis_results_still_come_and_it_is_said_that_they_were_no
         stub = Stub(channel)
         _, results, error = await evaluate(stub, ["tiny", "other"], requests=1)
         assert [result.model for result in results] == ["tiny", "other"]
+        assert error is not None
+        assert error.code() is grpc.StatusCode.UNAVAILABLE
+        assert "tiny was evaluated but not stored" in (error.details() or "")
+        for_router, error = await evaluate_for_router(stub, ["tiny"], requests=1)
+        assert [one.model for one in for_router] == ["tiny"]
         assert error is not None
         assert error.code() is grpc.StatusCode.UNAVAILABLE
         assert "tiny was evaluated but not stored" in (error.details() or "")

@@ -1,7 +1,8 @@
 """A candidate: a model loaded to be evaluated."""
 
+import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from helios.engine.evaluation.space import Space
 from helios.engine.plan import warm_up
 from helios.engine.tokenizer import load_tokenizer
 from helios.engine.weights.loader import load_packed
+from helios.errors import CheckpointError
 from helios.footprint import model_bytes
 
 
@@ -80,3 +82,11 @@ def needed_bytes(entry: ModelEntry, prompts: Sequence[Sequence[int]], settings: 
     space = Space.plan(entry, [fit_prompt(prompt, entry, settings) for prompt in prompts], settings)
     block = kv_bytes(config.num_kv_heads, config.head_dim, settings.block_tokens, settings.kv_dtype)
     return model_bytes(entry, settings.precision_here) + space.num_blocks * entry.num_layers * block
+
+
+def check_finite(candidate: Candidate, nats: Iterable[float], settings: EvaluationSettings) -> None:
+    """Raises CheckpointError if any of these nats, which the candidate computed, is not finite."""
+    if not all(map(math.isfinite, nats)):
+        raise CheckpointError(
+            f"{candidate.entry.path} computes no finite probabilities as {settings.precision}; fetch it again"
+        )

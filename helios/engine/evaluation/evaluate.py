@@ -8,14 +8,14 @@ from collections.abc import Sequence as Seq
 
 from helios.calibration import calibrated_threshold
 from helios.engine.backends.kv_cache import KVCache, kv_bytes
-from helios.engine.evaluation.candidate import Candidate
+from helios.engine.evaluation.candidate import Candidate, check_finite
 from helios.engine.evaluation.pace import Pace
 from helios.engine.evaluation.prompt import fit_prompt
 from helios.engine.evaluation.settings import EvaluationSettings
 from helios.engine.evaluation.space import GROUP, Space
 from helios.engine.evaluation.tally import ExitTally, tally_continuations, tally_prompt
 from helios.engine.evaluation.timing import Timing, facts_of, has_same_steps, time_steps
-from helios.errors import CheckpointError, InvalidRequestError
+from helios.errors import InvalidRequestError
 from helios.history import CONFIDENCE_BINS, DecodeSpeed, ExitProfile, ModelProfile, RequestSample
 
 Progress = Callable[[int, int], None]  # (requests done, all requests)
@@ -58,10 +58,7 @@ def evaluate(
 
     tallies = {layer: ExitTally() for layer in entry.exit_layers}
     nats = _tally(candidate, cache, space, ids, settings, tallies, progress, pace)
-    if not all(math.isfinite(tally.nats) for tally in tallies.values()):
-        raise CheckpointError(
-            f"{entry.path} computes no finite probabilities as {settings.precision}; fetch it again"
-        )
+    check_finite(candidate, (tally.nats for tally in tallies.values()), settings)
     began_timing = time.process_time()
     timing = Timing.of(timed) if timed is not None else time_steps(candidate, cache, space, settings, pace)
     once_cpu_seconds = time.process_time() - began_timing

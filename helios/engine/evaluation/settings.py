@@ -35,6 +35,11 @@ class EvaluationSettings:
     power_watts: float | None = None
     # CPU threads for timed steps. None: the threads of the evaluation.
     timing_threads: int | None = None
+    # What a router learns from: tokens of a prompt's beginning, how many of these are read at the first exit,
+    # and the spacing of the later tokens, which are read at every exit.
+    probe_tokens: int = 32
+    probe_readings: int = 12
+    router_stride: int = 2
     block_tokens: int = 16
     # Directory of packed weights, as in EngineSettings.
     packed_cache_dir: Path | None = None
@@ -42,7 +47,15 @@ class EvaluationSettings:
 
     def __post_init__(self) -> None:
         """Raises SettingsError naming the setting that is out of range."""
-        for name in ("max_prompt_tokens", "generated_tokens", "repetitions", "block_tokens"):
+        for name in (
+            "max_prompt_tokens",
+            "generated_tokens",
+            "repetitions",
+            "probe_tokens",
+            "probe_readings",
+            "router_stride",
+            "block_tokens",
+        ):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} must be at least 1")
         if not self.batches or self.batches[0] < 1 or list(self.batches) != sorted(set(self.batches)):

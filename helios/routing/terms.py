@@ -1,0 +1,214 @@
+"""The price of quality: how many seconds a nat is worth, so that the operator's bound holds.
+
+Each request gets the plan with the least seconds + price x nats. The right price depends on the traffic, so
+it is found anew from the most recent requests. Each of them stands for the examples that are like it. Their
+true nats show what every price would have led to.
+
+Requests of the same kind change their plan at nearly the same price, so a single price is often too high or
+too low for the bound. Then a share of the requests gets a lower price than the others.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from helios.routing.knowledge import Knowledge, Numbers
+
+# Prices that are tried, in times of the dearest plan's seconds.
+_PRICES = np.geomspace(0.02, 200, 48)
+# The bound must hold over the newest requests, and over more of them. The first tell soon that the traffic
+# has changed, and the others keep chance out.
+WINDOWS = (16, 48)
+# Examples that stand for one recent request.
+_ALIKE = 40
+# The reference is the best model over all requests, so in a mix requests may exceed what their own best model
+# needs. A few requests that are taken for others by mistake must not look like a mix. So a small minority's
+# share counts as this many standard errors smaller, and smaller by this constant.
+_SLACK_SIGMAS, _LEAST_SHARE = 1.5, 0.02
+# Requests with the low price may exceed the best model by this share at most, in the mean. Otherwise a few
+# requests would be served badly so that all others can be served well.
+_MOST_INCREASE = 0.3
+# What is expected counts as so many standard errors worse, because few examples can be lucky ones.
+_CAUTION_SIGMAS = 0.5
+# A bound below what can be had is replaced by the best that can be had plus this, in nats.
+_TOLERANCE = 0.004
+# Examples whose loss shows whether further readings are worth their seconds.
+NEIGHBOURS = 10
+# Standard deviation of what examples and served prompts may differ by, in nats. Served prompts correct the
+# price as far as they are more certain than that.
+_BIAS_DEVIATION = 0.02
+
+
+class Terms(BaseModel):
+    """On what terms plans are chosen now. Prices are in seconds per nat (a token)."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    first: str
+    """The model that is probed first."""
+    price: float = Field(ge=0)
+    low_price: float = Field(ge=0)
+    low_share: float = Field(ge=0, le=1)
+    """Share of the requests with the low price."""
+    bound: float = Field(ge=0)
+    """The bound on the rise of perplexity over the best model with all layers, a share."""
+    increase: float
+    """The rise that is expected of the next requests, if they are like the recent ones. A share."""
+    error: float = Field(ge=0)
+    """Its standard error."""
+    is_best_effort: bool = False
+    """Whether no price can hold the bound."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recent:
+    """A request that was routed.
+
+    features: standardised (`Knowledge.features_of`). first: index of the model whose reading alone is known;
+    None: all are. surprise: nats per token above what was expected, over `tokens` read tokens.
+    """
+
+    features: Numbers
+    first: int | None
+    surprise: float = 0.0
+    tokens: int = 0
+
+
+class _Offer(NamedTuple):
+    """What a price, or a mix of two, leads to over all weighted examples. The first is the sort key."""
+
+    seconds: float
+    low: int
+    high: int
+    low_share: float
+    nats: float
+    error: float
+    is_best_effort: bool
+
+
+def settle(knowledge: Knowledge, recent: Sequence[Recent], bound: float) -> Terms:
+    """The terms for requests like the recent ones (newest last). Without any: terms for whatever may come."""
+    kinds = [_kind(knowledge, one) for one in recent]
+    newest = kinds[-max(WINDOWS) :] or list(range(len(knowledge.models)))
+    first = max(set(newest), key=newest.count)
+    seconds, nats = _outcomes(knowledge, first)
+    if len(recent) < WINDOWS[0]:
+        # What will come is not known, so no mix may be counted on.
+        weights = [
+            (knowledge.best_models == kind).astype(float) for kind in set(knowledge.best_models.tolist())
+        ]
+    else:
+        weights = [_weights(knowledge, recent[-window:], kinds[-window:]) for window in WINDOWS]
+    allowed = math.log1p(bound) - _bias(recent)
+    offers = [_cheapest(knowledge, one, seconds, nats, allowed) for one in weights]
+    offer = max(offers)
+    prices = _PRICES * knowledge.costs.max()
+    return Terms(
+        first=knowledge.models[first],
+        price=float(prices[offer.high]),
+        low_price=float(prices[offer.low]),
+        low_share=offer.low_share,
+        bound=bound,
+        increase=math.expm1(offer.nats),
+        error=math.exp(offer.nats) * offer.error,
+        is_best_effort=offer.is_best_effort,
+    )
+
+
+def _kind(knowledge: Knowledge, one: Recent) -> int:
+    """The model that is expected to read it best."""
+    return int(knowledge.expected_nats(one.features, one.first)[knowledge.deepest].argmin())
+
+
+def _bias(recent: Sequence[Recent]) -> float:
+    """By how many nats served prompts exceed what was expected, shrunk by its uncertainty."""
+    read = [one for one in recent if one.tokens]
+    if len(read) < 2:
+        return 0.0
+    surprises = np.array([one.surprise for one in read])
+    variance = surprises.var(ddof=1) / len(read)
+    return float(surprises.mean() * _BIAS_DEVIATION**2 / (_BIAS_DEVIATION**2 + variance))
+
+
+def _outcomes(knowledge: Knowledge, first: int) -> tuple[Numbers, Numbers]:
+    """Seconds and nats of a token of each example at every price, probes included: [prices, examples]."""
+    costs, nats = knowledge.costs, knowledge.true_nats
+    rows, probe = np.arange(len(nats)), knowledge.probe
+    is_single = len(knowledge.models) == 1
+    near = _neighbours(knowledge, first)
+    seconds, found = (np.empty((len(_PRICES), len(nats))) for _ in range(2))
+    for at, price in enumerate(_PRICES * costs.max()):
+        by_all = (costs + price * knowledge.expected_by_all).argmin(axis=1)
+        chosen, extra = by_all, np.zeros(len(nats))
+        if not is_single:
+            by_first = (costs + price * knowledge.expected_by_first[first]).argmin(axis=1)
+            loss = costs + price * nats
+            # How much worse the choice from one reading is for the examples that are like this one.
+            worse = (loss[near, by_first[:, None]] - loss[near, by_all[near]]).mean(axis=1)
+            asks = worse * knowledge.tokens > probe.further_seconds
+            chosen, extra = np.where(asks, by_all, by_first), asks * probe.further_seconds
+        seconds[at] = costs[chosen] + (probe.first_seconds + extra) / knowledge.tokens
+        found[at] = nats[rows, chosen]
+    return seconds, found
+
+
+def _neighbours(knowledge: Knowledge, first: int) -> np.ndarray[tuple[int, int], np.dtype[np.intp]]:
+    """For each example, the others that are nearest by the reading of one model: [examples, NEIGHBOURS]."""
+    features = knowledge.known_features[:, knowledge.columns(first)]
+    away = ((features[:, None] - features[None]) ** 2).sum(axis=2)
+    np.fill_diagonal(away, np.inf)
+    return np.argsort(away, axis=1)[:, : min(NEIGHBOURS, len(features) - 1)]
+
+
+def _weights(knowledge: Knowledge, recent: Sequence[Recent], kinds: Sequence[int]) -> Numbers:
+    """How much each example counts: [examples], with a sum of at most 1."""
+    found = np.zeros(len(knowledge.true_nats))
+    for kind in set(kinds):
+        of_kind = np.nonzero(knowledge.best_models == kind)[0]
+        of_kind = of_kind if len(of_kind) else np.arange(len(found))
+        weights = np.zeros(len(found))
+        for one in (one for one, its in zip(recent, kinds, strict=True) if its == kind):
+            columns = knowledge.columns(one.first)
+            away = ((knowledge.known_features[of_kind][:, columns] - one.features[columns]) ** 2).sum(axis=1)
+            weights[of_kind[np.argsort(away)[:_ALIKE]]] += 1.0
+        share = kinds.count(kind) / len(kinds)
+        if share < 1 / 2:
+            doubt = _SLACK_SIGMAS * math.sqrt(share * (1 - share) / len(kinds)) + _LEAST_SHARE
+            share -= (1 - 2 * share) * doubt
+        found += max(share, 0.0) * weights / weights.sum()
+    return found
+
+
+def _cheapest(
+    knowledge: Knowledge, weights: Numbers, seconds: Numbers, nats: Numbers, allowed: float
+) -> _Offer:
+    """The cheapest price, or mix of two, whose nats exceed the best model's by at most `allowed`."""
+    weights = weights / weights.sum()
+    # [examples]: nats of the model that is best over all of them.
+    deepest = knowledge.true_nats[:, knowledge.deepest]
+    best = deepest[:, int((weights @ deepest).argmin())]
+    costs, excess = seconds @ weights, (nats - best) @ weights
+    # [prices]
+    errors = np.sqrt((weights**2 * (nats - best - excess[:, None]) ** 2).sum(axis=1))
+    excess = excess + _CAUTION_SIGMAS * errors
+    is_best_effort = bool(excess.min() > allowed)
+    allowed = max(allowed, float(excess.min()) + _TOLERANCE)
+    within = np.nonzero(excess <= allowed)[0]
+    beyond = np.nonzero((excess > allowed) & (excess <= max(allowed, math.log1p(_MOST_INCREASE))))[0]
+    high = int(within[costs[within].argmin()])
+    low, share, cost = high, 0.0, costs[high]
+    if len(beyond):
+        shares = (allowed - excess[within]) / (excess[beyond][:, None] - excess[within])
+        mixes = shares * costs[beyond][:, None] + (1 - shares) * costs[within]
+        row, column = np.unravel_index(int(mixes.argmin()), mixes.shape)
+        if mixes[row, column] < cost:
+            low, high = int(beyond[row]), int(within[column])
+            share, cost = float(shares[row, column]), mixes[row, column]
+    each = share * nats[low] + (1 - share) * nats[high] - best
+    mean = float(weights @ each)
+    error = math.sqrt(float(((weights * (each - mean)) ** 2).sum()))
+    return _Offer(float(cost), low, high, share, mean, error, is_best_effort)
