@@ -7,7 +7,7 @@
 | `helios:v1:profile:<model>` | string, JSON | performance history of one model (`helios.history`) |
 | `helios:v1:examples:<model>` | list of JSON, capped | what routers learn from (`helios.examples`) |
 | `helios:v1:decisions` | stream, capped, append-only | the controller's decision record |
-| `helios:v1:controller:state` | hash | SLO, pins, plan and mode: orders, and what a controller resumes from |
+| `helios:v1:controller:state` | hash | orders (pins, plans, mode), SLO, and what a controller resumes from |
 | `helios:v1:controller:router` | string, JSON | the last router (`helios.routing.router`) |
 | `helios:v1:controller:leader` | string, expires | the leading controller and its fencing number |
 | `helios:v1:controller:fence` | integer | the last fencing number given out |

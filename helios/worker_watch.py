@@ -116,14 +116,17 @@ class WorkerWatch(Generic[_Worker]):
         *,
         on_heard: Callable[[_Worker, worker_pb2.Telemetry | None, worker_pb2.Telemetry], None],
         on_lost: Callable[[_Worker, str], None],
+        on_served: Callable[[Sequence[worker_pb2.ServedPrompt]], None] | None = None,
         on_silent: Callable[[_Worker], None] = lambda _: None,
         why_forget: Callable[[_Worker], str],
     ) -> None:
         """`key` identifies workers, by their ids or by their addresses. `log` is the service's logger.
 
         on_heard: called with the previous telemetry (None: there was none) and the new one. on_lost: called
-        whenever a telemetry stream has ended, with the reason. on_silent: called repeatedly while a worker is
-        silent. why_forget: why a worker without a lease should be forgotten; empty: it stays.
+        whenever a telemetry stream has ended, with the reason. on_served: called with the prompts that were
+        routed and computed, the newest last; None: workers do not send them. on_silent: called repeatedly
+        while a worker is silent. why_forget: why a worker without a lease should be forgotten; empty: it
+        stays.
         """
         self._pace = pace
         self._make = make
@@ -131,6 +134,7 @@ class WorkerWatch(Generic[_Worker]):
         self._log = log
         self._on_heard = on_heard
         self._on_lost = on_lost
+        self._on_served = on_served
         self._on_silent = on_silent
         self._why_forget = why_forget
         self._workers: dict[str, _Worker] = {}
@@ -229,12 +233,16 @@ class WorkerWatch(Generic[_Worker]):
 
     async def _stream(self, worker: _Worker) -> None:
         """Reads a worker's telemetry. Reconnects whenever it ends."""
-        request = worker_pb2.WatchTelemetryRequest(interval_seconds=self._pace.telemetry)
+        request = worker_pb2.WatchTelemetryRequest(
+            interval_seconds=self._pace.telemetry, served_prompts=self._on_served is not None
+        )
         while True:
             try:
                 async for response in worker.stub.WatchTelemetry(request):
                     before = worker.telemetry
                     self._on_heard(worker, before, await worker.take(response.telemetry))
+                    if self._on_served is not None and response.served_prompts:
+                        self._on_served(response.served_prompts)
                 why = "it ended its telemetry"
             except grpc.aio.AioRpcError as error:
                 why = f"it cannot be reached: {error.code().name}, {error.details()}"

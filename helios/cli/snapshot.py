@@ -55,6 +55,12 @@ class Snapshot:
         """The objective and its bounds; None without a controller."""
         return Slo.from_proto(self.plan.slo) if self.plan is not None else None
 
+    @property
+    def router(self) -> controller_pb2.RouterState | None:
+        """The router, or why there is none; None if no router is wanted."""
+        known = self.plan is not None and self.plan.HasField("router")
+        return self.plan.router if self.plan is not None and known else None
+
     def is_pinned(self, worker_id: str) -> bool:
         """Whether an operator has pinned the worker's plan."""
         return self.plan is not None and any(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from helios.cli import slo
+from helios.cli import router, slo
 from helios.cli.decisions import as_dict, in_one_line
 from helios.cli.snapshot import Snapshot, agreement_bars, histogram, observe, plan_loads
 from helios.cli.target import target_option
@@ -48,6 +48,7 @@ def _as_json(snapshot: Snapshot) -> dict[str, Any]:
             if plan is None
             else {"mode": plan.mode, "leading": plan.leading, "next_assessment": plan.next_assessment}
         ),
+        "router": None if snapshot.router is None else router.as_dict(snapshot.router),
         "slo": None if snapshot.slo is None else slo.as_dict(snapshot.slo),
         "last_decision": next((as_dict(decision) for decision in snapshot.decisions), None),
         "problems": list(snapshot.problems),
@@ -70,6 +71,8 @@ def _parts(snapshot: Snapshot) -> "Iterator[RenderableType]":
         yield _exits(snapshot, exits)
     objective = slo.in_words(snapshot.slo) if snapshot.slo is not None else "unknown"
     yield Line(f"objective: {objective}; controller: {_controller(snapshot)}")
+    for line in router.in_words(snapshot.router) if snapshot.router is not None else ():
+        yield Line(line)
     for decision in snapshot.decisions:
         yield Line(f"last decision: {in_one_line(decision)}")
     if snapshot.plan is not None and snapshot.plan.next_assessment:

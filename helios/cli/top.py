@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from helios.cli import slo
+from helios.cli import router, slo
 from helios.cli.decisions import as_dict, in_one_line
 from helios.cli.snapshot import Snapshot, histogram, observe, plan_loads
 from helios.cli.target import target_option
@@ -74,6 +74,7 @@ def _as_json(frame: Snapshot) -> dict[str, Any]:
         "open_streams": frame.status.open_streams,
         "queued_streams": frame.status.queued_streams,
         "mode": frame.mode,
+        "router": None if frame.router is None else router.as_dict(frame.router),
         "slo": None if frame.slo is None else slo.as_dict(frame.slo),
         "decisions": [as_dict(one) for one in frame.decisions],
         "problems": list(frame.problems),
@@ -118,6 +119,7 @@ def draw(frame: Snapshot) -> "Group":
         "first token",
         f"controller {frame.mode}"
         + (f", objective {slo.in_words(frame.slo)}" if frame.slo is not None else ", plans stay as they are"),
+        *(router.in_words(frame.router) if frame.router is not None else ()),
         *(in_one_line(one) for one in reversed(frame.decisions)),
     ]
     problems = [Line(f"problem: {problem}", "red") for problem in frame.problems]

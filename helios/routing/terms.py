@@ -62,6 +62,8 @@ class Terms(BaseModel):
     """Its standard error."""
     is_best_effort: bool = False
     """Whether no price can hold the bound."""
+    seconds: float = Field(0.0, ge=0)
+    """Seconds that a token is expected to cost, probes included."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +118,7 @@ def settle(knowledge: Knowledge, recent: Sequence[Recent], bound: float) -> Term
         increase=math.expm1(offer.nats),
         error=math.exp(offer.nats) * offer.error,
         is_best_effort=offer.is_best_effort,
+        seconds=offer.seconds,
     )
 
 

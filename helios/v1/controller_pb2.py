@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ahelios/v1/controller.proto\x12\thelios.v1\"\x86\x02\n\x03Slo\x12\'\n\tobjective\x18\x01 \x01(\x0e\x32\x14.helios.v1.Objective\x12$\n\x17max_perplexity_increase\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x1a\n\rmin_agreement\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x1d\n\x10max_ttft_seconds\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x1d\n\x10max_tpot_seconds\x18\x05 \x01(\x01H\x03\x88\x01\x01\x42\x1a\n\x18_max_perplexity_increaseB\x10\n\x0e_min_agreementB\x13\n\x11_max_ttft_secondsB\x13\n\x11_max_tpot_seconds\"M\n\nWorkerPlan\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05\x64\x65pth\x18\x03 \x01(\r\x12\x0e\n\x06pinned\x18\x04 \x01(\x08\"\x10\n\x0eGetPlanRequest\"\x9e\x01\n\x0fGetPlanResponse\x12$\n\x05plans\x18\x01 \x03(\x0b\x32\x15.helios.v1.WorkerPlan\x12\x1b\n\x03slo\x18\x02 \x01(\x0b\x32\x0e.helios.v1.Slo\x12\x10\n\x08problems\x18\x03 \x03(\t\x12\x0c\n\x04mode\x18\x04 \x01(\t\x12\x0f\n\x07leading\x18\x05 \x01(\x08\x12\x17\n\x0fnext_assessment\x18\x06 \x01(\t\",\n\rSetSloRequest\x12\x1b\n\x03slo\x18\x01 \x01(\x0b\x32\x0e.helios.v1.Slo\"-\n\x0eSetSloResponse\x12\x1b\n\x03slo\x18\x01 \x01(\x0b\x32\x0e.helios.v1.Slo\"=\n\nPinRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05\x64\x65pth\x18\x02 \x01(\r\x12\x11\n\tworker_id\x18\x03 \x01(\t\"3\n\x0bPinResponse\x12$\n\x05plans\x18\x01 \x03(\x0b\x32\x15.helios.v1.WorkerPlan\"!\n\x0cUnpinRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"5\n\rUnpinResponse\x12$\n\x05plans\x18\x01 \x03(\x0b\x32\x15.helios.v1.WorkerPlan\"G\n\x15WatchDecisionsRequest\x12\x14\n\x07history\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04once\x18\x02 \x01(\x08\x42\n\n\x08_history\"?\n\x16WatchDecisionsResponse\x12%\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x13.helios.v1.Decision\"\xca\x01\n\x08\x44\x65\x63ision\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0c\n\x04time\x18\x02 \x01(\x01\x12\x0f\n\x07trigger\x18\x03 \x01(\t\x12\"\n\x07options\x18\x04 \x03(\x0b\x32\x11.helios.v1.Option\x12%\n\x06\x63hosen\x18\x05 \x03(\x0b\x32\x15.helios.v1.WorkerPlan\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12(\n\x07outcome\x18\x07 \x01(\x0b\x32\x12.helios.v1.OutcomeH\x00\x88\x01\x01\x42\n\n\x08_outcome\"\xb8\x01\n\x07Outcome\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\x12\x10\n\x08requests\x18\x02 \x01(\x04\x12\x19\n\x11tokens_per_second\x18\x03 \x01(\x01\x12\x17\n\x0fhigh_exit_share\x18\x04 \x01(\x01\x12\x16\n\x0ereload_seconds\x18\x05 \x01(\x01\x12\x15\n\rstall_seconds\x18\x06 \x01(\x01\x12\x17\n\x0fsequences_moved\x18\x07 \x01(\r\x12\x0e\n\x06halted\x18\x08 \x01(\t\"\xe1\x01\n\x06Option\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05\x64\x65pth\x18\x02 \x01(\r\x12\x19\n\x11tokens_per_second\x18\x03 \x01(\x01\x12\x14\n\x0ctpot_seconds\x18\x04 \x01(\x01\x12\x1b\n\x13perplexity_increase\x18\x05 \x01(\x01\x12\x14\n\x0c\x63ost_seconds\x18\x06 \x01(\x01\x12\x0f\n\x07refused\x18\x07 \x01(\t\x12&\n\x19perplexity_increase_error\x18\x08 \x01(\x01H\x00\x88\x01\x01\x42\x1c\n\x1a_perplexity_increase_error*\x85\x01\n\tObjective\x12\x19\n\x15OBJECTIVE_UNSPECIFIED\x10\x00\x12\x18\n\x14OBJECTIVE_THROUGHPUT\x10\x01\x12\x15\n\x11OBJECTIVE_LATENCY\x10\x02\x12\x14\n\x10OBJECTIVE_ENERGY\x10\x03\x12\x16\n\x12OBJECTIVE_ACCURACY\x10\x04\x32\xdf\x02\n\x11\x43ontrollerService\x12@\n\x07GetPlan\x12\x19.helios.v1.GetPlanRequest\x1a\x1a.helios.v1.GetPlanResponse\x12=\n\x06SetSlo\x12\x18.helios.v1.SetSloRequest\x1a\x19.helios.v1.SetSloResponse\x12\x34\n\x03Pin\x12\x15.helios.v1.PinRequest\x1a\x16.helios.v1.PinResponse\x12:\n\x05Unpin\x12\x17.helios.v1.UnpinRequest\x1a\x18.helios.v1.UnpinResponse\x12W\n\x0eWatchDecisions\x12 .helios.v1.WatchDecisionsRequest\x1a!.helios.v1.WatchDecisionsResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1ahelios/v1/controller.proto\x12\thelios.v1\"\x86\x02\n\x03Slo\x12\'\n\tobjective\x18\x01 \x01(\x0e\x32\x14.helios.v1.Objective\x12$\n\x17max_perplexity_increase\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x1a\n\rmin_agreement\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x1d\n\x10max_ttft_seconds\x18\x04 \x01(\x01H\x02\x88\x01\x01\x12\x1d\n\x10max_tpot_seconds\x18\x05 \x01(\x01H\x03\x88\x01\x01\x42\x1a\n\x18_max_perplexity_increaseB\x10\n\x0e_min_agreementB\x13\n\x11_max_ttft_secondsB\x13\n\x11_max_tpot_seconds\"M\n\nWorkerPlan\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\r\n\x05\x64\x65pth\x18\x03 \x01(\r\x12\x0e\n\x06pinned\x18\x04 \x01(\x08\"\x10\n\x0eGetPlanRequest\"\xd6\x01\n\x0fGetPlanResponse\x12$\n\x05plans\x18\x01 \x03(\x0b\x32\x15.helios.v1.WorkerPlan\x12\x1b\n\x03slo\x18\x02 \x01(\x0b\x32\x0e.helios.v1.Slo\x12\x10\n\x08problems\x18\x03 \x03(\t\x12\x0c\n\x04mode\x18\x04 \x01(\t\x12\x0f\n\x07leading\x18\x05 \x01(\x08\x12\x17\n\x0fnext_assessment\x18\x06 \x01(\t\x12+\n\x06router\x18\x07 \x01(\x0b\x32\x16.helios.v1.RouterStateH\x00\x88\x01\x01\x42\t\n\x07_router\"\xc4\x02\n\x0bRouterState\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x10\n\x08\x65xamples\x18\x02 \x01(\r\x12\r\n\x05price\x18\x03 \x01(\x01\x12\x11\n\tlow_price\x18\x04 \x01(\x01\x12\x11\n\tlow_share\x18\x05 \x01(\x01\x12\r\n\x05\x62ound\x18\x06 \x01(\x01\x12\x19\n\x11\x65xpected_increase\x18\x07 \x01(\x01\x12\r\n\x05\x65rror\x18\x08 \x01(\x01\x12\x1c\n\x0fserved_surprise\x18\t \x01(\x01H\x00\x88\x01\x01\x12\"\n\x15served_surprise_error\x18\n \x01(\x01H\x01\x88\x01\x01\x12$\n\x06shares\x18\x0b \x03(\x0b\x32\x14.helios.v1.PlanShare\x12\x0f\n\x07problem\x18\x0c \x01(\tB\x12\n\x10_served_surpriseB\x18\n\x16_served_surprise_error\"8\n\tPlanShare\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05\x64\x65pth\x18\x02 \x01(\r\x12\r\n\x05share\x18\x03 \x01(\x01\",\n\rSetSloRequest\x12\x1b\n\x03slo\x18\x01 \x01(\x0b\x32\x0e.helios.v1.Slo\"-\n\x0eSetSloResponse\x12\x1b\n\x03slo\x18\x01 \x01(\x0b\x32\x0e.helios.v1.Slo\"=\n\nPinRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05\x64\x65pth\x18\x02 \x01(\r\x12\x11\n\tworker_id\x18\x03 \x01(\t\"3\n\x0bPinResponse\x12$\n\x05plans\x18\x01 \x03(\x0b\x32\x15.helios.v1.WorkerPlan\"!\n\x0cUnpinRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"5\n\rUnpinResponse\x12$\n\x05plans\x18\x01 \x03(\x0b\x32\x15.helios.v1.WorkerPlan\"G\n\x15WatchDecisionsRequest\x12\x14\n\x07history\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04once\x18\x02 \x01(\x08\x42\n\n\x08_history\"?\n\x16WatchDecisionsResponse\x12%\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x13.helios.v1.Decision\"\xca\x01\n\x08\x44\x65\x63ision\x12\x0e\n\x06number\x18\x01 \x01(\x04\x12\x0c\n\x04time\x18\x02 \x01(\x01\x12\x0f\n\x07trigger\x18\x03 \x01(\t\x12\"\n\x07options\x18\x04 \x03(\x0b\x32\x11.helios.v1.Option\x12%\n\x06\x63hosen\x18\x05 \x03(\x0b\x32\x15.helios.v1.WorkerPlan\x12\x0e\n\x06reason\x18\x06 \x01(\t\x12(\n\x07outcome\x18\x07 \x01(\x0b\x32\x12.helios.v1.OutcomeH\x00\x88\x01\x01\x42\n\n\x08_outcome\"\xb8\x01\n\x07Outcome\x12\x0f\n\x07seconds\x18\x01 \x01(\x01\x12\x10\n\x08requests\x18\x02 \x01(\x04\x12\x19\n\x11tokens_per_second\x18\x03 \x01(\x01\x12\x17\n\x0fhigh_exit_share\x18\x04 \x01(\x01\x12\x16\n\x0ereload_seconds\x18\x05 \x01(\x01\x12\x15\n\rstall_seconds\x18\x06 \x01(\x01\x12\x17\n\x0fsequences_moved\x18\x07 \x01(\r\x12\x0e\n\x06halted\x18\x08 \x01(\t\"\xe1\x01\n\x06Option\x12\r\n\x05model\x18\x01 \x01(\t\x12\r\n\x05\x64\x65pth\x18\x02 \x01(\r\x12\x19\n\x11tokens_per_second\x18\x03 \x01(\x01\x12\x14\n\x0ctpot_seconds\x18\x04 \x01(\x01\x12\x1b\n\x13perplexity_increase\x18\x05 \x01(\x01\x12\x14\n\x0c\x63ost_seconds\x18\x06 \x01(\x01\x12\x0f\n\x07refused\x18\x07 \x01(\t\x12&\n\x19perplexity_increase_error\x18\x08 \x01(\x01H\x00\x88\x01\x01\x42\x1c\n\x1a_perplexity_increase_error*\x85\x01\n\tObjective\x12\x19\n\x15OBJECTIVE_UNSPECIFIED\x10\x00\x12\x18\n\x14OBJECTIVE_THROUGHPUT\x10\x01\x12\x15\n\x11OBJECTIVE_LATENCY\x10\x02\x12\x14\n\x10OBJECTIVE_ENERGY\x10\x03\x12\x16\n\x12OBJECTIVE_ACCURACY\x10\x04\x32\xdf\x02\n\x11\x43ontrollerService\x12@\n\x07GetPlan\x12\x19.helios.v1.GetPlanRequest\x1a\x1a.helios.v1.GetPlanResponse\x12=\n\x06SetSlo\x12\x18.helios.v1.SetSloRequest\x1a\x19.helios.v1.SetSloResponse\x12\x34\n\x03Pin\x12\x15.helios.v1.PinRequest\x1a\x16.helios.v1.PinResponse\x12:\n\x05Unpin\x12\x17.helios.v1.UnpinRequest\x1a\x18.helios.v1.UnpinResponse\x12W\n\x0eWatchDecisions\x12 .helios.v1.WatchDecisionsRequest\x1a!.helios.v1.WatchDecisionsResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'helios.v1.controller_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_OBJECTIVE']._serialized_start=1622
-  _globals['_OBJECTIVE']._serialized_end=1755
+  _globals['_OBJECTIVE']._serialized_start=2063
+  _globals['_OBJECTIVE']._serialized_end=2196
   _globals['_SLO']._serialized_start=42
   _globals['_SLO']._serialized_end=304
   _globals['_WORKERPLAN']._serialized_start=306
@@ -40,29 +40,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETPLANREQUEST']._serialized_start=385
   _globals['_GETPLANREQUEST']._serialized_end=401
   _globals['_GETPLANRESPONSE']._serialized_start=404
-  _globals['_GETPLANRESPONSE']._serialized_end=562
-  _globals['_SETSLOREQUEST']._serialized_start=564
-  _globals['_SETSLOREQUEST']._serialized_end=608
-  _globals['_SETSLORESPONSE']._serialized_start=610
-  _globals['_SETSLORESPONSE']._serialized_end=655
-  _globals['_PINREQUEST']._serialized_start=657
-  _globals['_PINREQUEST']._serialized_end=718
-  _globals['_PINRESPONSE']._serialized_start=720
-  _globals['_PINRESPONSE']._serialized_end=771
-  _globals['_UNPINREQUEST']._serialized_start=773
-  _globals['_UNPINREQUEST']._serialized_end=806
-  _globals['_UNPINRESPONSE']._serialized_start=808
-  _globals['_UNPINRESPONSE']._serialized_end=861
-  _globals['_WATCHDECISIONSREQUEST']._serialized_start=863
-  _globals['_WATCHDECISIONSREQUEST']._serialized_end=934
-  _globals['_WATCHDECISIONSRESPONSE']._serialized_start=936
-  _globals['_WATCHDECISIONSRESPONSE']._serialized_end=999
-  _globals['_DECISION']._serialized_start=1002
-  _globals['_DECISION']._serialized_end=1204
-  _globals['_OUTCOME']._serialized_start=1207
-  _globals['_OUTCOME']._serialized_end=1391
-  _globals['_OPTION']._serialized_start=1394
-  _globals['_OPTION']._serialized_end=1619
-  _globals['_CONTROLLERSERVICE']._serialized_start=1758
-  _globals['_CONTROLLERSERVICE']._serialized_end=2109
+  _globals['_GETPLANRESPONSE']._serialized_end=618
+  _globals['_ROUTERSTATE']._serialized_start=621
+  _globals['_ROUTERSTATE']._serialized_end=945
+  _globals['_PLANSHARE']._serialized_start=947
+  _globals['_PLANSHARE']._serialized_end=1003
+  _globals['_SETSLOREQUEST']._serialized_start=1005
+  _globals['_SETSLOREQUEST']._serialized_end=1049
+  _globals['_SETSLORESPONSE']._serialized_start=1051
+  _globals['_SETSLORESPONSE']._serialized_end=1096
+  _globals['_PINREQUEST']._serialized_start=1098
+  _globals['_PINREQUEST']._serialized_end=1159
+  _globals['_PINRESPONSE']._serialized_start=1161
+  _globals['_PINRESPONSE']._serialized_end=1212
+  _globals['_UNPINREQUEST']._serialized_start=1214
+  _globals['_UNPINREQUEST']._serialized_end=1247
+  _globals['_UNPINRESPONSE']._serialized_start=1249
+  _globals['_UNPINRESPONSE']._serialized_end=1302
+  _globals['_WATCHDECISIONSREQUEST']._serialized_start=1304
+  _globals['_WATCHDECISIONSREQUEST']._serialized_end=1375
+  _globals['_WATCHDECISIONSRESPONSE']._serialized_start=1377
+  _globals['_WATCHDECISIONSRESPONSE']._serialized_end=1440
+  _globals['_DECISION']._serialized_start=1443
+  _globals['_DECISION']._serialized_end=1645
+  _globals['_OUTCOME']._serialized_start=1648
+  _globals['_OUTCOME']._serialized_end=1832
+  _globals['_OPTION']._serialized_start=1835
+  _globals['_OPTION']._serialized_end=2060
+  _globals['_CONTROLLERSERVICE']._serialized_start=2199
+  _globals['_CONTROLLERSERVICE']._serialized_end=2550
 # @@protoc_insertion_point(module_scope)

@@ -94,7 +94,7 @@ Global___Slo: _TypeAlias = Slo  # noqa: Y015
 
 @_typing.final
 class WorkerPlan(_message.Message):
-    """What one worker serves."""
+    """A plan that a worker serves. A worker that serves several has one entry for each, the first one first."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -148,6 +148,7 @@ class GetPlanResponse(_message.Message):
     MODE_FIELD_NUMBER: _builtins.int
     LEADING_FIELD_NUMBER: _builtins.int
     NEXT_ASSESSMENT_FIELD_NUMBER: _builtins.int
+    ROUTER_FIELD_NUMBER: _builtins.int
     mode: _builtins.str
     """active, advisory (decides and records, but changes nothing) or off."""
     leading: _builtins.bool
@@ -162,6 +163,10 @@ class GetPlanResponse(_message.Message):
     def problems(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """What is wrong at the moment, in words. Empty when all is well."""
 
+    @_builtins.property
+    def router(self) -> Global___RouterState:
+        """What chooses a plan for each request. Unset: one plan is chosen for all, by the setting or by the objective."""
+
     def __init__(
         self,
         *,
@@ -171,14 +176,114 @@ class GetPlanResponse(_message.Message):
         mode: _builtins.str = ...,
         leading: _builtins.bool = ...,
         next_assessment: _builtins.str = ...,
+        router: Global___RouterState | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["slo", b"slo"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_router", b"_router", "router", b"router", "slo", b"slo"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["leading", b"leading", "mode", b"mode", "next_assessment", b"next_assessment", "plans", b"plans", "problems", b"problems", "slo", b"slo"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_router", b"_router", "leading", b"leading", "mode", b"mode", "next_assessment", b"next_assessment", "plans", b"plans", "problems", b"problems", "router", b"router", "slo", b"slo"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__router: _TypeAlias = _typing.Literal["router"]  # noqa: Y015
+    _WhichOneofArgType__router: _TypeAlias = _typing.Literal["_router", b"_router"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__router) -> _WhichOneofReturnType__router | None: ...
+
+Global___GetPlanResponse: _TypeAlias = GetPlanResponse  # noqa: Y015
+
+@_typing.final
+class RouterState(_message.Message):
+    """The router, which chooses a plan for each request. Shares are in [0, 1]."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    EXAMPLES_FIELD_NUMBER: _builtins.int
+    PRICE_FIELD_NUMBER: _builtins.int
+    LOW_PRICE_FIELD_NUMBER: _builtins.int
+    LOW_SHARE_FIELD_NUMBER: _builtins.int
+    BOUND_FIELD_NUMBER: _builtins.int
+    EXPECTED_INCREASE_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    SERVED_SURPRISE_FIELD_NUMBER: _builtins.int
+    SERVED_SURPRISE_ERROR_FIELD_NUMBER: _builtins.int
+    SHARES_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Number of the router in use. 0: none, workers serve a single plan."""
+    examples: _builtins.int
+    """Evaluated requests that it was learnt from, or that have been collected so far."""
+    price: _builtins.float
+    """Seconds that a nat (a token) is worth, and the lower price that a share of the requests gets."""
+    low_price: _builtins.float
+    low_share: _builtins.float
+    bound: _builtins.float
+    """The bound at which it aims, the rise of perplexity that it expects, and its standard error. All are shares."""
+    expected_increase: _builtins.float
+    error: _builtins.float
+    served_surprise: _builtins.float
+    """Nats a token of served prompts above what was expected of them, and the standard error. Unset: too few were read."""
+    served_surprise_error: _builtins.float
+    problem: _builtins.str
+    """Why requests are not routed, or not as the operator wants. Empty when all is well."""
+    @_builtins.property
+    def shares(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlanShare]:
+        """How many of the last requests each plan got."""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        examples: _builtins.int = ...,
+        price: _builtins.float = ...,
+        low_price: _builtins.float = ...,
+        low_share: _builtins.float = ...,
+        bound: _builtins.float = ...,
+        expected_increase: _builtins.float = ...,
+        error: _builtins.float = ...,
+        served_surprise: _builtins.float | None = ...,
+        served_surprise_error: _builtins.float | None = ...,
+        shares: _abc.Iterable[Global___PlanShare] | None = ...,
+        problem: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_served_surprise", b"_served_surprise", "_served_surprise_error", b"_served_surprise_error", "served_surprise", b"served_surprise", "served_surprise_error", b"served_surprise_error"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_served_surprise", b"_served_surprise", "_served_surprise_error", b"_served_surprise_error", "bound", b"bound", "error", b"error", "examples", b"examples", "expected_increase", b"expected_increase", "low_price", b"low_price", "low_share", b"low_share", "number", b"number", "price", b"price", "problem", b"problem", "served_surprise", b"served_surprise", "served_surprise_error", b"served_surprise_error", "shares", b"shares"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__served_surprise: _TypeAlias = _typing.Literal["served_surprise"]  # noqa: Y015
+    _WhichOneofArgType__served_surprise: _TypeAlias = _typing.Literal["_served_surprise", b"_served_surprise"]  # noqa: Y015
+    _WhichOneofReturnType__served_surprise_error: _TypeAlias = _typing.Literal["served_surprise_error"]  # noqa: Y015
+    _WhichOneofArgType__served_surprise_error: _TypeAlias = _typing.Literal["_served_surprise_error", b"_served_surprise_error"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__served_surprise) -> _WhichOneofReturnType__served_surprise | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__served_surprise_error) -> _WhichOneofReturnType__served_surprise_error | None: ...
+
+Global___RouterState: _TypeAlias = RouterState  # noqa: Y015
+
+@_typing.final
+class PlanShare(_message.Message):
+    """The share of requests that a plan got."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    DEPTH_FIELD_NUMBER: _builtins.int
+    SHARE_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    depth: _builtins.int
+    share: _builtins.float
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+        depth: _builtins.int = ...,
+        share: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["depth", b"depth", "model", b"model", "share", b"share"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___GetPlanResponse: _TypeAlias = GetPlanResponse  # noqa: Y015
+Global___PlanShare: _TypeAlias = PlanShare  # noqa: Y015
 
 @_typing.final
 class SetSloRequest(_message.Message):

@@ -793,7 +793,7 @@ class SetRouterRequest(_message.Message):
 
     ROUTER_FIELD_NUMBER: _builtins.int
     router: _builtins.bytes
-    """The router as JSON (helios/routing)."""
+    """The router as JSON (helios/routing). Empty: there is none any longer, and requests are not routed."""
     def __init__(
         self,
         *,

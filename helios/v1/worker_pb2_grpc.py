@@ -128,8 +128,8 @@ class WorkerServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def SetRouter(self, request, context):
-        """Replaces the router, which chooses a plan for each request that asks for it. INVALID_ARGUMENT: it is of another
-        version, or broken; the router before it stays.
+        """Replaces the router, which chooses a plan for each request that asks for it, or takes it away. INVALID_ARGUMENT: it
+        is of another version, or broken; the router before it stays.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

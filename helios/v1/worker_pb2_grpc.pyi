@@ -53,8 +53,8 @@ class WorkerServiceStub:
     GetTokenizer: _grpc.UnaryUnaryMultiCallable[_worker_pb2.GetTokenizerRequest, _worker_pb2.GetTokenizerResponse]
     """The tokenizer of the model being served."""
     SetRouter: _grpc.UnaryUnaryMultiCallable[_worker_pb2.SetRouterRequest, _worker_pb2.SetRouterResponse]
-    """Replaces the router, which chooses a plan for each request that asks for it. INVALID_ARGUMENT: it is of another
-    version, or broken; the router before it stays.
+    """Replaces the router, which chooses a plan for each request that asks for it, or takes it away. INVALID_ARGUMENT: it
+    is of another version, or broken; the router before it stays.
     """
     Drain: _grpc.UnaryUnaryMultiCallable[_worker_pb2.DrainRequest, _worker_pb2.DrainResponse]
     """Stops taking sequences. Returns when the running ones have ended or been handed back: the streams of those
@@ -86,8 +86,8 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     GetTokenizer: _aio.UnaryUnaryMultiCallable[_worker_pb2.GetTokenizerRequest, _worker_pb2.GetTokenizerResponse]  # type: ignore[assignment]
     """The tokenizer of the model being served."""
     SetRouter: _aio.UnaryUnaryMultiCallable[_worker_pb2.SetRouterRequest, _worker_pb2.SetRouterResponse]  # type: ignore[assignment]
-    """Replaces the router, which chooses a plan for each request that asks for it. INVALID_ARGUMENT: it is of another
-    version, or broken; the router before it stays.
+    """Replaces the router, which chooses a plan for each request that asks for it, or takes it away. INVALID_ARGUMENT: it
+    is of another version, or broken; the router before it stays.
     """
     Drain: _aio.UnaryUnaryMultiCallable[_worker_pb2.DrainRequest, _worker_pb2.DrainResponse]  # type: ignore[assignment]
     """Stops taking sequences. Returns when the running ones have ended or been handed back: the streams of those
@@ -158,8 +158,8 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _worker_pb2.SetRouterRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.SetRouterResponse, _abc.Awaitable[_worker_pb2.SetRouterResponse]]:
-        """Replaces the router, which chooses a plan for each request that asks for it. INVALID_ARGUMENT: it is of another
-        version, or broken; the router before it stays.
+        """Replaces the router, which chooses a plan for each request that asks for it, or takes it away. INVALID_ARGUMENT: it
+        is of another version, or broken; the router before it stays.
         """
 
     @_abc_1.abstractmethod

@@ -104,6 +104,8 @@ class Evaluate:
     """Greatest age of an evaluated request. None: any age."""
     prompts_only: bool = False
     """Whether perplexity is enough. Then prompts are not continued, which saves half the work."""
+    for_router: bool = False
+    """Whether to find examples that a router learns from, instead of profiles."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +134,8 @@ class Outlook:
     evaluating: bool
     moving: bool
     """Whether workers are moving to a plan, or failed to."""
+    routed: bool = False
+    """Whether a router chooses plans, so that only the first decision on a single plan is due."""
 
 
 class Agenda:
@@ -242,6 +246,11 @@ class Agenda:
     # -- what is due ------------------------------------------------------------------------------
 
     @property
+    def has_begun(self) -> bool:
+        """Whether the first decision has been made."""
+        return self._started
+
+    @property
     def reading(self) -> Reading | None:
         """Nats of recent prompts under the plan in force.
 
@@ -257,6 +266,8 @@ class Agenda:
             return Evaluate() if may else None
         if not self._started:
             return None if seen.evaluating else Decide(Trigger.START)
+        if seen.routed:
+            return None
         has_ended = self._evaluation_has_ended or seen.history_times != self._decided_on
         if has_ended and not seen.evaluating:
             return Decide(self._evaluated_for)

@@ -19,6 +19,8 @@ class Assessment:
     cpu_seconds: float = 0.0
     """Without the one-time work for a model: loading it and timing its steps."""
     problem: str = ""
+    for_router: bool = False
+    """Whether it found examples for a router, not profiles."""
 
 
 class Assessor:
@@ -102,6 +104,7 @@ async def evaluate(
         fresh=due.fresh,
         newest_seconds=due.newest_seconds,
         prompts_only=due.prompts_only,
+        for_router=due.for_router,
     )
     try:
         async with channel.to_service_async(address) as opened:
@@ -110,16 +113,17 @@ async def evaluate(
             stub: profiler_pb2_grpc.ProfilerServiceAsyncStub
             stub = profiler_pb2_grpc.ProfilerServiceStub(opened)
             async for response in stub.Evaluate(request, timeout=timeout_seconds):
-                if response.HasField("result"):
-                    result = response.result
+                if response.WhichOneof("event") in ("result", "router_result"):
+                    result = response.router_result if due.for_router else response.result
                     cpu_seconds += max(0.0, result.cpu_seconds - result.once_cpu_seconds)
     except grpc.aio.AioRpcError as error:
         said = f"{error.code().name}, {error.details()}"
     except TimeoutError:
         said = "it cannot be reached"
     else:
-        return Assessment(cpu_seconds)
+        return Assessment(cpu_seconds, for_router=due.for_router)
     return Assessment(
         cpu_seconds,
         f"the profiler at {address} did not evaluate, decisions rest on the last profiles: {said}",
+        due.for_router,
     )

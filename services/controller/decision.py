@@ -1,5 +1,7 @@
 """A decision: every option that was considered, the choice, and the reason."""
 
+from collections.abc import Mapping
+
 from helios.served import ServedPlan
 from services.controller.situation import Record, Trigger
 
@@ -38,7 +40,7 @@ class Option(Record):
 
 
 class WorkerPlan(Record):
-    """The plan chosen for one worker."""
+    """A plan chosen for one worker. With a set, a worker has several."""
 
     worker_id: str
     model: str
@@ -53,6 +55,9 @@ class Decision(Record):
     before: ServedPlan | None
     plan: ServedPlan | None
     """For all workers that are not pinned. None: there are no options to choose from."""
+    plans_before: Mapping[str, tuple[ServedPlan, ...]] = {}
+    plans: Mapping[str, tuple[ServedPlan, ...]] = {}
+    """The sets from which a router chooses, by worker as in `SetOffer`. Empty: `plan` serves all."""
     chosen: tuple[WorkerPlan, ...]
     options: tuple[Option, ...]
     reason: str
@@ -65,5 +70,5 @@ class Decision(Record):
 
     @property
     def moves(self) -> bool:
-        """Whether the plan differs from the one before."""
-        return self.plan != self.before
+        """Whether the plan, or a set of plans, differs from that before."""
+        return self.plan != self.before or self.plans != self.plans_before

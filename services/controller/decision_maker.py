@@ -15,9 +15,11 @@ from services.controller.leader import Leadership
 from services.controller.measurement import Measurement
 from services.controller.metrics import decision_counter
 from services.controller.policy.decide import contradiction, decide
+from services.controller.policy.sets import Sets
 from services.controller.record import DecisionEntry
 from services.controller.replica import Replica
 from services.controller.rollout import Rollout
+from services.controller.routing.request_routing import RequestRouting
 from services.controller.settings import ControllerSettings
 from services.controller.situation import Bar, Situation, Trigger
 from services.controller.workload import Workload
@@ -37,6 +39,8 @@ class DecisionMaker:
         history: History,
         rollout: Rollout,
         candidates: Candidates,
+        routing: RequestRouting,
+        workload: Workload,
     ) -> None:
         self._settings = settings
         self._policy = settings.policy
@@ -46,11 +50,14 @@ class DecisionMaker:
         self._history = history
         self._rollout = rollout
         self._candidates = candidates
-        self._workload = Workload(settings.prompt_tokens, settings.output_tokens)
+        self._routing = routing
+        self._workload = workload
         # Measures the last decision until its outcome is recorded.
         self._measurement: Measurement | None = None
         # Count of finished requests at the last move. None: the plan has never been moved.
         self._moved_at: int | None = None
+        # The sets of the last decision while the policy only advises.
+        self._advised: Sets = {}
         self._counter = decision_counter()
 
     async def make(self, trigger: Trigger, bar: Bar | None, agenda: Agenda) -> Decision:
@@ -68,7 +75,8 @@ class DecisionMaker:
             number = await self._record(situation, decision)
             # Without options nothing was chosen, so the operator's plan does not become the policy's.
             if self._settings.mode == "active" and decision.options:
-                await self._replica.change(plan=decision.plan)
+                await self._replica.change(plan=decision.plan, plans=decision.plans)
+            self._advised = decision.plans
             span.set_attributes(
                 {
                     "helios.decision": number,
@@ -83,6 +91,21 @@ class DecisionMaker:
         if decision.moves and self._settings.mode == "active":
             self._moved_at = self._fleet.totals.finished
         return decision
+
+    async def preview_routing(self, agenda: Agenda) -> tuple[bool, int | None]:
+        """Whether a decision on what the router needs now would change the sets of plans.
+
+        Also the number of requests for which a dwell holds a change up. None: it does not. Raises
+        SettingsError when the models directory cannot be read.
+        """
+        candidates = await self._candidates.names(self._replica.state.slo.objective)
+        decision = decide(self._situation(Trigger.ROUTING, agenda, candidates), self._policy)
+        return decision.plans != self._sets, decision.again_after_requests
+
+    @property
+    def _sets(self) -> Sets:
+        """The sets of plans in force or, if the policy only advises, those of the last decision."""
+        return self._replica.state.plans if self._settings.mode == "active" else self._advised
 
     def contradiction(self, slo: Slo, agenda: Agenda) -> str | None:
         """The bounds of an SLO that no profiled option satisfies together. None: some option does."""
@@ -135,6 +158,9 @@ class DecisionMaker:
                 for worker in self._fleet.serving
             ),
             plan=state.plan if self._settings.mode == "active" else None,
+            plans=self._sets,
+            offer=self._routing.offer,
+            no_offer=self._routing.no_offer,
             reading=agenda.reading,
             bars=state.bars,
             delayed_seconds=agenda.delayed_seconds if trigger is Trigger.REASSESSMENT else 0.0,

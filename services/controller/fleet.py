@@ -1,6 +1,8 @@
 """The workers as the controller sees them: what each serves, and the totals of all."""
 
 import logging
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from redis.asyncio import Redis
@@ -18,6 +20,8 @@ from services.controller.traffic_watch import Served
 log = logging.getLogger(__name__)
 
 _REDIAL_SECONDS = 0.5
+# Routed prompts that are kept until somebody takes them.
+_MOST_PROMPTS = 1000
 
 
 @dataclass(slots=True)
@@ -127,11 +131,14 @@ class Fleet:
             log=log,
             on_heard=self._heard,
             on_lost=self._lost,
+            on_served=self._routed,
             why_forget=lambda worker: "it has stopped answering" if worker.is_silent else "",
         )
         self.totals = Totals()
         # What was served since the last `take_served`, by plan.
         self._served: dict[ServedPlan, Served] = {}
+        # The prompts that were routed since the last `take_prompts`.
+        self._prompts: deque[worker_pb2.ServedPrompt] = deque(maxlen=_MOST_PROMPTS)
         # Told whenever a worker's telemetry comes.
         self.news = News()
 
@@ -187,6 +194,15 @@ class Fleet:
         """What was served since the last call, by plan."""
         served, self._served = self._served, {}
         return list(served.values())
+
+    def take_prompts(self) -> list[worker_pb2.ServedPrompt]:
+        """The prompts that were routed and computed since the last call, the newest last."""
+        prompts = list(self._prompts)
+        self._prompts.clear()
+        return prompts
+
+    def _routed(self, prompts: Sequence[worker_pb2.ServedPrompt]) -> None:
+        self._prompts.extend(prompts)
 
     def _found(self, lease: WorkerLease) -> Worker:
         log.info("worker %s at %s is found", lease.worker_id, lease.address)

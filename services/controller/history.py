@@ -1,7 +1,7 @@
 """The performance history, limited to the profiles that decisions can use."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from redis.asyncio import Redis
 
@@ -47,11 +47,13 @@ class History:
             *self._mistimed(),
         ]
 
-    def threshold(self, plan: ServedPlan) -> float | None:
-        """The confidence to which the plan's exit was calibrated on recent requests. None: not profiled."""
-        profile = self.profiles.get(plan.model)
-        found = None if profile is None else profile.find_exit(plan.depth)
-        return None if found is None else found.threshold
+    def thresholds(self, plans: Iterable[ServedPlan]) -> dict[ServedPlan, float]:
+        """The confidence to which each plan's exit was calibrated on recent requests, if it was profiled."""
+        return {
+            plan: found.threshold
+            for plan in plans
+            if (profile := self.profiles.get(plan.model)) and (found := profile.find_exit(plan.depth))
+        }
 
     def upholds(self, bar: Bar) -> bool:
         """Whether the bar still holds: its model has not been profiled since."""

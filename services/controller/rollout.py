@@ -1,22 +1,28 @@
-"""Moves workers to their plans one after the other. Halts at the first that fails."""
+"""Moves workers to their plans one after the other. Halts at the first that fails.
+
+A worker's plans are a single one, or a set from which a router chooses.
+"""
 
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from helios.errors import HeliosError
 from helios.served import ServedPlan
 from services.controller.fleet import Fleet, Worker
 from services.controller.history import History
 from services.controller.news import News
-from services.controller.reload import Reloaded, WorkerLostError, reload
+from services.controller.reload import Reloaded, WorkerLostError, named, reload, serves
 from services.controller.replica import Replica
 from services.controller.settings import ControllerSettings
 
 log = logging.getLogger(__name__)
+
+# The plans of one worker, the first one first. Never empty.
+Plans: TypeAlias = tuple[ServedPlan, ...]
 
 
 @dataclass(slots=True)
@@ -39,9 +45,9 @@ class Progress:
         self.stall_seconds = max(self.stall_seconds, moved.stall_seconds)
         self.sequences_moved += moved.sequences_moved
 
-    def halt(self, worker: Worker, plan: ServedPlan, error: HeliosError) -> None:
+    def halt(self, worker: Worker, plans: Plans, error: HeliosError) -> None:
         """Halts the rollout at this worker, with the reason."""
-        self.halted = f"the rollout of {plan} halted at {worker.worker_id}: {error.message}"
+        self.halted = f"the rollout of {named(plans)} halted at {worker.worker_id}: {error.message}"
         self.lost = worker.worker_id if isinstance(error, WorkerLostError) else ""
         log.warning("%s", self.halted)
 
@@ -59,9 +65,9 @@ class Rollout:
         fleet: Fleet,
         replica: Replica,
         history: History,
-        on_halt: Callable[[Worker, ServedPlan, HeliosError], Awaitable[None]],
+        on_halt: Callable[[Worker, Plans, HeliosError], Awaitable[None]],
     ) -> None:
-        """`on_halt` is called with the reason when a worker has failed to move to its plan."""
+        """`on_halt` is called with the reason when a worker has failed to move to its plans."""
         self._settings = settings
         self._fleet = fleet
         self._replica = replica
@@ -100,8 +106,9 @@ class Rollout:
 
     async def bring(self, worker: Worker, plan: ServedPlan) -> None:
         """Moves a worker to a plan at once. Raises the errors of `reload`."""
-        if worker.plan != plan:
-            await reload(worker, plan, self._settings.reload_timeout_seconds, self._history.threshold(plan))
+        if not serves(worker, (plan,)):
+            thresholds = self._history.thresholds((plan,))
+            await reload(worker, (plan,), self._settings.reload_timeout_seconds, thresholds)
 
     def _go_on_after_loss(self) -> None:
         """Ends a halt at a lost worker once that worker answers again."""
@@ -117,57 +124,58 @@ class Rollout:
         found = self._following()
         return found is not None and await self._move(*found)
 
-    async def _move(self, worker: Worker, plan: ServedPlan, loaded: asyncio.Event | None = None) -> bool:
-        """Returns whether the move succeeded. `loaded` is set when the worker has loaded the plan."""
+    async def _move(self, worker: Worker, plans: Plans, loaded: asyncio.Event | None = None) -> bool:
+        """Returns whether the move succeeded. `loaded` is set when the worker has loaded the plans."""
         try:
             moved = await reload(
                 worker,
-                plan,
+                plans,
                 self._settings.reload_timeout_seconds,
-                self._history.threshold(plan),
+                self._history.thresholds(plans),
                 urgent=self.progress.urgent,
                 loaded=loaded,
             )
         except HeliosError as error:
-            self.progress.halt(worker, plan, error)
-            await self._on_halt(worker, plan, error)
+            self.progress.halt(worker, plans, error)
+            await self._on_halt(worker, plans, error)
             return False
         self.progress.add(moved)
         return True
 
-    def _following(self, besides: Collection[str] = ()) -> tuple[Worker, ServedPlan] | None:
-        """The worker to move next and its plan, except those in `besides`."""
+    def _following(self, besides: Collection[str] = ()) -> tuple[Worker, Plans] | None:
+        """The worker to move next and its plans, except those in `besides`."""
         if not self._replica.is_leading:
             return None
 
-        def wanted(worker_id: str) -> ServedPlan | None:
-            return None if worker_id in besides else self._wanted(worker_id)
+        def wanted(worker_id: str) -> Plans:
+            return () if worker_id in besides else self._wanted(worker_id)
 
         return next_to_move(self._fleet.workers, wanted, self._settings.min_ready)
 
-    def _wanted(self, worker_id: str) -> ServedPlan | None:
-        # Pins of operators apply in every mode.
+    def _wanted(self, worker_id: str) -> Plans:
         if self._settings.mode == "active":
-            return self._replica.state.wanted(worker_id)
-        return self._replica.state.pin_of(worker_id)
+            return self._replica.state.wanted_plans(worker_id)
+        # Pins of operators apply in every mode.
+        pin = self._replica.state.pin_of(worker_id)
+        return () if pin is None else (pin,)
 
 
 async def move_overlapping(
-    following: Callable[[Collection[str]], tuple[Worker, ServedPlan] | None],
-    move: Callable[[Worker, ServedPlan, asyncio.Event], Coroutine[Any, Any, bool]],
+    following: Callable[[Collection[str]], tuple[Worker, Plans] | None],
+    move: Callable[[Worker, Plans, asyncio.Event], Coroutine[Any, Any, bool]],
 ) -> bool:
-    """Moves all workers that must move. Each begins once the one before has loaded its plan.
+    """Moves all workers that must move. Each begins once the one before has loaded its plans.
 
     Only loading may fail, so the next worker can begin while sequences of the one before still move.
-    following: the next worker and its plan, except for the given workers. move: returns whether the worker
-    succeeded, and sets the event when it has loaded the plan. Returns whether workers moved and none failed.
+    following: the next worker and its plans, except for the given workers. move: returns whether the worker
+    succeeded, and sets the event when it has loaded the plans. Returns whether workers moved and none failed.
     """
     moves: dict[str, asyncio.Task[bool]] = {}
     async with asyncio.TaskGroup() as group:
         while (found := following(moves)) is not None:
-            worker, plan = found
+            worker, plans = found
             loaded = asyncio.Event()
-            moves[worker.worker_id] = moving = group.create_task(move(worker, plan, loaded))
+            moves[worker.worker_id] = moving = group.create_task(move(worker, plans, loaded))
             waiting = group.create_task(loaded.wait())
             await asyncio.wait({moving, waiting}, return_when=asyncio.FIRST_COMPLETED)
             waiting.cancel()
@@ -177,9 +185,9 @@ async def move_overlapping(
 
 
 def next_to_move(
-    workers: Sequence[Worker], wanted: Callable[[str], ServedPlan | None], min_ready: int
-) -> tuple[Worker, ServedPlan] | None:
-    """The serving worker that should be reloaded next, and its plan. None: no worker.
+    workers: Sequence[Worker], wanted: Callable[[str], Plans], min_ready: int
+) -> tuple[Worker, Plans] | None:
+    """The serving worker that should be reloaded next, and its plans. None: no worker.
 
     A worker serves while it reloads, but it may fail. So `min_ready` others must serve, as far as there are
     that many.
@@ -188,7 +196,7 @@ def next_to_move(
     if len(serving) - 1 < min(min_ready, len(workers) - 1):
         return None
     for worker in serving:
-        plan = wanted(worker.worker_id)
-        if plan is not None and worker.plan != plan:
-            return worker, plan
+        plans = wanted(worker.worker_id)
+        if plans and not serves(worker, plans):
+            return worker, plans
     return None

@@ -45,7 +45,7 @@ class ControllerService(controller_pb2_grpc.ControllerServiceServicer):
     async def GetPlan(
         self, request: controller_pb2.GetPlanRequest, context: _Context
     ) -> controller_pb2.GetPlanResponse:
-        """The plan of each worker, the SLO, and current problems."""
+        """The plans of each worker, the SLO, the router, and current problems."""
         controller = self._controller
         return controller_pb2.GetPlanResponse(
             plans=self._plans(),
@@ -54,6 +54,7 @@ class ControllerService(controller_pb2_grpc.ControllerServiceServicer):
             mode=self._settings.mode,
             leading=controller.replica.is_leading,
             next_assessment=controller.next_assessment(),
+            router=controller.routing.state(),
         )
 
     async def SetSlo(

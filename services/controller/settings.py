@@ -11,9 +11,10 @@ from helios.settings import Address, ListenAddress, ServiceSettings
 from helios.slo import Objective, Slo
 from services.controller.agenda import AgendaSettings
 from services.controller.policy.settings import PolicySettings
+from services.controller.routing.settings import RoutingSettings
 
 
-class ControllerSettings(ServiceSettings, AgendaSettings):
+class ControllerSettings(ServiceSettings, AgendaSettings, RoutingSettings):
     """Everything about a controller that an operator can set, the policy included."""
 
     model_config = SettingsConfigDict(
@@ -77,6 +78,8 @@ class ControllerSettings(ServiceSettings, AgendaSettings):
             raise ValueError("telemetry_seconds must be below worker_timeout_seconds")
         if self.breach_limit > self.window_tokens:
             raise ValueError("breach_limit must not be above window_tokens")
+        if self.routing_least_examples > self.routing_examples:
+            raise ValueError("routing_least_examples must not be above routing_examples")
         return self
 
     @property

@@ -29,6 +29,7 @@ class Trigger(enum.StrEnum):
     SLO = "SLO"
     OPERATOR = "operator"
     FAILURE = "failed reload"
+    ROUTING = "routing"
 
 
 class Bar(Record):
@@ -83,6 +84,27 @@ class Reading(Record):
     """Its standard error."""
 
 
+class SetOffer(Record):
+    """Plans from which a router would choose for each request, and what is expected of that."""
+
+    plans: Mapping[str, tuple[ServedPlan, ...]]
+    """By worker id. EVERY_WORKER (helios.orders): of all other workers."""
+    seconds: float = Field(gt=0)
+    """Expected seconds of a token, probes included."""
+    single: ServedPlan
+    """The quickest plan that alone would keep the bound for the same requests, and its seconds."""
+    single_seconds: float = Field(gt=0)
+    examples: int
+    price: float
+    """Seconds per nat of a token."""
+    increase: float
+    """Expected rise of perplexity, a share. The next field is its standard error."""
+    error: float
+    served_surprise: float | None = None
+    """Nats a token of the last routed prompts above what was expected. None: too few. Then its error."""
+    served_error: float | None = None
+
+
 class Situation(Record):
     """The complete input of a decision."""
 
@@ -93,6 +115,11 @@ class Situation(Record):
     workers: tuple[WorkerView, ...]
     plan: ServedPlan | None = None
     """The plan in force for workers that are not pinned. None: none was ever chosen."""
+    plans: Mapping[str, tuple[ServedPlan, ...]] = {}
+    """The sets in force from which a router chooses, by worker as in `SetOffer`. Empty: none are."""
+    offer: SetOffer | None = None
+    no_offer: str = ""
+    """Why there is no offer, if a router is wanted."""
     reading: Reading | None = None
     bars: tuple[Bar, ...] = ()
     delayed_seconds: float = 0.0

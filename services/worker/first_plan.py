@@ -99,25 +99,29 @@ async def find(redis_url: str | None, worker_id: str, plan_file: PlanFile) -> Fi
     Never raises, and takes at most a few seconds. Faults of Redis or of the file are logged.
     """
     kept = plan_file.read()
-    ordered = None if redis_url is None else await _ordered(redis_url, worker_id, kept)
+    ordered = None if redis_url is None else await _ordered(redis_url, worker_id)
     return ordered or kept
 
 
-async def _ordered(redis_url: str, worker_id: str, kept: FirstPlan | None) -> FirstPlan | None:
+async def _ordered(redis_url: str, worker_id: str) -> FirstPlan | None:
     try:
         async with asyncio.timeout(_REDIS_SECONDS), redis_client.connect(redis_url) as redis:
             in_force = await orders.read(redis)
-            plan = in_force.wanted(worker_id)
-            if plan is None:
+            plans = in_force.wanted_plans(worker_id)
+            if not plans:
                 return None
-            # The controller sends the same threshold with a reload.
-            profile = await history.find(redis, plan.model)
-            found = None if profile is None else profile.find_exit(plan.depth)
-            # Orders name only the first plan of a set. A pin is a single plan.
-            also: tuple[LoadedPlan, ...] = ()
-            if kept is not None and kept.plan == plan and in_force.pin_of(worker_id) is None:
-                also = kept.also
-            return FirstPlan(plan, None if found is None else found.threshold, "is in force", also)
+            # The controller sends the same thresholds with a reload.
+            profiles = {name: await history.find(redis, name) for name in {plan.model for plan in plans}}
+            first, *also = [
+                LoadedPlan(
+                    plan=plan,
+                    threshold=one.threshold
+                    if (profile := profiles[plan.model]) and (one := profile.find_exit(plan.depth))
+                    else None,
+                )
+                for plan in plans
+            ]
+            return FirstPlan(first.plan, first.threshold, "is in force", tuple(also))
     except (RedisError, OSError, ValidationError) as error:  # TimeoutError is an OSError.
         reason = str(error) or f"no answer in {_REDIS_SECONDS:g} s"
         log.warning("the plan in force cannot be read from Redis: %s", reason)

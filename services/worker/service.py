@@ -337,14 +337,14 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
     async def SetRouter(
         self, request: worker_pb2.SetRouterRequest, context: _Context
     ) -> worker_pb2.SetRouterResponse:
-        """Replaces the router. One that cannot be used is refused, and the router before it stays."""
+        """Replaces the router, or takes it away. One that cannot be used is refused and changes nothing."""
         try:
-            router = Router.from_json(request.router)
+            router = Router.from_json(request.router) if request.router else None
         except InvalidRequestError as error:
             log.warning("a router was refused: %s", error)
             await abort(context, error)
         self._router = router
-        log.info("routing by router %d", router.number)
+        log.info("requests are not routed" if router is None else f"routing by router {router.number}")
         self._announce()
         return worker_pb2.SetRouterResponse()
 

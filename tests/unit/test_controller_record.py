@@ -147,6 +147,49 @@ async def test_workers_read_pins_always_and_the_plan_while_an_active_controller_
     assert await wanted() == (pinned, None), "the next stack may be told something else"
 
 
+async def test_workers_without_a_pin_get_their_set_and_others_the_usual_one(
+    redis: Redis, leadership: Leadership
+) -> None:
+    pinned, chosen = ServedPlan(model="a", depth=2), ServedPlan(model="c", depth=6)
+    usual, own = (chosen, ServedPlan(model="c", depth=12)), (chosen, ServedPlan(model="b", depth=4))
+    kept = ControllerState(
+        pins={"pinned": pinned}, plan=chosen, plans={EVERY_WORKER: usual, "own": own, "pinned": own}
+    )
+    await state.save(leadership, kept, "active")
+    read = await orders.read(redis)
+    assert read.wanted_plans("own") == own
+    assert read.wanted_plans("new") == usual
+    assert read.wanted("new") == chosen
+    assert read.wanted_plans("pinned") == (pinned,)
+    await leadership.resign()
+    left = await orders.read(redis)
+    assert (left.wanted_plans("own"), left.wanted_plans("pinned")) == ((), (pinned,))
+
+
+async def test_a_state_without_sets_is_read_as_one_plan_for_all(redis: Redis) -> None:
+    old = {"slo": {"objective": "throughput"}, "pins": {}, "plan": {"model": "c", "depth": 6}, "bars": []}
+    await redis.hset(CONTROLLER_STATE, "state", json.dumps(old))
+    read = await state.load(redis)
+    assert read is not None
+    assert read.wanted_plans("w") == (ServedPlan(model="c", depth=6),)
+
+
+async def test_a_decision_of_an_earlier_version_is_read_and_replayed(
+    redis: Redis, leadership: Leadership
+) -> None:
+    entry = decision_entry()
+    old = entry.model_dump(mode="json")
+    for name in ("plans", "offer", "no_offer"):
+        del old["situation"][name]
+    for name in ("plans", "plans_before"):
+        del old["decision"][name]
+    await redis.xadd(DECISIONS, {"kind": "decision", "number": 1, "json": json.dumps(old)})
+    (read,), _, ignored = await record.read_last(redis, 10)
+    assert ignored == {}
+    assert read.entry == entry
+    assert read.entry.replay() == entry.decision
+
+
 async def test_state_of_another_version_is_refused_by_name(redis: Redis, leadership: Leadership) -> None:
     await redis.hset(CONTROLLER_STATE, "state", '{"slo": 5}')
     with pytest.raises(SettingsError, match=CONTROLLER_STATE):

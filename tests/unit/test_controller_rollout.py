@@ -7,9 +7,10 @@ from typing import cast
 
 from helios.served import ServedPlan
 from services.controller.fleet import Worker
-from services.controller.rollout import move_overlapping
+from services.controller.reload import named
+from services.controller.rollout import Plans, move_overlapping, next_to_move
 
-PLAN = ServedPlan(model="small", depth=4)
+PLANS = (ServedPlan(model="small", depth=4),)
 
 
 class Workers:
@@ -22,12 +23,12 @@ class Workers:
         self.loads = {name: asyncio.Event() for name in self.names}
         self.ends = {name: asyncio.Event() for name in self.names}
 
-    def following(self, besides: Collection[str]) -> tuple[Worker, ServedPlan] | None:
+    def following(self, besides: Collection[str]) -> tuple[Worker, Plans] | None:
         left = [name for name in self.names if name not in besides]
         # Only the part of a worker that the rollout reads.
-        return (cast("Worker", SimpleNamespace(worker_id=left[0])), PLAN) if left else None
+        return (cast("Worker", SimpleNamespace(worker_id=left[0])), PLANS) if left else None
 
-    async def move(self, worker: Worker, plan: ServedPlan, loaded: asyncio.Event) -> bool:
+    async def move(self, worker: Worker, plans: Plans, loaded: asyncio.Event) -> bool:
         self.begun.append(worker.worker_id)
         await self.loads[worker.worker_id].wait()
         if worker.worker_id == self.refusing:
@@ -79,3 +80,32 @@ async def test_moves_end_with_the_rollout() -> None:
     moving.cancel()
     await asyncio.wait({moving}, timeout=5)
     assert moving.cancelled()
+
+
+def worker(name: str, *plans: ServedPlan, is_serving: bool = True) -> Worker:
+    """Only the part of a worker that the choice reads."""
+    return cast(
+        "Worker",
+        SimpleNamespace(worker_id=name, plans=plans, plan=plans[0] if plans else None, is_serving=is_serving),
+    )
+
+
+def test_sets_are_compared_by_their_plans_and_the_first_one() -> None:
+    two, four, six = (ServedPlan(model="small", depth=depth) for depth in (2, 4, 6))
+    for served, moves in (
+        ((four, two, six), False),
+        ((four, six, two), False),
+        ((two, four, six), True),
+        ((four, two), True),
+        ((four,), True),
+    ):
+        one = worker("a", *served)
+        expected = (one, (four, two, six)) if moves else None
+        assert next_to_move([one], lambda _: (four, two, six), 1) == expected, served
+    assert next_to_move([worker("a", two)], lambda _: (), 1) is None, "it keeps its plans"
+
+
+def test_plans_are_named_by_model() -> None:
+    plans = [ServedPlan(model=model, depth=depth) for model, depth in (("b", 6), ("a", 2), ("b", 2))]
+    assert named(plans) == "b at depths 2, 6, a at depth 2"
+    assert named(plans[:1]) == "b at depth 6"

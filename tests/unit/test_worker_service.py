@@ -13,7 +13,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from helios import redis_client, telemetry
+from helios import history, redis_client, telemetry
 from helios.client import error_from, error_of
 from helios.engine.interface import ServedPrompt
 from helios.errors import HeliosError, InvalidRequestError, PlanNotServedError, UnknownModelError
@@ -28,6 +28,7 @@ from services.worker.__main__ import _load_further
 from services.worker.first_plan import FirstPlan, LoadedPlan, PlanFile
 from services.worker.service import WorkerService
 from services.worker.settings import WorkerSettings
+from tests.profiles import THRESHOLD, exit_profile, model_profile
 from tests.scripted_engine import ScriptedEngine
 
 TINY_1, TINY_2, TINY_4 = (ServedPlan(model="tiny", depth=depth) for depth in (1, 2, 4))
@@ -373,24 +374,26 @@ async def test_a_watcher_that_asks_gets_each_served_prompt_once(tiny_models: Pat
         assert not (await anext(others)).served_prompts
 
 
-async def test_a_set_from_the_plan_file_goes_on_when_redis_names_its_first_plan(
-    redis_url: str, tmp_path: Path
-) -> None:
+async def test_a_worker_starts_with_the_set_that_redis_names(redis_url: str, tmp_path: Path) -> None:
     plan_file = PlanFile(tmp_path / "plan.json", TINY_4)
-    also = (LoadedPlan(plan=OTHER_2, threshold=0.5),)
-    plan_file.write(TINY_2, None, also)
+    plan_file.write(TINY_2, None, (LoadedPlan(plan=OTHER_2, threshold=0.5),))
     async with redis_client.connect(redis_url) as redis:
-        state: dict[str, object] = {"plan": {"model": "tiny", "depth": 2}}
+        await history.write(redis, model_profile("other", [exit_profile(2, 0.9), exit_profile(4, 0.9)]))
+        in_set = [{"model": "tiny", "depth": 4}, {"model": "other", "depth": 2}]
+        state: dict[str, object] = {"plan": {"model": "tiny", "depth": 4}, "plans": {"": in_set}}
+
+        async def found() -> FirstPlan:
+            await redis.hset(CONTROLLER_STATE, mapping={"state": json.dumps(state), "mode": "active"})
+            plan = await first_plan.find(redis_url, "w", plan_file)
+            assert plan is not None
+            return plan
+
         await redis.set(CONTROLLER_LEADER, "somebody")
-        await redis.hset(CONTROLLER_STATE, mapping={"state": json.dumps(state), "mode": "active"})
-        found = await first_plan.find(redis_url, "w", plan_file)
-        assert found is not None
-        assert (found.plan, found.also) == (TINY_2, also)
+        first = await found()
+        assert first.plan == TINY_4
+        assert first.also == (LoadedPlan(plan=OTHER_2, threshold=THRESHOLD),), "as calibrated"
         state["pins"] = {"w": {"model": "tiny", "depth": 2}}
-        await redis.hset(CONTROLLER_STATE, mapping={"state": json.dumps(state), "mode": "active"})
-        pinned = await first_plan.find(redis_url, "w", plan_file)
-        assert pinned is not None
-        assert (pinned.plan, pinned.also) == (TINY_2, ()), "a pin is a single plan"
+        assert ((await found()).plan, (await found()).also) == (TINY_2, ()), "a pin is a single plan"
 
 
 async def test_a_plan_file_of_an_earlier_version_names_one_plan(tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from collections import Counter
 from collections.abc import Sequence
 
+from helios.orders import EVERY_WORKER
 from helios.served import ServedPlan
 from services.controller.decision import Decision, WorkerPlan
 from services.controller.policy.choice import answer_breach, best_by_slo, excuse, retreat, undecided
 from services.controller.policy.options import Weighed, weigh
+from services.controller.policy.sets import Sets, choose_sets
 from services.controller.policy.settings import PolicySettings
-from services.controller.situation import Situation, Trigger
+from services.controller.situation import Situation, Trigger, WorkerView
 
 _AFTER_A_DRIFT = (Trigger.DRIFT, Trigger.RETREAT)
 
@@ -28,6 +30,9 @@ def decide(situation: Situation, settings: PolicySettings) -> Decision:
     else:
         plan, reason = best_by_slo(weighed, before, situation, settings)
     reason += excuse(weighed, before, plan, situation)
+    sets = choose_sets(situation, plan, settings)
+    if sets.reason:
+        reason = f"{sets.reason}; without it: {reason}" if sets.plans else f"{sets.reason}; {reason}"
     if situation.delayed_seconds:
         waited = f"{situation.delayed_seconds:.0f} s"
         reason += f"; put off for {waited}, so that profiling stays within its share of CPU"
@@ -35,25 +40,34 @@ def decide(situation: Situation, settings: PolicySettings) -> Decision:
     if held:
         reason += f"; an operator holds {', '.join(held)}"
     chosen = tuple(
-        WorkerPlan(
-            worker_id=worker.worker_id,
-            model=worker.model if worker.pinned or plan is None else plan.model,
-            depth=worker.depth if worker.pinned or plan is None else plan.depth,
-            pinned=worker.pinned,
-        )
+        WorkerPlan(worker_id=worker.worker_id, model=one.model, depth=one.depth, pinned=worker.pinned)
         for worker in situation.workers
+        for one in _plans_of(worker, sets.plans, plan)
     )
     return Decision(
         trigger=situation.trigger,
         before=before,
         plan=plan,
+        plans_before=situation.plans,
+        plans=sets.plans,
         chosen=chosen,
         options=tuple(one.explained(plan) for one in weighed),
         reason=reason,
-        again_after_requests=next((one.dwell_left for one in weighed if one.dwell_left is not None), None),
+        again_after_requests=sets.dwell_left
+        if situation.trigger is Trigger.ROUTING
+        else next((one.dwell_left for one in weighed if one.dwell_left is not None), None),
         undecided=undecided(weighed, plan, situation.slo, settings),
-        urgent=plan != before and (_is_out(weighed, before) or situation.trigger in _AFTER_A_DRIFT),
+        urgent=plan != before
+        and not sets.plans
+        and (_is_out(weighed, before) or situation.trigger in _AFTER_A_DRIFT),
     )
+
+
+def _plans_of(worker: WorkerView, sets: Sets, plan: ServedPlan | None) -> tuple[ServedPlan, ...]:
+    """The plans chosen for a worker: its pin, its set, or the single plan."""
+    if worker.pinned:
+        return (worker.plan,)
+    return sets.get(worker.worker_id) or sets.get(EVERY_WORKER) or (worker.plan if plan is None else plan,)
 
 
 def contradiction(situation: Situation, settings: PolicySettings) -> str | None:

@@ -91,16 +91,17 @@ def _expect(
     before: ServedPlan | None,
 ) -> Option:
     workers = situation.free or situation.workers
-    batch = min(_batch(one, worker, situation) for worker in workers)
+    context = situation.prompt_tokens + situation.output_tokens / 2
+    batch = min(
+        most_sequences(worker, one.weight_bytes, one.kv_bytes_per_token * context) for worker in workers
+    )
     in_flight = sum(worker.running + worker.waiting for worker in workers)
     load = max(1, min(-(-in_flight // len(workers)), batch))
     tpot = one.step_seconds(load)
     # Measured for a single request. At a loaded worker, the step in progress must end first.
     ttft = one.ttft_seconds + (tpot if load > 1 else 0.0)
-    prefill = situation.prompt_tokens / situation.output_tokens / one.prefill_tokens_per_second
     # If memory holds no sequence, the option is refused. Its figures are then those of one sequence.
-    full_batch = max(1, batch)
-    token_seconds = one.step_seconds(full_batch) / full_batch + prefill
+    token_seconds = seconds_per_token(one, max(1, batch), situation.prompt_tokens, situation.output_tokens)
     # The largest rise is the one over the best candidate.
     increase, error, _ = max(increases, key=lambda one: one[0])
     plan = ServedPlan(model=profile.model, depth=one.depth)
@@ -131,13 +132,18 @@ def _expect(
     )
 
 
-def _batch(one: ExitProfile, worker: WorkerView, situation: Situation) -> int:
-    """How many sequences, each half generated, fit into the memory that the weights leave."""
+def most_sequences(worker: WorkerView, weight_bytes: int, sequence_bytes: float) -> int:
+    """How many sequences with KV of this size fit into the memory that the weights leave."""
     if worker.memory_bytes is None:
         return worker.max_running
-    context = situation.prompt_tokens + situation.output_tokens / 2
-    free = worker.memory_bytes - one.weight_bytes
-    return max(0, min(worker.max_running, int(free / (one.kv_bytes_per_token * context))))
+    free = worker.memory_bytes - weight_bytes
+    return max(0, min(worker.max_running, int(free / sequence_bytes)))
+
+
+def seconds_per_token(one: ExitProfile, batch: int, prompt_tokens: float, output_tokens: float) -> float:
+    """Seconds of a generated token in a batch, with its share of the prefill of new requests."""
+    prefill = prompt_tokens / output_tokens / one.prefill_tokens_per_second
+    return one.step_seconds(batch) / batch + prefill
 
 
 def _cost(
