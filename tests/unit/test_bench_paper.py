@@ -193,7 +193,7 @@ def pools(count: int = 40) -> dict[str, list[Request]]:
             return Record((2, 4), sure, np.ones((2, TOKENS), dtype=np.bool_), nats, 4 * TOKENS)
 
         records = {model: record(own == domain) for own, model in MODELS.items()}
-        return Request(domain, domain, (len(domain), number), records)
+        return Request(domain, domain, 0, (len(domain), number), records)
 
     return {domain: [request(domain, number) for number in range(count)] for domain in held_out.DOMAINS}
 
