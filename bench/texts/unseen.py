@@ -1,4 +1,4 @@
-"""Texts of domains that no bundled model has seen: Latin, and an invented notation that is drawn from a seed."""
+"""Texts of domains that no bundled model has seen: Latin, and an invented notation, drawn from a seed."""
 
 import random
 from pathlib import Path

@@ -115,6 +115,7 @@ def compare(
     }
     return {
         "judged_from": scene.judged_from,
+        "first_judged": _FIRST_JUDGED,
         "phase_bound": PHASE_BOUND,
         "phase_requests": sizes.phase_requests,
         "examples": len(half[0].knowledge.features),
@@ -248,6 +249,7 @@ def _with_routing(runs: Sequence[tuple[Hindsight, RoutedRun]]) -> dict[str, Any]
     found = [run for _, run in runs]
     return {
         **_row(runs),
+        "loading_share": sum(run.moving_seconds for run in found) / sum(run.seconds for run in found),
         "probing_share": sum(run.probing_seconds for run in found) / sum(run.seconds for run in found),
         "read_by_all_share": sum(run.read_by_all for run in found) / requests,
         "safe_share": sum(run.safe for run in found) / requests,

@@ -111,7 +111,8 @@ class _Routing:
         # Evaluations that are under way: when they are there, and what they give.
         self.under_way: deque[tuple[int, list[Example]]] = deque()
         self.routed: deque[_Routed] = deque(maxlen=_RECENT_REQUESTS)
-        # The same requests as the present knowledge sees them, and the model that it expects to read each best.
+        # The same requests as the present knowledge sees them, and the models that are expected to read them
+        # best.
         self.recent: deque[Recent] = deque(maxlen=_RECENT_REQUESTS)
         self.kinds: deque[int] = deque(maxlen=_RECENT_REQUESTS)
         self.unlike: deque[bool] = deque(maxlen=_RECENT_REQUESTS)
