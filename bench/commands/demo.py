@@ -117,6 +117,7 @@ def _live(progress: "Progress") -> "Group":
     from rich.console import Group
     from rich.progress_bar import ProgressBar
 
+    from bench.demo.timeline import in_words
     from helios.cli.rows import Line, Rows
     from helios.rates import WINDOW_TOKENS
 
@@ -124,12 +125,11 @@ def _live(progress: "Progress") -> "Group":
     if not progress.samples:
         return Group(Line(progress.stage), bar)
     sample = progress.samples[-1]
-    left = ("worker", "plans (streams)")
+    left = ("worker", "plans with streams")
     rows = Rows(*left, f"CBC/{WINDOW_TOKENS}", "tokens/s", left=left)
     for worker in sample.workers:
         cbc = "-" if worker.cbc is None else f"{worker.cbc:.0f}"
-        plans = ", ".join(f"{plan} ({running})" for plan, running in worker.plans)
-        rows.add(worker.worker_id, plans, cbc, f"{worker.tokens_per_second:.0f}")
+        rows.add(worker.worker_id, in_words(worker.running), cbc, f"{worker.tokens_per_second:.0f}")
     return Group(bar, rows, Line(f"{sample.tokens_per_second:.0f} tokens/s. Quality is judged at the end."))
 
 

@@ -82,7 +82,7 @@ class Outcome:
                 helios[ALL].first_increase <= bound,
             ),
             Target(
-                f"tokens in windows within the bound (each at least {WINDOW_SECONDS:g} s and {WINDOW_REQUESTS} "
+                f"tokens in windows within the bound (of at least {WINDOW_SECONDS:g} s and {WINDOW_REQUESTS} "
                 "judged requests), the worst phase",
                 f"at least {_WITHIN_TARGET:.0%}",
                 f"{within:.1%}",

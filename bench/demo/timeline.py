@@ -1,7 +1,8 @@
 """The timeline of a stack while traffic drifts: samples, windows and decisions, as text and as a picture."""
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,13 +22,14 @@ _COLOUR_MAPS = ("Blues", "Oranges", "Greens", "Purples", "Reds", "Greys")
 
 @dataclass(frozen=True, slots=True)
 class WorkerSample:
-    """One worker's work since the previous sample. `plans`: those in force, and the sequences of each.
+    """One worker's work since the previous sample. `cbc` is None when it generated nothing.
 
-    `cbc` is None when it generated nothing.
+    plans: model and depth of those in force. running: those of them that have sequences.
     """
 
     worker_id: str
     plans: tuple[tuple[str, int], ...]
+    running: tuple[tuple[str, int], ...]
     tokens_per_second: float
     cbc: float | None
 
@@ -91,6 +93,13 @@ class Timeline:
     def models(self) -> list[str]:
         """Every model that was served, in order."""
         return sorted({model for model, _ in self.plans})
+
+
+def in_words(plans: Iterable[tuple[str, int]]) -> str:
+    """Plans (model and depth) in words, each model once."""
+    by_model = itertools.groupby(sorted(set(plans)), key=lambda plan: plan[0])
+    depths = {model: ", ".join(str(depth) for _, depth in group) for model, group in by_model}
+    return " and ".join(f"{model} at depth {found}" for model, found in depths.items())
 
 
 def as_text(timeline: Timeline, width: int) -> list[str]:

@@ -10,14 +10,13 @@ import grpc
 from bench.demo.phases import PHASES, STREAMS
 from bench.demo.progress import Progress, Show
 from bench.demo.stack import ANSWER_SECONDS
-from bench.demo.timeline import Mark, Sample, Timeline, WorkerSample
+from bench.demo.timeline import Mark, Sample, Timeline, WorkerSample, in_words
 from bench.load import clients
 from bench.load.clients import Stream
 from bench.load.traffic import Phase, Traffic
 from helios.client import AsyncClient, error_from
 from helios.errors import UnavailableError
 from helios.rates import rates
-from helios.served import ServedPlan
 from helios.slo import Slo
 from helios.stack_state import StackState
 from helios.v1 import controller_pb2, controller_pb2_grpc, inference_pb2, worker_pb2
@@ -101,10 +100,9 @@ class _Watch:
         """The decisions so far."""
         marks: list[Mark] = []
         at_first = self.samples[0].workers if self.samples else ()
-        before = ", ".join(sorted({plan for worker in at_first for plan, _ in worker.plans}))
+        before = in_words(plan for worker in at_first for plan in worker.plans)
         for number, decision in sorted(self._decisions.items()):
-            chosen = sorted({str(ServedPlan(model=one.model, depth=one.depth)) for one in decision.chosen})
-            plan = ", ".join(chosen)
+            plan = in_words((one.model, one.depth) for one in decision.chosen)
             seconds = decision.time - self._began
             # A decision from before the traffic comes again when its outcome is known: it is not counted.
             if seconds >= 0:
@@ -157,11 +155,9 @@ class _Watch:
                 # No telemetry since the last sample: the last known rate is used again.
                 rate, cbc = last.tokens_per_second, last.cbc
             self._before[worker.worker_id] = now
-            plans = tuple(
-                (str(ServedPlan(model=one.plan.model, depth=one.plan.depth)), one.running)
-                for one in now.plans
-            )
-            sample = WorkerSample(worker.worker_id, plans, rate, cbc)
+            plans = tuple((one.plan.model, one.plan.depth) for one in now.plans)
+            running = tuple((one.plan.model, one.plan.depth) for one in now.plans if one.running)
+            sample = WorkerSample(worker.worker_id, plans, running, rate, cbc)
             self._last[worker.worker_id] = sample
             workers.append(sample)
         if workers:

@@ -124,7 +124,8 @@ def windows(phase: str, requests: Sequence[Served], reference: int) -> list[Wind
             groups.append(group := [])
         group.append(one)
     if len(groups) > 1 and not _is_full(groups[-1], math.inf):
-        groups[-2] += groups.pop()
+        last = groups.pop()
+        groups[-1] += last
     return [_window(phase, group, reference) for group in groups if group]
 
 
