@@ -165,7 +165,7 @@ def _compare(
 def _ttft(
     subject: Subject, requests: Sequence[Request], routed: StackState, fixed: StackState, domain: str
 ) -> dict[str, Any]:
-    """One stream at a time: the router against the plan that it takes most often, pinned on the other stack."""
+    """One stream at a time: the router against the plan that it takes most often, pinned on `fixed`."""
     subject.say(f"time to the first token, {domain}")
     chosen = Counter(_plan(one) for one in _serve(routed, requests, 1)).most_common(1)[0][0]
     with connect(fixed.controller) as controller:
