@@ -1,5 +1,6 @@
 """Judges requests that were served: runs every candidate over their prompts."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from helios.engine.evaluation.trace import trace_dynamic, trace_exits
 from helios.engine.threads import set_threads
 from helios.hardware import available_memory
 from helios.modes import Precision
+from helios.served import ServedPlan
 
 # A probe may read this many of a prompt's first tokens, so quality is measured on the rest.
 _PROBED_TOKENS = 32
@@ -64,10 +66,20 @@ class Judge:
         """The candidate that is best over these prompts with all its layers."""
         prompts = list(prompts)
         self._run(prompts)
-        return min(
-            self.candidates,
-            key=lambda model: sum(self._traces[model.name, one].nats[-1] for one in prompts),
-        )
+        return min(self.candidates, key=lambda model: self._nats(model, prompts)[-1])
+
+    def fastest_within(self, prompts: Iterable[_Prompt], bound: float) -> ServedPlan:
+        """The smallest plan whose perplexity on these prompts is within `bound` (a share) of the best's."""
+        prompts = list(prompts)
+        most = self._nats(self.best(prompts), prompts)[-1] + math.log1p(bound)
+        within = [
+            (model, depth)
+            for model in self.candidates
+            for depth, nats in zip(model.exit_layers, self._nats(model, prompts), strict=True)
+            if nats <= most
+        ]
+        model, depth = min(within, key=lambda plan: plan[0].config.parameters(plan[1]))
+        return ServedPlan(model=model.name, depth=depth)
 
     def of(self, streams: Iterable[Stream], every: int) -> list[Served]:
         """The requests of one phase. The first ones and every so many of the others are judged."""
@@ -114,6 +126,10 @@ class Judge:
 
     def _full_nats(self, prompt: _Prompt) -> tuple[float, ...]:
         return tuple(float(self._traces[model.name, prompt].nats[-1]) for model in self.candidates)
+
+    def _nats(self, model: ModelEntry, prompts: Sequence[_Prompt]) -> NDArray[np.float64]:
+        """Mean nats by exit over prompts that were run."""
+        return np.stack([self._traces[model.name, one].nats for one in prompts]).mean(axis=0)
 
     def _run(self, prompts: Iterable[_Prompt]) -> None:
         """Runs every candidate over the prompts that it does not know."""
