@@ -23,7 +23,9 @@ class SetChoice(NamedTuple):
 
 
 def choose_sets(situation: Situation, plan: ServedPlan | None, settings: PolicySettings) -> SetChoice:
-    """Takes the offered sets if they beat a single plan by `min_gain`. Leaves them if one beats them by it.
+    """Takes the offered sets unless a single plan is faster by more than `routing_premium`.
+
+    Sets in force stay until a single plan is faster by `min_gain` more than that.
 
     plan: the single plan. It serves requests that are not routed, so it is the first plan of every set that
     has it.
@@ -35,12 +37,10 @@ def choose_sets(situation: Situation, plan: ServedPlan | None, settings: PolicyS
         says_why = situation.no_offer and (in_force or situation.trigger in _EXPLAINED)
         return SetChoice({}, f"one plan for all: {situation.no_offer}" if says_why else "")
     gain = 1 - offer.seconds / offer.single_seconds
-    is_worth = gain > -settings.min_gain if in_force else gain >= settings.min_gain
+    least = -settings.routing_premium - (settings.min_gain if in_force else 0.0)
     expected = _expected(offer)
-    if not is_worth:
-        return SetChoice(
-            {}, f"one plan for all: {expected}, a gain of {gain:.1%} (needed: {settings.min_gain:.1%})"
-        )
+    if gain < least:
+        return SetChoice({}, f"one plan for all: {expected}, a gain of {gain:.1%} (needed: {least:.1%})")
     plans = {worker: with_first(its, plan) for worker, its in offer.plans.items()}
     since, is_new = situation.requests_since_move, plans != in_force
     if (
