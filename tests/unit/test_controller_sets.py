@@ -291,6 +291,13 @@ def test_a_set_in_force_stays_until_a_single_plan_beats_it_by_premium_and_gain()
         assert bool(decision.plans) == stays, decision.reason
 
 
+@pytest.mark.parametrize("fields", [{"unlike_share": 0.5}, {"is_best_effort": True}])
+def test_a_set_in_force_stays_while_the_traffic_is_new(fields: dict[str, object]) -> None:
+    slow = offer(2.0).model_copy(update=fields)
+    assert decide(situation(offer=slow, plans=SETS), SETTINGS).plans
+    assert not decide(situation(offer=slow), SETTINGS).plans
+
+
 def test_the_first_plan_of_a_set_is_the_single_plan() -> None:
     decision = decide(situation(offer=offer(0.5)), SETTINGS)
     assert decision.plan is not None
