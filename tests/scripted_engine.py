@@ -46,6 +46,8 @@ class ScriptedEngine:
         self.plans = plans
         self.probe = probe
         self.prompts: list[ServedPrompt] = []
+        # The model that each route names as the first one.
+        self.probed_first: list[str | None] = []
         # Thresholds and shares of the last reload, in the order of the plans.
         self.thresholds: list[float | None] = []
         self.shares: list[float] = []
@@ -70,7 +72,13 @@ class ScriptedEngine:
         route: Route | None = None,
     ) -> ScriptedSequence:
         times = PhaseTimes()
-        chosen = (plan or self.plans[0]) if route is None else route(self.probe)
+        chosen = plan or self.plans[0]
+        if route is not None:
+            self.probed_first.append(route.first)
+            # A route may ask for more readings once.
+            found = route(self.probe, is_complete=False) or route(self.probe, is_complete=True)
+            assert found is not None
+            chosen = found
         if chosen not in self.plans:
             sink(Output(error=PlanNotServedError(f"{chosen} is not in force")))
             return ScriptedSequence(self.plans[0], len(prompt_ids), 0, times)

@@ -35,18 +35,18 @@ if TYPE_CHECKING:
 )
 @json_option
 def demo(*, seconds: float, picture: Path, json_path: Path | None) -> None:
-    """Serve prose, then technical prompts, then a mix, and watch model and depth follow.
+    """Serve prose, then technical prompts, then a mix, and watch models and depths follow.
 
     Uses the running stack, whose controller must be active, and puts its objective and pins back as they
-    were; without one it starts a stack of its own. Then the same prompts are served with all layers (full)
-    and with an exit for each token (dynamic), by workers of their own, for the table at the end.
+    were; without one it starts a stack of its own. Then stacks of their own serve the same prompts under a
+    single plan, with all layers (full) and with an exit for each token (dynamic), for the table at the end.
     """
     from rich.console import Console
 
     from bench.demo import timeline
-    from bench.demo.outcome import ALL, SYSTEMS
+    from bench.demo.outcome import ALL, HELIOS, SYSTEMS
+    from bench.demo.phases import STREAMS
     from bench.demo.run import run
-    from bench.demo.traffic import STREAMS
     from helios.cli.rows import show
 
     console = Console(highlight=False)
@@ -61,13 +61,13 @@ def demo(*, seconds: float, picture: Path, json_path: Path | None) -> None:
     report = outcome.report()
     if json_path is not None:
         report.write(json_path)
-    for line in timeline.as_text(outcome.timeline, min(console.width, 120)):
+    for line in timeline.as_text(outcome.timelines[HELIOS], min(console.width, 120)):
         console.print(line, markup=False, overflow="ignore", no_wrap=True, crop=False)
     show(console, _table(outcome, ALL))
     _explain(console, outcome, SYSTEMS, STREAMS)
     report.show()
     try:
-        timeline.draw(outcome.timeline, picture)
+        timeline.draw(outcome.timelines[HELIOS], picture)
     except ModuleNotFoundError as error:
         console.print(f"no picture: {error.name} is not installed: pip install 'helios-serving[training]'")
     except OSError as error:
@@ -117,6 +117,7 @@ def _live(progress: "Progress") -> "Group":
     from rich.console import Group
     from rich.progress_bar import ProgressBar
 
+    from bench.demo.timeline import in_words
     from helios.cli.rows import Line, Rows
     from helios.rates import WINDOW_TOKENS
 
@@ -124,24 +125,21 @@ def _live(progress: "Progress") -> "Group":
     if not progress.samples:
         return Group(Line(progress.stage), bar)
     sample = progress.samples[-1]
-    rows = Rows("worker", "model", "depth", f"CBC/{WINDOW_TOKENS}", "tokens/s", left=("worker", "model"))
+    left = ("worker", "plans with streams")
+    rows = Rows(*left, f"CBC/{WINDOW_TOKENS}", "tokens/s", left=left)
     for worker in sample.workers:
         cbc = "-" if worker.cbc is None else f"{worker.cbc:.0f}"
-        rows.add(worker.worker_id, worker.model, str(worker.depth), cbc, f"{worker.tokens_per_second:.0f}")
-    total = Line(
-        f"{sample.tokens_per_second:.0f} tokens/s, perplexity {sample.perplexity_increase:+.1%} over the "
-        f"best candidate, agreement {sample.agreement:.0%}"
-    )
-    return Group(bar, rows, total)
+        rows.add(worker.worker_id, in_words(worker.running), cbc, f"{worker.tokens_per_second:.0f}")
+    return Group(bar, rows, Line(f"{sample.tokens_per_second:.0f} tokens/s. Quality is judged at the end."))
 
 
 def _table(outcome: "Outcome", every: str) -> "Rows":
     from helios.cli.rows import Rows
 
     left = ("phase", "system")
-    figures = ("tokens/s", "vs full", "TTFT ms", "TPOT ms", "ppl", "agree", "in bound")
+    figures = ("tokens/s", "vs full", "TTFT ms", "TPOT ms", "ppl", "first", "agree", "in bound")
     table = Rows(*left, *figures, left=left, names=2)
-    for phase in (every, *outcome.followed_after):
+    for phase in (every, *outcome.best):
         rows = [row for row in outcome.rows if row.phase == phase]
         full = next(row.tokens_per_second for row in rows if row.system == "full")
         for row in rows:
@@ -153,6 +151,7 @@ def _table(outcome: "Outcome", every: str) -> "Rows":
                 f"{row.ttft_ms.p50:.0f}/{row.ttft_ms.p99:.0f}",
                 f"{row.tpot_ms.p50:.1f}/{row.tpot_ms.p99:.1f}",
                 f"{row.perplexity_increase:+.1%}",
+                f"{row.first_increase:+.1%}",
                 f"{row.agreement:.0%}",
                 f"{row.within_bound:.0%}",
                 style="bold" if phase == every else "",
@@ -162,6 +161,7 @@ def _table(outcome: "Outcome", every: str) -> "Rows":
 
 
 def _explain(console: "Console", outcome: "Outcome", systems: dict[str, str], streams: int) -> None:
+    from bench.quality.judge import FIRST_REQUESTS
     from helios.cli.rows import Line, show
     from helios.hardware import cpu_name
 
@@ -169,15 +169,14 @@ def _explain(console: "Console", outcome: "Outcome", systems: dict[str, str], st
     text = (
         f"{streams} streams open at once, {outcome.workers} workers each, on {os.cpu_count()} cores of "
         f"{cpu_name()}. TTFT, TPOT: P50/P99; "
-        "ppl: perplexity of held-out text of the phase under what was served, over the best candidate at "
-        "full depth; agree: tokens equal to the own last layer's there; in bound: tokens from plans within "
-        "the perplexity bound."
+        "ppl: perplexity of the prompts' rest under the plans that served them, over the best candidate at "
+        f"full depth; first: the same for the first {FIRST_REQUESTS} requests of a phase; agree: tokens "
+        "equal to the own last layer's there; in bound: tokens in windows within the perplexity bound."
     )
     show(console, Line(text))
-    for phase, seconds in outcome.followed_after.items():
-        when = "never" if seconds is None else "from the start" if not seconds else f"after {seconds:.1f} s"
-        show(console, Line(f"{phase}: within the perplexity bound {when}"))
+    best = ", ".join(f"{model} on {phase}" for phase, model in outcome.best.items())
+    show(console, Line(f"The best candidates: {best}"))
     for row in outcome.rows:
-        if row.failed and row.phase in outcome.followed_after:
+        if row.failed and row.phase in outcome.best:
             said = f"{row.system}, {row.phase}: {row.failed} streams failed: {'; '.join(row.errors)}"
             show(console, Line(said, "red"))

@@ -52,8 +52,8 @@ def paper(
 ) -> None:
     """Every exit's speed, memory and quality, against full and dynamic exits on the same engine.
 
-    Only the section `control` starts services. Each section is written to the JSON file when it is done; the
-    same command goes on where it was stopped.
+    Only the sections `control` and `served` start services. Each section is written to the JSON file when
+    it is done; the same command goes on where it was stopped.
     """
     if report_path is not None:
         check_plots()

@@ -2,17 +2,17 @@
 
 import asyncio
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import grpc
 
-from bench.demo.judge import Judge
+from bench.demo.phases import PHASES, STREAMS
 from bench.demo.progress import Progress, Show
 from bench.demo.stack import ANSWER_SECONDS
-from bench.demo.traffic import PHASES, STREAMS, Traffic
 from bench.load import clients
 from bench.load.clients import Stream
+from bench.load.traffic import Traffic
 from bench.systems.local_stack import local_stack
 from helios.catalog import ModelEntry
 from helios.client import AsyncClient, error_from
@@ -25,32 +25,27 @@ _RELOAD_SECONDS = 600.0
 
 def serve(
     mode: str,
-    state: StackState,
-    workers: Mapping[str, worker_pb2.GetStatusResponse],
+    options: Sequence[str],
+    best: Mapping[str, ModelEntry],
     traffic: Traffic,
-    judge: Judge,
     seconds: float,
     show: Show,
 ) -> dict[str, list[Stream]]:
-    """Serves each phase by its best candidate in exit mode `mode`, on as many workers as there are `workers`.
+    """Serves each phase for `seconds` by its best candidate, in exit mode `mode`.
 
-    The workers load all layers. Returns every stream by phase.
+    options: of `helios up`. best: by phase. The workers load all layers. Returns every stream by phase.
     """
-    any_worker = next(iter(workers.values()))
-    options = {
-        "--models-dir": state.models_dir,
-        "--model": judge.best(PHASES[0]).name,
-        "--exit-mode": mode,
-        "--workers": str(len(workers)),
-        "--threads": str(max(1, any_worker.threads)),
-        "--precision": any_worker.precision,
-    }
-    with local_stack(*itertools.chain.from_iterable(options.items())) as baseline:
-        return asyncio.run(_serve_phases(mode, baseline, traffic, judge, seconds, show))
+    with local_stack(*options, "--model", best[PHASES[0].name].name, "--exit-mode", mode) as baseline:
+        return asyncio.run(_serve_phases(mode, baseline, best, traffic, seconds, show))
 
 
 async def _serve_phases(
-    mode: str, state: StackState, traffic: Traffic, judge: Judge, seconds: float, show: Show
+    mode: str,
+    state: StackState,
+    best: Mapping[str, ModelEntry],
+    traffic: Traffic,
+    seconds: float,
+    show: Show,
 ) -> dict[str, list[Stream]]:
     served = {}
     total = seconds * len(PHASES)
@@ -58,7 +53,7 @@ async def _serve_phases(
         through = clients.through_gateway(gateway)
         for index, phase in enumerate(PHASES):
             show(Progress(f"{mode}: {phase.name} prompts", index * seconds, total))
-            await _reload_all(client, judge.best(phase))
+            await _reload_all(client, best[phase.name])
             first = itertools.islice(traffic.requests(phase, seconds), STREAMS)
             await clients.run(through, [replace(one, max_tokens=_WARM_UP_TOKENS) for one in first], STREAMS)
             served[phase.name] = await clients.run(through, traffic.requests(phase, seconds), STREAMS)

@@ -1,22 +1,22 @@
-"""Serves the phases on the stack that follows them, and records what the stack does."""
+"""Serves the phases on a stack that follows them, and records what the stack does."""
 
 import asyncio
-import math
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import grpc
 
-from bench.demo.judge import Judge
+from bench.demo.phases import PHASES, STREAMS
 from bench.demo.progress import Progress, Show
 from bench.demo.stack import ANSWER_SECONDS
-from bench.demo.timeline import Mark, Sample, Timeline, WorkerSample
-from bench.demo.traffic import PHASES, STREAMS, Phase, Traffic
+from bench.demo.timeline import Mark, Sample, Timeline, WorkerSample, in_words
 from bench.load import clients
 from bench.load.clients import Stream
+from bench.load.traffic import Phase, Traffic
 from helios.client import AsyncClient, error_from
 from helios.errors import UnavailableError
 from helios.rates import rates
-from helios.served import ServedPlan
 from helios.slo import Slo
 from helios.stack_state import StackState
 from helios.v1 import controller_pb2, controller_pb2_grpc, inference_pb2, worker_pb2
@@ -24,16 +24,29 @@ from helios.v1 import controller_pb2, controller_pb2_grpc, inference_pb2, worker
 _SAMPLE_SECONDS = 0.25
 
 
+@dataclass(frozen=True, slots=True)
+class Followed:
+    """What a stack did. `began`: the start of the timeline, in seconds of the monotonic clock.
+
+    streams: every stream, by phase.
+    """
+
+    began: float
+    timeline: Timeline
+    streams: Mapping[str, list[Stream]]
+
+
 async def follow(
-    state: StackState, traffic: Traffic, judge: Judge, phase_seconds: float, show: Show
-) -> tuple[Timeline, dict[str, list[Stream]]]:
-    """Serves one phase after the other. Returns the stack's timeline, and every stream by phase."""
+    system: str, state: StackState, traffic: Traffic, phase_seconds: float, show: Show
+) -> Followed:
+    """Serves one phase after the other on a stack. `system` names it in the progress."""
     async with (
         clients.connect(state.gateway) as gateway,
         clients.connect(state.controller) as controller,
         AsyncClient(state.gateway) as client,
     ):
-        watch = _Watch(client, judge, phase_seconds * len(PHASES), show)
+        began = time.monotonic()
+        watch = _Watch(system, client, phase_seconds * len(PHASES), show)
         beside = [
             asyncio.create_task(watch.sample()),
             asyncio.create_task(watch.read_decisions(controller)),
@@ -42,7 +55,7 @@ async def follow(
         phases = []
         try:
             for phase in PHASES:
-                began = watch.enter(phase)
+                entered = watch.enter(phase)
                 requests = traffic.requests(phase, phase_seconds)
                 serving = asyncio.create_task(
                     clients.run(clients.through_gateway(gateway), requests, STREAMS)
@@ -53,22 +66,22 @@ async def follow(
                         serving.cancel()
                         task.result()
                 streams[phase.name] = await serving
-                phases.append((phase.name, began, watch.seconds))
+                phases.append((phase.name, entered, watch.seconds))
         finally:
             for task in beside:
                 task.cancel()
             await asyncio.gather(*beside, return_exceptions=True)
     bound = Slo().max_perplexity_increase
-    return Timeline(tuple(phases), tuple(watch.samples), tuple(watch.marks), bound), streams
+    return Followed(began, Timeline(tuple(phases), tuple(watch.samples), tuple(watch.marks), bound), streams)
 
 
 class _Watch:
     """Takes samples of the workers, and reads decisions, while the traffic is served."""
 
-    def __init__(self, client: AsyncClient, judge: Judge, total_seconds: float, show: Show) -> None:
+    def __init__(self, system: str, client: AsyncClient, total_seconds: float, show: Show) -> None:
         self.samples: list[Sample] = []
+        self._system = system
         self._client = client
-        self._judge = judge
         self._total_seconds = total_seconds
         self._show = show
         self._began = time.time()
@@ -86,11 +99,10 @@ class _Watch:
     def marks(self) -> list[Mark]:
         """The decisions so far."""
         marks: list[Mark] = []
-        first = self.samples[0].workers[0] if self.samples else None
-        before = str(ServedPlan(model=first.model, depth=first.depth)) if first else ""
+        at_first = self.samples[0].workers if self.samples else ()
+        before = in_words(plan for worker in at_first for plan in worker.plans)
         for number, decision in sorted(self._decisions.items()):
-            chosen = sorted({str(ServedPlan(model=one.model, depth=one.depth)) for one in decision.chosen})
-            plan = ", ".join(chosen)
+            plan = in_words((one.model, one.depth) for one in decision.chosen)
             seconds = decision.time - self._began
             # A decision from before the traffic comes again when its outcome is known: it is not counted.
             if seconds >= 0:
@@ -110,7 +122,7 @@ class _Watch:
             self._take(status)
             self._show(
                 Progress(
-                    f"HELIOS: {self._phase.name} prompts",
+                    f"{self._system}: {self._phase.name} prompts",
                     self.seconds,
                     self._total_seconds,
                     self.samples,
@@ -131,7 +143,7 @@ class _Watch:
         raise UnavailableError("the controller ended the record of its decisions; is it running?")
 
     def _take(self, status: inference_pb2.GetServingStatusResponse) -> None:
-        workers, nats, agreement, weight = [], 0.0, 0.0, 0
+        workers = []
         for worker in sorted(status.workers, key=lambda one: one.worker_id):
             now = worker.telemetry
             if not now.model:
@@ -143,22 +155,10 @@ class _Watch:
                 # No telemetry since the last sample: the last known rate is used again.
                 rate, cbc = last.tokens_per_second, last.cbc
             self._before[worker.worker_id] = now
-            sample = WorkerSample(worker.worker_id, now.model, now.depth, done.tokens, rate, cbc)
+            plans = tuple((one.plan.model, one.plan.depth) for one in now.plans)
+            running = tuple((one.plan.model, one.plan.depth) for one in now.plans if one.running)
+            sample = WorkerSample(worker.worker_id, plans, running, rate, cbc)
             self._last[worker.worker_id] = sample
             workers.append(sample)
-            # While no worker generates tokens, every plan has the same weight.
-            share = done.tokens or 1
-            increase, agrees = self._judge.of_plan(now.model, now.depth, self._phase)
-            nats += share * math.log1p(increase)
-            agreement += share * agrees
-            weight += share
-        if weight:
-            self.samples.append(
-                Sample(
-                    self.seconds,
-                    self._phase.name,
-                    tuple(workers),
-                    math.expm1(nats / weight),
-                    agreement / weight,
-                )
-            )
+        if workers:
+            self.samples.append(Sample(self.seconds, self._phase.name, tuple(workers)))

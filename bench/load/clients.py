@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -38,6 +39,8 @@ class Stream:
     messages: int = 0
     resumed: int = 0
     error: str = ""
+    # How many of the tokens each (model, exit layer) generated.
+    exits: Counter[tuple[str, int]] = field(default_factory=Counter)
 
     @property
     def ttft(self) -> float:
@@ -127,6 +130,7 @@ async def consume(open_stream: Open, index: int, request: Request) -> Stream:
             if response.HasField("chunk"):
                 stream.token_ids += [token.token_id for token in response.chunk.tokens]
                 stream.token_times += [time.monotonic()] * len(response.chunk.tokens)
+                stream.exits.update((token.model, token.exit_layer) for token in response.chunk.tokens)
             else:
                 stream.resumed = response.finish.resumed
     except grpc.aio.AioRpcError as error:

@@ -1,7 +1,7 @@
 """`helios bench paper`: checks the claims of the HELIOS paper (arXiv 2504.10724), section by section.
 
-The sections measure the engine alone. Only `control` starts services: it measures what profiling and control
-cost.
+The sections measure the engine alone. Only two start services: `control` measures what profiling and control
+cost, and `served` what a plan for each request is worth.
 """
 
 # The sections in order. The command line reads only this, so it need not import them.
@@ -14,5 +14,6 @@ SECTION_NAMES = (
     "saturation",
     "policy",
     "control",
+    "served",
     "reloads",
 )

@@ -63,7 +63,7 @@ async def _measure(subject: Subject, stacks: dict[str, StackState]) -> dict[str,
     prompts = subject.prompts(subject.models[0], tuple(held_out.DOMAINS), sizes.saturating_requests)
     requests = [Request(tuple(prompt), sizes.output_tokens) for prompt in prompts]
     watched = stacks["with"]
-    await _first_decision(watched)
+    await first_decision(watched)
     pids = {name: watched.processes[name] for name in _BESIDE}
     rates: dict[str, list[float]] = {name: [] for name in stacks}
     used, seconds = dict.fromkeys(_BESIDE, 0.0), 0.0
@@ -118,7 +118,7 @@ async def _serve(stack: StackState, requests: Sequence[Request], seconds: float,
     return summary.tokens_per_second
 
 
-async def _first_decision(stack: StackState) -> None:
+async def first_decision(stack: StackState) -> None:
     """Waits for the first profile of the candidates, because only that evaluation times steps."""
     async with clients.connect(stack.controller) as channel:
         stub = controller_pb2_grpc.ControllerServiceStub(channel)

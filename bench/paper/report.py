@@ -1,7 +1,7 @@
 """The report of `helios bench paper`: Markdown, and its plots as PNG files beside it."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -353,6 +353,52 @@ def _control(result: Mapping[str, Any], page: Page) -> None:
     )
 
 
+def _served(result: Mapping[str, Any], page: Page) -> None:
+    page.say(
+        "## A plan for each request, served",
+        f"Gateway, {result['workers']} workers, profiler and controller as processes, {result['streams']} "
+        f"streams at once, prompts of {result['prompt_tokens']} tokens, outputs of "
+        f"{result['output_tokens']}. The first {result['learnt_requests']} requests, from other documents, "
+        "are not measured. Perplexity is of the prompts' rest under the plans that served them, over the "
+        "best candidate at full depth. TTFT of one stream is that of the plan that the router takes most often.",
+    )
+    page.table(
+        ("traffic", "", "tokens/s", "ratio", "perplexity", "plans (share of the tokens)"),
+        [
+            (
+                traffic,
+                name,
+                f"{found[name]['tokens_per_second']:,.0f}",
+                f"{found['ratio']:.2f}x" if name == "router" else "",
+                f"{found[name]['rise']['increase']:+.1%} (error {found[name]['rise']['error']:.1%})",
+                _shares(found[name]["plans"]),
+            )
+            for traffic, found in {"mix": result["mix"], **result["domains"]}.items()
+            for name in ("router", "single", "fixed")
+            if name in found
+        ],
+    )
+    page.table(
+        ("traffic", "prompt tokens", "plan", "TTFT with the router ms", "pinned ms", "ratio of medians"),
+        [
+            (
+                domain,
+                found["ttft"]["prompt_tokens"],
+                f"{found['ttft']['plan']['model']} at {found['ttft']['plan']['depth']}",
+                _percentiles(found["ttft"]["router_ms"]),
+                _percentiles(found["ttft"]["fixed_ms"]),
+                f"{found['ttft']['ratio']:.2f}",
+            )
+            for domain, found in result["domains"].items()
+        ],
+    )
+
+
+def _shares(plans: Sequence[Mapping[str, Any]]) -> str:
+    total = sum(plan["tokens"] for plan in plans)
+    return ", ".join(f"{plan['model']} at {plan['depth']} {plan['tokens'] / total:.0%}" for plan in plans)
+
+
 def _reloads(result: Mapping[str, Any], page: Page) -> None:
     page.say(
         "## Reloads under load",
@@ -380,5 +426,6 @@ _PARTS: dict[str, _Part] = {
     "saturation": _saturation,
     "policy": policy_report.add,
     "control": _control,
+    "served": _served,
     "reloads": _reloads,
 }

@@ -4,7 +4,17 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from bench.paper import baselines, control, curve, footprint, insights, reloads, saturation, shape
+from bench.paper import (
+    baselines,
+    control,
+    curve,
+    footprint,
+    insights,
+    reloads,
+    saturation,
+    served_routing,
+    shape,
+)
 from bench.paper.claims import claims
 from bench.paper.policy import section as policy
 from bench.paper.policy import targets as policy_targets
@@ -29,6 +39,7 @@ SECTIONS = {
     "saturation": Section(saturation.measure, saturation.targets),
     "policy": Section(policy.measure, policy_targets.targets),
     "control": Section(control.measure, control.targets),
+    "served": Section(served_routing.measure, served_routing.targets),
     "reloads": Section(reloads.measure, reloads.targets),
 }
 

@@ -37,6 +37,8 @@ class Sizes:
     forced_tokens: int = 128
     grid_batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
     request_tokens: int = 64
+    # The beginning of a request, which a probe reads.
+    probed_tokens: int = 30
     # Requests in a phase of drifting traffic. A drift must not fall on a reassessment, because the reaction
     # would then look better than it is.
     phase_requests: int = 310
@@ -45,6 +47,11 @@ class Sizes:
     # Number of traces of each shape, and of those that are long or only serve comparisons.
     traces: int = 20
     few_traces: int = 5
+    # Requests in a phase, and number of traces, where a router learns while it serves.
+    learning_phase_requests: int = 3334
+    learning_traces: int = 2
+    # Requests of a domain that no model and no router has seen.
+    unseen_requests: int = 64
     served_requests: int = 120
     served_interval: int = 20
     profiled_requests: int = 5
@@ -58,6 +65,12 @@ class Sizes:
     # Seconds of a round on real services, and how many times four rounds are run.
     control_seconds: float = 20.0
     control_rounds: int = 2
+    # A plan for each request, on real services: streams at once, requests that are served before anything is
+    # measured, requests of a round, and those whose first token is timed one at a time.
+    routed_streams: int = 32
+    routed_learning: int = 100
+    routed_requests: int = 400
+    ttft_requests: int = 40
 
     @property
     def largest_batch(self) -> int:
@@ -79,10 +92,14 @@ QUICK = Sizes(
     forced_tokens=16,
     grid_batches=(1, 2, 4),
     request_tokens=16,
+    probed_tokens=7,
     phase_requests=12,
     long_phase_requests=24,
     traces=2,
     few_traces=1,
+    learning_phase_requests=24,
+    learning_traces=1,
+    unseen_requests=8,
     served_requests=9,
     served_interval=3,
     profiled_requests=2,
@@ -93,6 +110,10 @@ QUICK = Sizes(
     reloads=6,
     control_seconds=0.5,
     control_rounds=1,
+    routed_streams=4,
+    routed_learning=8,
+    routed_requests=8,
+    ttft_requests=2,
 )
 
 

@@ -4,12 +4,13 @@ import itertools
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 from helios.engine.backends.readout import Readout
 from helios.engine.backends.sampler import Sampled
-from helios.engine.interface import Counters, FinishReason, GeneratedToken, Output
+from helios.engine.interface import Counters, FinishReason, GeneratedToken, Output, ServedPrompt
 from helios.engine.plan import Plan
 from helios.engine.scheduling.prompt_readings import PromptReadings
 from helios.engine.scheduling.scheduler import Scheduler
@@ -17,6 +18,9 @@ from helios.engine.scheduling.sequence import Sequence
 from helios.errors import HeliosError, SequenceFailedError
 
 log = logging.getLogger(__name__)
+
+# Whoever wants all served prompts must ask for them before this many more have been computed.
+_KEPT_PROMPTS = 4096
 
 
 class Delivery:
@@ -28,15 +32,18 @@ class Delivery:
     def __init__(self, scheduler: Scheduler, forget: Callable[[Sequence], None]) -> None:
         """forget: called with each ended sequence, before its sink is told."""
         self.counters = Counters()
+        # The newest probed prompts that are computed, and the number of all of them.
+        self.served_prompts: deque[ServedPrompt] = deque(maxlen=_KEPT_PROMPTS)
+        self._prompts = 0
         self._scheduler, self._forget = scheduler, forget
 
     def deliver(
         self, plan: Plan, readers: Seq[Sequence], sampled: Sampled, exits: Seq[int], *, in_force: bool
     ) -> None:
-        """Delivers the tokens of `readers`, sampled under `plan`.
+        """Delivers the tokens of `readers`, sampled under plans of one model, of which `plan` is one.
 
         sampled, exits: the tokens of all readers in one step, then those of the next step of the same burst.
-        in_force: whether new sequences get this plan. Only then do tokens count towards its confidence.
+        in_force: whether new sequences get these plans. Only then do tokens count towards their confidence.
         """
         outputs = self._outputs(plan, readers, sampled, exits, in_force=in_force)
         # Sinks are called together after the last output is ready. Detokenizing releases the GIL, so threads
@@ -60,11 +67,18 @@ class Delivery:
 
     def note_readings(self, readings: PromptReadings, found: Readout) -> None:
         """Counts a sample of prompt tokens. found: the readout of only these rows."""
-        nats = found.nats(readings.targets)
-        if math.isfinite(nats):
-            self.counters.prompts_read += readings.prompts
-            self.counters.prompt_tokens_read += len(readings.rows)
-            self.counters.prompt_nats += nats
+        for one in readings.prompts:
+            seq, targets = one.sequence, readings.targets
+            probed, unprobed = (
+                found.rows(slice(start, end)).nats(targets[start:end])
+                for start, end in ((one.start, one.unprobed), (one.unprobed, one.end))
+            )
+            if math.isfinite(probed + unprobed):
+                self.counters.prompts_read += one.is_first
+                self.counters.prompt_tokens_read += one.end - one.start
+                self.counters.prompt_nats += probed + unprobed
+                seq.read_tokens += one.end - one.unprobed
+                seq.read_nats += unprobed
 
     def _outputs(
         self, plan: Plan, readers: Seq[Sequence], sampled: Sampled, exits: Seq[int], *, in_force: bool
@@ -94,6 +108,7 @@ class Delivery:
             high_exits += sum(confidence < threshold_of(layer, 0.0) for confidence, layer in found)
             if not seq.times.first_token:
                 seq.times.first_token = now
+                self._note_prompt(seq)
             if made > 1:
                 # Each later step of a burst also wrote the keys and values of the token before it.
                 self._scheduler.advance(seq, made - 1)
@@ -105,6 +120,14 @@ class Delivery:
             self.counters.confidence_tokens += generated
             self.counters.confidence_nats -= doubts
         return outputs
+
+    def _note_prompt(self, seq: Sequence) -> None:
+        """Keeps how well its plan predicted the prompt of a sequence, which is now computed."""
+        if seq.probe is not None and seq.read_tokens:
+            self._prompts += 1
+            self.served_prompts.append(
+                ServedPrompt(self._prompts, seq.plan, seq.probe, seq.read_tokens, seq.read_nats)
+            )
 
     def _tell(self, seq: Sequence, output: Output) -> None:
         """Gives a sequence's last output to its sink. If that fails, gives it an error instead."""

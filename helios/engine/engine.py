@@ -4,8 +4,9 @@ import logging
 import threading
 import time
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from dataclasses import replace
 from pathlib import Path
 from typing import Self
@@ -19,15 +20,19 @@ from helios.engine.interface import (
     GeneratedToken,
     Limits,
     Output,
+    PlanToLoad,
     Progress,
     Reloaded,
+    Route,
     Served,
+    ServedPrompt,
     Sink,
     Telemetry,
 )
 from helios.engine.memory import device_budget
 from helios.engine.move import Reload, ServedPlans
-from helios.engine.plan import Plan, load_plan
+from helios.engine.plan import Plan, bytes_read_for, load_plans
+from helios.engine.probe import Prober
 from helios.engine.scheduling.batch import Batch, build_batch
 from helios.engine.scheduling.detokenizer import Detokenizer, token_texts
 from helios.engine.scheduling.prompt_readings import PromptReadings
@@ -44,6 +49,7 @@ from helios.errors import (
     UnavailableError,
 )
 from helios.sampling import SamplingParams
+from helios.served import ServedPlan
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +64,11 @@ class Engine:
     thread may call the other methods.
     """
 
-    def __init__(self, plan: Plan, settings: EngineSettings) -> None:
-        """Allocates the KV cache. Raises OutOfMemoryError."""
+    def __init__(self, plan: Plan, settings: EngineSettings, also: Seq[Plan] = ()) -> None:
+        """Allocates the KV cache. Raises OutOfMemoryError.
+
+        plan, also: the first plan in force and the others, loaded together (`load_plans`).
+        """
         self.settings = settings
         # The inbox: requests of other threads, to be handled before the next step.
         self._lock = threading.Condition()
@@ -70,9 +79,10 @@ class Engine:
         self._interrupt = Interrupt()
         self._sequences: dict[str, Sequence] = {}
 
-        self._plans = ServedPlans(plan, settings)
+        self._plans = ServedPlans((plan, *also), settings)
         self._scheduler = self._plans.scheduler
         self._delivery = Delivery(self._scheduler, self._forget)
+        self._prober = Prober(settings)
         # All plans have the same tokenizer.
         self._token_texts = token_texts(plan.tokenizer)
         self._thread: threading.Thread | None = None
@@ -86,16 +96,19 @@ class Engine:
         depth: int | None = None,
         settings: EngineSettings | None = None,
         threshold: float | None = None,
+        *,
+        also: Seq[PlanToLoad] = (),
     ) -> Self:
-        """Loads the first `depth` layers (None: all) of the checkpoint directory `path`.
+        """Loads the first `depth` layers (None: all) of the checkpoint directory `path`, and other plans.
 
-        `threshold` overrides the one of the settings until a reload.
-        Raises CheckpointError, UnknownDepthError, OutOfMemoryError, SettingsError.
+        `threshold` overrides the one of the settings until a reload. also: as in `reload`.
+        Raises CheckpointError, UnknownDepthError, OutOfMemoryError, SettingsError, InvalidRequestError.
         """
         settings = settings or EngineSettings()
         if settings.memory_bytes is None:
             settings = replace(settings, memory_bytes=device_budget(torch.device(settings.device)))
-        return cls(load_plan(Path(path), depth, settings, threshold=threshold), settings)
+        first, *others = load_plans([PlanToLoad(Path(path), depth, threshold), *also], settings)
+        return cls(first, settings, others)
 
     # -- requests ---------------------------------------------------------------------------------
 
@@ -108,22 +121,25 @@ class Engine:
         *,
         emitted_ids: list[int] | None = None,
         deadline: float | None = None,
+        plan: ServedPlan | None = None,
+        route: Route | None = None,
     ) -> Sequence:
         """Queues a sequence, as `ServingEngine.submit` says."""
-        emitted, plan = emitted_ids or [], self.plan
-        sampling = _checked(plan, prompt_ids, emitted, sampling)
+        emitted, chosen = emitted_ids or [], self.plan if plan is None else self._plans.of(plan)
+        sampling = _checked(chosen, prompt_ids, emitted, sampling)
         sequence = Sequence(
             request_id=request_id,
             token_ids=[*prompt_ids, *emitted],
             prompt_tokens=len(prompt_ids),
             sampling=sampling,
-            detokenizer=Detokenizer(plan.tokenizer, sampling.stop, self._token_texts),
+            detokenizer=Detokenizer(chosen.tokenizer, sampling.stop, self._token_texts),
             sink=sink,
-            plan=plan.served,
+            plan=chosen.served,
             deadline=None if deadline is None else float(deadline),
+            route=None if emitted and plan is not None else route,
         )
         try:
-            _, ended = take(sequence, emitted, 0, plan.model.config.eos_token_ids)
+            _, ended = take(sequence, emitted, 0, chosen.model.config.eos_token_ids)
         except Exception as error:
             raise failure(sequence, error) from None
         with self._lock:
@@ -201,36 +217,51 @@ class Engine:
         return self._step()
 
     def _step(self) -> bool:
-        began = time.perf_counter()
         self._take_inbox()
+        self._route()
+        began = time.perf_counter()
         self._expire()
         scheduled = self._scheduler.schedule(self._plans.send_back())
         self._plans.end_move()
         if not scheduled:
             self._last_step = time.monotonic()
-            return False
-        decoding = prompt_tokens = 0
-        for plan, part in self._plans.grouped(scheduled):
-            batch, steps = self._run(plan, part)
+            return self._prober.is_waiting
+        decoding = prompt_tokens = most_steps = 0
+        # Seconds of one step, if a burst took several.
+        seconds = 0.0
+        parts, steps = self._plans.grouped(scheduled), 1
+        if (
+            self._plans.move is None
+            and not self._prober.is_waiting
+            and all(plan.runner.has_bursts for plan, _ in parts)
+        ):
+            steps = self._burst_steps(scheduled)
+        chunks = self._scheduler.chunks
+        cost = chunks.cost([seq for seq, _ in scheduled if seq.is_decoding])
+        for plan, part in parts:
+            batch, taken = self._run(plan, part, steps)
             decoding += batch.decode_rows
-            prompt_tokens += batch.rows - batch.decode_rows
-        self._delivery.counters.steps += steps
+            prompt_tokens += sum(tokens for _, tokens in part) - batch.decode_rows
+            most_steps, now = max(most_steps, taken), time.perf_counter()
+            seconds, began = seconds + (now - began) / taken, now
+        self._delivery.counters.steps += most_steps
         self._delivery.counters.prefill_tokens += prompt_tokens
-        seconds, chunks = (time.perf_counter() - began) / steps, self._scheduler.chunks
-        # A step under two plans says little about either plan. It is observed only while no step time is
+        # A step during a move says little about the plans in force. It is observed only while no step time is
         # known, because prompts wait for one.
         if self._plans.move is None or chunks.decode_seconds(decoding) is None:
-            chunks.observe(decoding, prompt_tokens, seconds)
+            chunks.observe(decoding, prompt_tokens, seconds, cost)
         self._last_step = time.monotonic()
         return True
 
-    def _run(self, plan: Plan, scheduled: list[tuple[Sequence, int]]) -> tuple[Batch, int]:
-        """Runs and delivers what is scheduled under one plan. Returns the batch and the number of steps."""
-        plans, runner, in_force = self._plans, plan.runner, plan is self._plans.in_force
+    def _run(self, plan: Plan, scheduled: list[tuple[Sequence, int]], steps: int) -> tuple[Batch, int]:
+        """Runs and delivers what one call computes. Returns the batch and the number of steps taken.
+
+        plan: one of the plans of the scheduled sequences. steps: the most steps to take.
+        """
+        plans, runner, in_force = self._plans, plan.runner, self._plans.is_in_force(plan)
         readings = PromptReadings(self.settings.prompt_readings if in_force else 0)
-        steps, burst = 1, ONE_STEP
-        if runner.has_bursts and plans.move is None:
-            steps = self._burst_steps(scheduled)
+        burst = ONE_STEP
+        scheduled = self._prober.go_on(plan, scheduled, plans.cache, self._scheduler.advance)
         batch, readers = build_batch(scheduled, self.settings.block_tokens, plan.model.device, readings)
         if runner.has_bursts:
             ends = plan.model.config.eos_token_ids
@@ -246,14 +277,19 @@ class Engine:
             if not runner.has_bursts:
                 rows = {i: Row.of(seq) for i, seq in enumerate(readers) if not seq.takes_likeliest}
             if plans.move is not None:
-                plans.move.note_tokens(readers, plan.served)
+                plans.move.note_tokens(readers)
             self._delivery.deliver(plan, readers, sample(found, rows), exits, in_force=in_force)
             # A burst may have ended early.
             steps = len(exits) // len(readers)
         return batch, steps
 
     def _burst_steps(self, scheduled: list[tuple[Sequence, int]]) -> int:
-        """How many steps to take at once. Allocates the blocks that these steps need."""
+        """How many steps to take at once. Allocates the blocks that these steps need.
+
+        Several models take as many steps each, one model after the other. The time of a step is that of all
+        models, so together they take no longer than one model alone would, and every stream gets equally many
+        tokens.
+        """
         if not self.settings.burst_seconds:
             return 1
         left = scheduled[0][0].sampling.max_tokens
@@ -261,7 +297,8 @@ class Engine:
             if not seq.is_decoding:
                 return 1
             left = min(left, seq.sampling.max_tokens - seq.completion_tokens)
-        seconds = self._scheduler.chunks.decode_seconds(len(scheduled))
+        chunks = self._scheduler.chunks
+        seconds = chunks.decode_seconds(len(scheduled), chunks.cost([seq for seq, _ in scheduled]))
         if seconds is None:
             return 1
         count = max(1, min(left, int(self.settings.burst_seconds / seconds)))
@@ -303,9 +340,12 @@ class Engine:
             reload, self._reload = self._reload, None
         for sequence in submitted:
             # A reload may have happened since it was submitted.
-            sequence.plan = self.plan.served
+            sequence.change_plan(self._plans.plan_for(sequence).served)
             self._scheduler.add(sequence)
-            self._refuse_misfit(sequence)
+            if sequence.route is not None:
+                self._prober.add(sequence)
+            else:
+                self._refuse_misfit(sequence)
         for request_id, error in cancelled.items():
             if (found := self._sequences.get(request_id)) is not None:
                 self._delivery.end(found, Output(error=error))
@@ -313,6 +353,19 @@ class Engine:
             self._plans.take_over(reload, self._last_step)
             for sequence in list(self._scheduler):
                 self._refuse_misfit(sequence)
+
+    def _route(self) -> None:
+        """Gives plans to the next sequences that wait for one. Those that get none end."""
+        if not self._prober.is_waiting:
+            return
+        plans = self._plans.in_force
+        models = list({id(plan.model): plan for plan in plans}.values())
+        for seq, error in self._prober.route(models, {plan.served for plan in plans}):
+            if error is None:
+                self._refuse_misfit(seq)
+            else:
+                known = error if isinstance(error, HeliosError) else failure(seq, error)
+                self._delivery.end(seq, Output(error=known))
 
     def _expire(self) -> None:
         now = time.monotonic()
@@ -324,11 +377,11 @@ class Engine:
             self._delivery.end(seq, Output(error=error))
 
     def _refuse_misfit(self, seq: Sequence) -> None:
-        """Ends a sequence that is too long for the plan in force with UnavailableError."""
-        needed = seq.prompt_tokens + seq.sampling.max_tokens
-        # The pool holds at least one full context (memory.plan_memory).
-        if needed > self.plan.model.config.context_tokens:
-            message = f"{self.plan.served} cannot hold {needed} tokens; another worker may"
+        """Ends a sequence that is too long for its plan, or for the one to which it moves."""
+        needed, plan = seq.prompt_tokens + seq.sampling.max_tokens, self._plans.plan_for(seq)
+        # The pool holds at least one full context at each depth (memory.plan_memory).
+        if needed > plan.model.config.context_tokens:
+            message = f"{plan.served} cannot hold {needed} tokens; another worker may"
             self._delivery.end(seq, Output(error=UnavailableError(message)))
 
     def _forget(self, seq: Sequence) -> None:
@@ -346,7 +399,7 @@ class Engine:
         for seq in list(self._scheduler):
             self._delivery.end(seq, Output(error=error))
 
-    # -- the plan ---------------------------------------------------------------------------------
+    # -- the plans --------------------------------------------------------------------------------
 
     def reload(
         self,
@@ -355,22 +408,26 @@ class Engine:
         progress: Progress | None = None,
         threshold: float | None = None,
         *,
+        also: Seq[PlanToLoad] = (),
         urgent: bool = False,
     ) -> Reloaded:
-        """Loads a plan while the running one serves, and puts it in force between two steps (`move.py`).
+        """Loads plans while the running ones serve, and puts them in force between two steps (`move.py`).
 
-        Weights that both plans have are shared: a deeper plan loads only the missing layers. Everything else
-        is as `ServingEngine.reload` says.
-        Raises CheckpointError, UnknownDepthError, OutOfMemoryError, InvalidRequestError, UnavailableError.
+        Weights that a running plan has are shared: a deeper plan loads only the missing layers. Everything
+        else is as `ServingEngine.reload` says.
+        Raises CheckpointError, UnknownDepthError, OutOfMemoryError, InvalidRequestError, SettingsError,
+        UnavailableError.
         """
         with self._reload_lock:
-            plan = load_plan(Path(path), depth, self.settings, progress, threshold, self.plan, urgent=urgent)
+            wanted = [PlanToLoad(Path(path), depth, threshold), *also]
+            plans = load_plans(wanted, self.settings, progress, self._plans.in_force, urgent=urgent)
+            plan = plans[0]
             if plan.tokenizer_id != self.plan.tokenizer_id:
                 raise InvalidRequestError(
                     f"{plan.entry.name} has another tokenizer than {self.plan.entry.name}: sequences in "
                     "flight cannot move to it; start a worker for it instead"
                 )
-            reload, cache = Reload(plan), self._plans.cache
+            reload, cache = Reload(plans), self._plans.cache
             with self._lock:
                 if self._stopping:
                     raise UnavailableError("the engine is stopping")
@@ -387,15 +444,17 @@ class Engine:
 
     @property
     def plan(self) -> Plan:
-        """The plan in force, which new sequences get."""
-        return self._plans.in_force
+        """The first plan in force, which new sequences get unless they name another."""
+        return self._plans.in_force[0]
 
     @property
     def served(self) -> Served:
-        """The plan in force, and facts about its model."""
-        plan, config = self.plan, self.plan.model.config
+        """The plans in force, and facts about the first one's model."""
+        plans = self._plans.in_force
+        plan, config = plans[0], plans[0].model.config
         return Served(
             plan=plan.served,
+            plans=tuple(one.served for one in plans),
             num_layers=config.num_layers,
             exit_layers=plan.entry.exit_layers,
             vocab_size=config.vocab_size,
@@ -407,7 +466,7 @@ class Engine:
             weight_bytes=plan.memory.weight_bytes,
             kv_bytes_per_token=plan.memory.kv_bytes_per_token,
             memory_bytes=(self.settings.memory_bytes or 0) - plan.memory.activation_bytes,
-            bytes_read=plan.bytes_read,
+            bytes_read=bytes_read_for(plans),
         )
 
     @property
@@ -427,10 +486,12 @@ class Engine:
         """The engine's current load."""
         with self._lock:
             submitted = len(self._submitted)
-        scheduler = self._scheduler
+        scheduler, plans = self._scheduler, [plan.served for plan in self._plans.in_force]
+        under = Counter(seq.plan for seq in scheduler.running.copy())
         return Telemetry(
-            plan=self.plan.served,
-            running=len(scheduler.running),
+            plan=plans[0],
+            plans={plan: under[plan] for plan in plans},
+            running=under.total(),
             waiting=len(scheduler.waiting) + submitted,
             blocks_total=scheduler.pool.num_blocks,
             blocks_free=scheduler.pool.free_blocks,
@@ -439,6 +500,10 @@ class Engine:
             cached_tokens=scheduler.cached_tokens,
             step_age=time.monotonic() - self._last_step,
         )
+
+    def served_prompts(self, after: int) -> list[ServedPrompt]:
+        """Probed prompts, as `ServingEngine.served_prompts` says."""
+        return [one for one in self._delivery.served_prompts.copy() if one.number > after]
 
 
 def _checked(

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol
 
 from helios.errors import HeliosError
 from helios.modes import ExitMode
@@ -80,8 +80,18 @@ class PhaseTimes:
     finished: int = 0
 
 
-# Chooses a plan for a prompt that was probed. It runs on the engine's thread, so it must be quick.
-Route: TypeAlias = Callable[[Probe], ServedPlan]
+class Route(Protocol):
+    """Chooses the plan of one prompt from a probe. It runs on the engine's thread, so it must be quick."""
+
+    @property
+    def first(self) -> str | None:
+        """The model that is probed first. None, or a model that is not loaded: all models at once."""
+
+    def __call__(self, probe: Probe, *, is_complete: bool) -> ServedPlan | None:
+        """The plan, whether it is in force or not. None: it needs the readings of all loaded models.
+
+        is_complete: whether no more readings can be had. Then it must choose.
+        """
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +272,7 @@ class ServingEngine(Protocol):
         `deadline` is on the clock of time.monotonic.
         plan: one of the plans in force; None: the first one. route: chooses the plan after a probe of the
         prompt; it replaces `plan`. If it chooses a plan that is not in force, or raises, the sequence ends
-        with PlanNotServedError or that error.
+        with PlanNotServedError or that error; with SequenceFailedError if it chooses none.
         Raises InvalidRequestError, OverloadedError, UnavailableError, PlanNotServedError; another HeliosError
         if the emitted ids cannot be turned into text.
         """

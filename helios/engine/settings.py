@@ -35,6 +35,15 @@ class EngineSettings:
     # Most tokens of each prompt whose probabilities are read out during prefill. They show how well the plan
     # predicts the traffic. At most one in sixteen tokens is read. 0: none.
     prompt_readings: int = 0
+    # Tokens at the beginning of each prompt that go through the first exits of loaded models before its plan
+    # is chosen, if it is submitted with a route. Never more than step_token_budget. 0: none.
+    probe_tokens: int = 32
+    # Most positions among them whose probabilities are read out, evenly spread after the first fifth.
+    probe_readings: int = 12
+    # A prompt in which fewer tokens than this have a next token is not probed: its probe has no readings.
+    min_probe_tokens: int = 12
+    # Most prompts that are probed between two steps. More wait for the next step.
+    probe_prompts: int = 8
     # Whether decode steps on a CUDA device are captured as graphs.
     cuda_graphs: bool = True
     # Directory in which packed weights are kept between loads. None: helios/packed in the user's cache
@@ -45,7 +54,14 @@ class EngineSettings:
 
     def __post_init__(self) -> None:
         """Raises SettingsError naming the setting that is out of range."""
-        for name in ("max_running", "max_waiting", "step_token_budget", "block_tokens"):
+        for name in (
+            "max_running",
+            "max_waiting",
+            "step_token_budget",
+            "block_tokens",
+            "probe_readings",
+            "probe_prompts",
+        ):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} must be at least 1")
         if self.step_token_budget < self.max_running:
@@ -57,10 +73,9 @@ class EngineSettings:
             raise SettingsError(f"prefill_stretch must be above 1, not {self.prefill_stretch}")
         if not 0 <= self.burst_seconds < math.inf:
             raise SettingsError(f"burst_seconds must be at least 0, not {self.burst_seconds}")
-        if self.prompt_readings < 0:
-            raise SettingsError("prompt_readings must be at least 0")
-        if self.packed_cache_bytes < 0:
-            raise SettingsError("packed_cache_bytes must be at least 0")
+        for name in ("prompt_readings", "probe_tokens", "min_probe_tokens", "packed_cache_bytes"):
+            if getattr(self, name) < 0:
+                raise SettingsError(f"{name} must be at least 0")
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise SettingsError(f"threshold must be a probability, not {self.threshold}")
         if self.precision not in list(Precision):

@@ -41,6 +41,8 @@ NEIGHBOURS = 10
 # Standard deviation of what examples and served prompts may differ by, in nats. Served prompts correct the
 # price as far as they are more certain than that.
 _BIAS_DEVIATION = 0.02
+# Prompts that are read better than expected relax the bound by so many nats at most.
+_MOST_RELIEF = 0.01
 
 
 class Terms(BaseModel):
@@ -134,7 +136,8 @@ def _bias(recent: Sequence[Recent]) -> float:
         return 0.0
     surprises = np.array([one.surprise for one in read])
     variance = surprises.var(ddof=1) / len(read)
-    return float(surprises.mean() * _BIAS_DEVIATION**2 / (_BIAS_DEVIATION**2 + variance))
+    found = float(surprises.mean() * _BIAS_DEVIATION**2 / (_BIAS_DEVIATION**2 + variance))
+    return max(found, -_MOST_RELIEF)
 
 
 def _outcomes(knowledge: Knowledge, first: int) -> tuple[Numbers, Numbers]:

@@ -103,6 +103,10 @@ class SetOffer(Record):
     served_surprise: float | None = None
     """Nats a token of the last routed prompts above what was expected. None: too few. Then its error."""
     served_error: float | None = None
+    is_best_effort: bool = False
+    """Whether the bound is tighter than what is known can hold."""
+    unlike_share: float = 0.0
+    """Share of the newest prompts that are unlike all that was learnt from."""
 
 
 class Situation(Record):

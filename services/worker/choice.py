@@ -1,5 +1,6 @@
 """The choice of a plan for one request: by its request, or by a router from what its prompt shows."""
 
+import hashlib
 import time
 from collections.abc import Collection, Sequence
 
@@ -14,25 +15,41 @@ from helios.v1 import worker_pb2
 class RoutedChoice:
     """Ranks the plans for one prompt, and keeps the ranking. The engine calls it with the prompt's probe."""
 
-    def __init__(self, router: Router, preference: Preference, among: Collection[ServedPlan] | None) -> None:
+    def __init__(
+        self,
+        router: Router,
+        preference: Preference,
+        request_id: str,
+        among: Collection[ServedPlan] | None,
+    ) -> None:
         """among: the plans to choose from. None: all that the router knows."""
         self._router = router
         self._preference = preference
+        self._lot = _lot(request_id)
         self._among = among
         self._ranked: Sequence[RankedPlan] = ()
         # When the probe ended, in nanoseconds since the Unix epoch. 0: not yet.
         self.made_at = 0
 
-    def __call__(self, probe: Probe) -> ServedPlan:
-        """The best plan, whether it is in force or not."""
-        self._ranked = self._router.rank(
+    @property
+    def first(self) -> str:
+        """The model that is probed first."""
+        return self._router.first_model
+
+    def __call__(self, probe: Probe, *, is_complete: bool) -> ServedPlan | None:
+        """The best plan, whether it is in force or not. None: the router needs all readings."""
+        ranked = self._router.rank(
             probe,
+            lot=self._lot,
+            is_complete=is_complete,
             max_perplexity_increase=self._preference.max_perplexity_increase,
             objective=self._preference.objective,
             among=self._among,
         )
-        self.made_at = time.time_ns()
-        return self._ranked[0].plan
+        if ranked is None:
+            return None
+        self._ranked, self.made_at = ranked, time.time_ns()
+        return ranked[0].plan
 
     def ranked(self, plan: ServedPlan) -> RankedPlan | None:
         """What was expected of a plan. None: it was not among the ranked ones."""
@@ -53,6 +70,12 @@ class RoutedChoice:
                 for one in self._ranked
             ]
         )
+
+
+def _lot(request_id: str) -> float:
+    """A number in [0, 1) that is the same whenever a request is sent again."""
+    digest = hashlib.blake2b(request_id.encode(), digest_size=6).digest()
+    return int.from_bytes(digest) / 2**48
 
 
 def named_plan(

@@ -191,7 +191,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         preference = Preference.from_proto(request.route)
         # A request that goes on has a plan already, so it is not routed again.
         is_routed = request.HasField("route") and not request.emitted_ids
-        choice = self._choice(request.model, preference) if is_routed else None
+        choice = self._choice(request, preference) if is_routed else None
         if not request.sampling.HasField("max_tokens") or not request.sampling.HasField("seed"):
             raise InvalidRequestError(
                 "sampling.max_tokens and sampling.seed must be set on a worker's request"
@@ -233,11 +233,14 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
                 sampling.max_tokens,
             )
 
-    def _choice(self, model: str, preference: Preference) -> RoutedChoice | None:
-        """The choice of a plan by the router, among those of a model unless it is empty. None: no router."""
+    def _choice(
+        self, request: worker_pb2.WorkerServiceGenerateRequest, preference: Preference
+    ) -> RoutedChoice | None:
+        """The choice of a plan by the router, among those of a model if it names one. None: no router."""
         if self._router is None:
             return None
-        return RoutedChoice(self._router, preference, self._plans(model) if model else None)
+        among = self._plans(request.model) if request.model else None
+        return RoutedChoice(self._router, preference, request.request_id, among)
 
     def _plans(self, model: str) -> frozenset[ServedPlan]:
         """All plans of a model, in force or not."""
@@ -543,6 +546,7 @@ def _served_prompt(prompt: ServedPrompt) -> worker_pb2.ServedPrompt:
         ],
         tokens=prompt.tokens,
         nats=prompt.nats,
+        first_ids=prompt.probe.first_ids,
     )
 
 

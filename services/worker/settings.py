@@ -89,6 +89,27 @@ class WorkerSettings(ServiceSettings):
         description="tokens of each prompt, at most one in sixteen, whose probabilities are read out in "
         "prefill: they show the controller that the traffic has changed; 0: none",
     )
+    probe_tokens: int = Field(
+        32,
+        ge=0,
+        description="tokens at the beginning of a prompt that go through the first exits of loaded models "
+        "before its plan is chosen; 0: none",
+    )
+    probe_readings: int = Field(
+        12,
+        ge=1,
+        description="most positions among them whose probabilities are read out, evenly spread; the first "
+        "fifth of the tokens is left out",
+    )
+    min_probe_tokens: int = Field(
+        12,
+        ge=0,
+        description="a prompt in which fewer tokens than this have a next token is not probed and gets the "
+        "safe plan",
+    )
+    probe_prompts: int = Field(
+        8, ge=1, description="most prompts that are probed between two steps; more wait for the next step"
+    )
     cuda_graphs: bool = Field(
         True, description="whether decode steps on a CUDA device are captured as graphs"
     )

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+from bench.paper.policy.comparison import HINDSIGHT, ORACLE, PAPER, ROUTER, SINGLE
 from bench.paper.sections import SECTIONS
 from bench.systems.subject import QUICK
 from helios.cli import cli
@@ -172,6 +173,28 @@ def test_the_policy_section_has_the_papers_ablation_sweeps_and_setting(measured:
     assert min(profiling[f"cpu_seconds_{what}"] for what in ("per_assessment", "once")) > 0
     share = profiling["cpu_seconds_per_request_and_model"] * QUICK.profiled_requests * len(MODELS)
     assert share == pytest.approx(profiling["cpu_seconds_per_assessment"])
+
+
+def test_the_policy_section_compares_the_router_with_the_other_methods(measured: Path) -> None:
+    found = results(measured)["policy"]["comparison"]
+    methods = found["methods"]
+    assert list(methods) == [HINDSIGHT, PAPER, SINGLE, ROUTER, ORACLE]
+    assert methods[HINDSIGHT]["time_to_best"] == pytest.approx(1)
+    assert all(row["traces"] == 2 for row in methods.values())
+    router = methods[ROUTER]
+    # It has learnt before, and its probes and the loading are in its time.
+    assert router["evaluated"] == 0
+    assert router["priced_time_to_best"] == router["time_to_best"]
+    assert router["known_share"] == 0
+    assert min(router["loading_share"], router["probing_share"]) > 0
+    assert methods[ORACLE]["probing_share"] == 0
+    assert set(found["learning"]) == {"36", "72"}
+    for row in found["learning"].values():
+        assert row["evaluated"] >= 32
+        assert row["priced_time_to_best"] > row["time_to_best"]
+    assert set(found["shapes"]) == {"other order", "slow slide", "bursts", "mixtures"}
+    assert set(found["steady"]) == {"prose", "technical", "mix"}
+    assert set(found["unseen"]) == {"Latin", "notation"}
 
 
 def test_the_policy_serves_an_engine_that_reloads_and_loses_no_token(measured: Path) -> None:

@@ -64,7 +64,7 @@ def test_the_first_of_two_equal_blocks_is_the_one_that_is_found() -> None:
 def test_new_blocks_are_added_to_those_there_are() -> None:
     pool = BlockPool(2, 4)
     held = published(pool, b"a")
-    pool.grow(5)
+    pool.resize([5])
     assert sorted([*held, *pool.allocate(4)]) == [0, 1, 2, 3, 4]
     assert pool.reuse([b"a"]) == held
 
@@ -74,10 +74,63 @@ def test_a_renewed_pool_keeps_what_is_held_and_forgets_what_was_published() -> N
     kept = published(pool, b"a")
     held = pool.allocate(2)
     pool.free(kept)
-    pool.renew(4)
+    pool.forget()
+    pool.resize([4])
     assert pool.reuse([b"a"]) == []
     assert pool.free_blocks == 2
     assert sorted([*pool.allocate(2), *held]) == [0, 1, 2, 3]
     pool.free(held)
-    pool.renew(6)
+    pool.forget()
+    pool.resize([6])
     assert pool.free_blocks == 4
+
+
+def test_deep_blocks_are_the_last_that_shallow_sequences_take() -> None:
+    pool = BlockPool(6, 4)
+    # Two blocks have four layers, two have two, two have one.
+    pool.resize([6, 4, 2, 2])
+    assert [pool.free_for(depth) for depth in (1, 2, 3, 4)] == [6, 4, 2, 2]
+    assert pool.allocate(3, depth=1) == [4, 5, 2]
+    assert pool.allocate(2, depth=2) == [3, 0]
+    with pytest.raises(OutOfMemoryError, match="2 KV blocks asked, 1 of 2 free"):
+        pool.allocate(2, depth=3)
+    assert pool.allocate(1, depth=4) == [1]
+    pool.free([4, 5, 2, 3, 0, 1])
+    assert [pool.free_for(depth) for depth in (1, 2, 3, 4)] == [6, 4, 2, 2]
+
+
+def test_what_few_layers_hold_is_no_prefix_for_more_layers() -> None:
+    pool = BlockPool(8, 4)
+    shallow, deep, late = pool.allocate(3)
+    pool.publish(shallow, b"a", 2)
+    assert pool.reuse([b"a"], 3) == []
+    assert pool.reuse([b"a"], 2) == [shallow]
+    pool.publish(deep, b"a", 4)
+    pool.publish(late, b"a", 3)
+    assert pool.reuse([b"a"], 4) == pool.reuse([b"a"], 1) == [deep]
+    for block in (shallow, shallow, deep, deep, deep, late):
+        pool.free([block])
+    assert pool.free_blocks == 8
+    assert pool.reuse([b"a"], 4) == [deep]
+
+
+def test_a_block_that_loses_layers_stays_a_prefix_for_those_it_keeps() -> None:
+    pool = BlockPool(4, 4)
+    pool.resize([4, 4, 4])
+    first, second = pool.allocate(2, 3)
+    pool.publish(first, b"a", 3)
+    pool.publish(second, b"ab", 3)
+    pool.free([first, second])
+    pool.resize([4, 4, 1])
+    assert pool.reuse([b"a", b"ab"], 3) == [first]
+    pool.free([first])
+    assert pool.reuse([b"a", b"ab"], 2) == [first, second]
+    pool.free([first, second])
+    # The third layer went, and came back without content.
+    pool.resize([4, 4])
+    pool.resize([4, 4, 4])
+    assert pool.reuse([b"a"], 3) == []
+    pool.resize([1, 1, 1])
+    assert pool.reuse([b"a", b"ab"], 2) == [first]
+    pool.free([first])
+    assert pool.free_blocks == 1

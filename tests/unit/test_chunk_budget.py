@@ -6,7 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helios.engine.evaluation.space import sequence_of
 from helios.engine.scheduling.chunk_budget import ChunkBudget
+from helios.served import ServedPlan
+from tests.opt_variants import byte_tokenizer
 
 
 def observed(stretch: float) -> ChunkBudget:
@@ -86,3 +89,17 @@ def test_whatever_steps_took_a_chunk_is_within_its_bounds(
     assert budget.tokens(decoding) == 0 or 16 <= budget.tokens(decoding) <= 512
     budget.observe(decoding, 0, data.draw(st.floats(0, 10)))
     assert 16 <= budget.tokens(decoding) <= 512
+
+
+def test_steps_of_other_plans_are_compared_by_what_their_sequences_cost() -> None:
+    deep, shallow = (ServedPlan(model="a", depth=depth) for depth in (8, 2))
+    budget = ChunkBudget(2.5, 16, 512, {deep: 1.0, shallow: 0.25})
+    sequences = [sequence_of(plan, byte_tokenizer(), [2], []) for plan in (deep, shallow)]
+    assert [budget.cost(decoding) for decoding in (sequences, sequences[1:], [])] == [0.625, 0.25, 1.0]
+    budget.observe(4, 0, 0.1, cost=0.25)
+    assert budget.decode_seconds(4) == pytest.approx(0.4)
+    assert budget.decode_seconds(4, cost=0.625) == pytest.approx(0.25)
+    budget.observe(4, 100, 0.5, cost=1.0)
+    # One prompt token takes a millisecond, and the step may take 1.5 times as long as its decodes more.
+    assert budget.tokens(4, cost=0.5) == 300
+    assert budget.tokens(4, cost=0.25) == 150

@@ -24,7 +24,7 @@ from tests.routing_examples import DEPTHS, MODELS, examples, recent
 
 PROSE = model_profile("prose", [exit_profile(depth, 0.9) for depth in DEPTHS])
 TECH = model_profile("tech", [exit_profile(depth, 0.9) for depth in DEPTHS])
-SETTINGS = PolicySettings(min_gain=0.05, min_dwell_requests=25)
+SETTINGS = PolicySettings(min_gain=0.05, min_dwell_requests=25, routing_premium=0.03)
 SIX = ServedPlan(model="prose", depth=6)
 # The weights of an exit are 1 MB a layer, its KV 0.5 kB a layer and token. A mean request has 100 tokens.
 MB = 1_000_000
@@ -289,19 +289,26 @@ def situation(**fields: object) -> Situation:
     return Situation.model_validate(values | fields)
 
 
-def test_a_set_must_beat_the_single_plan_by_the_gain() -> None:
-    decision = decide(situation(offer=offer(0.96)), SETTINGS)
+def test_a_set_may_cost_a_premium_over_the_single_plan() -> None:
+    decision = decide(situation(offer=offer(1.04)), SETTINGS)
     assert decision.plans == {}
     assert "one plan for all" in decision.reason
-    decision = decide(situation(offer=offer(0.94)), SETTINGS)
+    decision = decide(situation(offer=offer(1.02)), SETTINGS)
     assert union(decision.plans) == plans(*MODELS)
     assert decision.moves
 
 
-def test_a_set_in_force_stays_until_a_single_plan_beats_it_by_the_gain() -> None:
-    for seconds, stays in ((1.04, True), (1.06, False)):
+def test_a_set_in_force_stays_until_a_single_plan_beats_it_by_premium_and_gain() -> None:
+    for seconds, stays in ((1.07, True), (1.09, False)):
         decision = decide(situation(offer=offer(seconds), plans=SETS), SETTINGS)
         assert bool(decision.plans) == stays, decision.reason
+
+
+@pytest.mark.parametrize("fields", [{"unlike_share": 0.5}, {"is_best_effort": True}])
+def test_a_set_in_force_stays_while_the_traffic_is_new(fields: dict[str, object]) -> None:
+    slow = offer(2.0).model_copy(update=fields)
+    assert decide(situation(offer=slow, plans=SETS), SETTINGS).plans
+    assert not decide(situation(offer=slow), SETTINGS).plans
 
 
 def test_the_first_plan_of_a_set_is_the_single_plan() -> None:

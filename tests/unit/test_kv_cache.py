@@ -85,13 +85,13 @@ def test_layers_and_blocks_that_stay_keep_place_and_content() -> None:
     for tensor in (*cache.keys, *cache.values):
         tensor.normal_()
     before, places = [tensor.clone() for tensor in cache.keys[:2]], cache.addresses[0][:2].tolist()
-    cache.resize(2, 8)
+    cache.resize([8, 8])
     assert (len(cache.keys), len(cache.values), cache.num_blocks) == (2, 2, 8)
     assert cache.addresses[0].tolist() == places
     for old, new in zip(before, cache.keys, strict=True):
         assert torch.equal(new[:4], old)
         assert not new[4:].any()
-    cache.resize(3, 4)
+    cache.resize([4, 4, 4])
     assert [tensor.shape[0] for tensor in cache.keys] == [4, 4, 4]
     assert cache.addresses[0][:2].tolist() == places
 
@@ -103,13 +103,13 @@ def test_memory_of_what_fell_away_goes_back_and_comes_again_as_zeros() -> None:
     for tensor in (*cache.keys, *cache.values):
         tensor.fill_(1)
     full = resident_bytes()
-    cache.resize(1, blocks // 2)
+    cache.resize([blocks // 2])
     cache.give_back()
     # Of two layers, half of one is left.
     assert full - resident_bytes() == pytest.approx(3 * (64 << 20), rel=0.05)
     assert cache.keys[0].all()
     assert cache.values[0].all()
-    cache.resize(2, blocks)
+    cache.resize([blocks, blocks])
     assert cache.keys[0][: blocks // 2].all()
     assert not cache.keys[0][blocks // 2 :].any()
     assert not cache.values[1].any()
@@ -125,6 +125,25 @@ def test_address_space_is_no_memory() -> None:
     assert not cache.has_room_for(most + 1, HEADS, HEAD_DIM, torch.float16)
     assert not cache.has_room_for(1, HEADS, 2 * HEAD_DIM, torch.float16)
     assert not cache.has_room_for(1, HEADS, HEAD_DIM, torch.float32)
-    cache.resize(1, most)
+    cache.resize([most])
     cache.keys[0][-1] = 1
     assert cache.keys[0][-1].all()
+
+
+def test_layers_have_their_own_numbers_of_blocks() -> None:
+    cache = make(3, 4, most_blocks=8)
+    for tensor in (*cache.keys, *cache.values):
+        tensor.fill_(1)
+    places = cache.addresses[0].tolist()
+    cache.resize([8, 4, 2])
+    assert [len(tensor) for tensor in cache.keys] == [8, 4, 2]
+    assert cache.addresses[0].tolist() == places
+    cache.copy(1, 3)
+    cache.keys[0][6] = 7
+    cache.copy(6, 3)
+    assert (cache.keys[0][3] == 7).all()
+    assert (cache.keys[1][3] == 1).all(), "this layer lacks the copied block"
+    cache.resize([2, 2, 2])
+    cache.give_back()
+    cache.resize([4, 4, 4])
+    assert all(bool(tensor[:2].all()) for tensor in cache.keys)

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,11 +21,12 @@ from tests.opt_variants import byte_tokenizer
 TOKENIZER = byte_tokenizer()
 BLOCK_TOKENS = 4
 CONTEXT = 32
+SHALLOW, DEPTH = 2, 4
 
 
-def plan(number: int) -> ServedPlan:
-    """The plan number `number` of those to which sequences move."""
-    return ServedPlan(model=f"model-{number}", depth=4)
+def plan(number: int, depth: int = DEPTH) -> ServedPlan:
+    """A plan of the model number `number` of those to which sequences move."""
+    return ServedPlan(model=f"model-{number}", depth=depth)
 
 
 def make_sequence(name: str, prompt: int, output: int, served: ServedPlan | None = None) -> Sequence:
@@ -40,27 +42,41 @@ def make_sequence(name: str, prompt: int, output: int, served: ServedPlan | None
 
 
 class Cache:
-    """The content of each KV slot: the plan that wrote it, and the tokens up to and including its own."""
+    """The content of each KV slot of each layer: the model that wrote it, and the tokens up to its own."""
 
-    def __init__(self) -> None:
-        self.slots: dict[tuple[int, int], tuple[ServedPlan, list[int]]] = {}
+    def __init__(self, layer_blocks: list[int]) -> None:
+        self.layer_blocks = layer_blocks
+        self.slots: dict[tuple[int, int, int], tuple[str, list[int]]] = {}
+
+    def resize(self, layer_blocks: list[int]) -> None:
+        self.layer_blocks = layer_blocks
+        self.slots = {
+            slot: content for slot, content in self.slots.items() if slot[1] < layer_blocks[slot[0]]
+        }
 
     def copy(self, source: int, target: int) -> None:
-        for offset in range(BLOCK_TOKENS):
-            self.slots[target, offset] = self.slots[source, offset]
+        for layer, count in enumerate(self.layer_blocks):
+            for offset in range(BLOCK_TOKENS):
+                if max(source, target) < count and (layer, source, offset) in self.slots:
+                    self.slots[layer, target, offset] = self.slots[layer, source, offset]
 
     def write(self, sequence: Sequence, position: int) -> None:
-        slot = (sequence.blocks[position // BLOCK_TOKENS], position % BLOCK_TOKENS)
-        self.slots[slot] = self._content(sequence, position)
+        for slot in self._slots_of(sequence, position):
+            assert slot[1] < self.layer_blocks[slot[0]], "its layers have all its blocks"
+            self.slots[slot] = self._content(sequence, position)
 
     def check(self, sequence: Sequence) -> None:
-        """Checks that all computed slots hold this text, written by the sequence's plan."""
+        """Checks that all computed slots of its layers hold this text, written by the sequence's model."""
         for position in range(sequence.computed):
-            slot = (sequence.blocks[position // BLOCK_TOKENS], position % BLOCK_TOKENS)
-            assert self.slots[slot] == self._content(sequence, position)
+            for slot in self._slots_of(sequence, position):
+                assert self.slots[slot] == self._content(sequence, position)
 
-    def _content(self, sequence: Sequence, position: int) -> tuple[ServedPlan, list[int]]:
-        return sequence.plan, sequence.token_ids[: position + 1]
+    def _slots_of(self, sequence: Sequence, position: int) -> Iterator[tuple[int, int, int]]:
+        block = sequence.blocks[position // BLOCK_TOKENS]
+        return ((layer, block, position % BLOCK_TOKENS) for layer in range(sequence.plan.depth))
+
+    def _content(self, sequence: Sequence, position: int) -> tuple[str, list[int]]:
+        return sequence.plan.model, sequence.token_ids[: position + 1]
 
 
 def advance(scheduler: Scheduler, scheduled: list[tuple[Sequence, int]], cache: Cache | None = None) -> None:
@@ -79,33 +95,40 @@ def advance(scheduler: Scheduler, scheduled: list[tuple[Sequence, int]], cache: 
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Submissions, steps and cancellations in any order. All prompts begin alike."""
+    """Submissions, steps and cancellations in any order. All prompts begin alike.
+
+    Sequences have few layers or all. Some blocks have only few.
+    """
 
     @initialize(
-        blocks=st.integers(CONTEXT // BLOCK_TOKENS, 24),
+        deep=st.integers(CONTEXT // BLOCK_TOKENS, 24),
+        shallow=st.integers(0, 10),
         running=st.integers(1, 6),
         budget=st.integers(6, 40),
         stretch=st.sampled_from([1.5, 4, math.inf]),
         sharing=st.booleans(),
     )
-    def start(self, blocks: int, running: int, budget: int, stretch: float, sharing: bool) -> None:
-        self.pool = BlockPool(blocks, BLOCK_TOKENS)
-        self.blocks = blocks
+    def start(
+        self, deep: int, shallow: int, running: int, budget: int, stretch: float, sharing: bool
+    ) -> None:
+        self.layer_blocks = [deep + shallow] * SHALLOW + [deep] * (DEPTH - SHALLOW)
+        self.pool = BlockPool(deep + shallow, BLOCK_TOKENS)
+        self.pool.resize(self.layer_blocks)
         self.stretch = stretch
         self.budget = budget
         self.max_running = running
         self.sharing = sharing
-        self.cache = Cache()
+        self.cache = Cache(self.layer_blocks)
         copy = self.cache.copy if sharing else None
         self.scheduler = Scheduler(self.pool, running, budget, self.new_chunks(), copy)
         self.plans = 0
         self.move: Move | None = None
         self.all: list[Sequence] = []
 
-    @rule(prompt=st.integers(1, CONTEXT - 1), data=st.data())
-    def submit(self, prompt: int, data: st.DataObject) -> None:
+    @rule(prompt=st.integers(1, CONTEXT - 1), depth=st.sampled_from([SHALLOW, DEPTH]), data=st.data())
+    def submit(self, prompt: int, depth: int, data: st.DataObject) -> None:
         output = data.draw(st.integers(1, CONTEXT - prompt))
-        sequence = make_sequence(str(len(self.all)), prompt, output, plan(self.plans))
+        sequence = make_sequence(str(len(self.all)), prompt, output, plan(self.plans, depth))
         self.all.append(sequence)
         self.scheduler.add(sequence)
 
@@ -125,17 +148,22 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.move is None)
     @rule(data=st.data())
     def begin_move(self, data: st.DataObject) -> None:
-        """Begins a move to a plan that may have fewer blocks."""
+        """Begins a move to plans that may have fewer blocks. Some plans may stay."""
         blocks = data.draw(st.integers(CONTEXT // BLOCK_TOKENS, self.pool.num_blocks))
-        self.move = Move(self.scheduler, plan(self.plans), plan(self.plans + 1), self.budget, last_step=0.0)
-        self.move.begin(blocks, self.new_chunks())
+        depths = data.draw(st.sampled_from([(SHALLOW, DEPTH), (SHALLOW,), (DEPTH,)]))
+        to = {plan(self.plans, depth): plan(self.plans + 1, depth) for depth in depths}
+        fewer = [min(blocks, count) for count in self.layer_blocks]
+        self.move = Move(self.scheduler, to, self.budget, last_step=0.0)
+        self.move.begin(fewer, self.new_chunks())
+        self.cache.resize(fewer)
         self.plans += 1
 
     def schedule(self) -> list[tuple[Sequence, int]]:
         scheduled = self.scheduler.schedule(0 if self.move is None else self.move.send_back())
         if self.move is not None and not self.move.is_leaving:
             self.move = None
-            self.pool.grow(self.blocks)
+            self.pool.resize(self.layer_blocks)
+            self.cache.resize(self.layer_blocks)
         return scheduled
 
     @rule()
@@ -205,8 +233,8 @@ def moving(prompts: list[int], room: int) -> tuple[Scheduler, Move, list[Sequenc
         scheduler.add(sequence)
     while not all(sequence.is_decoding for sequence in sequences):
         advance(scheduler, scheduler.schedule())
-    move = Move(scheduler, plan(0), plan(1), budget, last_step=0.0)
-    move.begin(64, ChunkBudget(math.inf, 8, budget))
+    move = Move(scheduler, {plan(0): plan(1)}, budget, last_step=0.0)
+    move.begin([64] * DEPTH, ChunkBudget(math.inf, 8, budget))
     return scheduler, move, sequences
 
 
@@ -278,7 +306,7 @@ def test_what_does_not_fit_into_a_smaller_pool_is_sent_back_at_once() -> None:
     while not all(sequence.is_decoding for sequence in sequences):
         advance(scheduler, scheduler.schedule())
     kept = max(sequences[1].blocks) + 1
-    Move(scheduler, plan(0), plan(1), 54, last_step=0.0).begin(kept, scheduler.chunks)
+    Move(scheduler, {plan(0): plan(1)}, 54, last_step=0.0).begin([kept] * DEPTH, scheduler.chunks)
     assert list(map(is_leaving, sequences)) == [True, True, False, False]
     assert list(scheduler.waiting) == sequences[2:]
     assert scheduler.pool.num_blocks == kept
@@ -323,3 +351,72 @@ def test_decoding_sequences_never_wait_for_a_prefill(chunk: int) -> None:
         before = decoding.completion_tokens
         advance(scheduler, scheduler.schedule())
         assert decoding.completion_tokens == before + 1
+
+
+def shallow_and_deep(deep: int, shallow: int) -> Scheduler:
+    """A scheduler with blocks of all layers, and others of few layers."""
+    pool = BlockPool(deep + shallow, BLOCK_TOKENS)
+    pool.resize([deep + shallow] * SHALLOW + [deep] * (DEPTH - SHALLOW))
+    return Scheduler(pool, 16, 64, ChunkBudget(math.inf, BLOCK_TOKENS, 64), None)
+
+
+def test_nobody_is_preempted_for_a_sequence_that_cannot_use_its_blocks() -> None:
+    scheduler = shallow_and_deep(deep=8, shallow=8)
+    first, second = (make_sequence(name, 16, 15, plan(0, DEPTH)) for name in ("first", "second"))
+    shallow = make_sequence("shallow", 16, 15, plan(0, SHALLOW))
+    for sequence in (first, second, shallow):
+        scheduler.add(sequence)
+    while not all(sequence.state is SequenceState.FINISHED for sequence in (first, second, shallow)):
+        advance(scheduler, scheduler.schedule())
+    assert [sequence.preemptions for sequence in (first, second, shallow)] == [0, 1, 0]
+
+
+def test_a_shallow_sequence_gives_its_deep_blocks_to_an_older_deep_one() -> None:
+    scheduler = shallow_and_deep(deep=8, shallow=2)
+    deep, shallow = make_sequence("deep", 12, 19, plan(0, DEPTH)), make_sequence("s", 24, 7, plan(0, SHALLOW))
+    for sequence in (deep, shallow):
+        scheduler.add(sequence)
+    advance(scheduler, scheduler.schedule())
+    # Blocks of few layers were taken first.
+    assert sum(block >= 8 for block in shallow.blocks) == 2
+    while not all(sequence.state is SequenceState.FINISHED for sequence in (deep, shallow)):
+        advance(scheduler, scheduler.schedule())
+    assert (deep.preemptions, shallow.preemptions) == (0, 1)
+
+
+def test_blocks_are_reserved_for_all_depths_or_for_none() -> None:
+    scheduler = shallow_and_deep(deep=7, shallow=3)
+    deep, shallow = make_sequence("deep", 8, 9, plan(0, DEPTH)), make_sequence("s", 8, 9, plan(0, SHALLOW))
+    for sequence in (deep, shallow):
+        scheduler.add(sequence)
+    advance(scheduler, scheduler.schedule())
+    free = scheduler.pool.free_blocks
+    assert not scheduler.reserve([deep], 5 * BLOCK_TOKENS), (
+        "six blocks are free, five of them have all layers"
+    )
+    assert not scheduler.reserve([shallow, deep], 3 * BLOCK_TOKENS)
+    assert scheduler.pool.free_blocks == free
+    assert scheduler.reserve([shallow, deep], 2 * BLOCK_TOKENS)
+    assert max(deep.blocks) < 7
+
+
+def test_blocks_of_few_layers_are_used_while_a_deep_sequence_waits_for_others() -> None:
+    scheduler = shallow_and_deep(deep=8, shallow=7)
+    running, waiting = (make_sequence(name, 20, 11, plan(0, DEPTH)) for name in ("running", "waiting"))
+    # Three of four fit into the blocks of few layers. The fourth would need one that `waiting` can use.
+    shallow = [make_sequence(f"{number}", 6, 3, plan(0, SHALLOW)) for number in range(4)]
+    late = make_sequence("late", 4, 4, plan(0, DEPTH))
+    for sequence in (running, waiting, *shallow, late):
+        scheduler.add(sequence)
+    for _ in range(2):
+        advance(scheduler, scheduler.schedule())
+        assert set(scheduler.running) == {running, *shallow[:3]}
+    assert list(scheduler.waiting) == [waiting, shallow[3], late]
+    while running.state is not SequenceState.FINISHED:
+        assert waiting.state is SequenceState.WAITING
+        advance(scheduler, scheduler.schedule())
+    advance(scheduler, scheduler.schedule())
+    assert waiting.state is SequenceState.RUNNING
+    while list(scheduler):
+        advance(scheduler, scheduler.schedule())
+    assert scheduler.preemptions == 0

@@ -33,25 +33,32 @@ from tests.scripted_engine import ScriptedEngine
 
 TINY_1, TINY_2, TINY_4 = (ServedPlan(model="tiny", depth=depth) for depth in (1, 2, 4))
 OTHER_2 = ServedPlan(model="other", depth=2)
-PROBE = Probe(prompt_tokens=40, readings={"tiny": ExitReading(depth=1, tokens=8, nats=3.5, doubt=1.5)})
+READING = ExitReading(depth=1, tokens=8, nats=3.5, doubt=1.5)
+PROBE = Probe(prompt_tokens=40, readings={"tiny": READING}, first_ids=(2, 9, 400))
 
 
 class ScriptedRouter:
-    """Ranks plans in a fixed order, and keeps what it was asked for."""
+    """Ranks plans in a fixed order from all readings, and keeps what it was asked for."""
 
     def __init__(self, *plans: ServedPlan, number: int = 7) -> None:
-        self.number = number
+        self.number, self.first_model = number, plans[0].model
         self.asked: list[tuple[Probe, float | None, Objective | None]] = []
+        self.lots: list[float] = []
         self._plans = plans
 
     def rank(
         self,
         probe: Probe,
         *,
+        lot: float,
+        is_complete: bool,
         max_perplexity_increase: float | None = None,
         objective: Objective | None = None,
         among: Collection[ServedPlan] | None = None,
-    ) -> list[RankedPlan]:
+    ) -> list[RankedPlan] | None:
+        if not is_complete:
+            return None
+        self.lots.append(lot)
         self.asked.append((probe, max_perplexity_increase, objective))
         return [
             RankedPlan(
@@ -175,14 +182,15 @@ async def test_a_plan_or_route_that_cannot_be_is_refused_with_the_reason(
 
 @CALLS
 async def test_the_router_chooses_the_plan_and_the_finish_says_why(tiny_models: Path, many: bool) -> None:
-    router = ScriptedRouter(TINY_2, TINY_4)
-    async with served(ScriptedEngine(TINY_4, TINY_2, probe=PROBE), tiny_models, router) as stub:
+    router, engine = ScriptedRouter(TINY_2, TINY_4), ScriptedEngine(TINY_4, TINY_2, probe=PROBE)
+    async with served(engine, tiny_models, router) as stub:
         route = worker_pb2.Route(max_perplexity_increase=0.02, objective=controller_pb2.OBJECTIVE_LATENCY)
         finish = (await ended(stub, request(route=route), many=many)).finish
     assert (finish.model, finish.depth) == ("tiny", 2)
     assert finish.expected_perplexity_increase == 0.02
     assert finish.plan_reason == "tiny at depth 2 was ranked"
     assert router.asked == [(PROBE, 0.02, Objective.LATENCY)]
+    assert engine.probed_first == ["tiny"]
 
 
 @CALLS
@@ -197,6 +205,19 @@ async def test_a_request_whose_best_plan_is_in_force_elsewhere_is_redirected(
     assert [one.extra_seconds_per_token for one in plans] == [0.0, 1.0]
     assert [one.expected_perplexity_increase for one in plans] == [0.02, 0.04]
     assert plans[0].reason == "other at depth 2 was ranked"
+
+
+async def test_a_request_has_the_same_lot_whenever_it_is_sent_and_others_have_others(
+    tiny_models: Path,
+) -> None:
+    router = ScriptedRouter(TINY_4)
+    for _ in range(2):
+        async with served(ScriptedEngine(TINY_4, probe=PROBE), tiny_models, router) as stub:
+            for number in range(50):
+                asked = request(route=worker_pb2.Route(), request_id=f"request-{number}")
+                await ended(stub, asked, many=True)
+    assert router.lots[:50] == router.lots[50:]
+    assert {int(5 * lot) for lot in router.lots} == set(range(5))
 
 
 async def test_a_request_that_names_a_model_is_routed_among_its_plans(tiny_models: Path) -> None:
@@ -342,6 +363,7 @@ async def test_a_watcher_that_asks_gets_each_served_prompt_once(tiny_models: Pat
         (reading,) = prompt.readings
         assert (reading.model, reading.depth, reading.tokens) == ("tiny", 1, 8)
         assert (reading.nats, reading.doubt) == (3.5, 1.5)
+        assert list(prompt.first_ids) == [2, 9, 400]
         assert not (await anext(watch)).served_prompts
         engine.add_prompt(ServedPrompt(0, TINY_2, PROBE, tokens=16, nats=1.0))
         seen = []

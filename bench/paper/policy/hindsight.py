@@ -99,7 +99,9 @@ class _Phase:
     name: str
     start: int
     end: int
+    # All tokens, and those that quality is measured on.
     tokens: int
+    judged_tokens: int
     # For every plan, if it serves the whole phase.
     seconds: Mapping[ServedPlan, float]
     nats: Mapping[ServedPlan, float]
@@ -107,7 +109,7 @@ class _Phase:
     """Nats of the best candidate with all layers."""
 
     def increase(self, nats: float) -> float:
-        return math.expm1((nats - self.best_nats) / self.tokens)
+        return math.expm1((nats - self.best_nats) / self.judged_tokens)
 
     @property
     def within(self) -> set[ServedPlan]:
@@ -143,6 +145,7 @@ class Hindsight:
                 start=start,
                 end=end,
                 tokens=tokens,
+                judged_tokens=tokens - len(requests) * self.scene.judged_from,
                 seconds={plan: tokens * token_seconds[plan] for plan in plans},
                 nats=nats,
                 best_nats=min(nats[plan] for plan in whole),
@@ -152,7 +155,21 @@ class Hindsight:
     @property
     def best_seconds(self) -> float:
         """Seconds of the fastest plan within the bound, over all phases."""
-        return sum(min(phase.seconds[plan] for plan in phase.within) for phase in self._phases)
+        return self.best().seconds
+
+    def best(self) -> Run:
+        """A run under the fastest plan of each phase that is within the bound, without moves."""
+        run = Run()
+        for phase in self._phases:
+            plan = min(phase.within, key=lambda plan: phase.seconds[plan])
+            run.plans += [plan] * (phase.end - phase.start)
+            run.seconds += phase.seconds[plan]
+            run.tokens += phase.tokens
+        return run
+
+    @property
+    def _judged_tokens(self) -> int:
+        return sum(phase.judged_tokens for phase in self._phases)
 
     def fixed_plans(self) -> list[dict[str, Any]]:
         """The figures of every plan, if it serves from the first request to the last."""
@@ -167,7 +184,7 @@ class Hindsight:
                     "depth": plan.depth,
                     "tokens_per_second": tokens / seconds,
                     "time_to_best": seconds / self.best_seconds,
-                    "perplexity_increase": math.expm1(excess / tokens),
+                    "perplexity_increase": math.expm1(excess / self._judged_tokens),
                     "worst_phase_increase": max(phase.increase(phase.nats[plan]) for phase in self._phases),
                 }
             )
@@ -181,7 +198,7 @@ class Hindsight:
             tokens_per_second=run.tokens / run.seconds,
             time_to_best=run.seconds / self.best_seconds,
             priced_time_to_best=run.priced_seconds / self.best_seconds,
-            perplexity_increase=math.expm1((run.nats - best_nats) / run.tokens),
+            perplexity_increase=math.expm1((float(served.sum()) - best_nats) / self._judged_tokens),
             phase_increases={
                 phase.name: phase.increase(float(served[phase.start : phase.end].sum()))
                 for phase in self._phases
@@ -224,7 +241,7 @@ class Hindsight:
 def _nats_by_request(scene: Scene, plan: ServedPlan) -> NDArray[np.float64]:
     records = [request.records[plan.model] for request in scene.requests]
     index = records[0].exit_layers.index(plan.depth)
-    return np.array([record.nats[index].sum(dtype=np.float64) for record in records])
+    return np.array([record.nats[index, scene.judged_from :].sum(dtype=np.float64) for record in records])
 
 
 def simulated(

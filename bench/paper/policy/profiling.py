@@ -1,10 +1,15 @@
 """Profiles the candidates as the profiler does, and measures the cost."""
 
+import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
+
 from bench.paper.policy.traffic import Request
 from bench.systems.subject import Subject
+from helios.engine.backends.readout import read
 from helios.engine.evaluation.candidate import Candidate
 from helios.engine.evaluation.evaluate import evaluate
 from helios.engine.evaluation.settings import EvaluationSettings
@@ -44,3 +49,16 @@ def profile(
         "cpu_seconds_per_prompt_and_model": sum(one.cpu_seconds for one in prompts_only) / pairs,
         "cpu_seconds_once": sum(one.once_cpu_seconds for one in profiles.values()),
     }
+
+
+@torch.inference_mode()
+def row_seconds(subject: Subject, candidates: Sequence[Candidate], rows: int) -> float:
+    """Median seconds of a row of the LM head at the first exit, when `rows` are read at once."""
+    taken = []
+    for one in candidates:
+        hidden = torch.randn(rows, one.entry.config.hidden_size)
+        for _ in range(subject.sizes.timed_steps):
+            began = time.thread_time()
+            read(one.model.read_out(hidden, one.entry.exit_layers[0]))
+            taken.append((time.thread_time() - began) / rows)
+    return statistics.median(taken)

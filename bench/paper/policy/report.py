@@ -107,6 +107,7 @@ def add(result: Mapping[str, Any], page: Page) -> None:
             for row in result["fixed_plans"]
         ],
     )
+    _compare(result["comparison"], page)
     page.say("Ablation, on the standard trace:")
     figures(list(result["ablation"].items()))
     for kind, name_of in (("sweeps", "Sweep of {}"), ("paper_sweeps", "Sweep of {} by the paper's rule")):
@@ -144,6 +145,101 @@ def add(result: Mapping[str, Any], page: Page) -> None:
         axes.legend(fontsize="small")
 
     page.plot("policy", "Plan over drifting traffic (dashed: drifts)", draw)
+
+
+def _compare(result: Mapping[str, Any], page: Page) -> None:
+    prices = result["prices"]
+    page.say(
+        "### The router and other methods",
+        "The same requests for all. Quality is measured on each request's tokens from "
+        f"{result['judged_from']} on. Those before are its beginning, which a probe reads. The learnt router "
+        f"has {result['examples']} examples from one half of the texts. All methods serve the other half. "
+        f"The router's time has its probes (a reading: {prices['reading_seconds'] * 1e6:.0f} us) and the "
+        f"loading of all models ({prices['loading_seconds']:.2f} s); *priced*: also evaluations, "
+        f"{prices['evaluation_seconds'] * 1e3:.1f} ms of CPU for each request and model.",
+        "*held*: traces within the bound over the whole, in each phase, and traces whose phases are all "
+        f"within {result['phase_bound']:+.0%}.",
+    )
+
+    def methods(rows: Mapping[str, Mapping[str, Any]]) -> None:
+        page.table(
+            (
+                "",
+                "traces",
+                "time",
+                "priced",
+                "tokens/s",
+                "held",
+                "perplexity: mean, worst trace, worst phase",
+            ),
+            [
+                (
+                    name,
+                    row["traces"],
+                    f"{row['time_to_best']:.3f}",
+                    f"{row['priced_time_to_best']:.3f}",
+                    f"{row['tokens_per_second']:,.0f}",
+                    f"{row['held']}, {row['held_in_each_phase']}, {row['within_phase_bound']}",
+                    f"{row['perplexity_increase']:+.1%}, {row['largest_perplexity_increase']:+.1%}, "
+                    f"{row['worst_phase_increase']:+.1%}",
+                )
+                for name, row in rows.items()
+            ],
+        )
+
+    learning = {
+        f"router that learns, {int(requests):,} requests": row for requests, row in result["learning"].items()
+    }
+    shapes = {f"router, {name}": row for name, row in result["shapes"].items()}
+    steady = {f"router, {name} only": row for name, row in result["steady"].items()}
+    rows = {**result["methods"], **learning, **shapes, **steady}
+    methods(rows)
+    page.say("What routers did; shares are of requests, except for those of time:")
+    page.table(
+        (
+            "",
+            "time: loading, probes",
+            "all models read",
+            "safe plan",
+            "evaluated",
+            "came when an example",
+            "us a choice",
+            "ms a settlement",
+        ),
+        [
+            (
+                name,
+                f"{row['loading_share']:.1%}, {row['probing_share']:.1%}",
+                f"{row['read_by_all_share']:.1%}",
+                f"{row['safe_share']:.1%}",
+                f"{row['evaluated']:.0f}",
+                f"{row['known_share']:.1%}",
+                f"{row['ranking_seconds'] * 1e6:.0f}",
+                f"{row['settling_seconds'] * 1e3:.1f}",
+            )
+            for name, row in rows.items()
+            if "probing_share" in row
+        ],
+    )
+    page.say(
+        "Domains that neither a model nor the learnt router has seen, after prose. Perplexity is over the "
+        f"best candidate with all layers; *so far*: the largest over the first n requests, n from "
+        f"{result['first_judged']} on:"
+    )
+    page.table(
+        ("", "requests", "all layers", "best model", "time to all layers", "perplexity: mean, so far"),
+        [
+            (
+                name,
+                row["requests"],
+                f"{row['safe_share']:.0%}",
+                f"{row['best_model_share']:.0%}",
+                f"{row['time_to_safe']:.2f}",
+                f"{row['perplexity_increase']:+.1%}, {row['largest_increase_so_far']:+.1%}",
+            )
+            for name, row in result["unseen"].items()
+        ],
+    )
 
 
 def _requests(count: int | None) -> str:

@@ -6,10 +6,12 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from bench.paper.policy import sweeps, traffic
+from bench.paper.policy.comparison import compare, record_unseen
 from bench.paper.policy.engine_run import serve
 from bench.paper.policy.hindsight import Hindsight, bound, simulated, summary
 from bench.paper.policy.paper_setting import dynamic_steps, paper_setting
-from bench.paper.policy.profiling import evaluation_settings, profile
+from bench.paper.policy.prices import PROBE_READINGS
+from bench.paper.policy.profiling import evaluation_settings, profile, row_seconds
 from bench.paper.policy.simulation import Scene, simulate
 from bench.systems.subject import Subject
 from helios.engine.evaluation.candidate import load_candidate
@@ -18,7 +20,7 @@ from services.controller.agenda import AgendaSettings
 
 
 def measure(subject: Subject) -> dict[str, Any]:
-    """Simulates traces, an ablation and sweeps on recorded requests, and runs an engine that reloads."""
+    """Simulates traces, routers, an ablation and sweeps on recorded requests; runs an engine that reloads."""
     candidates = [model for model in subject.models if model.tokenizer_id == subject.models[0].tokenizer_id]
     sizes = subject.sizes
     pools = traffic.record(subject, candidates)
@@ -35,6 +37,7 @@ def measure(subject: Subject) -> dict[str, Any]:
         prompt_tokens=sizes.prompt_tokens,
         evaluation_seconds=profiling["cpu_seconds_per_request_and_model"],
         prompt_evaluation_seconds=profiling["cpu_seconds_per_prompt_and_model"],
+        row_seconds=row_seconds(subject, loaded, PROBE_READINGS),
     )
 
     def traces(shape: traffic.Shape, phase_requests: int, count: int) -> list[Hindsight]:
@@ -64,6 +67,9 @@ def measure(subject: Subject) -> dict[str, Any]:
         },
     }
     steady = {name: row(shape, long_phase, sizes.few_traces) for name, shape in traffic.STEADY.items()}
+    strange = record_unseen(subject, candidates)
+    subject.say("the router and other methods, simulated")
+    comparison = compare(empty, pools, strange, sizes)
     subject.say("ablation and sweeps, simulated")
     return {
         "requests": len(run.plans),
@@ -94,6 +100,7 @@ def measure(subject: Subject) -> dict[str, Any]:
         },
         "drifting": drifting,
         "steady": steady,
+        "comparison": comparison,
         "ablation": sweeps.ablation(few),
         "sweeps": sweeps.sweeps(few),
         "paper_sweeps": sweeps.paper_sweeps(few, candidates[0].name),

@@ -16,6 +16,7 @@ from bench.systems.subject import Subject
 from bench.texts import held_out
 from helios.calibration import calibrated_threshold
 from helios.catalog import ModelEntry
+from helios.engine.evaluation.trace import ExitTrace
 from helios.history import CONFIDENCE_BINS, ExitProfile, ModelProfile, RequestSample
 
 _EDGES = [index / CONFIDENCE_BINS for index in range(CONFIDENCE_BINS)]
@@ -72,17 +73,29 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request, with the predictions of every candidate for it."""
+    """A request, with the predictions of every candidate for it.
+
+    before: the token before `ids`, from which the first of them is predicted.
+    """
 
     phase: str
     domain: str
+    before: int
     ids: tuple[int, ...]
     records: Mapping[str, Record]
 
 
 def record(subject: Subject, candidates: Sequence[ModelEntry]) -> dict[str, list[Request]]:
     """All requests that can be cut from the held-out texts, by domain."""
-    return {domain: _requests(subject, candidates, domain) for domain in held_out.DOMAINS}
+    return {
+        domain: cut(
+            subject,
+            domain,
+            subject.windows(candidates[0], domain),
+            {model.name: subject.traces(model, domain) for model in candidates},
+        )
+        for domain in held_out.DOMAINS
+    }
 
 
 def trace(
@@ -157,27 +170,33 @@ def profile(
     )
 
 
-def _requests(subject: Subject, candidates: Sequence[ModelEntry], domain: str) -> list[Request]:
+def cut(
+    subject: Subject,
+    domain: str,
+    windows: Sequence[Sequence[int]],
+    traces: Mapping[str, Sequence[ExitTrace]],
+) -> list[Request]:
+    """Cuts windows of text into requests. traces: of each window, by model."""
     length = subject.sizes.request_tokens
-    tokenizer = subject.tokenizers[candidates[0].name]
+    tokenizer = subject.tokenizers[next(iter(traces))]
     found = []
-    for number, window in enumerate(subject.windows(candidates[0], domain)):
+    for number, window in enumerate(windows):
         for start in range(0, len(window) - 1, length):
             # Each position predicts the token after it.
             ids = window[start + 1 : start + 1 + length]
             text_bytes = len(tokenizer.decode(ids).encode())
             records = {}
-            for model in candidates:
-                trace = subject.traces(model, domain)[number]
+            for model, of_windows in traces.items():
+                trace = of_windows[number]
                 part = slice(start, start + length)
-                records[model.name] = Record(
+                records[model] = Record(
                     trace.exit_layers,
                     trace.confidences[:, part],
                     np.stack([trace.agrees(depth)[part] for depth in trace.exit_layers]),
                     trace.nats[:, part],
                     text_bytes,
                 )
-            found.append(Request(domain, domain, tuple(ids), records))
+            found.append(Request(domain, domain, window[start], tuple(ids), records))
     return found
 
 

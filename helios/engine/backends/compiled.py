@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from helios.architectures.spec import ModelConfig
-from helios.engine.backends.burst import Burst
+from helios.engine.backends.burst import ONE_STEP, Burst
 from helios.engine.backends.kv_cache import KVCache
 from helios.engine.backends.paged_attention import addresses_of
 from helios.engine.backends.readout import Readout
@@ -90,6 +90,13 @@ class CompiledModel:
         """
         steps = self._run(batch, cache, self._exits_of((depth,)), ((depth, 0),), burst)
         return self._space.read(batch.reads, steps)
+
+    def step_with_states(self, batch: Batch, cache: KVCache, depth: int) -> tuple[Readout, torch.Tensor]:
+        """Like `step`. Also returns the states of all rows after these layers, as valid as the readout."""
+        found = self.step(batch, cache, depth, ONE_STEP)
+        # The states of all rows are the first part of the work space.
+        rows, width = batch.rows, self._config.hidden_size
+        return found, self._space.scratch[: 4 * rows * width].view(torch.float32).view(rows, width)
 
     def step_mixed(self, batch: Batch, cache: KVCache, burst: Burst) -> tuple[Readout, list[int]]:
         """Like `step`, but each row leaves at its own depth (`Batch.depths`).

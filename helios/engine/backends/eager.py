@@ -49,11 +49,14 @@ class EagerModel:
 
         Takes one step and draws no tokens; callers pass no other burst.
         """
+        return self.step_with_states(batch, cache, depth)[0]
+
+    def step_with_states(self, batch: Batch, cache: KVCache, depth: int) -> tuple[Readout, torch.Tensor]:
+        """Like `step`. Also returns the states of all rows after these layers: [T, hidden]."""
         hidden = self.layers(self.embed(batch.token_ids, batch.positions), batch, cache, 0, depth)
         # read_rows is ascending, so if there are as many reads as rows, every row is read.
-        if batch.reads < batch.rows:
-            hidden = hidden[batch.read_rows]
-        return self._read(self.read_out(hidden, depth))
+        read = hidden if batch.reads == batch.rows else hidden[batch.read_rows]
+        return self._read(self.read_out(read, depth)), hidden
 
     def step_dynamic(
         self, batch: Batch, cache: KVCache, thresholds: Mapping[int, float], _burst: Burst = ONE_STEP

@@ -3,6 +3,7 @@
 import logging
 import math
 import mmap
+from collections.abc import Sequence
 from typing import Any, Self
 
 import numpy as np
@@ -63,9 +64,9 @@ class KVCache:
     [blocks, heads, block_tokens / 4, head_dim, 4], with the dimensions padded to whole registers. After a
     head's keys come the scales of its keys and of its values, float32 [2, block_tokens].
 
-    `resize` can change the numbers of layers and blocks while sequences hold blocks. On a CPU each layer has
-    address space for the largest number of blocks, so nothing moves. The system provides memory page by page
-    at first use, and `give_back` returns it.
+    `resize` can change the numbers of layers and blocks while sequences hold blocks, and layers may have
+    different numbers of blocks. On a CPU each layer has address space for the largest number of blocks, so
+    nothing moves. The system provides memory page by page at first use, and `give_back` returns it.
     """
 
     def __init__(
@@ -97,10 +98,9 @@ class KVCache:
         self.values: list[torch.Tensor] = []
         # Addresses of each layer's keys and values. A new object whenever anything has moved (`resize`).
         self.addresses: tuple[NDArray[Any], NDArray[Any]] = self._locate()
-        self.resize(num_layers, num_blocks)
-        if commit and device.type == "cpu":
-            for tensor in (*self.keys, *self.values):
-                tensor.zero_()
+        self.resize([num_blocks] * num_layers)
+        if commit:
+            self.commit()
 
     @classmethod
     def of(
@@ -144,16 +144,22 @@ class KVCache:
         same = (self.num_heads, self.head_dim, self.dtype) == (num_heads, head_dim, dtype)
         return same and num_blocks <= self._most_blocks
 
-    def resize(self, num_layers: int, num_blocks: int) -> None:
-        """Keeps the first `num_layers` layers (or adds new ones), each with `num_blocks` blocks.
+    def commit(self) -> None:
+        """Makes the system provide the memory of all blocks now. Erases them on a CPU."""
+        if self.device.type == "cpu":
+            for tensor in (*self.keys, *self.values):
+                tensor.zero_()
+
+    def resize(self, layer_blocks: Sequence[int]) -> None:
+        """Keeps or adds one layer for each of these numbers of blocks.
 
         Layers and blocks that stay keep their content. On a GPU without memory for more blocks, layers keep
         the blocks that they have; then `self.num_blocks` is smaller. Raises RuntimeError, MemoryError or
         OSError if there is no memory for another layer; then the cache has fewer layers.
         """
-        del self.keys[num_layers:], self.values[num_layers:]
+        del self.keys[len(layer_blocks) :], self.values[len(layer_blocks) :]
         try:
-            for layer in range(num_layers):
+            for layer, num_blocks in enumerate(layer_blocks):
                 self._resize_layer(layer, num_blocks)
         finally:
             found = self._locate()
@@ -176,9 +182,20 @@ class KVCache:
         self.values[layer][blocks, :, offsets] = values.to(self.dtype)
 
     def copy(self, source: int, target: int) -> None:
-        """Copies a block in all layers."""
+        """Copies a block in all layers that have both blocks."""
         for tensor in (*self.keys, *self.values):
-            tensor[target] = tensor[source]
+            if max(source, target) < len(tensor):
+                tensor[target] = tensor[source]
+
+    def fill(self, blocks: Sequence[int], other: "KVCache", first: int) -> None:
+        """Fills blocks with those of another cache from its block `first` on, in all layers of the other.
+
+        Its blocks have the same shape and type.
+        """
+        for kind, parts in ((self.keys, other.keys), (self.values, other.values)):
+            for tensor, part in zip(kind, parts, strict=False):
+                for source, block in enumerate(blocks, first):
+                    tensor[block] = part[source]
 
     def gather(self, layer: int, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of blocks [rows, blocks], each [rows, heads, blocks * block_tokens, head_dim]."""

@@ -28,6 +28,9 @@ class Backend(Protocol):
     def step(self, batch: Batch, cache: KVCache, depth: int, burst: Burst, /) -> Readout:
         """Reads out the read rows after the first `depth` layers. Writes the KV of all rows."""
 
+    def step_with_states(self, batch: Batch, cache: KVCache, depth: int, /) -> tuple[Readout, torch.Tensor]:
+        """Like `step`. Also returns the states of all rows after these layers: [T, hidden]."""
+
     def step_dynamic(
         self, batch: Batch, cache: KVCache, thresholds: Mapping[int, float], burst: Burst, /
     ) -> tuple[Readout, list[int]]:

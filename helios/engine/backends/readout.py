@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 
@@ -49,6 +50,17 @@ class Readout:
         return math.fsum(
             normalizer - logit for normalizer, logit in zip(self.normalizers.tolist(), chosen, strict=True)
         )
+
+    def costs(self, targets: Sequence[int]) -> tuple[list[float], list[float]]:
+        """Each row's negative log-probability of its target token, and -ln of its confidence."""
+        if self.host is not None:
+            _, summaries = self.host
+            logits = self.logits.numpy()[np.arange(len(targets)), targets]
+            return (summaries[:, NORMALIZER] - logits).tolist(), (-summaries[:, LOGPROB]).tolist()
+        at = torch.tensor(targets, device=self.logits.device)
+        nats = self.normalizers - self.logits.gather(1, at[:, None])[:, 0]
+        found, doubts = torch.stack([nats, -self.logprobs]).tolist()
+        return found, doubts
 
     def likeliest(self) -> tuple[list[int], list[float], list[float]]:
         """The most likely token of each row, its natural log-probability and its probability."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from helios.engine.backends.burst import ONE_STEP
 from helios.engine.backends.kv_cache import KVCache
+from helios.engine.backends.readout import read, read_on_device
 from helios.engine.evaluation.space import sequence_of
 from helios.engine.plan import Plan
 from helios.engine.scheduling.batch import build_batch
@@ -125,11 +126,10 @@ def _walk(
 def _read(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Top tokens, confidences and nats of `targets`, for each row that has a target."""
     count = min(len(logits), len(targets))
-    logits = logits[:count].float()
-    normalizer = logits.logsumexp(dim=-1)
-    best, top_ids = logits.max(dim=-1)
-    known = logits.gather(1, targets[:count, None].to(logits.device))[:, 0]
-    return top_ids.cpu(), (best - normalizer).exp().cpu(), (normalizer - known).cpu()
+    summarized = read if logits.device.type == "cpu" else read_on_device
+    found = summarized(logits[:count])
+    known = found.logits.gather(1, targets[:count, None].to(logits.device))[:, 0]
+    return found.best.cpu(), found.confidences.cpu(), (found.normalizers - known).cpu()
 
 
 def _space(plan: Plan, tokens: int) -> tuple[KVCache, BlockPool]:

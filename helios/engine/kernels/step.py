@@ -107,8 +107,8 @@ def _step(thread, model, layers, exits, cache, batch, scratch, out):
     """One thread's part of a step whose rows leave at exits that are known before.
 
     The rows that go on after an exit are always the first ones (`EXIT.staying`). So no row moves, and after
-    the last layer each row's state is the one at its own exit. scratch: `step_scratch` bytes; the rest as in
-    `run_burst`.
+    the last layer each row's state is the one at its own exit. scratch: `step_scratch` bytes, at the end the
+    states of all rows first; the rest as in `run_burst`.
     """
     reads, width = batch.reads, model.width
     hidden = scratch

@@ -1,6 +1,11 @@
 """Limits how many prompt tokens a step may compute beside decoding sequences."""
 
 import math
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
+
+from helios.engine.scheduling.sequence import Sequence
+from helios.served import ServedPlan
 
 # Weights of a new observation in the running means. Steps slower than the mean count less, because other work
 # on the machine only ever makes steps slower.
@@ -11,15 +16,28 @@ class ChunkBudget:
     """Sizes prefill chunks so that a step with them takes at most `stretch` times as long as one without.
 
     Running chunks beside decodes is from Sarathi-Serve (Agrawal et al. 2024, section 4.2), which fixes their
-    size. Here the size follows from the measured step times of this machine, model and depth.
+    size. Here the size follows from the measured step times of this machine and the plans in force.
+
+    Steps of several plans are compared by the cost of their sequences: the time of a step is taken to grow
+    with their mean cost.
     """
 
-    def __init__(self, stretch: float, least: int, most: int) -> None:
-        """stretch: above 1; infinite: no limit. least, most: bounds on the tokens, whatever is observed."""
-        self._stretch = stretch
+    def __init__(
+        self,
+        stretch: float,
+        least: int,
+        most: int,
+        costs: Mapping[ServedPlan, float] = MappingProxyType({}),
+    ) -> None:
+        """stretch: above 1; infinite: no limit. least, most: bounds on the tokens, whatever is observed.
+
+        costs: what a decoding sequence of each plan costs, relative to one of the first plan. Without it, all
+        cost the same.
+        """
+        self._stretch, self._costs = stretch, costs
         self._least = min(least, most)
         self._most = most
-        # Seconds of a step without prefill, by the bit length of its number of sequences.
+        # Seconds of a step of cost 1 without prefill, by the bit length of its number of sequences.
         self._decode: dict[int, float] = {}
         # Expected seconds of such steps, until they have been observed.
         self._expected: dict[int, float] = {}
@@ -34,16 +52,22 @@ class ChunkBudget:
         """Drops the expected times of decode steps. From now on only observations count."""
         self._expected = {}
 
-    def tokens(self, decoding: int, waiting: int = 1) -> int:
+    def cost(self, decoding: Collection[Sequence]) -> float:
+        """Mean cost of these sequences. 1 if there are none."""
+        if not self._costs or not decoding:
+            return 1.0
+        return sum(self._costs.get(seq.plan, 1.0) for seq in decoding) / len(decoding)
+
+    def tokens(self, decoding: int, waiting: int = 1, cost: float = 1.0) -> int:
         """Most prompt tokens of a step in which `decoding` sequences decode and `waiting` wait for prefill.
 
         If more wait than decode, the step may take proportionally longer, for the sake of the waiting ones.
         Returns 0 while the time of such a decode step is unknown: a step without prompts must measure it
-        first.
+        first. cost: mean cost of the sequences that decode.
         """
         if not decoding or math.isinf(self._stretch):
             return self._most
-        step = self.decode_seconds(decoding)
+        step = self.decode_seconds(decoding, cost)
         if step is None:
             return 0
         if self._per_token is None:
@@ -52,19 +76,20 @@ class ChunkBudget:
         fitting = room / max(self._per_token, 1e-9)
         return int(min(max(fitting, self._least), self._most))
 
-    def decode_seconds(self, decoding: int) -> float | None:
-        """Seconds of a step in which only `decoding` sequences decode. None while unknown."""
+    def decode_seconds(self, decoding: int, cost: float = 1.0) -> float | None:
+        """Seconds of a step in which only `decoding` sequences decode, of this mean cost. None: unknown."""
         key = decoding.bit_length()
-        return self._decode.get(key, self._expected.get(key))
+        seconds = self._decode.get(key, self._expected.get(key))
+        return None if seconds is None else cost * seconds
 
-    def observe(self, decoding: int, prompt_tokens: int, seconds: float) -> None:
-        """Notes how long a step took."""
+    def observe(self, decoding: int, prompt_tokens: int, seconds: float, cost: float = 1.0) -> None:
+        """Notes how long a step took. cost: mean cost of the sequences that decoded."""
         if not prompt_tokens:
-            key = decoding.bit_length()
+            key, seconds = decoding.bit_length(), seconds / cost
             before = self._decode.get(key, seconds)
             self._decode[key] = _mean(before, seconds, _SLOWER_WEIGHT if seconds > before else _WEIGHT)
             return
-        step = self.decode_seconds(decoding) if decoding else 0.0
+        step = self.decode_seconds(decoding, cost) if decoding else 0.0
         # Small chunks tell little, because most of their step's time is fixed cost.
         if step is not None and prompt_tokens >= self._least:
             added = max(seconds - step, 0.0) / prompt_tokens

@@ -4,6 +4,8 @@ Prefill computes everything that these tokens' probabilities need, except for th
 few more rows show how well the served exit predicts real prompts, without any evaluation.
 """
 
+from dataclasses import dataclass
+
 from helios.engine.scheduling.sequence import Sequence
 
 # At most one in this many prompt tokens is read, so that a short prompt costs little more.
@@ -16,6 +18,19 @@ def read_positions(prompt_tokens: int, most: int) -> list[int]:
     return [(2 * index + 1) * predicted // (2 * count) for index in range(count)]
 
 
+@dataclass(frozen=True, slots=True)
+class PromptReading:
+    """One prompt's part of a step's readings: those numbered start..end."""
+
+    sequence: Sequence
+    start: int
+    # From this one on, readings are of tokens that the prompt's probe had not seen.
+    unprobed: int
+    end: int
+    # Whether no token of the prompt had been read before.
+    is_first: bool
+
+
 class PromptReadings:
     """The rows of one step that are read for this sample, and the tokens that follow them."""
 
@@ -25,8 +40,7 @@ class PromptReadings:
         # Rows of the batch, and for each the prompt's next token.
         self.rows: list[int] = []
         self.targets: list[int] = []
-        # Number of prompts of which no token had been read before.
-        self.prompts = 0
+        self.prompts: list[PromptReading] = []
 
     def take(self, seq: Sequence, start: int, end: int, first_row: int) -> None:
         """Chooses among the tokens start..end of a sequence. Their rows begin at `first_row`."""
@@ -35,7 +49,10 @@ class PromptReadings:
         chosen = [at for at in read_positions(seq.prompt_tokens, self._most) if begin <= at < stop]
         if not chosen:
             return
+        first = len(self.rows)
         self.rows += (first_row + position - start for position in chosen)
         self.targets += (seq.token_ids[position + 1] for position in chosen)
-        self.prompts += not seq.read_until
+        probed = sum(position + 1 < seq.probed_tokens for position in chosen)
+        is_first = not seq.read_until
+        self.prompts.append(PromptReading(seq, first, first + probed, len(self.rows), is_first))
         seq.read_until = stop

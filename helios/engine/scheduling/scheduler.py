@@ -8,8 +8,13 @@ never preempted for a younger one, so every sequence ends.
 
 A prefix that this or an earlier sequence has already computed is not computed again: its full blocks are
 shared (`BlockPool`).
+
+Blocks may differ in their number of layers. A sequence whose plan has few layers can use more of them. It is
+preempted for another sequence only if that one can use some of its blocks, and overtakes it only with blocks
+that it cannot use.
 """
 
+import itertools
 import time
 from bisect import insort
 from collections import deque
@@ -85,7 +90,8 @@ class Scheduler:
             # An older sequence must not wait until the time of such a decode step is known.
             least = max(least, self._block_tokens)
         if first.arrival > self.unbounded_until:
-            budget = min(budget, max(least, self.chunks.tokens(decoding, waiting)))
+            cost = self.chunks.cost([seq for seq, _ in scheduled])
+            budget = min(budget, max(least, self.chunks.tokens(decoding, waiting, cost)))
         for seq in prefills:
             budget = self._chunk(seq, budget, scheduled)
         while budget > 0 and (admitted := self._admit()) is not None:
@@ -98,10 +104,15 @@ class Scheduler:
         If too few blocks are free, gives none and returns False: no sequence is preempted for this.
         """
         wanted = [(seq, missing) for seq in sequences if (missing := self._missing(seq, tokens))]
-        if wanted and sum(missing for _, missing in wanted) > self.pool.free_blocks:
-            return False
+        # The deepest first, because the others can use more blocks.
+        wanted.sort(key=lambda one: -one[0].plan.depth)
+        for (seq, _), total in zip(
+            wanted, itertools.accumulate(missing for _, missing in wanted), strict=True
+        ):
+            if total > self.pool.free_for(seq.plan.depth):
+                return False
         for seq, missing in wanted:
-            seq.blocks += self.pool.allocate(missing)
+            seq.blocks += self.pool.allocate(missing, seq.plan.depth)
         return True
 
     def advance(self, seq: Sequence, count: int) -> None:
@@ -115,7 +126,7 @@ class Scheduler:
         if self._copy_block is not None and full > before and seq.next_plan is None:
             digests = seq.digests(self.pool.block_tokens)
             for index in range(before, full):
-                self.pool.publish(seq.blocks[index], digests[index])
+                self.pool.publish(seq.blocks[index], digests[index], seq.plan.depth)
 
     def finish(self, sequence: Sequence) -> None:
         """Ends a sequence, wherever it is, and frees its blocks at once."""
@@ -132,7 +143,8 @@ class Scheduler:
         self._release(seq)
         seq.state = SequenceState.WAITING
         if seq.next_plan is not None:
-            seq.plan, seq.next_plan = seq.next_plan, None
+            seq.change_plan(seq.next_plan)
+            seq.next_plan = None
         seq.preemptions += 1
         self.preemptions += 1
         insort(self.waiting, seq, key=lambda waiting: waiting.arrival)
@@ -152,21 +164,49 @@ class Scheduler:
         if not (self.waiting and self.running):
             return
         first = self.waiting[0]
-        needed = self.pool.blocks_for(len(first.token_ids))
-        while self.running and self.running[-1].arrival > first.arrival and needed > self.pool.free_blocks:
-            self.preempt(self.running[-1])
+        if self.running[-1].arrival < first.arrival:
+            return
+        needed, depth = self.pool.blocks_for(len(first.token_ids)), first.plan.depth
+        while needed > self.pool.free_for(depth) and (last := self._last_with_blocks(depth)) is not None:
+            if last.arrival < first.arrival:
+                return
+            self.preempt(last)
 
     def _admit(self) -> Sequence | None:
-        """Admits the first of the queue to the batch. Returns None without a place or memory for it."""
-        # First come, first served: no sequence overtakes it.
-        if not self.waiting or len(self.running) >= self._max_running:
+        """Admits the first of the queue to the batch, or else one that takes no memory from it.
+
+        Returns None without a place or memory for them.
+        """
+        if not self.waiting or self.waiting[0].route is not None or len(self.running) >= self._max_running:
             return None
+        # First come, first served, even if the first still waits for its plan.
+        seq: Sequence | None = self.waiting[0]
         if not self._give_blocks(self.waiting[0]):
+            seq = self._next_beside(self.waiting[0])
+        if seq is None:
             return None
-        seq = self.waiting.popleft()
+        self.waiting.remove(seq)
         seq.state = SequenceState.RUNNING
         seq.times.scheduled = seq.times.scheduled or time.time_ns()
         insort(self.running, seq, key=lambda running: running.arrival)
+        return seq
+
+    def _next_beside(self, first: Sequence) -> Sequence | None:
+        """Gives blocks that `first` cannot use to the next sequence with fewer layers. Returns it, or None.
+
+        So these blocks do not lie idle while `first` waits for others.
+        """
+        pool, depth = self.pool, first.plan.depth
+        limit, free = pool.limit(depth), pool.free_for(depth)
+        if pool.free_blocks == free:
+            return None
+        others = (seq for seq in self.waiting if seq.route is None and pool.limit(seq.plan.depth) > limit)
+        if (seq := next(others, None)) is None or not self._give_blocks(seq):
+            return None
+        if pool.free_for(depth) < free:
+            self.cached_tokens -= seq.computed
+            self._release(seq)
+            return None
         return seq
 
     def _chunk(self, seq: Sequence, budget: int, scheduled: list[tuple[Sequence, int]]) -> int:
@@ -177,24 +217,24 @@ class Scheduler:
 
     def _give_blocks(self, seq: Sequence) -> bool:
         """Gives a sequence blocks for all its tokens. If too few are free, gives none and returns False."""
-        pool, tokens = self.pool, len(seq.token_ids)
-        shared = [] if self._copy_block is None else pool.reuse(seq.digests(pool.block_tokens))
+        pool, tokens, depth = self.pool, len(seq.token_ids), seq.plan.depth
+        shared = [] if self._copy_block is None else pool.reuse(seq.digests(pool.block_tokens), depth)
         computed = len(shared) * pool.block_tokens
         if self._copy_block is not None and computed == tokens:
             # The last token must be computed to get the next one, but not in a block that others read.
             source = shared.pop()
             computed -= pool.block_tokens
-            if pool.free_blocks:
-                target = pool.allocate(1)[0]
+            if pool.free_for(depth):
+                target = pool.allocate(1, depth)[0]
                 self._copy_block(source, target)
                 shared.append(target)
                 computed = tokens - 1
             pool.free([source])
         missing = pool.blocks_for(tokens) - len(shared)
-        if missing > pool.free_blocks:
+        if missing > pool.free_for(depth):
             pool.free(shared)
             return False
-        seq.blocks, seq.computed = [*shared, *pool.allocate(missing)], computed
+        seq.blocks, seq.computed = [*shared, *pool.allocate(missing, depth)], computed
         self.cached_tokens += computed
         return True
 
@@ -204,11 +244,18 @@ class Scheduler:
         while index < len(self.running):
             seq = self.running[index]
             if missing := self._missing(seq):
-                if missing > self.pool.free_blocks:
-                    self.preempt(self.running[-1])
+                depth = seq.plan.depth
+                if missing > self.pool.free_for(depth):
+                    # There is one: at least this sequence itself.
+                    self.preempt(self._last_with_blocks(depth) or seq)
                     continue
-                seq.blocks += self.pool.allocate(missing)
+                seq.blocks += self.pool.allocate(missing, depth)
             index += 1
+
+    def _last_with_blocks(self, depth: int) -> Sequence | None:
+        """The youngest running sequence with a block that a sequence of this depth can use."""
+        limit = self.pool.limit(depth)
+        return next((seq for seq in reversed(self.running) if min(seq.blocks) < limit), None)
 
     def _missing(self, seq: Sequence, more: int = 0) -> int:
         """Number of blocks that a sequence lacks for its tokens and `more` additional ones."""
@@ -220,3 +267,4 @@ class Scheduler:
         self.pool.free(seq.blocks)
         seq.blocks = []
         seq.computed = 0
+        seq.probed = None

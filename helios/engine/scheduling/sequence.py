@@ -7,8 +7,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
-from helios.engine.interface import Finish, FinishReason, Output, PhaseTimes
+from helios.engine.interface import Finish, FinishReason, Output, PhaseTimes, Route
 from helios.engine.scheduling.detokenizer import Detokenizer
+from helios.engine.scheduling.probed_layers import ProbedLayers
+from helios.routing.probe import Probe
 from helios.sampling import SamplingParams
 from helios.served import ServedPlan
 
@@ -33,7 +35,7 @@ class Sequence:
     sampling: SamplingParams
     detokenizer: Detokenizer
     sink: Callable[[Output], None]
-    # The plan under which it is computed. Its KV is valid only for this plan.
+    # The plan under which it is computed. Its KV is valid for this plan's layers.
     plan: ServedPlan
     # Deadline on the clock of time.monotonic.
     deadline: float | None = None
@@ -48,6 +50,17 @@ class Sequence:
     # Prompt tokens before this one have been sampled (`PromptReadings`). A second prefill does not read them
     # again.
     read_until: int = 0
+    # Number of prompt tokens read under its plan that the probe had not seen, and the sum of their negative
+    # natural log-probabilities.
+    read_tokens: int = 0
+    read_nats: float = 0.0
+    # Chooses its plan once its prompt is probed. None: it has its plan.
+    route: Route | None = None
+    # What a probe found, and the number of prompt tokens that the probe saw. None: it was not probed.
+    probe: Probe | None = None
+    probed_tokens: int = 0
+    # The layers that the probe computed, until prefill goes on with them.
+    probed: ProbedLayers | None = None
     times: PhaseTimes = field(default_factory=PhaseTimes)
     # Whether every token is simply the most likely one.
     takes_likeliest: bool = field(init=False)
@@ -76,10 +89,18 @@ class Sequence:
         """
         return self.computed + 1 == len(self.token_ids) > self.prompt_tokens
 
+    def change_plan(self, plan: ServedPlan) -> None:
+        """Continues under another plan. What has been computed must be valid for it."""
+        if plan.model != self.plan.model:
+            self._digests.clear()
+        if plan != self.plan:
+            self.read_tokens, self.read_nats = 0, 0.0
+        self.plan = plan
+
     def digests(self, block_tokens: int) -> list[bytes]:
-        """For each full block, a digest of all tokens up to the end of the block."""
+        """For each full block, a digest of the model's name and all tokens up to the end of the block."""
         while (end := (len(self._digests) + 1) * block_tokens) <= len(self.token_ids):
-            before = self._digests[-1] if self._digests else b""
+            before = self._digests[-1] if self._digests else self.plan.model.encode()
             tokens = array("q", self.token_ids[end - block_tokens : end]).tobytes()
             # A cryptographic hash, so that nobody can craft a prompt that passes for another prompt's prefix.
             self._digests.append(blake2b(before + tokens, digest_size=16).digest())

@@ -10,6 +10,8 @@ from services.controller.situation import SetOffer, Situation, Trigger
 # Sets of plans by worker, as in `SetOffer`.
 Sets: TypeAlias = Mapping[str, tuple[ServedPlan, ...]]
 
+# While so many of the newest prompts are unlike all examples, what is expected of any plan says little.
+_NEW_TRAFFIC_SHARE = 0.25
 _EXPLAINED = (Trigger.ROUTING, Trigger.SLO, Trigger.FAILURE)
 
 
@@ -23,7 +25,10 @@ class SetChoice(NamedTuple):
 
 
 def choose_sets(situation: Situation, plan: ServedPlan | None, settings: PolicySettings) -> SetChoice:
-    """Takes the offered sets if they beat a single plan by `min_gain`. Leaves them if one beats them by it.
+    """Takes the offered sets unless a single plan is faster by more than `routing_premium`.
+
+    Sets in force stay until a single plan is faster by `min_gain` more than that. They also stay while the
+    traffic is new, or the bound is tighter than what is known can hold: then a router serves safely.
 
     plan: the single plan. It serves requests that are not routed, so it is the first plan of every set that
     has it.
@@ -35,17 +40,16 @@ def choose_sets(situation: Situation, plan: ServedPlan | None, settings: PolicyS
         says_why = situation.no_offer and (in_force or situation.trigger in _EXPLAINED)
         return SetChoice({}, f"one plan for all: {situation.no_offer}" if says_why else "")
     gain = 1 - offer.seconds / offer.single_seconds
-    is_worth = gain > -settings.min_gain if in_force else gain >= settings.min_gain
+    least = -settings.routing_premium - (settings.min_gain if in_force else 0.0)
     expected = _expected(offer)
-    if not is_worth:
-        return SetChoice(
-            {}, f"one plan for all: {expected}, a gain of {gain:.1%} (needed: {settings.min_gain:.1%})"
-        )
+    is_new = bool(in_force) and (offer.is_best_effort or offer.unlike_share >= _NEW_TRAFFIC_SHARE)
+    if gain < least and not is_new:
+        return SetChoice({}, f"one plan for all: {expected}, a gain of {gain:.1%} (needed: {least:.1%})")
     plans = {worker: with_first(its, plan) for worker, its in offer.plans.items()}
-    since, is_new = situation.requests_since_move, plans != in_force
+    since, is_change = situation.requests_since_move, plans != in_force
     if (
         situation.trigger is Trigger.ROUTING
-        and is_new
+        and is_change
         and since is not None
         and since < settings.min_dwell_requests
     ):
@@ -57,7 +61,7 @@ def choose_sets(situation: Situation, plan: ServedPlan | None, settings: PolicyS
             left,
         )
     count = len(union(plans))
-    verb = "chooses" if is_new else "goes on choosing"
+    verb = "chooses" if is_change else "goes on choosing"
     return SetChoice(plans, f"a router {verb} among {count} plans for each request: {expected}")
 
 

@@ -39,6 +39,13 @@ class PolicySettings(Record):
         lt=1,
         description="share by which a plan must beat the one in force, the cost of the move included",
     )
+    routing_premium: float = Field(
+        0.03,
+        ge=0,
+        lt=1,
+        description="share by which a router may be slower than the best single plan and still be taken: it "
+        "answers a change of the traffic with the first request",
+    )
     min_dwell_requests: int = Field(
         25, ge=0, description="requests for which a new plan stays unless it violates the quality bound"
     )

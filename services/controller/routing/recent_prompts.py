@@ -14,6 +14,8 @@ from helios.served import ServedPlan
 from helios.v1 import worker_pb2
 
 _KEPT = 100
+# Of so many last prompts is told how many are unlike all examples.
+_UNLIKE_OF_LAST = 16
 
 
 class Seen(NamedTuple):
@@ -63,10 +65,17 @@ class RecentPrompts:
 
     def surprise(self) -> Surprise | None:
         """None: fewer than two prompts were read out."""
-        read = [one.recent.surprise for one in self._judged if one.recent.tokens]
+        known = [one.recent for one in self._judged if not one.seen.is_unlike]
+        read = [one.surprise for one in known if one.tokens]
         if len(read) < 2:
             return None
         return Surprise(float(np.mean(read)), float(np.std(read, ddof=1)) / math.sqrt(len(read)))
+
+    @property
+    def unlike_share(self) -> float:
+        """The share of the newest prompts that are unlike all examples."""
+        newest = list(self._judged)[-_UNLIKE_OF_LAST:]
+        return sum(one.seen.is_unlike for one in newest) / max(len(newest), 1)
 
     def shares(self) -> dict[ServedPlan, float]:
         """The share of the last requests that each plan got."""
@@ -83,8 +92,11 @@ class RecentPrompts:
 
 
 def recent(prompts: Iterable[worker_pb2.ServedPrompt], knowledge: Knowledge) -> list[Recent]:
-    """Those that were probed, for `helios.routing.terms.settle`."""
-    return [one.recent for one in _judged(prompts, knowledge)]
+    """Those that were probed, for `helios.routing.terms.settle`.
+
+    Without those that are unlike all examples: they get the safe plan at any price.
+    """
+    return [one.recent for one in _judged(prompts, knowledge) if not one.seen.is_unlike]
 
 
 def _judged(prompts: Iterable[worker_pb2.ServedPrompt], knowledge: Knowledge) -> list[_Judged]:

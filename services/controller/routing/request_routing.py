@@ -128,6 +128,8 @@ class RequestRouting:
             error=best.terms.error,
             served_surprise=None if surprise is None else surprise.nats,
             served_error=None if surprise is None else surprise.error,
+            is_best_effort=best.terms.is_best_effort,
+            unlike_share=self._prompts.unlike_share,
         )
 
     @property

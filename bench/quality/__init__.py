@@ -1,0 +1,1 @@
+"""The quality of what was served, request by request."""
