@@ -12,10 +12,11 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from redis.asyncio import Redis
 
-from helios import history
+from helios import examples, history
 from helios.client import AsyncClient, generate_request
 from helios.history import ModelProfile
 from helios.redis_schema import CONTROLLER_STATE, DECISIONS, PROFILE_PREFIX, WORKER_PREFIX
+from helios.routing.example import ModelExample
 from helios.v1 import controller_pb2, controller_pb2_grpc, generation_pb2, worker_pb2, worker_pb2_grpc
 from tests.profiles import exit_profile, model_profile
 from tests.stack import Process, Stack, start_redis
@@ -177,6 +178,49 @@ async def test_workers_follow_the_slo_while_no_stream_loses_a_token(parts: Stack
                 assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
                 assert said in str(refused.value.details())
             assert (await get_plan(stub)).slo.objective == controller_pb2.OBJECTIVE_ACCURACY
+
+
+def router_example(number: int) -> ModelExample:
+    """Half of the prompts are read as well at depth 1 as with all layers. The first tokens show which."""
+    is_easy = number % 2 == 0
+    words, nats = (range(10, 30), 2.0) if is_easy else (range(40, 60), 4.0)
+    ids = tuple(words[(3 * number + at) % len(words)] for at in range(48))
+    rest = (nats if is_easy else nats + 1.0, nats + 0.01, nats)
+    return ModelExample(
+        id=str(number), ids=ids, first_tokens=32, first_nats=nats, rest_nats=rest, token_nats=(nats,) * 47
+    )
+
+
+async def test_real_workers_get_sets_and_a_router_and_a_client_is_told_its_plan(parts: Stack) -> None:
+    await write_profiles(parts, await profile(parts))
+    async with Redis.from_url(parts.redis_url) as redis:
+        await examples.append(redis, MODEL, [router_example(number) for number in range(40)], keep=100)
+    gateway = parts.start_gateway(telemetry_seconds=0.1, discovery_seconds=0.2)
+    controller = parts.start_controller(**QUICK)
+    async with connect(controller) as stub, AsyncClient(gateway.address) as client:
+
+        async def routes() -> bool:
+            plans = sorted((one.worker_id, one.depth) for one in (await get_plan(stub)).plans)
+            has_router = [worker.telemetry.router_number for worker in (await client.status()).workers]
+            return plans == [(name, depth) for name in "ab" for depth in (1, 2, 4)] and all(has_router)
+
+        await until(routes, "sets and a router", SECONDS)
+        sampling = generation_pb2.SamplingParams(max_tokens=8, seed=1, ignore_eos=True)
+        told = await stream(client, generate_request("def f(a, b): return a + b\n" * 4, sampling=sampling))
+        assert told.finish.plan_reason
+        assert {token.exit_layer for token in told.tokens} <= {1, 2, 4}
+
+        await stub.SetSlo(slo(controller_pb2.OBJECTIVE_ACCURACY), timeout=SECONDS)
+
+        async def is_single() -> bool:
+            plans = sorted((one.worker_id, one.depth) for one in (await get_plan(stub)).plans)
+            has_router = [worker.telemetry.router_number for worker in (await client.status()).workers]
+            return plans == [("a", 4), ("b", 4)] and has_router == [0, 0]
+
+        await until(is_single, "one plan for all, without a router", SECONDS)
+        assert "objective accuracy" in (await get_plan(stub)).router.problem
+        told = await stream(client, generate_request("def f(a, b): return a + b\n" * 4, sampling=sampling))
+        assert {token.exit_layer for token in told.tokens} == {4}
 
 
 async def test_a_pin_holds_until_it_is_taken_back(parts: Stack) -> None:
