@@ -129,7 +129,7 @@ class Judge:
 
     def _nats(self, model: ModelEntry, prompts: Sequence[_Prompt]) -> NDArray[np.float64]:
         """Mean nats by exit over prompts that were run."""
-        return np.stack([self._traces[model.name, one].nats for one in prompts]).mean(axis=0)
+        return np.average([self._traces[model.name, one].nats for one in prompts], axis=0)
 
     def _run(self, prompts: Iterable[_Prompt]) -> None:
         """Runs every candidate over the prompts that it does not know."""
