@@ -37,6 +37,17 @@ class _Trace:
     last_ids: NDArray[np.int32]
 
 
+def stride(requests: int, most: int, kinds: int) -> int:
+    """Judging every so many of these requests judges at most `most`.
+
+    Kinds of prompts that come in turn are judged alike often.
+    """
+    every = max(1, math.ceil(requests / most))
+    while math.gcd(every, kinds) > 1:
+        every += 1
+    return every
+
+
 class Judge:
     """Knows the quality of every plan on each prompt that it was shown."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bench.load.clients import Request, Stream
-from bench.quality.judge import FIRST_REQUESTS, Judge
+from bench.quality.judge import FIRST_REQUESTS, Judge, stride
 from bench.quality.served import Quality, Served, best_of, rise, rise_over, tokens_within, windows
 from helios import catalog
 from helios.modes import Precision
@@ -113,6 +113,14 @@ def test_the_first_requests_are_all_judged_and_of_the_others_every_nth(judge: Ju
     judged = [at for at, one in enumerate(found) if one.quality is not None]
     # The second one was served nothing.
     assert judged == [0, *range(2, FIRST_REQUESTS), 32, 40, 48]
+
+
+def test_kinds_of_prompts_that_come_in_turn_are_judged_alike_often() -> None:
+    assert stride(300, most=400, kinds=2) == 1
+    every = stride(2400, most=400, kinds=2)
+    assert 2400 / every <= 400
+    judged = [index % 2 for index in range(0, 2400, every)]
+    assert abs(judged.count(0) - judged.count(1)) <= 1
 
 
 def test_the_fastest_plan_within_a_bound_is_the_smallest_one(judge: Judge) -> None:
