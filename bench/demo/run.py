@@ -8,7 +8,6 @@ router or with a single plan for all requests, has to find what is best.
 import asyncio
 import contextlib
 import itertools
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +31,7 @@ from bench.demo.watch import Followed, follow
 from bench.load import clients
 from bench.load.clients import Stream
 from bench.load.traffic import Traffic
-from bench.quality.judge import Judge
+from bench.quality.judge import Judge, stride
 from bench.quality.served import Served, best_of, windows
 from bench.systems.local_stack import local_stack
 from helios.catalog import ModelEntry
@@ -158,7 +157,7 @@ def _judged(
     judged: dict[str, dict[str, list[Served]]] = {system: {} for system in streams}
     for phase in PHASES:
         most = max(len(by_phase[phase.name]) for by_phase in streams.values())
-        every = max(1, math.ceil(most / _JUDGED_REQUESTS))
+        every = stride(most, _JUDGED_REQUESTS, len(phase.domains))
         for system, by_phase in streams.items():
             judged[system][phase.name] = (
                 judge.of_dynamic(by_phase[phase.name], every, best[phase.name])

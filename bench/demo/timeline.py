@@ -139,7 +139,8 @@ def as_text(timeline: Timeline, width: int) -> list[str]:
     models = ", ".join(f"{letter} {model}" for model, letter in letters.items())
     return [
         *lines,
-        f"{'':<{label}}share of the tokens, at each depth of: {models}",
+        f"{'':<{label}}share of the tokens by model and depth",
+        f"{'':<{label}}{models}",
         *graph("tokens/s", samples(lambda sample: sample.tokens_per_second)),
         *graph(f"CBC of {WINDOW_TOKENS}", samples(lambda sample: sample.cbc)),
         *graph("ppl +%", [100 * min(window.rise.increase, most) if window else None for window in windows]),

@@ -360,7 +360,8 @@ def _served(result: Mapping[str, Any], page: Page) -> None:
         f"streams at once, prompts of {result['prompt_tokens']} tokens, outputs of "
         f"{result['output_tokens']}. The first {result['learnt_requests']} requests, from other documents, "
         "are not measured. Perplexity is of the prompts' rest under the plans that served them, over the "
-        "best candidate at full depth. TTFT of one stream is that of the plan that the router takes most often.",
+        "best candidate at full depth. TTFT is of one stream at a time, under the plan that the router takes "
+        "most often.",
     )
     page.table(
         ("traffic", "", "tokens/s", "ratio", "perplexity", "plans (share of the tokens)"),

@@ -6,7 +6,6 @@ round repeats a prompt of an earlier one. What routers learn from first comes fr
 
 import asyncio
 import itertools
-import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from bench.load.clients import Request, Stream
 from bench.load.latency import latency
 from bench.load.traffic import Phase, Traffic
 from bench.paper.control import first_decision
-from bench.quality.judge import Judge
+from bench.quality.judge import Judge, stride
 from bench.quality.served import best_of, rise, served_of
 from bench.results import Target
 from bench.systems.local_stack import local_stack
@@ -140,7 +139,7 @@ def _compare(
             served = _serve(stacks[name], of_round, sizes.routed_streams)
             rates[name].append(clients.summarise(served).tokens_per_second)
             streams[name] += served
-    every = math.ceil(sizes.rounds * sizes.routed_requests / _JUDGED_REQUESTS)
+    every = stride(sizes.rounds * sizes.routed_requests, _JUDGED_REQUESTS, len(domains))
     served_by = {name: judge.of(found, every) for name, found in streams.items()}
     reference = best_of(itertools.chain.from_iterable(served_by.values()))
     base, other = rates.values()

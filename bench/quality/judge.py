@@ -37,6 +37,17 @@ class _Trace:
     last_ids: NDArray[np.int32]
 
 
+def stride(requests: int, most: int, kinds: int) -> int:
+    """Judging every so many of these requests judges at most `most`.
+
+    Kinds of prompts that come in turn are judged alike often.
+    """
+    every = max(1, math.ceil(requests / most))
+    while math.gcd(every, kinds) > 1:
+        every += 1
+    return every
+
+
 class Judge:
     """Knows the quality of every plan on each prompt that it was shown."""
 
@@ -129,7 +140,7 @@ class Judge:
 
     def _nats(self, model: ModelEntry, prompts: Sequence[_Prompt]) -> NDArray[np.float64]:
         """Mean nats by exit over prompts that were run."""
-        return np.stack([self._traces[model.name, one].nats for one in prompts]).mean(axis=0)
+        return np.average([self._traces[model.name, one].nats for one in prompts], axis=0)
 
     def _run(self, prompts: Iterable[_Prompt]) -> None:
         """Runs every candidate over the prompts that it does not know."""

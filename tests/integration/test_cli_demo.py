@@ -16,7 +16,7 @@ from helios.controller_client import connect
 from helios.slo import Objective, Slo
 from tests.integration.test_cli_stack import Helios, eventually
 
-# The demo starts three stacks, one after the other.
+# The demo starts four stacks, one after the other.
 DEMO_SECONDS = 500.0
 
 
@@ -53,31 +53,41 @@ def test_demo_without_a_stack_shows_drift_decisions_and_every_system(helios: Hel
     shown = demo(helios, "--seconds", "9", "--picture", str(picture), "--json", str(out))
     assert shown.returncode == 0, shown.stderr
     assert "starts one of its own" in shown.stdout
-    for part in ("prose", "technical", "mix", "full", "dynamic", "HELIOS", "decisions", str(picture)):
+    systems = ("full", "dynamic", "single plan", "HELIOS")
+    for part in ("prose", "technical", "mix", *systems, "decisions", str(picture)):
         assert part in shown.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
 
     content = json.loads(out.read_text())
     assert [target["name"] for target in content["targets"]] == [
-        "within the perplexity bound after a drift",
-        "tokens from plans within the bound, the worst phase",
+        "perplexity over the first 32 requests of each phase",
+        "tokens in windows within the bound (of at least 1 s and 16 judged requests), the worst phase",
         "throughput against full, all phases",
     ]
     assert content["machine"]["cores"] >= 1
     results: dict[str, Any] = content["results"]
     rows = {(row["system"], row["phase"]): row for row in results["rows"]}
     phases = ("prose", "technical", "mix", "all")
-    assert set(rows) == {(system, phase) for system in ("full", "dynamic", "HELIOS") for phase in phases}
+    assert set(rows) == {(system, phase) for system in systems for phase in phases}
     for row in rows.values():
         assert (row["failed"], row["errors"]) == (0, [])
         assert row["tokens_per_second"] > 0
         assert 0 < row["tpot_ms"]["p50"] <= row["tpot_ms"]["p99"]
-    assert all(rows["full", phase]["perplexity_increase"] == 0 for phase in phases)
-    assert all(rows["HELIOS", phase]["perplexity_increase"] > -1 for phase in phases)
-    timeline = results["timeline"]
-    assert [name for name, _, _ in timeline["phases"]] == list(phases[:3])
-    assert {sample["phase"] for sample in timeline["samples"]} == set(phases[:3])
-    assert {worker["worker_id"] for sample in timeline["samples"] for worker in sample["workers"]}
+        assert row["perplexity_increase"] > -1
+        assert 0 <= row["within_bound"] <= 1
+    assert set(results["best"]) == set(phases[:3])
+    assert set(results["timelines"]) == {"single plan", "HELIOS"}
+    for timeline in results["timelines"].values():
+        assert [name for name, _, _ in timeline["phases"]] == list(phases[:3])
+        assert {sample["phase"] for sample in timeline["samples"]} == set(phases[:3])
+        assert {worker["worker_id"] for sample in timeline["samples"] for worker in sample["workers"]}
+        # Each request is in one window, at the time at which it was opened.
+        for name, began, ended in timeline["phases"]:
+            of_phase = [window for window in timeline["windows"] if window["phase"] == name]
+            assert all(began <= window["began"] <= ended for window in of_phase)
+            assert all(
+                sum(one["share"] for one in window["shares"]) == pytest.approx(1) for window in of_phase
+            )
     # The demo has stopped its own stack.
     assert helios.run("status").stderr.startswith("error: no running stack found")
 

@@ -11,8 +11,7 @@ from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
 from bench.commands import demo
-from bench.demo.outcome import Outcome, Row
-from bench.demo.timeline import Timeline
+from bench.demo.outcome import SYSTEMS, Outcome, Row
 from bench.load.latency import Latency
 from bench.results import Report, Target
 from helios.cli import cli, decisions, profile, status, top
@@ -188,11 +187,11 @@ def test_report_of_a_bench_is_shown_whole(
 def test_figures_of_the_demo_are_shown_whole(width: int) -> None:
     latency = Latency(p50=1234.5, p99=98765.4, p999=98765.4)
     rows = [
-        Row(system, phase, 100, 3, (REASON,), 10.0, 12345.0, latency, latency, 1.2345, 0.5, 0.99)
+        Row(system, phase, 100, 3, (REASON,), 10.0, 12345.0, latency, latency, 1.2345, 0.1, 2.3456, 0.5, 0.99)
         for phase in ("all", "technical")
-        for system in ("full", "dynamic", "HELIOS")
+        for system in SYSTEMS
     ]
-    outcome = Outcome(True, 2, Timeline((), (), (), None), tuple(rows), {"technical": None}, {})
+    outcome = Outcome(True, 2, {}, tuple(rows), {"technical": MODEL})
     sink = io.StringIO()
     console = Console(width=width, file=sink)
     show(console, demo._table(outcome, "all"))
@@ -203,7 +202,7 @@ def test_figures_of_the_demo_are_shown_whole(width: int) -> None:
         width,
         f"full: {REASON}",
         f"streams failed: {REASON}",
-        "technical: within the perplexity bound never",
+        f"The best candidates: {MODEL} on technical",
     )
     assert "1234/98765" in text
     assert "1234.5/98765.4" in text
