@@ -266,6 +266,16 @@ class Knowledge(BaseModel):
         assert len(coefficients) == len(fit.coefficients)
         return np.asarray(intercept + features[self.columns(first)] @ coefficients)
 
+    def safest_model(self, nats: Mapping[str, float]) -> str:
+        """The model that probably reads an unknown kind of text best with all layers. nats: readings by model.
+
+        Only the mean difference between a model's first exit and its deepest plan is taken from the examples.
+        """
+        raw = self.known_features * self.scale + self.centre
+        readings = raw[:, len(self.models) :]
+        gains = (readings - self.true_nats[:, self.deepest]).mean(axis=0)
+        return min(nats, key=lambda model: nats[model] - gains[self.models.index(model)])
+
     def columns(self, first: int | None) -> list[int]:
         """The features of a fit."""
         count = len(self.models)

@@ -84,12 +84,12 @@ class Router(BaseModel):
         is_unlike = self.knowledge.is_unlike(features, first)
         expected = self.knowledge.expected_nats(features, first)
         price = self.terms.low_price if lot < self.terms.low_share else self.terms.price
-        if not has_all and not is_complete:
+        if first is not None and not is_complete:
             is_own_bound = max_perplexity_increase is not None or objective is Objective.LATENCY
             if is_unlike or is_own_bound or self._asks_more(features, first, expected, price, allowed):
                 return None
         if is_unlike:
-            best = min(read, key=lambda model: read[model])
+            best = self.knowledge.safest_model(read)
             return [self._safe(allowed, "the prompt is unlike all that was learnt from", best)]
         increases = expected - expected[self.knowledge.deepest].min()
         bound = max_perplexity_increase
@@ -114,12 +114,15 @@ class Router(BaseModel):
         return [(known.costs + price * known.expected_by_all).argmin(axis=1) for price in prices]
 
     def _asks_more(
-        self, features: Numbers, first: int | None, expected: Numbers, price: float, allowed: Sequence[int]
+        self, features: Numbers, first: int, expected: Numbers, price: float, allowed: Sequence[int]
     ) -> bool:
         """Whether readings of all models would save more than they cost, for examples like this prompt."""
         known = self.knowledge
         near = known.nearest(features, first, NEIGHBOURS)
         chosen = min(allowed, key=lambda at: known.costs[at] + price * expected[at])
+        if known.plans[chosen].model != known.models[first]:
+            # A text that one model reads badly need not be one that another model reads well.
+            return True
         losses = known.costs + price * known.true_nats[near]
         by_all = self._by_all[price != self.terms.price][near]
         worse = (losses[:, chosen] - losses[np.arange(len(near)), by_all]).mean()

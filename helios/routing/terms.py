@@ -146,6 +146,7 @@ def _outcomes(knowledge: Knowledge, first: int) -> tuple[Numbers, Numbers]:
     rows, probe = np.arange(len(nats)), knowledge.probe
     is_single = len(knowledge.models) == 1
     near = _neighbours(knowledge, first)
+    of_first = np.array([one.model == knowledge.models[first] for one in knowledge.plans])
     seconds, found = (np.empty((len(_PRICES), len(nats))) for _ in range(2))
     for at, price in enumerate(_PRICES * costs.max()):
         by_all = (costs + price * knowledge.expected_by_all).argmin(axis=1)
@@ -155,7 +156,8 @@ def _outcomes(knowledge: Knowledge, first: int) -> tuple[Numbers, Numbers]:
             loss = costs + price * nats
             # How much worse the choice from one reading is for the examples that are like this one.
             worse = (loss[near, by_first[:, None]] - loss[near, by_all[near]]).mean(axis=1)
-            asks = worse * knowledge.tokens > probe.further_seconds
+            # Another model than the one that was read is never chosen unread.
+            asks = (worse * knowledge.tokens > probe.further_seconds) | ~of_first[by_first]
             chosen, extra = np.where(asks, by_all, by_first), asks * probe.further_seconds
         seconds[at] = costs[chosen] + (probe.first_seconds + extra) / knowledge.tokens
         found[at] = nats[rows, chosen]

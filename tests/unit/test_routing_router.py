@@ -46,6 +46,11 @@ def test_an_unlike_prompt_asks_for_all_readings_then_gets_the_safe_plan() -> Non
     assert "unlike" in ranked[0].reason
 
 
+def test_another_model_is_never_chosen_unread() -> None:
+    router = _router("prose")
+    assert router.rank(probe("tech", models=("prose",)), lot=0.9, is_complete=False) is None
+
+
 def test_a_short_prompt_gets_the_safe_plan() -> None:
     ranked = _router("tech").rank(Probe(5, {}, (11, 12)), lot=0.9, is_complete=True)
     assert _best(ranked) == ServedPlan(model="tech", depth=12)
