@@ -63,6 +63,11 @@ class RecentPrompts:
         """All of them, the newest last."""
         return tuple(self._prompts)
 
+    def recent(self, knowledge: Knowledge) -> list[Recent]:
+        """The same as `recent` of all of them, but judges only those anew that must be."""
+        self._judge_by(knowledge)
+        return _recent(self._judged)
+
     def surprise(self) -> Surprise | None:
         """None: fewer than two prompts were read out."""
         known = [one.recent for one in self._judged if not one.seen.is_unlike]
@@ -96,7 +101,11 @@ def recent(prompts: Iterable[worker_pb2.ServedPrompt], knowledge: Knowledge) -> 
 
     Without those that are unlike all examples: they get the safe plan at any price.
     """
-    return [one.recent for one in _judged(prompts, knowledge) if not one.seen.is_unlike]
+    return _recent(_judged(prompts, knowledge))
+
+
+def _recent(judged: Iterable[_Judged]) -> list[Recent]:
+    return [one.recent for one in judged if not one.seen.is_unlike]
 
 
 def _judged(prompts: Iterable[worker_pb2.ServedPrompt], knowledge: Knowledge) -> list[_Judged]:

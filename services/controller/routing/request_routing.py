@@ -13,7 +13,7 @@ from helios.history import ModelProfile
 from helios.routing.example import Example, joined
 from helios.routing.knowledge import Knowledge
 from helios.routing.router import Router
-from helios.routing.terms import Recent, Terms, settle
+from helios.routing.terms import Terms, settle
 from helios.served import ServedPlan
 from helios.v1 import controller_pb2
 from services.controller.agenda import Evaluate
@@ -337,13 +337,8 @@ class RequestRouting:
             self._pushes.push(able, self._router.number, self._json)
 
     async def _settle(self, knowledge: Knowledge) -> None:
-        prompts, bound, before = self._prompts.prompts, self._bound(), self._router
-
-        def settled() -> Terms:
-            found: list[Recent] = recent(prompts, knowledge)
-            return settle(knowledge, found, bound)
-
-        terms = await asyncio.to_thread(settled)
+        before, found = self._router, self._prompts.recent(knowledge)
+        terms = await asyncio.to_thread(settle, knowledge, found, self._bound())
         if before is not None and before.knowledge is knowledge and not has_changed(before.terms, terms):
             return
         at_workers = [one.telemetry.router_number for one in self._fleet.serving if one.telemetry is not None]
