@@ -1,18 +1,15 @@
 """Profiles the candidates as the profiler does, and measures the cost."""
 
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-import torch
-
 from bench.paper.policy.traffic import Request
 from bench.systems.subject import Subject
-from helios.engine.backends.readout import read
 from helios.engine.evaluation.candidate import Candidate
 from helios.engine.evaluation.evaluate import evaluate
 from helios.engine.evaluation.settings import EvaluationSettings
+from helios.engine.evaluation.speed import measure_reading
 from helios.history import ModelProfile
 from services.profiler.settings import ProfilerSettings
 
@@ -51,14 +48,9 @@ def profile(
     }
 
 
-@torch.inference_mode()
 def row_seconds(subject: Subject, candidates: Sequence[Candidate], rows: int) -> float:
-    """Median seconds of a row of the LM head at the first exit, when `rows` are read at once."""
-    taken = []
-    for one in candidates:
-        hidden = torch.randn(rows, one.entry.config.hidden_size)
-        for _ in range(subject.sizes.timed_steps):
-            began = time.thread_time()
-            read(one.model.read_out(hidden, one.entry.exit_layers[0]))
-            taken.append((time.thread_time() - began) / rows)
-    return statistics.median(taken)
+    """Mean seconds of a row of the LM head at the candidates' first exits, when `rows` are read at once."""
+    return statistics.fmean(
+        measure_reading(one.model, one.entry.exit_layers[0], rows, subject.sizes.timed_steps)
+        for one in candidates
+    )

@@ -12,6 +12,7 @@ import torch
 from helios.engine.backends.burst import ONE_STEP
 from helios.engine.backends.kv_cache import KVCache
 from helios.engine.backends.model import Model
+from helios.engine.backends.readout import read, read_on_device
 from helios.engine.backends.sampler import sample
 from helios.engine.evaluation.pace import Pace
 from helios.engine.scheduling.batch import build_batch
@@ -160,6 +161,21 @@ def measure_speed(
 
     decode = {batch: seconds(decoding[:batch]) for batch in batches}
     return Speed(decode, seconds(prompts) / sum(prompt.pending for prompt in prompts))
+
+
+@torch.inference_mode()
+def measure_reading(model: Model, exit_layer: int, rows: int, repetitions: int) -> float:
+    """Seconds of a row of the LM head and its summary, when `rows` are read out at once after an exit."""
+    clock = Clock.of(model.device)
+    # The values make no difference to the time.
+    hidden = torch.ones(rows, model.config.hidden_size, device=model.device)
+    summarized = read if model.device.type == "cpu" else read_on_device
+    taken = []
+    for _ in range(1 + repetitions):
+        began = clock.read()
+        summarized(model.read_out(hidden, exit_layer))
+        taken.append(clock.read() - began)
+    return clock.choose(taken[1:]) / rows
 
 
 def _step(model: Model, cache: KVCache, depth: int, sequences: Seq[Sequence], block_tokens: int) -> None:
