@@ -14,6 +14,8 @@ from bench.systems.subject import QUICK
 from helios.cli import cli
 
 MODELS = ("tiny", "other")
+# All sections are measured once, before the first test. Two of them start services.
+pytestmark = pytest.mark.timeout(600)
 
 
 @pytest.fixture(scope="module")
@@ -212,6 +214,24 @@ def test_control_is_measured_on_real_services_with_and_without_it(measured: Path
     assert all(0 <= share <= 1 for share in found["cpu_share"].values())
     (target,) = SECTIONS["control"].targets(found | {"throughput_cost": 0.021})
     assert not target.met
+
+
+def test_a_plan_for_each_request_is_served_against_a_single_plan_and_a_fixed_one(measured: Path) -> None:
+    found = results(measured)["served"]
+    every = {"mix": found["mix"], **found["domains"]}
+    assert set(every) == {"mix", "prose", "technical"}
+    served = QUICK.rounds * QUICK.routed_requests
+    for name, compared in every.items():
+        for system in ("router", "single" if name == "mix" else "fixed"):
+            assert len(compared[system]["rates"]) == QUICK.rounds
+            assert compared[system]["rise"]["judged"] == served
+            tokens = sum(plan["tokens"] for plan in compared[system]["plans"])
+            assert tokens == served * found["output_tokens"]
+    for compared in found["domains"].values():
+        plans = [(plan["model"], plan["depth"]) for plan in compared["fixed"]["plans"]]
+        assert plans == [(compared["fixed_plan"]["model"], compared["fixed_plan"]["depth"])]
+        assert 0 < compared["ttft"]["requests"] <= QUICK.ttft_requests
+        assert compared["ttft"]["ratio"] > 0
 
 
 def test_no_token_is_lost_or_repeated_over_reloads_under_load(measured: Path) -> None:
