@@ -32,9 +32,10 @@ _RIDGE = 2.0
 # less, they say little about how far away is far.
 _LEAST_SCORE, _LEAST_KNOWN, _LEAST_READING = 0.3, 0.1, 0.5
 # A prompt is unlike the examples if its k-th nearest one is farther than this factor times the upper quartile
-# of the examples' own distances, plus a constant (in units of the features' scales).
+# of the examples' own distances, plus a little, because examples may be much alike. Both are by the same
+# features, in units of their scales.
 _NEIGHBOUR = 6
-_FAR_FACTOR, _FAR_MORE = 1.5, 0.3
+_FAR_FACTOR, _FAR_MORE = 1.6, 0.1
 # Decimals that are kept in JSON.
 _DECIMALS = 4
 
@@ -96,8 +97,11 @@ class Knowledge(BaseModel):
     first_fits: tuple[_Fit, ...]
     """By model: from the scores and the reading of this model alone."""
     full_fit: _Fit
+    first_far: _Row
+    """By model: distance of the k-th nearest example from which on a prompt is unlike all examples, if only
+    this model was read."""
     far: float
-    """Distance of the k-th nearest example from which on a prompt is unlike all examples."""
+    """The same, if all models were read."""
     features: tuple[_Row, ...]
     """Standardised features of the examples. The next fields are also [examples, ...]."""
     nats: tuple[_Row, ...]
@@ -119,6 +123,7 @@ class Knowledge(BaseModel):
             "nats": np.shape(self.nats) == (examples, plans),
             "expected": np.shape(self.expected) == (examples, plans),
             "first_expected": np.shape(self.first_expected) == (models, examples, plans),
+            "first_far": len(self.first_far) == models,
             "first_fits": len(self.first_fits) == models
             and all(_fits(fit, models, plans) for fit in self.first_fits),
             "full_fit": _fits(self.full_fit, 2 * models - 1, plans),
@@ -195,7 +200,8 @@ class Knowledge(BaseModel):
             scale=_row(scale),
             first_fits=tuple(fit for fit, _ in first),
             full_fit=full[0],
-            far=_far(features),
+            first_far=tuple(_far(features[:, _near_columns(count, index)]) for index in range(count)),
+            far=_far(features[:, _near_columns(count, None)]),
             features=_rows(features),
             nats=_rows(nats),
             expected=_rows(full[1]),
@@ -261,20 +267,21 @@ class Knowledge(BaseModel):
 
         first: the model whose reading alone is used. None: all readings.
         """
-        fit = self.full_fit if first is None else self.first_fits[first]
         intercept, coefficients = self._arrays[-1 if first is None else first]
-        assert len(coefficients) == len(fit.coefficients)
         return np.asarray(intercept + features[self.columns(first)] @ coefficients)
 
     def safest_model(self, nats: Mapping[str, float]) -> str:
-        """The model that probably reads an unknown kind of text best with all layers. nats: readings by model.
+        """The model that probably reads an unknown kind of text best with all layers.
 
-        Only the mean difference between a model's first exit and its deepest plan is taken from the examples.
+        nats: readings by model. Of the examples it takes only by how much each model's deepest plan is better
+        than its first exit in the mean.
         """
-        raw = self.known_features * self.scale + self.centre
-        readings = raw[:, len(self.models) :]
-        gains = (readings - self.true_nats[:, self.deepest]).mean(axis=0)
+        gains = (self.readings_of(self.known_features) - self.true_nats[:, self.deepest]).mean(axis=0)
         return min(nats, key=lambda model: nats[model] - gains[self.models.index(model)])
+
+    def readings_of(self, features: Numbers) -> Numbers:
+        """The models' readings in nats that are part of standardised features: [..., models]."""
+        return np.asarray((features * self.scale + self.centre)[..., len(self.models) :])
 
     def columns(self, first: int | None) -> list[int]:
         """The features of a fit."""
@@ -290,10 +297,10 @@ class Knowledge(BaseModel):
 
     def is_unlike(self, features: Numbers, first: int | None) -> bool:
         """Whether a prompt is unlike all examples."""
-        known = len(self.models) - 1
-        away = self._squares(features, [*self.columns(first), known])
+        away = self._squares(features, _near_columns(len(self.models), first))
         at = min(_NEIGHBOUR, len(away)) - 1
-        return bool(np.sqrt(np.partition(away, at)[at]) > self.far)
+        far = self.far if first is None else self.first_far[first]
+        return bool(np.sqrt(np.partition(away, at)[at]) > far)
 
     @cached_property
     def _arrays(self) -> list[tuple[Numbers, Numbers]]:
@@ -311,6 +318,12 @@ def _first_columns(models: int, first: int) -> list[int]:
 
 def _full_columns(models: int) -> list[int]:
     return [*range(models - 1), *range(models, 2 * models)]
+
+
+def _near_columns(models: int, first: int | None) -> list[int]:
+    """The features by which prompts are near: those of a fit, and the share of known tokens."""
+    columns = _full_columns(models) if first is None else _first_columns(models, first)
+    return [*columns, models - 1]
 
 
 def _fits(fit: _Fit, features: int, plans: int) -> bool:

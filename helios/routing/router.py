@@ -89,7 +89,7 @@ class Router(BaseModel):
             if is_unlike or is_own_bound or self._asks_more(features, first, expected, price, allowed):
                 return None
         if is_unlike:
-            best = self.knowledge.safest_model(read)
+            best = self.terms.unlike_model or self.knowledge.safest_model(read)
             return [self._safe(allowed, "the prompt is unlike all that was learnt from", best)]
         increases = expected - expected[self.knowledge.deepest].min()
         bound = max_perplexity_increase

@@ -38,6 +38,8 @@ _CAUTION_SIGMAS = 0.5
 _TOLERANCE = 0.004
 # Examples whose loss shows whether further readings are worth their seconds.
 NEIGHBOURS = 10
+# So many recent prompts that are unlike all examples show together which model reads them best.
+_LEAST_UNLIKE = 3
 # Standard deviation of what examples and served prompts may differ by, in nats. Served prompts correct the
 # price as far as they are more certain than that.
 _BIAS_DEVIATION = 0.02
@@ -64,6 +66,8 @@ class Terms(BaseModel):
     """Its standard error."""
     is_best_effort: bool = False
     """Whether no price can hold the bound."""
+    unlike_model: str | None = None
+    """The model whose deepest plan serves prompts that are unlike all examples. None: each shows its own."""
     seconds: float = Field(0.0, ge=0)
     """Seconds that a token is expected to cost, probes included."""
 
@@ -73,13 +77,15 @@ class Recent:
     """A request that was routed.
 
     features: standardised (`Knowledge.features_of`). first: index of the model whose reading alone is known;
-    None: all are. surprise: nats per token above what was expected, over `tokens` read tokens.
+    None: all are. surprise: nats per token above what was expected, over `tokens` read tokens. is_unlike: it
+    is unlike all examples, so it got a safe plan at any price.
     """
 
     features: Numbers
     first: int | None
     surprise: float = 0.0
     tokens: int = 0
+    is_unlike: bool = False
 
 
 class _Offer(NamedTuple):
@@ -96,6 +102,8 @@ class _Offer(NamedTuple):
 
 def settle(knowledge: Knowledge, recent: Sequence[Recent], bound: float) -> Terms:
     """The terms for requests like the recent ones (newest last). Without any: terms for whatever may come."""
+    unlike_model = _unlike_model(knowledge, recent)
+    recent = [one for one in recent if not one.is_unlike]
     kinds = [_kind(knowledge, one) for one in recent]
     newest = kinds[-max(WINDOWS) :] or list(range(len(knowledge.models)))
     first = max(set(newest), key=newest.count)
@@ -120,8 +128,18 @@ def settle(knowledge: Knowledge, recent: Sequence[Recent], bound: float) -> Term
         increase=math.expm1(offer.nats),
         error=math.exp(offer.nats) * offer.error,
         is_best_effort=offer.is_best_effort,
+        unlike_model=unlike_model,
         seconds=offer.seconds,
     )
+
+
+def _unlike_model(knowledge: Knowledge, recent: Sequence[Recent]) -> str | None:
+    """The model that probably reads recent unlike prompts best, by all their readings together."""
+    unlike = [one.features for one in recent[-max(WINDOWS) :] if one.is_unlike and one.first is None]
+    if len(unlike) < _LEAST_UNLIKE:
+        return None
+    means = knowledge.readings_of(np.array(unlike)).mean(axis=0)
+    return knowledge.safest_model(dict(zip(knowledge.models, means.tolist(), strict=True)))
 
 
 def _kind(knowledge: Knowledge, one: Recent) -> int:

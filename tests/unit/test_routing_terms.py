@@ -1,6 +1,7 @@
 """The price of quality follows the traffic, so that the bound holds."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -84,6 +85,17 @@ def test_a_bound_that_nothing_holds_is_told() -> None:
     known = knowledge()
     terms = settle(known, recent(known, "prose", 60, surprise=0.5), 0.0)
     assert terms.is_best_effort
+
+
+def test_unlike_prompts_show_together_which_model_reads_them_best() -> None:
+    known = knowledge()
+    prose = recent(known, "prose", 60)
+    unlike = [replace(one, is_unlike=True) for one in recent(known, "tech", 3)]
+    assert settle(known, prose, 0.05).unlike_model is None
+    assert settle(known, [*prose, *unlike], 0.05).unlike_model == "tech"
+    # They change nothing else.
+    terms = settle(known, [*prose, *unlike], 0.05).model_copy(update={"unlike_model": None})
+    assert terms == settle(known, prose, 0.05)
 
 
 def test_terms_do_not_depend_on_anything_but_their_input() -> None:

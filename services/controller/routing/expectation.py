@@ -91,6 +91,7 @@ def expect(
 
     single_seconds: seconds of a token under each plan if it alone is served.
     """
+    recent = [one for one in recent if not one.is_unlike]
     if len(recent) < WINDOWS[0]:
         recent = [Recent(features, None) for features in knowledge.known_features[-max(WINDOWS) :]]
     terms = settle(knowledge, recent, bound)

@@ -134,7 +134,5 @@ def _judge(prompt: worker_pb2.ServedPrompt, knowledge: Knowledge) -> _Judged | N
     surprise, tokens = 0.0, 0
     if at is not None and prompt.tokens and math.isfinite(prompt.nats):
         surprise, tokens = prompt.nats / prompt.tokens - float(expected[at]), prompt.tokens
-    kind = models[int(expected[knowledge.deepest].argmin())]
-    return _Judged(
-        Recent(features, first, surprise, tokens), Seen(knowledge.is_unlike(features, first), kind)
-    )
+    kind, is_unlike = models[int(expected[knowledge.deepest].argmin())], knowledge.is_unlike(features, first)
+    return _Judged(Recent(features, first, surprise, tokens, is_unlike), Seen(is_unlike, kind))
