@@ -105,7 +105,7 @@ class _View:
             self._stage = progress.stage
             show(self._console, Line(f"{time.strftime('%H:%M:%S')} {progress.stage}", "bold"))
         for mark in progress.marks:
-            # A router's controller confirms its plans every second or two. The timeline shows these decisions.
+            # With a router, plans are confirmed every second or two. The timeline shows these decisions.
             if mark.moves and (mark.number, mark.seconds) not in self._said:
                 self._said.add((mark.number, mark.seconds))
                 text = f"{mark.seconds:5.1f} s, {mark.trigger}: {mark.plan}"
