@@ -77,7 +77,7 @@ def demo(*, seconds: float, picture: Path, json_path: Path | None) -> None:
 
 
 class _View:
-    """Shows the progress: a live view on a terminal, elsewhere one line for each stage and decision."""
+    """Shows the progress: a live view on a terminal, elsewhere one line for each stage and move."""
 
     def __init__(self, console: "Console") -> None:
         from rich.live import Live
@@ -85,7 +85,8 @@ class _View:
         self._console = console
         self._live = Live(console=console, transient=True, auto_refresh=False)
         self._stage = ""
-        self._said: set[int] = set()
+        # Number and time: each stack numbers its decisions from 1.
+        self._said: set[tuple[int, float]] = set()
 
     def __enter__(self) -> "_View":
         if self._console.is_terminal:
@@ -97,18 +98,18 @@ class _View:
             self._live.stop()
 
     def show(self, progress: "Progress") -> None:
-        """Shows the progress. Stages and decisions stay on the screen."""
+        """Shows the progress. Stages and moves stay on the screen."""
         from helios.cli.rows import Line, show
 
         if progress.stage != self._stage:
             self._stage = progress.stage
             show(self._console, Line(f"{time.strftime('%H:%M:%S')} {progress.stage}", "bold"))
         for mark in progress.marks:
-            if mark.number not in self._said:
-                self._said.add(mark.number)
-                what = "" if mark.moves else "stays: "
-                text = f"{mark.seconds:5.1f} s, {mark.trigger}: {what}{mark.plan}"
-                show(self._console, Line(text, "green" if mark.moves else "dim", indent="  "))
+            # With a router, plans are confirmed every second or two. The timeline shows these decisions.
+            if mark.moves and (mark.number, mark.seconds) not in self._said:
+                self._said.add((mark.number, mark.seconds))
+                text = f"{mark.seconds:5.1f} s, {mark.trigger}: {mark.plan}"
+                show(self._console, Line(text, "green", indent="  "))
         if self._console.is_terminal:
             self._live.update(_live(progress), refresh=True)
 
