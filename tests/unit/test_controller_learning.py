@@ -10,7 +10,7 @@ from services.controller.allowance import Allowance
 from services.controller.routing.learning import Learning
 from services.controller.routing.recent_prompts import RecentPrompts, Seen, recent
 from services.controller.routing.request_routing import has_changed
-from tests.routing_examples import FIRST_TOKENS, MODELS, example, knowledge
+from tests.routing_examples import FIRST_TOKENS, MODELS, example, examples, knowledge
 
 GROWTH = 48
 
@@ -166,7 +166,7 @@ def test_only_the_last_hundred_count_and_new_knowledge_judges_them_anew() -> Non
     found = prompts.surprise()
     assert found is not None
     assert found.nats == pytest.approx(0.0, abs=1e-6)
-    assert not prompts.add([], knowledge([example("prose", n) for n in range(30)]))
+    assert not prompts.add([], knowledge(examples(prose=20, tech=30)))
     other = prompts.surprise()
     assert other is not None
     assert other.nats != pytest.approx(0.0, abs=1e-6)
