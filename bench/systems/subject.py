@@ -58,8 +58,8 @@ class Sizes:
     # Seconds of a round on real services, and how many times four rounds are run.
     control_seconds: float = 20.0
     control_rounds: int = 2
-    # A plan for each request, on real services: streams at once, requests after which the router may be ready,
-    # seconds to wait for it, requests of a round, and those whose first token is timed one at a time.
+    # A plan for each request, on real services: streams at once, requests after which the router may be
+    # ready, seconds to wait for it, requests of a round, and those whose first token is timed one at a time.
     routed_streams: int = 32
     routed_learning: int = 100
     learning_seconds: float = 30.0
