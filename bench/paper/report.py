@@ -358,13 +358,13 @@ def _served(result: Mapping[str, Any], page: Page) -> None:
         "## A plan for each request, served",
         f"Gateway, {result['workers']} workers, profiler and controller as processes, {result['streams']} "
         f"streams at once, prompts of {result['prompt_tokens']} tokens, outputs of "
-        f"{result['output_tokens']}. The first {result['learnt_requests']} requests, from other documents, "
-        "are not measured. Perplexity is of the prompts' rest under the plans that served them, over the "
+        f"{result['output_tokens']}. Nothing is measured before the router is learnt, from other documents. "
+        "Perplexity is of the prompts' rest under the plans that served them, over the "
         "best candidate at full depth. TTFT is of one stream at a time, under the plan that the router takes "
         "most often.",
     )
     page.table(
-        ("traffic", "", "tokens/s", "ratio", "perplexity", "plans (share of the tokens)"),
+        ("traffic", "", "tokens/s", "ratio", "perplexity", "learnt from", "plans (share of the tokens)"),
         [
             (
                 traffic,
@@ -372,6 +372,7 @@ def _served(result: Mapping[str, Any], page: Page) -> None:
                 f"{found[name]['tokens_per_second']:,.0f}",
                 f"{found['ratio']:.2f}x" if name == "router" else "",
                 f"{found[name]['rise']['increase']:+.1%} (error {found[name]['rise']['error']:.1%})",
+                f"{found['learnt_requests']} requests" if name == "router" else "",
                 _shares(found[name]["plans"]),
             )
             for traffic, found in {"mix": result["mix"], **result["domains"]}.items()

@@ -7,6 +7,7 @@ round repeats a prompt of an earlier one. What routers learn from first comes fr
 import asyncio
 import itertools
 import statistics
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from bench.results import Target
 from bench.systems.local_stack import local_stack
 from bench.systems.subject import Subject
 from bench.texts import held_out
+from helios.client import AsyncClient
 from helios.controller_client import connect
 from helios.served import ServedPlan
 from helios.slo import Slo
@@ -31,6 +33,7 @@ from helios.stack_state import StackState
 
 _MIX_TARGET, _DOMAIN_TARGET, _TTFT_TARGET = 1.35, 0.98, 0.10
 _WORKERS = 2
+_ANSWER_SECONDS = 10.0
 _LEARNT, _MEASURED = (1, 3, 5), (0, 2, 4)
 # Requests that are judged of a stack, and prompts that tell which fixed plan is the best.
 _JUDGED_REQUESTS, _KNOWN_PROMPTS = 400, 100
@@ -50,7 +53,6 @@ def measure(subject: Subject) -> dict[str, Any]:
         "workers": _WORKERS,
         "prompt_tokens": traffic.prompt_tokens,
         "output_tokens": traffic.output_tokens,
-        "learnt_requests": subject.sizes.routed_learning,
         "mix": _mix(subject, judge, traffic),
         "domains": {
             domain: _domain(subject, judge, traffic, long_traffic, domain) for domain in held_out.DOMAINS
@@ -124,10 +126,12 @@ def _compare(
 ) -> dict[str, Any]:
     """Throughput and perplexity of stacks that take turns. The ratio is that of the first to the second."""
     sizes = subject.sizes
+    subject.say(f"{' and '.join(domains)}: not measured yet")
+    learnt = Phase("learnt", domains, _LEARNT)
+    count = _learn(subject, stacks["router"], traffic.requests(learnt))
     for name, stack in stacks.items():
-        subject.say(f"{name}, {' and '.join(domains)}: not measured yet")
-        learnt = traffic.requests(Phase("learnt", domains, _LEARNT))
-        _serve(stack, itertools.islice(learnt, sizes.routed_learning), sizes.routed_streams)
+        if name != "router":
+            _serve(stack, itertools.islice(traffic.requests(learnt), count), sizes.routed_streams)
     requests = traffic.requests(Phase("measured", domains, _MEASURED))
     rates: dict[str, list[float]] = {name: [] for name in stacks}
     streams: dict[str, list[Stream]] = {name: [] for name in stacks}
@@ -156,6 +160,7 @@ def _compare(
             for name in stacks
         },
         "ratio": statistics.median(one / two for one, two in zip(base, other, strict=True)),
+        "learnt_requests": count,
         "best_candidate": judge.candidates[reference].name,
         "bound": _bound(),
     }
@@ -215,6 +220,22 @@ def _serve(stack: StackState, requests: Iterable[Request], streams: int) -> list
     failed = [stream.error for stream in found if stream.error]
     assert not failed, failed[0]
     return found
+
+
+def _learn(subject: Subject, stack: StackState, requests: Iterator[Request]) -> int:
+    """Serves requests until every worker has a router, for a limited time. Returns their number."""
+    sizes, count = subject.sizes, 0
+    deadline = time.monotonic() + sizes.learning_seconds
+    while True:
+        count += len(_serve(stack, itertools.islice(requests, sizes.routed_learning), sizes.routed_streams))
+        if asyncio.run(_has_router(stack)) or time.monotonic() > deadline:
+            return count
+
+
+async def _has_router(stack: StackState) -> bool:
+    async with AsyncClient(stack.gateway) as client:
+        status = await client.status(_ANSWER_SECONDS)
+    return all(worker.telemetry.router_number for worker in status.workers)
 
 
 def _plan(stream: Stream) -> ServedPlan:

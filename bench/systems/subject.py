@@ -65,10 +65,11 @@ class Sizes:
     # Seconds of a round on real services, and how many times four rounds are run.
     control_seconds: float = 20.0
     control_rounds: int = 2
-    # A plan for each request, on real services: streams at once, requests that are served before anything is
-    # measured, requests of a round, and those whose first token is timed one at a time.
+    # A plan for each request, on real services: streams at once, requests after which the router may be
+    # ready, seconds to wait for it, requests of a round, and those whose first token is timed one at a time.
     routed_streams: int = 32
     routed_learning: int = 100
+    learning_seconds: float = 30.0
     routed_requests: int = 400
     ttft_requests: int = 40
 
@@ -112,6 +113,7 @@ QUICK = Sizes(
     control_rounds=1,
     routed_streams=4,
     routed_learning=8,
+    learning_seconds=0.5,
     routed_requests=8,
     ttft_requests=2,
 )
