@@ -171,19 +171,17 @@ def _ttft(
 ) -> dict[str, Any]:
     """One stream at a time: the router against the plan that it takes most often, pinned on `fixed`."""
     subject.say(f"time to the first token, {domain}")
-    chosen = Counter(_plan(one) for one in _serve(routed, requests, 1)).most_common(1)[0][0]
+    by_router = _serve(routed, requests, 1)
+    chosen = Counter(_plan(one) for one in by_router).most_common(1)[0][0]
+    of_plan = [one for one in by_router if _plan(one) == chosen]
     with connect(fixed.controller) as controller:
         controller.pin(chosen.model, chosen.depth, "")
-    pairs = []
-    for request in requests:
-        (one,), (other,) = (_serve(stack, [request], 1) for stack in (routed, fixed))
-        if _plan(one) == chosen:
-            pairs.append((one.ttft, other.ttft))
-    routed_seconds, fixed_seconds = zip(*pairs, strict=True)
+    pinned = _serve(fixed, [one.request for one in of_plan], 1)
+    routed_seconds, fixed_seconds = ([one.ttft for one in streams] for streams in (of_plan, pinned))
     return {
         "prompt_tokens": len(requests[0].prompt_ids),
         "plan": chosen.model_dump(),
-        "requests": len(pairs),
+        "requests": len(of_plan),
         "router_ms": asdict(latency(routed_seconds)),
         "fixed_ms": asdict(latency(fixed_seconds)),
         "ratio": statistics.median(routed_seconds) / statistics.median(fixed_seconds),
