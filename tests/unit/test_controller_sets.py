@@ -304,6 +304,13 @@ def test_a_set_in_force_stays_until_a_single_plan_beats_it_by_premium_and_gain()
         assert bool(decision.plans) == stays, decision.reason
 
 
+def test_the_plan_after_a_router_is_what_the_router_has_learnt() -> None:
+    decision = decide(situation(offer=offer(2.0), plans=SETS), SETTINGS)
+    assert decision.plans == {}
+    assert decision.plan == offer(2.0).single
+    assert "learnt" in decision.reason
+
+
 @pytest.mark.parametrize("fields", [{"unlike_share": 0.5}, {"is_best_effort": True}])
 def test_a_set_in_force_stays_while_the_traffic_is_new(fields: dict[str, object]) -> None:
     slow = offer(2.0).model_copy(update=fields)

@@ -31,6 +31,13 @@ def decide(situation: Situation, settings: PolicySettings) -> Decision:
         plan, reason = best_by_slo(weighed, before, situation, settings)
     reason += excuse(weighed, before, plan, situation)
     sets = choose_sets(situation, plan, settings)
+    offer = situation.offer
+    if situation.trigger is Trigger.ROUTING and situation.plans and not sets.plans and offer is not None:
+        # While a router served, the profiles were not renewed. What it has learnt is newer.
+        plan, reason = (
+            offer.single,
+            f"{offer.single} is the quickest single plan by what the router has learnt",
+        )
     if sets.reason:
         reason = f"{sets.reason}; without it: {reason}" if sets.plans else f"{sets.reason}; {reason}"
     if situation.delayed_seconds:
