@@ -108,8 +108,9 @@ class Knowledge(BaseModel):
     """True nats of the rest under every plan."""
     expected: tuple[_Row, ...]
     """The same, predicted from all readings without the example itself."""
-    first_expected: tuple[tuple[_Row, ...], ...]
-    """By model: the same, predicted from the reading of this model alone."""
+    first_expected: tuple[tuple[_Row, ...], ...] = ()
+    """By model: the same, predicted from the reading of this model alone. Only prices need it, so workers do
+    not get it."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Knowledge":
@@ -122,7 +123,7 @@ class Knowledge(BaseModel):
             "features": examples > 1 and np.shape(self.features) == (examples, width),
             "nats": np.shape(self.nats) == (examples, plans),
             "expected": np.shape(self.expected) == (examples, plans),
-            "first_expected": np.shape(self.first_expected) == (models, examples, plans),
+            "first_expected": np.shape(self.first_expected) in ((0,), (models, examples, plans)),
             "first_far": len(self.first_far) == models,
             "first_fits": len(self.first_fits) == models
             and all(_fits(fit, models, plans) for fit in self.first_fits),

@@ -50,6 +50,10 @@ class Router(BaseModel):
         except ValidationError as error:
             raise InvalidRequestError(f"not a router of version {VERSION}: {error}") from None
 
+    def to_json(self) -> bytes:
+        """All that a worker needs of it."""
+        return self.model_dump_json(exclude={"knowledge": {"first_expected"}}).encode()
+
     @property
     def first_model(self) -> str:
         """The model that is probed first."""

@@ -106,7 +106,7 @@ def test_unknown_plans_are_ignored_and_the_list_is_never_empty() -> None:
 
 def test_a_router_survives_json() -> None:
     router = _router()
-    again = Router.from_json(router.model_dump_json())
+    again = Router.from_json(router.to_json())
     for kind in (*MODELS, "other"):
         before = router.rank(probe(kind), lot=0.1, is_complete=True)
         after = again.rank(probe(kind), lot=0.1, is_complete=True)

@@ -344,7 +344,7 @@ class RequestRouting:
         at_workers = [one.telemetry.router_number for one in self._fleet.serving if one.telemetry is not None]
         number = 1 + max([self._number, *at_workers])
         router = Router(number=number, knowledge=knowledge, terms=terms)
-        written = (await asyncio.to_thread(router.model_dump_json)).encode()
+        written = await asyncio.to_thread(router.to_json)
         await router_store.save(self._leadership, written)
         self._router, self._json, self._number = router, written, number
         self._is_stored, self._set_aside = True, ""

@@ -35,7 +35,7 @@ class RoutingSettings(Record):
         "then more are evaluated, whatever profiling_share says",
     )
     routing_push_seconds: float = Field(
-        0.5, gt=0, description="least time between two routers that workers are given"
+        1.0, gt=0, description="least time between two routers that workers are given"
     )
     bound_share: float = Field(
         0.9,
