@@ -7,6 +7,7 @@ from pathlib import Path
 from helios.engine.weights.packed_cache import DEFAULT_LIMIT_BYTES
 from helios.errors import SettingsError
 from helios.modes import ExitMode, Precision
+from helios.routing.probe import PROBE_READINGS, PROBE_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +38,9 @@ class EngineSettings:
     prompt_readings: int = 0
     # Tokens at the beginning of each prompt that go through the first exits of loaded models before its plan
     # is chosen, if it is submitted with a route. Never more than step_token_budget. 0: none.
-    probe_tokens: int = 32
+    probe_tokens: int = PROBE_TOKENS
     # Most positions among them whose probabilities are read out, evenly spread after the first fifth.
-    probe_readings: int = 12
+    probe_readings: int = PROBE_READINGS
     # A prompt in which fewer tokens than this have a next token is not probed: its probe has no readings.
     min_probe_tokens: int = 12
     # Most prompts that are probed between two steps. More wait for the next step.

@@ -237,6 +237,11 @@ class Knowledge(BaseModel):
         return np.array([one.seconds for one in self.plans])
 
     @cached_property
+    def plan_index(self) -> dict[ServedPlan, int]:
+        """The place of each plan in `plans`."""
+        return {one.plan: at for at, one in enumerate(self.plans)}
+
+    @cached_property
     def deepest(self) -> list[int]:
         """By model: the index of its deepest plan."""
         return [
@@ -246,6 +251,14 @@ class Knowledge(BaseModel):
             )
             for model in self.models
         ]
+
+    @cached_property
+    def outcomes(self) -> dict[int, tuple[Numbers, Numbers]]:
+        """What every price leads to, by the model that is probed first.
+
+        `helios.routing.terms` fills it. It depends on nothing else, and takes most of the time of settling terms.
+        """
+        return {}
 
     @cached_property
     def best_models(self) -> NDArray[np.intp]:
@@ -283,6 +296,14 @@ class Knowledge(BaseModel):
     def readings_of(self, features: Numbers) -> Numbers:
         """The models' readings in nats that are part of standardised features: [..., models]."""
         return np.asarray((features * self.scale + self.centre)[..., len(self.models) :])
+
+    def kind(self, features: Numbers, first: int | None) -> int:
+        """Index of the model that is expected to read a prompt best. first: as in `expected_nats`."""
+        return int(self.expected_nats(features, first)[self.deepest].argmin())
+
+    def first_of(self, nats: Mapping[str, float]) -> int | None:
+        """Index of the only model that was read. None: all were. nats: readings by model, at least one."""
+        return None if len(nats) == len(self.models) else self.models.index(next(iter(nats)))
 
     def columns(self, first: int | None) -> list[int]:
         """The features of a fit."""

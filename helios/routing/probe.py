@@ -29,11 +29,21 @@ class Probe:
     first_ids: tuple[int, ...] = ()
 
 
+# Defaults of workers and of the profiler: tokens that are probed, and positions among them that are read out.
+# Examples are only like probes if both read the same.
+PROBE_TOKENS, PROBE_READINGS = 32, 12
+
+
+def evenly_spread(count: int, size: int) -> list[int]:
+    """`count` of the positions 0..size - 1, evenly spread. count: at most `size`."""
+    return [(2 * index + 1) * size // (2 * count) for index in range(count)]
+
+
 def read_positions(tokens: int, most: int) -> list[int]:
     """Positions of a probed beginning of `tokens` tokens that are read out, at most `most`, evenly spread.
 
     The first ones are left out: a model knows too little before them.
     """
     first = tokens // 5
-    count = min(most, tokens - first)
-    return [first + (2 * index + 1) * (tokens - first) // (2 * count) for index in range(count)]
+    left = tokens - first
+    return [first + position for position in evenly_spread(min(most, left), left)]

@@ -83,8 +83,7 @@ class Router(BaseModel):
         if not read:
             return [self._safe(allowed, "the prompt is too short to be judged")]
         features = self.knowledge.features_of(probe.first_ids, read)
-        has_all = len(read) == len(known)
-        first = None if has_all else known.index(next(iter(read)))
+        first = self.knowledge.first_of(read)
         is_unlike = self.knowledge.is_unlike(features, first)
         expected = self.knowledge.expected_nats(features, first)
         price = self.terms.low_price if lot < self.terms.low_share else self.terms.price

@@ -9,14 +9,15 @@ too low for the bound. Then a share of the requests gets a lower price than the 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from helios.routing.knowledge import Knowledge, Numbers
+from helios.served import ServedPlan
 
 # Prices that are tried, in times of the dearest plan's seconds.
 _PRICES = np.geomspace(0.02, 200, 48)
@@ -87,6 +88,30 @@ class Recent:
     tokens: int = 0
     is_unlike: bool = False
 
+    @classmethod
+    def of(
+        cls,
+        knowledge: Knowledge,
+        first_ids: Sequence[int],
+        readings: Mapping[str, float],
+        plan: ServedPlan,
+        nats: float,
+        tokens: int,
+    ) -> Self:
+        """A request as a knowledge sees it.
+
+        first_ids, readings: what its probe showed, readings in nats by model, at least one. nats: per token,
+        of the `tokens` tokens of its rest that were read under `plan`. They only count if the knowledge has
+        the plan.
+        """
+        features, first = knowledge.features_of(first_ids, readings), knowledge.first_of(readings)
+        surprise, at = 0.0, knowledge.plan_index.get(plan)
+        if at is None or not tokens or not math.isfinite(nats):
+            tokens = 0
+        else:
+            surprise = nats - float(knowledge.expected_nats(features, first)[at])
+        return cls(features, first, surprise, tokens, knowledge.is_unlike(features, first))
+
 
 class _Offer(NamedTuple):
     """What a price, or a mix of two, leads to over all weighted examples. The first is the sort key."""
@@ -104,10 +129,12 @@ def settle(knowledge: Knowledge, recent: Sequence[Recent], bound: float) -> Term
     """The terms for requests like the recent ones (newest last). Without any: terms for whatever may come."""
     unlike_model = _unlike_model(knowledge, recent)
     recent = [one for one in recent if not one.is_unlike]
-    kinds = [_kind(knowledge, one) for one in recent]
+    kinds = [knowledge.kind(one.features, one.first) for one in recent]
     newest = kinds[-max(WINDOWS) :] or list(range(len(knowledge.models)))
     first = max(set(newest), key=newest.count)
-    seconds, nats = _outcomes(knowledge, first)
+    if first not in knowledge.outcomes:
+        knowledge.outcomes[first] = _outcomes(knowledge, first)
+    seconds, nats = knowledge.outcomes[first]
     if len(recent) < WINDOWS[0]:
         # What will come is not known, so no mix may be counted on.
         weights = [
@@ -140,11 +167,6 @@ def _unlike_model(knowledge: Knowledge, recent: Sequence[Recent]) -> str | None:
         return None
     means = knowledge.readings_of(np.array(unlike)).mean(axis=0)
     return knowledge.safest_model(dict(zip(knowledge.models, means.tolist(), strict=True)))
-
-
-def _kind(knowledge: Knowledge, one: Recent) -> int:
-    """The model that is expected to read it best."""
-    return int(knowledge.expected_nats(one.features, one.first)[knowledge.deepest].argmin())
 
 
 def _bias(recent: Sequence[Recent]) -> float:

@@ -9,6 +9,7 @@ from pydantic_settings import SettingsConfigDict
 from helios.calibration import TARGET_AGREEMENT
 from helios.modes import PrecisionName
 from helios.redis_url import RedisUrl
+from helios.routing.probe import PROBE_READINGS, PROBE_TOKENS
 from helios.settings import ListenAddress, ServiceSettings
 from helios.shortlist import TOP_K
 from helios.slo import Objective
@@ -69,10 +70,12 @@ class ProfilerSettings(ServiceSettings):
         "differ by more than chance",
     )
     probe_tokens: int = Field(
-        32, ge=1, description="tokens of a prompt's beginning that a router learns from, as the workers probe"
+        PROBE_TOKENS,
+        ge=1,
+        description="tokens of a prompt's beginning that a router learns from, as the workers probe",
     )
     probe_readings: int = Field(
-        12, ge=1, description="how many of these are read at the first exit, as the workers do"
+        PROBE_READINGS, ge=1, description="how many of these are read at the first exit, as the workers do"
     )
     router_stride: int = Field(
         2, ge=1, description="of the tokens after them, one in so many is read at every exit"

@@ -9,6 +9,7 @@ from pydantic_settings import SettingsConfigDict
 from helios.address import parse
 from helios.modes import ExitModeName, PrecisionName
 from helios.redis_url import RedisUrl
+from helios.routing.probe import PROBE_READINGS, PROBE_TOKENS
 from helios.settings import (
     SERVED_BURST_SECONDS,
     SERVED_PROMPT_READINGS,
@@ -90,13 +91,13 @@ class WorkerSettings(ServiceSettings):
         "prefill: they show the controller that the traffic has changed; 0: none",
     )
     probe_tokens: int = Field(
-        32,
+        PROBE_TOKENS,
         ge=0,
         description="tokens at the beginning of a prompt that go through the first exits of loaded models "
         "before its plan is chosen; 0: none",
     )
     probe_readings: int = Field(
-        12,
+        PROBE_READINGS,
         ge=1,
         description="most positions among them whose probabilities are read out, evenly spread; the first "
         "fifth of the tokens is left out",

@@ -4,11 +4,8 @@ from dataclasses import dataclass
 
 from bench.paper.policy.simulation import Scene
 from helios.routing.knowledge import PlanCost, ProbeCost
-from helios.routing.probe import read_positions
+from helios.routing.probe import PROBE_READINGS, read_positions
 from helios.served import ServedPlan
-
-# Most positions of a beginning that a probe reads.
-PROBE_READINGS = 12
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,12 +15,12 @@ from numpy.typing import NDArray
 
 from bench.paper.policy.hindsight import bound
 from bench.paper.policy.learning import Learning, Learnt
-from bench.paper.policy.prices import PROBE_READINGS, Prices
+from bench.paper.policy.prices import Prices
 from bench.paper.policy.simulation import Run, Scene
 from bench.paper.policy.traffic import Request
 from helios.routing.example import Example
 from helios.routing.knowledge import Knowledge
-from helios.routing.probe import ExitReading, Probe, read_positions
+from helios.routing.probe import PROBE_READINGS, ExitReading, Probe, evenly_spread, read_positions
 from helios.routing.router import Router
 from helios.routing.terms import Recent, Terms, settle
 from helios.served import ServedPlan
@@ -157,7 +157,8 @@ class _Routing:
         record = request.records[plan.model]
         rest = record.nats[record.exit_layers.index(plan.depth), first_tokens:]
         # What is read of a prompt that was taken for no other says nothing about what was expected.
-        read = [] if is_safe else _spread(len(rest), SERVED_PROMPT_READINGS)
+        count = 0 if is_safe else min(len(rest), SERVED_PROMPT_READINGS)
+        read = evenly_spread(count, len(rest))
         served_nats = float(rest[read].mean(dtype=np.float64)) if read else 0.0
         nats = {model: one.nats for model, one in readings.items()}
         self.routed.append(_Routed(first_ids, nats, plan, served_nats, len(read)))
@@ -181,16 +182,14 @@ class _Routing:
         return self.plans[int((router.knowledge.costs + price * nats).argmin())]
 
     def _see(self, knowledge: Knowledge, routed: _Routed) -> None:
-        features = knowledge.features_of(routed.first_ids, routed.nats)
-        has_all = len(routed.nats) == len(knowledge.models)
-        first = None if has_all else knowledge.models.index(next(iter(routed.nats)))
-        expected = knowledge.expected_nats(features, first)
-        self.kinds.append(int(expected[knowledge.deepest].argmin()))
-        surprise, tokens = 0.0, 0
-        if routed.served_tokens and not self.knows_rest:
-            surprise = routed.served_nats - float(expected[self.plans.index(routed.plan)])
-            tokens = routed.served_tokens
-        self.recent.append(Recent(features, first, surprise, tokens))
+        found = Recent.of(
+            knowledge, routed.first_ids, routed.nats, routed.plan, routed.served_nats, routed.served_tokens
+        )
+        if self.knows_rest:
+            # What a probe would have shown means nothing to it.
+            found = Recent(found.features, found.first)
+        self.kinds.append(knowledge.kind(found.features, found.first))
+        self.recent.append(found)
 
     def _learn(self, learning: Learning, number: int) -> bool:
         """Begins evaluations that are due, and takes those that are there. Returns whether one was."""
@@ -284,9 +283,3 @@ def _reading(request: Request, model: str, first_tokens: int) -> ExitReading:
         nats=float(record.nats[0, read].mean(dtype=np.float64)),
         doubt=-float(np.log(record.confidences[0, read]).mean(dtype=np.float64)),
     )
-
-
-def _spread(tokens: int, most: int) -> list[int]:
-    """At most `most` of a rest's tokens, evenly spread."""
-    count = min(most, tokens)
-    return [(2 * index + 1) * tokens // (2 * count) for index in range(count)]

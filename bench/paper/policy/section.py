@@ -10,11 +10,11 @@ from bench.paper.policy.comparison import compare, record_unseen
 from bench.paper.policy.engine_run import serve
 from bench.paper.policy.hindsight import Hindsight, bound, simulated, summary
 from bench.paper.policy.paper_setting import dynamic_steps, paper_setting
-from bench.paper.policy.prices import PROBE_READINGS
 from bench.paper.policy.profiling import evaluation_settings, profile, row_seconds
 from bench.paper.policy.simulation import Scene, simulate
 from bench.systems.subject import Subject
 from helios.engine.evaluation.candidate import load_candidate
+from helios.routing.probe import PROBE_READINGS
 from helios.served import ServedPlan
 from services.controller.agenda import AgendaSettings
 

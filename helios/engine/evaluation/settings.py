@@ -12,6 +12,7 @@ from helios.engine.weights.packed_cache import DEFAULT_LIMIT_BYTES
 from helios.engine.weights.precision import precision_on
 from helios.errors import SettingsError
 from helios.modes import Precision
+from helios.routing.probe import PROBE_READINGS, PROBE_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +38,8 @@ class EvaluationSettings:
     timing_threads: int | None = None
     # What a router learns from: tokens of a prompt's beginning, how many of these are read at the first exit,
     # and the spacing of the later tokens, which are read at every exit.
-    probe_tokens: int = 32
-    probe_readings: int = 12
+    probe_tokens: int = PROBE_TOKENS
+    probe_readings: int = PROBE_READINGS
     router_stride: int = 2
     block_tokens: int = 16
     # Directory of packed weights, as in EngineSettings.

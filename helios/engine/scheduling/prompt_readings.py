@@ -7,6 +7,7 @@ few more rows show how well the served exit predicts real prompts, without any e
 from dataclasses import dataclass
 
 from helios.engine.scheduling.sequence import Sequence
+from helios.routing.probe import evenly_spread
 
 # At most one in this many prompt tokens is read, so that a short prompt costs little more.
 _SPACING = 16
@@ -14,8 +15,7 @@ _SPACING = 16
 
 def read_positions(prompt_tokens: int, most: int) -> list[int]:
     """Positions of a prompt that are read, at most `most`, evenly spread over all that have a next token."""
-    predicted, count = prompt_tokens - 1, min(most, prompt_tokens // _SPACING)
-    return [(2 * index + 1) * predicted // (2 * count) for index in range(count)]
+    return evenly_spread(min(most, prompt_tokens // _SPACING), prompt_tokens - 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,10 @@ import numpy as np
 
 from helios.history import ModelProfile
 from helios.routing.knowledge import PlanCost, ProbeCost
+from helios.routing.probe import PROBE_READINGS
 from helios.served import ServedPlan
 from helios.slo import Objective
 from services.controller.policy.options import seconds_per_token
-
-# Positions of a probe that workers read out by default.
-_READ_TOKENS = 12
 
 
 def plan_cost(
@@ -47,7 +45,7 @@ def probe_cost(profiles: Iterable[ModelProfile], probe_tokens: float) -> ProbeCo
     """
     reads, computes = [], []
     for profile in profiles:
-        reads.append(_READ_TOKENS * head_seconds(profile))
+        reads.append(PROBE_READINGS * head_seconds(profile))
         computes.append(probe_tokens / profile.exits[0].prefill_tokens_per_second)
     first = float(np.mean(reads))
     return ProbeCost(first_seconds=first, further_seconds=first + float(np.mean(computes)))

@@ -120,19 +120,7 @@ def _judge(prompt: worker_pb2.ServedPrompt, knowledge: Knowledge) -> _Judged | N
     }
     if not readings:
         return None
-    features = knowledge.features_of(prompt.first_ids, readings)
-    first = None if len(readings) == len(models) else models.index(next(iter(readings)))
-    expected = knowledge.expected_nats(features, first)
-    at = next(
-        (
-            at
-            for at, one in enumerate(knowledge.plans)
-            if (one.model, one.depth) == (prompt.plan.model, prompt.plan.depth)
-        ),
-        None,
-    )
-    surprise, tokens = 0.0, 0
-    if at is not None and prompt.tokens and math.isfinite(prompt.nats):
-        surprise, tokens = prompt.nats / prompt.tokens - float(expected[at]), prompt.tokens
-    kind, is_unlike = models[int(expected[knowledge.deepest].argmin())], knowledge.is_unlike(features, first)
-    return _Judged(Recent(features, first, surprise, tokens, is_unlike), Seen(is_unlike, kind))
+    plan = ServedPlan(model=prompt.plan.model, depth=prompt.plan.depth)
+    per_token = prompt.nats / prompt.tokens if prompt.tokens else 0.0
+    found = Recent.of(knowledge, prompt.first_ids, readings, plan, per_token, prompt.tokens)
+    return _Judged(found, Seen(found.is_unlike, models[knowledge.kind(found.features, found.first)]))
