@@ -27,7 +27,7 @@ from helios.engine.scheduling.sequence import Sequence, SequenceState
 from helios.engine.settings import EngineSettings
 from helios.errors import HeliosError, OutOfMemoryError, PlanNotServedError, UnavailableError
 from helios.modes import ExitMode
-from helios.served import ServedPlan
+from helios.served import ServedPlan, successor
 
 
 @dataclass(slots=True)
@@ -44,13 +44,6 @@ class Reload:
         """Stores the result and wakes whoever waits for it."""
         self.result = result
         self.done.set()
-
-
-def successor(plan: ServedPlan, in_force: Seq[ServedPlan]) -> ServedPlan:
-    """The plan in force to which sequences under `plan` move, as `ServingEngine.reload` says."""
-    same = sorted((one for one in in_force if one.model == plan.model), key=lambda one: one.depth)
-    deep_enough = (one for one in same if one.depth >= plan.depth)
-    return next(deep_enough, same[-1] if same else in_force[0])
 
 
 class Move:

@@ -256,7 +256,7 @@ class Knowledge(BaseModel):
     def outcomes(self) -> dict[int, tuple[Numbers, Numbers]]:
         """What every price leads to, by the model that is probed first.
 
-        `helios.routing.terms` fills it. It depends on nothing else, and takes most of the time of settling terms.
+        `helios.routing.terms` fills it. It depends on nothing else, and takes most of the time of settling.
         """
         return {}
 

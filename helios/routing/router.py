@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, Self
 
@@ -12,23 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from helios.errors import InvalidRequestError
 from helios.routing.knowledge import VERSION, Knowledge, Numbers
 from helios.routing.probe import Probe
+from helios.routing.ranked_plan import RankedPlan
 from helios.routing.terms import NEIGHBOURS, Terms
 from helios.served import ServedPlan
 from helios.slo import Objective
-
-
-@dataclass(frozen=True, slots=True)
-class RankedPlan:
-    """A plan that may serve a request.
-
-    extra_seconds_per_token: more than the best plan, with the price of quality. expected_perplexity_increase:
-    over the best model with all layers, a share. reason: why this plan, in words.
-    """
-
-    plan: ServedPlan
-    extra_seconds_per_token: float
-    expected_perplexity_increase: float
-    reason: str
 
 
 class Router(BaseModel):

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 
-from helios.routing.router import RankedPlan
+from helios.routing.ranked_plan import RankedPlan
 from helios.served import ServedPlan
 
 
@@ -73,19 +73,6 @@ def expected_seconds(worker: Candidate, ranked: RankedPlan, max_tokens: int) -> 
     It is the wait for a place, and what the plan costs more for all tokens of the stream.
     """
     return worker.wait_seconds + ranked.extra_seconds_per_token * max_tokens
-
-
-def nearest(plans: Sequence[ServedPlan], plan: ServedPlan) -> ServedPlan:
-    """The plan under which a stream goes on that had `plan`: that one, if it is in force.
-
-    Otherwise it is the shallowest of the same model that is at least as deep, else the deepest of the same
-    model, else the first one. Engines move sequences by the same rule. `plans` has at least one.
-    """
-    same = [one for one in plans if one.model == plan.model]
-    deeper = [one for one in same if one.depth >= plan.depth]
-    if deeper:
-        return min(deeper, key=lambda one: one.depth)
-    return max(same, key=lambda one: one.depth, default=plans[0])
 
 
 def choose(

@@ -17,12 +17,12 @@ from helios.errors import (
     UnavailableError,
 )
 from helios.routing.preference import Preference
-from helios.routing.router import RankedPlan
+from helios.routing.ranked_plan import RankedPlan
 from helios.sampling import SamplingParams
-from helios.served import ServedPlan
+from helios.served import ServedPlan, successor
 from helios.v1 import generation_pb2, worker_pb2
 from services.gateway.outlet import Outlet
-from services.gateway.router import Needs, Ranking, nearest
+from services.gateway.router import Needs, Ranking
 from services.gateway.settings import GatewaySettings
 from services.gateway.worker_call import WorkerFailedError, WorkerLostError
 from services.gateway.worker_pool import Worker, WorkerPool
@@ -226,7 +226,7 @@ class Stream:
         plans = [plan for plan in worker.plans if not self._needs.models or plan.model in self._needs.models]
         plan: ServedPlan | None = None
         if self.emitted_ids:
-            plan = nearest(plans, self._plan or plans[0])
+            plan = successor(self._plan or plans[0], plans)
         elif self._ranking is not None and (best := self._ranking.best_at(plans)) is not None:
             plan = best.plan
         if plan is not None:
@@ -353,7 +353,7 @@ class Stream:
         if not self.emitted_ids or not worker.plans:
             return worker.plan
         # An exit before the plan's last layer is possible, so the token's layers are only a lower bound.
-        return nearest(worker.plans, ServedPlan(model=self.model, depth=max(1, self._layers)))
+        return successor(ServedPlan(model=self.model, depth=max(1, self._layers)), worker.plans)
 
     def _note_failure(self, worker: Worker, failure: WorkerFailedError) -> None:
         """Counts a failed worker. Raises QuarantinedError if this stream seems to be the cause."""

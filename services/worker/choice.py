@@ -7,7 +7,8 @@ from collections.abc import Collection, Sequence
 from helios.errors import HeliosError, InvalidRequestError, PlanNotServedError, UnknownModelError
 from helios.routing.preference import Preference
 from helios.routing.probe import Probe
-from helios.routing.router import RankedPlan, Router
+from helios.routing.ranked_plan import RankedPlan
+from helios.routing.router import Router
 from helios.served import ServedPlan
 from helios.v1 import worker_pb2
 

@@ -8,7 +8,7 @@ from opentelemetry.trace import Span
 from helios import telemetry
 from helios.engine.interface import Finish, FinishReason, Submitted
 from helios.errors import HeliosError
-from helios.routing.router import RankedPlan
+from helios.routing.ranked_plan import RankedPlan
 from helios.v1 import generation_pb2, worker_pb2
 from services.worker.choice import RoutedChoice
 

@@ -15,7 +15,6 @@ import pytest
 import helios
 from helios.engine import Engine, EngineSettings, ExitMode, Output, SamplingParams
 from helios.engine.interface import GeneratedToken, PlanToLoad
-from helios.engine.move import successor
 from helios.engine.scheduling.sequence import Sequence as EngineSequence
 from helios.errors import (
     HeliosError,
@@ -26,7 +25,7 @@ from helios.errors import (
     UnavailableError,
 )
 from helios.routing.probe import Probe
-from helios.served import ServedPlan
+from helios.served import ServedPlan, successor
 from tests.opt_variants import save_variant
 
 BUNDLED = Path(helios.__file__).parents[1] / "models"

@@ -5,9 +5,9 @@ from random import Random
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helios.routing.router import RankedPlan
-from helios.served import ServedPlan
-from services.gateway.router import Candidate, Needs, Ranking, choose, expected_seconds, nearest
+from helios.routing.ranked_plan import RankedPlan
+from helios.served import ServedPlan, successor
+from services.gateway.router import Candidate, Needs, Ranking, choose, expected_seconds
 
 PLANS = st.builds(ServedPlan, model=st.sampled_from(["prose", "tech"]), depth=st.sampled_from([3, 6, 12]))
 ADDRESSES = st.sampled_from([f"host-{number}:1" for number in range(6)])
@@ -131,7 +131,7 @@ def test_a_wait_begins_with_the_first_sequence_that_has_no_place() -> None:
 def test_a_stream_goes_on_under_its_own_plan_or_one_that_is_no_shallower(
     plans: list[ServedPlan], plan: ServedPlan
 ) -> None:
-    found = nearest(plans, plan)
+    found = successor(plan, plans)
     same = [one for one in plans if one.model == plan.model]
     assert found in plans
     if plan in plans:

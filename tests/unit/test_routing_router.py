@@ -6,7 +6,8 @@ import pytest
 
 from helios.errors import InvalidRequestError
 from helios.routing.probe import Probe
-from helios.routing.router import RankedPlan, Router
+from helios.routing.ranked_plan import RankedPlan
+from helios.routing.router import Router
 from helios.routing.terms import settle
 from helios.served import ServedPlan
 from helios.slo import Objective

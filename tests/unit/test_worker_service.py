@@ -19,7 +19,8 @@ from helios.engine.interface import ServedPrompt
 from helios.errors import HeliosError, InvalidRequestError, PlanNotServedError, UnknownModelError
 from helios.redis_schema import CONTROLLER_LEADER, CONTROLLER_STATE, ROUTER
 from helios.routing.probe import ExitReading, Probe
-from helios.routing.router import RankedPlan, Router
+from helios.routing.ranked_plan import RankedPlan
+from helios.routing.router import Router
 from helios.served import ServedPlan
 from helios.slo import Objective
 from helios.v1 import controller_pb2, generation_pb2, worker_pb2, worker_pb2_grpc
