@@ -4,10 +4,8 @@ import asyncio
 import contextlib
 import logging
 import os
-import random
 import re
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Coroutine, Iterable
@@ -18,10 +16,10 @@ import grpc
 from redis.exceptions import AuthenticationError, RedisError, ResponseError
 
 from helios import channel, embedded_redis, redis_client, redis_url, stack_state
-from helios.address import parse
 from helios.errors import SettingsError, UnavailableError
 from helios.hardware import available_memory
 from helios.redis_outage import probe, reason
+from helios.reservation import Reservation
 from helios.stack_state import StackState
 from helios.supervisor import LOG_BYTES, LOG_FILES, Child
 from helios.v1 import controller_pb2, controller_pb2_grpc, inference_pb2, inference_pb2_grpc
@@ -39,13 +37,10 @@ _STANDBY_SECONDS = 10.0
 _REDIS_SECONDS = 5.0
 # Longer than the services' own grace period for open streams plus the limit on their stops.
 _GRACE_SECONDS = 25.0
+_ANY_PORT = "127.0.0.1:0"
 # Share of the memory available at the start that all workers together may use.
 _WORKERS_MEMORY_SHARE = 0.8
 _MEMORY_VARIABLE = "HELIOS_WORKER_MEMORY_BYTES"
-# Below the ports that Linux gives to outgoing connections. Otherwise such a connection could take a port
-# between the check and the start of the process that listens on it.
-_FREE_PORTS = range(20_000, 32_000)
-_PORT_ATTEMPTS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,17 +81,19 @@ class Stack:
         `on_progress` is called whenever a process answers for the first time, with the names of those that
         have not answered yet. `on_line` is called with a process's name and each of its log lines.
         """
-        gateway_address = claim_address(settings.gateway, "--gateway")
+        # Held as long as the stack runs: a process that is started again finds its port free.
+        self._reservations: list[Reservation] = []
+        gateway_address = self._reserve(settings.gateway, "--gateway")
         self.state = StackState(
             pid=os.getpid(),
             gateway=gateway_address,
-            redis_url=settings.redis_url or f"redis://{claim_address('127.0.0.1:0', '--redis')}",
+            redis_url=settings.redis_url or f"redis://{self._reserve(_ANY_PORT, '--redis')}",
             model=settings.model,
             depth=settings.depth,
             started=time.time(),
             models_dir=str(settings.models_dir),
-            profiler=claim_address("127.0.0.1:0", "--profiler") if settings.profiler else "",
-            controller="" if settings.controller == "none" else claim_address("127.0.0.1:0", "--controller"),
+            profiler=self._reserve(_ANY_PORT, "--profiler") if settings.profiler else "",
+            controller="" if settings.controller == "none" else self._reserve(_ANY_PORT, "--controller"),
         )
         self._settings = settings
         self._directory = directory
@@ -150,11 +147,18 @@ class Stack:
             await self._redis.stop(_GRACE_SECONDS)
         # The first failure has been raised. Processes that failed with it have their failures in their logs.
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        for reservation in self._reservations:
+            reservation.close()
 
     def kill(self) -> None:
         """Kills every process at once."""
         for child in self.children:
             child.kill()
+
+    def _reserve(self, address: str, option: str) -> str:
+        reservation = Reservation(address, option)
+        self._reservations.append(reservation)
+        return reservation.address
 
     async def _await_start(self, children: list[Child], started: Coroutine[None, None, object]) -> None:
         tasks = {child.start() for child in children}
@@ -301,7 +305,7 @@ class Stack:
             "worker",
             name,
             worker_id=name,
-            address="127.0.0.1:0",
+            address=_ANY_PORT,
             models_dir=settings.models_dir,
             model=settings.model,
             depth=settings.depth,
@@ -381,35 +385,6 @@ async def _check_redis(url: str) -> None:
         raise SettingsError(f"--redis: {shown!r} is no Redis URL: {error}") from error
     if hint:
         log.warning("--redis: %s", hint)
-
-
-def claim_address(address: str, option: str) -> str:
-    """Returns the address if it is free. Port 0 is replaced by a free port.
-
-    Raises SettingsError naming the option that sets the address.
-    """
-    try:
-        host, port = parse(address, any_port=True)
-    except ValueError as error:
-        raise SettingsError(f"{option}: {error}") from error
-    ports = [port] if port else random.sample(_FREE_PORTS, _PORT_ATTEMPTS)
-    for number in ports:
-        try:
-            _check_free(host.strip("[]"), number)
-        except OSError as error:
-            reason = error.strerror
-        else:
-            return f"{host}:{number}"
-    raise SettingsError(
-        f"cannot listen on {address}: {reason}; choose another address with {option} HOST:PORT"
-    )
-
-
-def _check_free(host: str, port: int) -> None:
-    family, kind, _, _, location = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(location)
 
 
 def _memory_per_worker(workers: int) -> int | None:

