@@ -14,15 +14,16 @@ from torch.nn import functional as F
 
 from helios.engine.kernels import border
 from helios.engine.kernels.inner_product import TILE
-from helios.engine.kernels.layout import BFLOAT16, FLOAT32, INT8, LINEAR, NONE, record
+from helios.engine.kernels.layout import BFLOAT16, FLOAT32, INT8, LINEAR, record
 from helios.engine.kernels.product import product_scratch
 from helios.engine.kernels.team import TEAM
 from helios.engine.weights.parts import LinearWeights
 from helios.engine.weights.quantize import chunk_rows
 
 # Version of the contents of a PackedLinear. Raise it whenever the same tensors would mean something else, or
-# when contents of earlier versions may be wrong. Since version 4 all numbers are known to be finite.
-LAYOUT_VERSION = 4
+# when contents of earlier versions may be wrong. Since version 4 all numbers are known to be finite. Since
+# version 5 a layer has norms of heads, and there may be a table of rotations.
+LAYOUT_VERSION = 5
 
 _WORD_BYTES = 4
 _PRECISIONS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.int8: INT8}
@@ -113,8 +114,6 @@ class PackedLinear:
             x.data_ptr(),
             rows,
             out.data_ptr(),
-            NONE,
-            0,
             scratch.data_ptr(),
             operations=rows * self.in_size * channels,
         )
