@@ -5,7 +5,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from tests.opt_variants import Form, Head, save_exits, save_tensors, save_tokenizer
 
@@ -50,10 +57,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def config_of(name: str, **changes: Any) -> PretrainedConfig:
+    """transformers' config of a variant, with these changes."""
+    kind, own = VARIANTS[name]
+    return _CONFIGS[kind](**(_BASE | own | changes))
+
+
 def random_model(seed: int, name: str, **changes: Any) -> PreTrainedModel:
     """A model in which no parameter has its neutral value, not even in biases and norms."""
-    kind, own = VARIANTS[name]
-    config = _CONFIGS[kind](**(_BASE | own | changes))
+    config = config_of(name, **changes)
     config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     generator = torch.Generator().manual_seed(seed)
