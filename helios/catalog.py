@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
@@ -198,6 +198,12 @@ class ModelEntry:
     def context_tokens(self) -> int:
         """Most tokens of prompt and output together."""
         return self.config.context_tokens
+
+    def within(self, context_tokens: int | None) -> "ModelEntry":
+        """The model with a context of at most so many tokens. None: with its own context."""
+        if context_tokens is None or context_tokens >= self.context_tokens:
+            return self
+        return replace(self, config=replace(self.config, context_tokens=context_tokens))
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,6 +56,8 @@ class StackSettings:
     threads: int
     gateway: str
     redis_url: str | None = None
+    context_tokens: int | None = None
+    """Limit of the workers' contexts. None: as many tokens as a model has positions."""
     profiler: bool = True
     controller: str = "active"
     """The controller's mode: active, advisory or off; or none, for no controller."""
@@ -269,6 +271,12 @@ class Stack:
         command = embedded_redis.server_command(port, self._directory)
         return self._child("redis", command, embedded_redis.READY_LINE)
 
+    @property
+    def _context(self) -> dict[str, object]:
+        """The option that limits contexts, if they are limited."""
+        limit = self._settings.context_tokens
+        return {} if limit is None else {"context_tokens": limit}
+
     def _profiler_child(self) -> Child:
         return self._service_child(
             "profiler",
@@ -278,10 +286,11 @@ class Stack:
             # Steps are timed with the same number of threads as in the workers.
             timing_threads=self._settings.threads,
             precision=self._settings.precision,
+            **self._context,
         )
 
     def _controller_child(self) -> Child:
-        options: dict[str, object] = {}
+        options = dict(self._context)
         if self._settings.profiler:
             options["profiler"] = self.state.profiler
         return self._service_child(
@@ -298,7 +307,7 @@ class Stack:
         plan_file = self._directory / f"{name}.plan.json"
         # A new stack serves the plan of its settings, not the plan to which an earlier stack was moved.
         plan_file.unlink(missing_ok=True)
-        options: dict[str, object] = {}
+        options = dict(self._context)
         if self._memory_bytes is not None:
             options["memory_bytes"] = self._memory_bytes
         return self._service_child(

@@ -1,12 +1,20 @@
 """Tiny random checkpoints of Llama's kind, written with transformers."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
-from tests.opt_variants import Form, save_tensors, save_tokenizer
+from tests.opt_variants import Form, Head, save_exits, save_tensors, save_tokenizer
 
 _BASE: dict[str, Any] = {
     "vocab_size": 264,
@@ -49,10 +57,15 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+def config_of(name: str, **changes: Any) -> PretrainedConfig:
+    """transformers' config of a variant, with these changes."""
+    kind, own = VARIANTS[name]
+    return _CONFIGS[kind](**(_BASE | own | changes))
+
+
 def random_model(seed: int, name: str, **changes: Any) -> PreTrainedModel:
     """A model in which no parameter has its neutral value, not even in biases and norms."""
-    kind, own = VARIANTS[name]
-    config = _CONFIGS[kind](**(_BASE | own | changes))
+    config = config_of(name, **changes)
     config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     generator = torch.Generator().manual_seed(seed)
@@ -73,17 +86,37 @@ def save_variant(
     name: str,
     seed: int,
     form: Form = "safetensors",
+    exits: Sequence[int] | None = None,
+    head: Head = "shared",
     *,
+    prefix: Literal["model.", ""] = "model.",
+    tied_as: Literal["embed_tokens", "lm_head"] = "embed_tokens",
     dtype: torch.dtype = torch.float32,
+    thresholds: Mapping[int, float] | None = None,
     **changes: Any,
 ) -> PreTrainedModel:
-    """Writes a checkpoint directory and returns the model in it, in float32 and eval mode."""
-    model = random_model(seed, name, **changes).to(dtype)
+    """Writes a checkpoint directory and returns the model in it, in float32 and eval mode.
+
+    Arguments are those of `opt_variants.save_variant`; `changes` go to the config.
+    """
+    model = random_model(seed, name, **changes)
+    # The frequencies of rotary positions stay in float32, as they do when transformers loads a model.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
     path.mkdir(parents=True, exist_ok=True)
+    if not prefix:
+        model.config.architectures = [type(model.model).__name__]
     model.config.dtype = str(dtype).removeprefix("torch.")
     model.config.save_pretrained(path)
-    tied = {"lm_head.weight"} if model.config.tie_word_embeddings else set()
-    tensors = {key: value.contiguous() for key, value in model.state_dict().items() if key not in tied}
+    names = {"embed_tokens": "model.embed_tokens.weight", "lm_head": "lm_head.weight"}
+    left_out = {name for key, name in names.items() if key != tied_as and model.config.tie_word_embeddings}
+    tensors = {
+        key.replace("model.", prefix, 1): value.contiguous()
+        for key, value in model.state_dict().items()
+        if key not in left_out
+    }
     save_tensors(path, tensors, form)
     save_tokenizer(path)
+    if exits is not None:
+        save_exits(path, model, seed, exits, head, thresholds or {})
     return model.float().eval()

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import nn
-from transformers import OPTConfig, OPTForCausalLM
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
 
 Form = Literal["safetensors", "sharded-safetensors", "bin", "sharded-bin", "legacy-bin"]
 Head = Literal["shared", "norm", "linear"]
@@ -80,7 +80,7 @@ def save_variant(
     save_tensors(path, tensors, form)
     save_tokenizer(path)
     if exits is not None:
-        _save_exits(path, model, seed, exits, head, thresholds or {})
+        save_exits(path, model, seed, exits, head, thresholds or {})
     return model.float().eval()
 
 
@@ -152,36 +152,52 @@ def save_tokenizer(path: Path) -> None:
     (path / "tokenizer_config.json").write_text(json.dumps(facts))
 
 
-def truncated(model: OPTForCausalLM, depth: int, path: Path | None = None) -> OPTForCausalLM:
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """The module that has the embeddings, the layers and the final norm."""
+    base: nn.Module = model.model
+    return base.decoder if isinstance(model, OPTForCausalLM) else base
+
+
+def final_norm_name(model: PreTrainedModel) -> str:
+    """The name of the final norm in `decoder_of(model)`."""
+    return "final_layer_norm" if isinstance(model, OPTForCausalLM) else "norm"
+
+
+def truncated(model: PreTrainedModel, depth: int, path: Path | None = None) -> PreTrainedModel:
     """A transformers model of the first `depth` layers, which reads out through that exit's head.
 
     `path`: the checkpoint whose exits.safetensors, if it has one, holds the heads.
     """
     part = copy.deepcopy(model)
-    decoder = part.model.decoder
+    decoder = decoder_of(part)
     decoder.layers = decoder.layers[:depth]
     part.config.num_hidden_layers = depth
+    if getattr(part.config, "layer_types", None):
+        part.config.layer_types = part.config.layer_types[:depth]
     file = path / "exits.safetensors" if path is not None else None
     heads = load_file(file) if file is not None and file.exists() else {}
-    if f"exits.{depth}.norm.weight" in heads:
+    prefix = f"exits.{depth}."
+    own = {key.removeprefix(prefix): value.float() for key, value in heads.items() if key.startswith(prefix)}
+    if own:
         hidden = part.config.hidden_size
-        norm = nn.LayerNorm(hidden)
-        norm.load_state_dict({key: heads[f"exits.{depth}.norm.{key}"].float() for key in ("weight", "bias")})
+        is_opt = isinstance(part, OPTForCausalLM)
+        norm = nn.LayerNorm(hidden) if is_opt else copy.deepcopy(decoder.norm)
+        norm.load_state_dict({key.removeprefix("norm."): own[key] for key in own if "norm." in key})
         linear = nn.Linear(hidden, hidden, bias=False)
-        weight = heads.get(f"exits.{depth}.linear.weight", torch.eye(hidden))
-        linear.load_state_dict({"weight": weight.float()})
-        decoder.final_layer_norm = nn.Sequential(norm, linear)
+        linear.load_state_dict({"weight": own.get("linear.weight", torch.eye(hidden))})
+        setattr(decoder, final_norm_name(part), nn.Sequential(norm, linear))
     return part.eval()
 
 
-def _save_exits(
+def save_exits(
     path: Path,
-    model: OPTForCausalLM,
+    model: PreTrainedModel,
     seed: int,
     exits: Sequence[int],
     head: Head,
     thresholds: Mapping[int, float],
 ) -> None:
+    """Adds a helios.json to a checkpoint, and exits.safetensors for the heads `norm` and `linear`."""
     facts = {
         "format_version": 1,
         "exit_layers": list(exits),
@@ -200,7 +216,9 @@ def _save_exits(
     # The last layer is read out through the model's own final norm.
     for layer in exits[:-1]:
         tensors[f"exits.{layer}.norm.weight"] = 1 + 0.2 * torch.randn(hidden, generator=generator)
-        tensors[f"exits.{layer}.norm.bias"] = 0.2 * torch.randn(hidden, generator=generator)
+        # Layer norms have a bias, RMS norms have none.
+        if isinstance(model, OPTForCausalLM):
+            tensors[f"exits.{layer}.norm.bias"] = 0.2 * torch.randn(hidden, generator=generator)
         if head == "linear":
             noise = torch.randn(hidden, hidden, generator=generator)
             tensors[f"exits.{layer}.linear.weight"] = torch.eye(hidden) + 0.1 * noise

@@ -96,6 +96,14 @@ def gated_decoder(
     )
 
 
+def head_width(fields: Fields, heads: int) -> int:
+    """`head_dim`, or the share of each head in the hidden size. Raises CheckpointError."""
+    hidden = fields.size("hidden_size")
+    if fields.values.get("head_dim") is None and hidden % heads:
+        raise fields.error("num_attention_heads", f"({heads}) must divide hidden_size ({hidden})")
+    return fields.size("head_dim", hidden // heads)
+
+
 def _padding(fields: Fields, vocab_size: int) -> int | None:
     """The padding token, which Helios never uses. Some Llamas name -1, which means that there is none."""
     return None if fields.values.get("pad_token_id") == -1 else fields.token("pad_token_id", None, vocab_size)
@@ -132,7 +140,7 @@ def _read(fields: Fields) -> ModelConfig:
     return gated_decoder(
         fields,
         num_kv_heads=fields.size("num_key_value_heads", heads),
-        head_dim=fields.size("head_dim", max(1, fields.size("hidden_size") // heads)),
+        head_dim=head_width(fields, heads),
         qkv_bias=has_bias,
         out_bias=has_bias,
         ffn_bias=fields.switch("mlp_bias", False),

@@ -29,7 +29,7 @@ def _read(fields: Fields) -> ModelConfig:
     is_projected = given.get("word_embed_proj_dim") is not None
     norm_before = fields.switch("do_layer_norm_before", True)
     has_bias = fields.switch("enable_bias", True)
-    vocab = fields.size("vocab_size")
+    vocab, context = fields.size("vocab_size"), fields.size("max_position_embeddings")
     return ModelConfig(
         model_type=OPT.model_type,
         vocab_size=vocab,
@@ -39,9 +39,9 @@ def _read(fields: Fields) -> ModelConfig:
         num_kv_heads=heads,
         head_dim=hidden // heads,
         ffn_dim=fields.size("ffn_dim"),
-        context_tokens=fields.size("max_position_embeddings"),
+        context_tokens=context,
         embed_size=fields.size("word_embed_proj_dim") if is_projected else hidden,
-        positions=LearnedPositions(POSITION_OFFSET),
+        positions=LearnedPositions(POSITION_OFFSET, POSITION_OFFSET + context),
         norm="layer",
         norm_epsilon=_NORM_EPSILON,
         norm_before=norm_before,

@@ -9,7 +9,7 @@ from typing import Any
 
 from helios.architectures.architecture import Architecture
 from helios.architectures.fields import Fields
-from helios.architectures.llama import NAMES, gated_decoder, written_fields
+from helios.architectures.llama import NAMES, gated_decoder, head_width, written_fields
 from helios.architectures.spec import ModelConfig
 
 # transformers' defaults for fields that a config may leave out.
@@ -23,7 +23,7 @@ def _read_qwen2(fields: Fields) -> ModelConfig:
     return gated_decoder(
         fields,
         num_kv_heads=fields.size("num_key_value_heads"),
-        head_dim=fields.size("head_dim", max(1, fields.size("hidden_size") // heads)),
+        head_dim=head_width(fields, heads),
         qkv_bias=True,
         context_tokens=_CONTEXT_TOKENS,
     )
@@ -52,12 +52,17 @@ def _refuse_windows(fields: Fields) -> None:
         raise fields.error("layer_types", f"is {types!r}; supported: only {_FULL_ATTENTION}")
 
 
+def _written_fields(config: ModelConfig, class_name: str) -> dict[str, Any]:
+    # transformers refuses a config whose types are not as many as the layers.
+    return written_fields(config, class_name) | {"layer_types": [_FULL_ATTENTION] * config.num_layers}
+
+
 def _write_qwen2(config: ModelConfig) -> dict[str, Any]:
-    return written_fields(config, QWEN2.class_name)
+    return _written_fields(config, QWEN2.class_name)
 
 
 def _write_qwen3(config: ModelConfig) -> dict[str, Any]:
-    return written_fields(config, QWEN3.class_name) | {"attention_bias": config.qkv_bias}
+    return _written_fields(config, QWEN3.class_name) | {"attention_bias": config.qkv_bias}
 
 
 QWEN2 = Architecture("qwen2", "Qwen2ForCausalLM", NAMES, _read_qwen2, _write_qwen2)

@@ -14,9 +14,10 @@ NormKind = Literal["layer", "rms"]
 
 @dataclass(frozen=True, slots=True)
 class LearnedPositions:
-    """A table with one vector per position. Its first `offset` rows are unused."""
+    """A table of `rows` vectors, one per position. Its first `offset` rows are unused."""
 
     offset: int
+    rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class ModelConfig:
     num_kv_heads: int  # each serves a group of neighbouring query heads
     head_dim: int
     ffn_dim: int
-    context_tokens: int
+    context_tokens: int  # most positions that are served
     embed_size: int  # width of the token embedding and the LM head
     positions: Positions
     norm: NormKind
@@ -111,9 +112,7 @@ class ModelConfig:
     @property
     def position_rows(self) -> int:
         """Rows of the table of learned positions. 0 if positions are not learned."""
-        if isinstance(self.positions, LearnedPositions):
-            return self.positions.offset + self.context_tokens
-        return 0
+        return self.positions.rows if isinstance(self.positions, LearnedPositions) else 0
 
     @property
     def rotation_numbers(self) -> int:

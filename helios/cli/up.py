@@ -65,6 +65,12 @@ log = logging.getLogger(__name__)
     help="Precision of the products. auto: int8 on a CPU with AVX-512 VNNI, bfloat16 on a GPU, else float32.",
 )
 @click.option(
+    "--context-tokens",
+    type=click.IntRange(min=2),
+    help="Most tokens of prompt and output together. A smaller context needs less memory. Default: the "
+    "model's.",
+)
+@click.option(
     "--gateway",
     type=Address(any_port=True),
     metavar="HOST:PORT",
@@ -123,6 +129,7 @@ def up(
     depth: int | None,
     exit_mode: str | None,
     precision: str,
+    context_tokens: int | None,
     gateway: str,
     redis_url: str | None,
     profiler: bool,
@@ -168,6 +175,7 @@ def up(
         threads=threads or max(1, cores // workers),
         gateway=gateway,
         redis_url=redis_url,
+        context_tokens=context_tokens,
         profiler=profiler,
         controller=controller,
         log_bytes=log_bytes,

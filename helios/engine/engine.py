@@ -523,8 +523,8 @@ def _checked(
     room = config.context_tokens - len(prompt_ids)
     if room < 1:
         raise InvalidRequestError(
-            f"the prompt has {len(prompt_ids)} tokens; {plan.entry.name} knows "
-            f"{config.context_tokens} positions, and at least one must be left for the output"
+            f"the prompt has {len(prompt_ids)} tokens; {plan.entry.name} is served with "
+            f"a context of {config.context_tokens}, and at least one must be left for the output"
         )
     max_tokens = min(sampling.max_tokens, room)
     if len(emitted) > max_tokens:

@@ -186,11 +186,14 @@ def divide_memory(models: Sequence[ServedModel], limits: MemoryLimits) -> Memory
         needed = weights + activations + kv(least, least)
         is_one = len(models) == len(first.shares) == 1
         what = f"{layers[0]} layers" if is_one else " and ".join(map(str, models))
-        instead = "load fewer layers" if is_one else "serve fewer plans"
+        fewer = "load fewer layers" if is_one else "serve fewer plans"
+        # A block with all layers holds `block_tokens` of a context.
+        fitting = left // kv(1, 1) * block_tokens
+        instead = f"{fewer} or set context_tokens to at most {fitting}" if fitting > 1 else fewer
         raise OutOfMemoryError(
             f"a memory budget of {limits.budget:,} bytes cannot hold {what} ({weights:,} bytes), "
-            f"activations ({activations:,}) and one full context of KV "
-            f"({kv(least, least):,}); give at least {needed:,} or {instead}"
+            f"activations ({activations:,}) and the KV of one full context, {least * block_tokens:,} tokens "
+            f"({kv(least, least):,}); give at least {needed:,}, {instead}"
         )
     counts = range(least, most + 1)
     total = counts[bisect_right(counts, left, key=lambda count: kv(count, least)) - 1]

@@ -133,7 +133,7 @@ def load_plans(
 
     Raises CheckpointError, UnknownDepthError, OutOfMemoryError, SettingsError, InvalidRequestError.
     """
-    models = _by_model(wanted)
+    models = _by_model(wanted, settings.context_tokens)
     if len(wanted) > 1 and settings.exit_mode is not ExitMode.GREEDY:
         raise SettingsError(
             f"exit mode {settings.exit_mode} serves one plan, not {len(wanted)}; use exit mode greedy"
@@ -220,12 +220,14 @@ class _LoadedModel(NamedTuple):
     thresholds: dict[int, float]
 
 
-def _by_model(wanted: Sequence[PlanToLoad]) -> list[tuple[catalog.ModelEntry, dict[int, PlanToLoad]]]:
-    """Each model with its plans by depth. Raises InvalidRequestError."""
+def _by_model(
+    wanted: Sequence[PlanToLoad], context_tokens: int | None
+) -> list[tuple[catalog.ModelEntry, dict[int, PlanToLoad]]]:
+    """Each model, within this context, with its plans by depth. Raises InvalidRequestError."""
     entries: dict[str, catalog.ModelEntry] = {}
     plans: dict[str, dict[int, PlanToLoad]] = {}
     for one in wanted:
-        entry = catalog.read_model(one.path)
+        entry = catalog.read_model(one.path).within(context_tokens)
         depth = one.depth or entry.num_layers
         if entries.setdefault(entry.name, entry).path != entry.path:
             raise InvalidRequestError(f"two models have the name {entry.name}; rename one of them")

@@ -22,6 +22,8 @@ class EngineSettings:
     # For weights, activations and KV together. None: a share of the memory that is free on the device at the
     # start.
     memory_bytes: int | None = None
+    # Most tokens of prompt and output together. None, or more than a model's own context: the latter.
+    context_tokens: int | None = None
     max_running: int = 64
     max_waiting: int = 256
     step_token_budget: int = 512
@@ -65,6 +67,8 @@ class EngineSettings:
         ):
             if getattr(self, name) < 1:
                 raise SettingsError(f"{name} must be at least 1")
+        if self.context_tokens is not None and self.context_tokens < 2:
+            raise SettingsError("context_tokens must be at least 2: a prompt and an output need one each")
         if self.step_token_budget < self.max_running:
             raise SettingsError(
                 f"step_token_budget ({self.step_token_budget}) must be at least max_running "

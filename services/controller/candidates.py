@@ -13,9 +13,11 @@ from services.controller.fleet import Fleet
 class Candidates:
     """Makes the shortlist from offline facts, or, without a models directory, from what workers report."""
 
-    def __init__(self, models_dir: Path | None, top_k: int, fleet: Fleet) -> None:
+    def __init__(self, models_dir: Path | None, top_k: int, context_tokens: int | None, fleet: Fleet) -> None:
+        """context_tokens: limit of the workers' contexts; None: there is none."""
         self._models_dir = models_dir
         self._top_k = top_k
+        self._context_tokens = context_tokens
         self._fleet = fleet
         # Read once, at first use.
         self._catalog: list[ModelEntry] | None = None
@@ -33,7 +35,9 @@ class Candidates:
         # Sequences in flight can only move to a model with the same tokens.
         tokenizers = (None, serving[0].model.tokenizer_id)
         movable = [
-            entry for entry in self._catalog if entry.name in loadable and entry.tokenizer_id in tokenizers
+            entry.within(self._context_tokens)
+            for entry in self._catalog
+            if entry.name in loadable and entry.tokenizer_id in tokenizers
         ]
         chosen = shortlist(
             movable,

@@ -46,7 +46,9 @@ class Controller:
         self._settings = settings
         self._fleet = Fleet(redis, settings)
         self._history = History(redis, self._fleet)
-        self._candidates = Candidates(settings.models_dir, settings.top_k, self._fleet)
+        self._candidates = Candidates(
+            settings.models_dir, settings.top_k, settings.context_tokens, self._fleet
+        )
         self._allowance = Allowance(settings.profiling_share)
         self._agenda = Agenda(settings, self._allowance)
         self.replica = Replica(redis, leadership, settings, on_lead=self._begin_anew)

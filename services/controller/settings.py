@@ -39,6 +39,11 @@ class ControllerSettings(ServiceSettings, AgendaSettings, RoutingSettings):
         description="folder of models for the shortlist; none: every model that workers can load",
     )
     top_k: int = Field(3, ge=1, description="candidates on the shortlist (TopK)")
+    context_tokens: int | None = Field(
+        None,
+        ge=2,
+        description="most tokens of a context, as the workers' setting; default: those of each model",
+    )
 
     mode: Literal["active", "advisory", "off"] = Field(
         "active",

@@ -173,7 +173,7 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
         for model in found.broken:
             log.warning("%s cannot be evaluated: %s", model.name, model.reason)
         chosen = shortlist(
-            found.models,
+            [entry.within(self._settings.context_tokens) for entry in found.models],
             self._settings.objective,
             self._budget,
             self._evaluation.precision_here,
@@ -358,7 +358,7 @@ class ProfilerService(profiler_pb2_grpc.ProfilerServiceServicer):
 
     async def _evaluate(self, name: str, call: _Call, work: _Work[_Result]) -> _Result:
         """Has the thread work on one candidate, and sends its progress. Ends when the call is cancelled."""
-        entry = catalog.find_model(self._models_dir, name)
+        entry = catalog.find_model(self._models_dir, name).within(self._settings.context_tokens)
         loop = asyncio.get_running_loop()
         stages: asyncio.Queue[tuple[int, int] | None] = asyncio.Queue()
         pace = Pace(1.0 if call.request.fresh else self._settings.cpu_share)

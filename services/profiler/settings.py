@@ -100,6 +100,11 @@ class ProfilerSettings(ServiceSettings):
         ge=1,
         description="budget for KV and all weights kept loaded; default: 40 % of what is free at the start",
     )
+    context_tokens: int | None = Field(
+        None,
+        ge=2,
+        description="most tokens of a context, as the workers' setting; default: those of each model",
+    )
     packed_cache_dir: Path | None = Field(
         None,
         description="where packed weights are kept, on a local disk; default: helios/packed in the user's "

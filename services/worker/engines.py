@@ -44,6 +44,7 @@ def _engine_settings(settings: WorkerSettings) -> EngineSettings:
         device=settings.device,
         precision=settings.precision,
         memory_bytes=settings.memory_bytes,
+        context_tokens=settings.context_tokens,
         max_running=settings.max_running,
         max_waiting=settings.max_waiting,
         step_token_budget=settings.step_token_budget,

@@ -63,6 +63,12 @@ class WorkerSettings(ServiceSettings):
     memory_bytes: int | None = Field(
         None, ge=1, description="budget for weights, activations and KV; default: 40 % of the free memory"
     )
+    context_tokens: int | None = Field(
+        None,
+        ge=2,
+        description="most tokens of prompt and output together; a smaller context needs less memory; "
+        "default: as many as the model has positions",
+    )
     max_running: int = Field(64, ge=1, description="sequences in the running batch")
     max_waiting: int = Field(256, ge=1, description="sequences that may wait for a place in the batch")
     step_token_budget: int = Field(512, ge=1, description="tokens computed in one step, prefill and decode")

@@ -15,7 +15,8 @@ from helios.engine.scheduling.sequence import Sequence
 from helios.engine.settings import EngineSettings
 from helios.sampling import SamplingParams
 from helios.served import ServedPlan
-from tests.opt_variants import VARIANTS, byte_tokenizer, save_variant
+from tests.opt_variants import byte_tokenizer
+from tests.variants import VARIANTS, save_variant
 
 BLOCK_TOKENS, BLOCKS = 4, 16
 PLAN = ServedPlan(model="random", depth=6)

@@ -1,4 +1,4 @@
-"""An exported checkpoint is a complete OPT model that gives the same results as the partial model."""
+"""An exported checkpoint is a complete model that gives the same results as the partial model."""
 
 import json
 from pathlib import Path
@@ -6,21 +6,22 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, OPTForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from helios import catalog
 from helios.engine.weights.export import export
 from helios.engine.weights.part_reader import load_weights
 from helios.errors import CheckpointError, UnknownDepthError
-from tests.opt_variants import FORMS, VARIANTS, Form, Head, save_variant, truncated
+from tests.opt_variants import FORMS, Form, Head, truncated
+from tests.variants import LLAMA_VARIANTS, TYPICAL, VARIANTS, save_variant
 
 EXITS = (2, 4, 6)
 TOKENS = torch.tensor([[2, 50, 60, 7, 199, 263, 4]])
 
 
-def assert_same_logits(path: Path, reference: OPTForCausalLM, dtype: torch.dtype = torch.float32) -> None:
+def assert_same_logits(path: Path, reference: PreTrainedModel, dtype: torch.dtype = torch.float32) -> None:
     """transformers reads `path` without missing or unknown tensors, and its logits equal `reference`'s."""
-    model, report = OPTForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+    model, report = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
     assert not any(report.values()), report
     with torch.no_grad():
         logits, expected = model.eval().float()(TOKENS).logits, reference(TOKENS).logits
@@ -37,7 +38,9 @@ def test_a_shared_exit_becomes_the_last_layer(tmp_path: Path, variant: str) -> N
 
 
 @pytest.mark.parametrize("head", ["norm", "linear"])
-@pytest.mark.parametrize("variant", ["pre-norm", "projected", "no-bias", "untied", "no-final-norm", "gelu"])
+@pytest.mark.parametrize(
+    "variant", ["pre-norm", "projected", "no-bias", "untied", "no-final-norm", "gelu", *LLAMA_VARIANTS]
+)
 def test_an_exits_own_head_is_folded_in(tmp_path: Path, variant: str, head: Head) -> None:
     source = tmp_path / "source"
     model = save_variant(source, variant, 3, exits=EXITS, head=head)
@@ -47,10 +50,18 @@ def test_an_exits_own_head_is_folded_in(tmp_path: Path, variant: str, head: Head
         assert not (target / "exits.safetensors").exists()
 
 
+def test_a_linear_of_an_exit_unties_the_head(tmp_path: Path) -> None:
+    save_variant(tmp_path / "source", "tied", 3, exits=EXITS, head="linear")
+    for depth, is_tied in ((4, False), (6, True)):
+        target = export(tmp_path / "source", tmp_path / f"depth-{depth}", depth)
+        assert catalog.read_model(target).config.tied_head == is_tied
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_weights_keep_their_type(tmp_path: Path, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("variant", TYPICAL)
+def test_weights_keep_their_type(tmp_path: Path, variant: str, dtype: torch.dtype) -> None:
     source = tmp_path / "source"
-    model = save_variant(source, "pre-norm", 3, exits=EXITS, head="linear", dtype=dtype)
+    model = save_variant(source, variant, 3, exits=EXITS, head="linear", dtype=dtype)
     target = export(source, tmp_path / "target", 4)
     assert {tensor.dtype for tensor in load_file(target / "model.safetensors").values()} == {dtype}
     assert_same_logits(target, truncated(model, 4, source), dtype)
@@ -89,7 +100,7 @@ def test_the_export_ends_its_texts_as_the_model_does(tmp_path: Path) -> None:
             (source / "generation_config.json").write_text(json.dumps({"eos_token_id": ends}))
         target = export(source, tmp_path / "target", 4, force=True)
         assert catalog.read_model(target).config.eos_token_ids == tuple(ends)
-        assert OPTForCausalLM.from_pretrained(target).generation_config.eos_token_id == ends
+        assert AutoModelForCausalLM.from_pretrained(target).generation_config.eos_token_id == ends
 
 
 @pytest.mark.parametrize("variant", ["post-norm", "no-affine"])

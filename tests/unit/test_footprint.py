@@ -12,6 +12,7 @@ from helios.engine.backends.kv_cache import kv_bytes, kv_dtype
 from helios.engine.weights.loader import load_packed
 from helios.footprint import activation_bytes, kv_bytes_per_token, model_bytes, weight_bytes
 from helios.modes import Precision
+from tests import llama_variants
 from tests.opt_variants import VARIANTS, Head, save_variant
 
 CPU = torch.device("cpu")
@@ -37,6 +38,30 @@ def test_weights_take_what_loading_them_takes(tmp_path: Path, variant: str, prec
         loaded = load_packed(entry, depth, [depth], precision, CPU)
         assert weight_bytes(entry.config, precision, depth) == loaded.weight_bytes
     assert model_bytes(entry, precision) == weight_bytes(entry.config, precision)
+
+
+@pytest.mark.parametrize("precision", PACKED)
+@pytest.mark.parametrize("head", ["shared", "linear"])
+@pytest.mark.parametrize("variant", llama_variants.VARIANTS)
+def test_weights_of_llamas_take_what_loading_them_takes(
+    tmp_path: Path, variant: str, head: Head, precision: Precision
+) -> None:
+    # Multiples of a tile, as in real models.
+    sizes = {
+        "vocab_size": 288,
+        "hidden_size": 96,
+        "intermediate_size": 160,
+        "num_attention_heads": 4,
+        "head_dim": 32,
+        "num_key_value_heads": {"all-kv-heads": 4, "one-kv-head": 1}.get(variant, 2),
+    }
+    llama_variants.save_variant(tmp_path, variant, 1, exits=EXITS, head=head, **sizes)
+    entry = read_model(tmp_path)
+    assert model_bytes(entry, precision) == load_packed(entry, 6, EXITS, precision, CPU).weight_bytes
+    if head == "shared":
+        shorter = entry.within(64)
+        loaded = load_packed(shorter, 4, [4], precision, CPU)
+        assert weight_bytes(shorter.config, precision, 4) == loaded.weight_bytes
 
 
 @pytest.mark.parametrize("precision", PACKED)

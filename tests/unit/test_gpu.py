@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helios.engine import Engine, EngineSettings, ExitMode, Output, SamplingParams
-from tests.opt_variants import VARIANTS, save_variant
+from tests.variants import TYPICAL, VARIANTS, save_variant
 
 EXITS = (1, 2, 4, 6)
 
@@ -37,8 +37,9 @@ def test_the_gpu_gives_the_tokens_of_the_cpu(tmp_path: Path, variant: str, mode:
     assert tokens["cuda"] == tokens["cpu"]
 
 
-def test_a_captured_step_gives_the_tokens_of_one_that_is_not(tmp_path: Path) -> None:
-    save_variant(tmp_path, "pre-norm", 32, exits=EXITS)
+@pytest.mark.parametrize("variant", TYPICAL)
+def test_a_captured_step_gives_the_tokens_of_one_that_is_not(tmp_path: Path, variant: str) -> None:
+    save_variant(tmp_path, variant, 32, exits=EXITS)
     prompts = [[2, 40 + n, *range(50, 50 + 3 * n)] for n in range(5)]
     tokens = []
     for captured in (True, False):

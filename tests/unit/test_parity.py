@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import OPTForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from helios.engine import Engine, EngineSettings, ExitMode, Output, SamplingParams
 from helios.engine.backends.readout import Readout
 from helios.engine.interface import GeneratedToken
 from helios.errors import HeliosError, OutOfMemoryError
-from tests.opt_variants import VARIANTS, save_variant, truncated
+from tests.opt_variants import Form, decoder_of, final_norm_name, truncated
 from tests.runners import hooked_engine
+from tests.variants import OPT_VARIANTS, TIED, TYPICAL, VARIANTS, save_variant
 
 EXITS = (1, 2, 4, 6)
 PROMPTS = [[2, 10, 20, 30], [2], [2, *range(50, 120)], [7, 7, 7, 7, 7, 7, 7, 7, 9, 250], [2, 100]]
@@ -34,19 +35,29 @@ def run(engine: Engine, prompts: list[list[int]], sampling: SamplingParams) -> l
     return [[token for output in each for token in output.tokens] for each in outputs]
 
 
-def greedy(model: OPTForCausalLM, prompt: list[int], count: int) -> tuple[list[int], torch.Tensor]:
-    """transformers' greedy continuation, and its logits [count, vocabulary]."""
-    result = model.generate(
-        torch.tensor([prompt]),
-        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
-        max_new_tokens=count,
-        min_new_tokens=count,
-        do_sample=False,
-        eos_token_id=None,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    return result.sequences[0, len(prompt) :].tolist(), torch.cat(result.logits)
+def predictions(model: PreTrainedModel, prompt: list[int], ids: list[int]) -> torch.Tensor:
+    """transformers' logits for each of the tokens `ids` after a prompt: [len(ids), vocabulary]."""
+    with torch.inference_mode():
+        logits: torch.Tensor = model(torch.tensor([[*prompt, *ids[:-1]]]), use_cache=False).logits
+    return logits[0, len(prompt) - 1 :]
+
+
+def likeliest(model: PreTrainedModel, prompt: list[int], ids: list[int]) -> list[int]:
+    """transformers' likeliest token at each place of `ids`. Equal to `ids` if these are its greedy tokens."""
+    return predictions(model, prompt, ids).argmax(-1).tolist()
+
+
+def assert_greedy(model: PreTrainedModel, prompt: list[int], tokens: list[GeneratedToken]) -> None:
+    """The tokens are transformers' greedy ones, with their probabilities."""
+    assert len(tokens) == NEW_TOKENS
+    ids = [token.token_id for token in tokens]
+    expected, which = predictions(model, prompt, ids).log_softmax(-1).max(-1)
+    assert ids == which.tolist()
+    for found, logs in (
+        ([token.logprob for token in tokens], expected),
+        ([token.confidence for token in tokens], expected.exp()),
+    ):
+        torch.testing.assert_close(torch.tensor(found), logs, atol=1e-4, rtol=1e-4)
 
 
 GREEDY = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
@@ -54,46 +65,42 @@ GREEDY = SamplingParams(max_tokens=NEW_TOKENS, ignore_eos=True)
 
 @pytest.mark.parametrize("head", ["shared", "norm", "linear"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_depth_equals_a_truncated_opt(tmp_path: Path, variant: str, head: str) -> None:
+def test_every_depth_equals_a_truncated_model(tmp_path: Path, variant: str, head: str) -> None:
     path = tmp_path / variant
     full = save_variant(path, variant, 5, exits=EXITS, head=head)
     for depth in EXITS:
         engine = Engine.load(path, depth, EngineSettings(memory_bytes=64 << 20))
         reference = truncated(full, depth, path)
         for prompt, tokens in zip(PROMPTS, run(engine, PROMPTS, GREEDY), strict=True):
-            expected, logits = greedy(reference, prompt, NEW_TOKENS)
-            assert [token.token_id for token in tokens] == expected
+            assert_greedy(reference, prompt, tokens)
             assert {token.exit_layer for token in tokens} == {depth}
-            probabilities = logits.log_softmax(-1)
-            torch.testing.assert_close(
-                torch.tensor([token.logprob for token in tokens]),
-                probabilities.amax(-1),
-                atol=1e-4,
-                rtol=1e-4,
-            )
-            torch.testing.assert_close(
-                torch.tensor([token.confidence for token in tokens]),
-                probabilities.amax(-1).exp(),
-                atol=1e-4,
-                rtol=1e-4,
-            )
 
 
-@pytest.mark.parametrize("prefix", ["model.decoder.", "decoder."])
 @pytest.mark.parametrize("tied_as", ["embed_tokens", "lm_head"])
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "untied"])
+@pytest.mark.parametrize("variant", TIED)
 def test_tied_weights_under_either_name_are_what_transformers_loads(
-    tmp_path: Path, variant: str, tied_as: str, prefix: str
+    tmp_path: Path, variant: str, tied_as: str
 ) -> None:
-    path = tmp_path / variant
-    save_variant(path, variant, 5, prefix=prefix, tied_as=tied_as)
-    reference = OPTForCausalLM.from_pretrained(path).eval()
-    engine = Engine.load(path, settings=EngineSettings(memory_bytes=64 << 20))
-    for prompt, tokens in zip(PROMPTS[:2], run(engine, PROMPTS[:2], GREEDY), strict=True):
-        expected, logits = greedy(reference, prompt, NEW_TOKENS)
-        assert [token.token_id for token in tokens] == expected
-        logprobs = torch.tensor([token.logprob for token in tokens])
-        torch.testing.assert_close(logprobs, logits.log_softmax(-1).amax(-1), atol=1e-4, rtol=1e-4)
+    prefixes = ["model.decoder.", "decoder."] if variant in OPT_VARIANTS else ["model.", ""]
+    for prefix in prefixes:
+        path = tmp_path / f"{variant}-{prefix}"
+        save_variant(path, variant, 5, prefix=prefix, tied_as=tied_as)
+        reference = AutoModelForCausalLM.from_pretrained(path).eval()
+        engine = Engine.load(path, settings=EngineSettings(memory_bytes=64 << 20))
+        for prompt, tokens in zip(PROMPTS[:2], run(engine, PROMPTS[:2], GREEDY), strict=True):
+            assert_greedy(reference, prompt, tokens)
+
+
+@pytest.mark.parametrize("form", ["safetensors", "sharded-safetensors"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("variant", TYPICAL)
+def test_weights_of_any_type_are_computed_with_in_float32(
+    tmp_path: Path, variant: str, dtype: torch.dtype, form: Form
+) -> None:
+    reference = save_variant(tmp_path, variant, 5, form, dtype=dtype)
+    engine = Engine.load(tmp_path, settings=EngineSettings(memory_bytes=64 << 20))
+    for prompt, tokens in zip(PROMPTS[:3], run(engine, PROMPTS[:3], GREEDY), strict=True):
+        assert_greedy(reference, prompt, tokens)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -118,7 +125,7 @@ def test_logits_equal_transformers_whatever_the_chunks(tmp_path: Path, variant: 
 
 
 @pytest.mark.parametrize("prefix_cache", [True, False])
-@pytest.mark.parametrize("variant", ["pre-norm", "post-norm"])
+@pytest.mark.parametrize("variant", ["post-norm", *TYPICAL])
 def test_preempted_sequences_continue_as_if_nothing_had_happened(
     tmp_path: Path, variant: str, prefix_cache: bool
 ) -> None:
@@ -134,47 +141,59 @@ def test_preempted_sequences_continue_as_if_nothing_had_happened(
     tokens = run(engine, prompts, SamplingParams(max_tokens=24, ignore_eos=True))
     assert engine.telemetry().preemptions > 0
     for prompt, got in zip(prompts, tokens, strict=True):
-        assert [token.token_id for token in got] == greedy(reference, prompt, 24)[0]
+        ids = [token.token_id for token in got]
+        assert ids == likeliest(reference, prompt, ids)
         assert [token.index for token in got] == list(range(24))
 
 
-def test_dynamic_at_threshold_one_equals_the_full_model(tmp_path: Path) -> None:
-    reference = save_variant(tmp_path, "pre-norm", 8, exits=EXITS)
+@pytest.mark.parametrize("variant", TYPICAL)
+def test_sequences_that_begin_alike_share_their_keys_and_values(tmp_path: Path, variant: str) -> None:
+    reference = save_variant(tmp_path, variant, 8)
+    engine = Engine.load(tmp_path, settings=EngineSettings(memory_bytes=64 << 20, block_tokens=4))
+    for last in ([7], [8, 9], [10]):
+        prompt = [2, *range(50, 90), *last]
+        (tokens,) = run(engine, [prompt], GREEDY)
+        assert_greedy(reference, prompt, tokens)
+    assert engine.telemetry().cached_tokens == 80
+
+
+@pytest.mark.parametrize("variant", TYPICAL)
+def test_dynamic_at_threshold_one_equals_the_full_model(tmp_path: Path, variant: str) -> None:
+    reference = save_variant(tmp_path, variant, 8, exits=EXITS)
     settings = EngineSettings(exit_mode=ExitMode.DYNAMIC, threshold=1.0, memory_bytes=64 << 20)
     for prompt, tokens in zip(
         PROMPTS, run(Engine.load(tmp_path, settings=settings), PROMPTS, GREEDY), strict=True
     ):
-        assert [token.token_id for token in tokens] == greedy(reference, prompt, NEW_TOKENS)[0]
+        assert_greedy(reference, prompt, tokens)
 
 
 def propagated(
-    model: OPTForCausalLM, prompt: list[int], count: int, threshold: float
+    model: PreTrainedModel, prompt: list[int], count: int, threshold: float
 ) -> list[tuple[int, int]]:
     """A simple implementation of EE-LLM decoding: (token, exit layer) of one sequence. It keeps all states.
 
     For the layers above, a token that leaves after layer e is represented by its state at e.
     """
-    decoder = model.model.decoder
-    layers = decoder.layers
-    heads = model.config.num_attention_heads
-    states: list[list[torch.Tensor]] = [[] for _ in layers]  # inputs of each layer, one row per position
+    decoder = decoder_of(model)
+    layers, final_norm = decoder.layers, getattr(decoder, final_norm_name(model))
+    is_opt = model.config.model_type == "opt"
+    # Inputs of each layer, one row per position.
+    states: list[list[torch.Tensor]] = [[] for _ in layers]
     result: list[tuple[int, int]] = []
 
-    def attend(index: int, row: torch.Tensor) -> torch.Tensor:
-        layer = layers[index]
-        context = layer.self_attn_layer_norm(torch.stack(states[index]))
-        attention = layer.self_attn
-        query = attention.q_proj(layer.self_attn_layer_norm(row)).view(heads, 1, -1)
-        key = attention.k_proj(context).view(len(context), heads, -1).transpose(0, 1)
-        value = attention.v_proj(context).view(len(context), heads, -1).transpose(0, 1)
-        weights = (query @ key.transpose(1, 2) * query.shape[-1] ** -0.5).softmax(-1)
-        row = row + attention.out_proj((weights @ value).transpose(0, 1).reshape(-1))
-        return row + layer.fc2(torch.relu(layer.fc1(layer.final_layer_norm(row))))
+    def attend(index: int) -> torch.Tensor:
+        """A layer's output for the last position."""
+        rows = torch.stack(states[index])[None]
+        places = torch.arange(rows.shape[1])[None]
+        rotations = {} if is_opt else {"position_embeddings": decoder.rotary_emb(rows, places)}
+        # The last row attends to all others, so without a mask it is right.
+        return layers[index](rows, attention_mask=None, **rotations)[0, -1]
 
     ids = list(prompt)
     for position in range(len(prompt) + count - 1):
-        token = torch.tensor([ids[position]])
-        row = (decoder.embed_tokens(token) + decoder.embed_positions.weight[position + 2])[0]
+        row = decoder.embed_tokens(torch.tensor(ids[position]))
+        if is_opt:
+            row = row + decoder.embed_positions.weight[position + 2]
         decoding = position >= len(prompt)
         left = 0
         logits = torch.empty(0)
@@ -182,9 +201,9 @@ def propagated(
             states[index].append(row)
             if left:
                 continue
-            row = attend(index, row)
+            row = attend(index)
             if index + 1 in EXITS:
-                logits = model.lm_head(decoder.final_layer_norm(row))
+                logits = model.lm_head(final_norm(row))
                 if decoding and index + 1 < len(layers) and float(logits.softmax(-1).max()) >= threshold:
                     left = index + 1
         if position >= len(prompt) - 1:
@@ -193,9 +212,13 @@ def propagated(
     return result
 
 
-def test_dynamic_exits_and_propagates_state_as_ee_llm_says(tmp_path: Path) -> None:
-    reference = save_variant(tmp_path, "pre-norm", 9, exits=EXITS)
-    threshold = 0.12
+@pytest.mark.parametrize(
+    ("variant", "threshold"), [("pre-norm", 0.12), ("llama", 0.06), ("qwen2", 0.06), ("qwen3", 0.06)]
+)
+def test_dynamic_exits_and_propagates_state_as_ee_llm_says(
+    tmp_path: Path, variant: str, threshold: float
+) -> None:
+    reference = save_variant(tmp_path, variant, 9, exits=EXITS)
     settings = EngineSettings(exit_mode=ExitMode.DYNAMIC, threshold=threshold, memory_bytes=64 << 20)
     prompts = [[2, 10, 20, 30], [2, *range(50, 70)], [7, 7, 9, 250]]
     exits_seen = set()
@@ -216,11 +239,12 @@ def test_a_failed_reload_leaves_the_running_plan(tmp_path: Path) -> None:
     engine = Engine.load(tmp_path / "a", 6, EngineSettings(memory_bytes=64 << 20))
     with pytest.raises(HeliosError, match=r"model\.safetensors"):
         engine.reload(tmp_path / "b", 6)
-    assert [t.token_id for t in run(engine, [[2, 5]], GREEDY)[0]] == greedy(reference, [2, 5], NEW_TOKENS)[0]
+    assert_greedy(reference, [2, 5], run(engine, [[2, 5]], GREEDY)[0])
 
 
-def test_sequences_in_flight_go_on_under_a_reloaded_plan(tmp_path: Path) -> None:
-    full = save_variant(tmp_path, "pre-norm", 12, exits=EXITS)
+@pytest.mark.parametrize("variant", TYPICAL)
+def test_sequences_in_flight_go_on_under_a_reloaded_plan(tmp_path: Path, variant: str) -> None:
+    full = save_variant(tmp_path, variant, 12, exits=EXITS)
     engine = Engine.load(tmp_path, 2, EngineSettings(memory_bytes=64 << 20))
     outputs: list[Output] = []
     engine.submit("one", [2, 9], GREEDY, outputs.append)
@@ -234,16 +258,17 @@ def test_sequences_in_flight_go_on_under_a_reloaded_plan(tmp_path: Path) -> None
     after = [token.token_id for token in tokens if token.exit_layer == 6]
     assert moved.sequences_moved == 1
     assert [token.index for token in tokens] == list(range(NEW_TOKENS))
-    assert before == greedy(truncated(full, 2), [2, 9], len(before))[0]
-    assert after == greedy(full, [2, 9, *before], len(after))[0]
+    assert before == likeliest(truncated(full, 2), [2, 9], before)
+    assert after == likeliest(full, [2, 9, *before], after)
 
 
 @pytest.mark.parametrize(("name", "first", "second"), [("a", 2, 6), ("b", 2, 6), ("b", 6, 2), ("b", 4, 4)])
+@pytest.mark.parametrize("variant", ["pre-norm", "llama", "qwen3"])
 def test_streams_move_to_another_plan_one_after_the_other(
-    tmp_path: Path, name: str, first: int, second: int
+    tmp_path: Path, variant: str, name: str, first: int, second: int
 ) -> None:
     models = {
-        each: save_variant(tmp_path / each, "pre-norm", seed, exits=EXITS)
+        each: save_variant(tmp_path / each, variant, seed, exits=EXITS)
         for each, seed in (("a", 12), ("b", 13))
     }
     # A step has room for few prompt tokens beside decodes, and the pool is smaller than at fewer layers.
@@ -277,12 +302,13 @@ def test_streams_move_to_another_plan_one_after_the_other(
         assert [token.index for token in tokens] == list(range(30))
         before = [token.token_id for token in tokens if (token.model, token.exit_layer) == old]
         after = [token.token_id for token in tokens[len(before) :]]
-        assert before == greedy(truncated(models["a"], first), prompt, len(before))[0]
-        assert after == greedy(truncated(models[name], second), [*prompt, *before], len(after))[0]
+        assert before == likeliest(truncated(models["a"], first), prompt, before)
+        assert after == likeliest(truncated(models[name], second), [*prompt, *before], after)
 
 
-def test_going_shallower_keeps_the_lower_layers_kv(tmp_path: Path) -> None:
-    full = save_variant(tmp_path, "pre-norm", 13, exits=EXITS)
+@pytest.mark.parametrize("variant", TYPICAL)
+def test_going_shallower_keeps_the_lower_layers_kv(tmp_path: Path, variant: str) -> None:
+    full = save_variant(tmp_path, variant, 13, exits=EXITS)
     # With this budget, fewer layers have a larger pool.
     engine = Engine.load(tmp_path, 6, EngineSettings(memory_bytes=3 << 20, block_tokens=4))
     blocks = engine.telemetry().blocks_total
@@ -301,9 +327,9 @@ def test_going_shallower_keeps_the_lower_layers_kv(tmp_path: Path) -> None:
     tokens = [token for output in outputs for token in output.tokens]
     before = [token.token_id for token in tokens if token.exit_layer == 6]
     after = [token.token_id for token in tokens if token.exit_layer == 2]
-    assert before == greedy(full, [2, 9, 30], len(before))[0]
+    assert before == likeliest(full, [2, 9, 30], before)
     # The same layers computed the same KV, so these are the tokens of depth 2 after the text so far.
-    assert after == greedy(truncated(full, 2), [2, 9, 30, *before], len(after))[0]
+    assert after == likeliest(truncated(full, 2), [2, 9, 30, *before], after)
 
 
 # With heads of another size, the KV cannot stay in place.
@@ -335,7 +361,8 @@ def test_a_reload_without_memory_for_its_pool_leaves_the_running_plan(
         pass
     assert engine.telemetry().blocks_free == engine.telemetry().blocks_total
     tokens = [token.token_id for output in outputs for token in output.tokens]
-    assert tokens == greedy(truncated(full, depth), [2, 9, 30], NEW_TOKENS)[0]
+    assert len(tokens) == NEW_TOKENS
+    assert tokens == likeliest(truncated(full, depth), [2, 9, 30], tokens)
 
 
 def test_a_checkpoint_that_changed_in_its_place_is_another_model(tmp_path: Path) -> None:
@@ -351,9 +378,9 @@ def test_a_checkpoint_that_changed_in_its_place_is_another_model(tmp_path: Path)
         pass
     tokens = [token for output in outputs for token in output.tokens]
     before = [token.token_id for token in tokens if token.exit_layer == 6]
-    assert [t.token_id for t in tokens if t.exit_layer == 2] == greedy(
-        truncated(changed, 2), [2, 9, 30, *before], len(tokens) - len(before)
-    )[0]
+    after = [token.token_id for token in tokens if token.exit_layer == 2]
+    assert len(before) + len(after) == NEW_TOKENS
+    assert after == likeliest(truncated(changed, 2), [2, 9, 30, *before], after)
 
 
 def test_a_checkpoint_that_changed_in_its_place_can_be_reloaded_at_the_same_depth(tmp_path: Path) -> None:
@@ -371,5 +398,5 @@ def test_a_checkpoint_that_changed_in_its_place_can_be_reloaded_at_the_same_dept
     tokens = [token.token_id for output in outputs for token in output.tokens]
     assert tokens[: len(before)] == before
     after = tokens[len(before) :]
-    assert after == greedy(changed, [2, 9, 30, *before], len(after))[0]
+    assert after == likeliest(changed, [2, 9, 30, *before], after)
     assert engine.telemetry().blocks_free == engine.telemetry().blocks_total

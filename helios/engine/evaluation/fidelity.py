@@ -13,9 +13,13 @@ from helios.engine.tokenizer import load_tokenizer
 from helios.errors import InvalidRequestError
 from helios.modes import ExitMode, Precision
 
+# Tokens of a piece of text, where the context is not smaller.
+_PIECE_TOKENS = 2048
+
 
 def cut(entry: ModelEntry, texts: Sequence[str], windows: int) -> list[list[int]]:
-    """Cuts at most `windows` evenly spread pieces out of the texts: token ids that fill the context.
+    """Cuts at most `windows` evenly spread pieces out of the texts: token ids that fill the context, or
+    2,048 of them where the context is larger.
 
     Each begins like a served sequence, with the tokens that the tokenizer puts before a text.
 
@@ -23,13 +27,13 @@ def cut(entry: ModelEntry, texts: Sequence[str], windows: int) -> list[list[int]
     """
     tokenizer = load_tokenizer(entry.path, entry.facts).tokenizer
     beginning = tokenizer.encode("").ids
-    size = entry.context_tokens - len(beginning)
+    size = min(entry.context_tokens, _PIECE_TOKENS) - len(beginning)
     found = []
     for text in texts:
         ids = tokenizer.encode(text, add_special_tokens=False).ids
         found += [[*beginning, *ids[start : start + size]] for start in range(0, len(ids) - size + 1, size)]
     if not found:
-        raise InvalidRequestError(f"the text must have at least the {size} tokens of {entry.name}'s context")
+        raise InvalidRequestError(f"the text must have at least {size} tokens of {entry.name}")
     return (
         [found[index * len(found) // windows] for index in range(windows)] if len(found) > windows else found
     )
@@ -41,7 +45,12 @@ def measure_fidelity(
     """Fidelity by exit layer. texts: token ids, at least two each. Raises the errors of `load_plan`."""
     traces = {}
     for one in (Precision.FLOAT32, precision):
-        settings = EngineSettings(exit_mode=ExitMode.DYNAMIC, precision=one, device=device)
+        settings = EngineSettings(
+            exit_mode=ExitMode.DYNAMIC,
+            precision=one,
+            device=device,
+            context_tokens=max(2, *map(len, texts)),
+        )
         traces[one] = trace_exits(load_plan(entry.path, None, settings), texts)
     found = {}
     for row, layer in enumerate(entry.exit_layers):

@@ -22,7 +22,7 @@ from helios.engine.weights.quantize import chunk_rows
 
 # Version of the contents of a PackedLinear. Raise it whenever the same tensors would mean something else, or
 # when contents of earlier versions may be wrong. Since version 4 all numbers are known to be finite. Since
-# version 5 a layer has norms of heads, and there may be a table of rotations.
+# version 5 a layer has norms of heads.
 LAYOUT_VERSION = 5
 
 _WORD_BYTES = 4

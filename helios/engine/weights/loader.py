@@ -4,6 +4,7 @@ import ctypes
 import hashlib
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
@@ -162,13 +163,14 @@ class _Source:
             return Ends(
                 embed_tokens=None if is_same else embed_tokens,
                 embed_positions=reader.embed_positions(),
-                rotation=rotation(self._entry.config, self._device),
+                rotation=None,
                 project_in=pack_optional(reader.project_in()),
                 project_out=pack_optional(reader.project_out()),
                 lm_head=linear(LinearWeights(head, None, scales)),
             )
 
-        return self._kept("ends", Ends, pack)
+        # Depends on the context that is served, so it is not kept with the weights.
+        return replace(self._kept("ends", Ends, pack), rotation=rotation(self._entry.config, self._device))
 
     def layer(self, index: int) -> Layer:
         if self._running is not None and index < len(self._running.layers):
