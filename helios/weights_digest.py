@@ -17,9 +17,9 @@ Progress = Callable[[int, int], None]
 def weights_digest(folder: Path, progress: Progress | None = None) -> str:
     """SHA-256, in hexadecimal, over every tensor of a checkpoint's safetensors, sorted by name.
 
-    For each tensor the digest takes one line of JSON, `[name,dtype,shape]` with the type's name in safetensors
-    and without spaces, and then the tensor's bytes. Exit heads and tokenizer are not part of it. So a model has
-    the same digest whole or sharded, and whatever the order of tensors in its files.
+    For each tensor the digest takes one line of JSON, `[name,dtype,shape]` with the type's name in
+    safetensors and without spaces, and then the tensor's bytes. Exit heads and tokenizer are not part of it.
+    So a model has the same digest whole or sharded, and whatever the order of tensors in its files.
 
     Raises CheckpointError naming the file when it is missing or truncated, or when the weights are pickles.
     """

@@ -27,7 +27,7 @@ from helios.architectures.registry import (
 )
 from helios.architectures.spec import ModelConfig
 from helios.catalog import TOKENIZER_FILES
-from helios.errors import CheckpointError, HeliosError, SettingsError
+from helios.errors import CheckpointError, HeliosError
 from helios.sources.gguf_header import GgufHeader, GgufTensor
 from helios.sources.progress import Progress
 from helios.sources.safetensors_file import write_float32
@@ -98,7 +98,7 @@ def read_supported(file: Path) -> GgufHeader:
 def convert(header: GgufHeader, target: Path, progress: Progress) -> None:
     """Writes a checkpoint into the empty folder `target`: config, weights in float32 and tokenizer.
 
-    Raises CheckpointError naming the file and the field or tensor; SettingsError if the engine is not there.
+    Raises CheckpointError naming the file and the field or tensor.
     """
     # In a folder of its own, so that transformers finds no other file beside it.
     with _transformers(header), tempfile.TemporaryDirectory() as folder:
@@ -128,10 +128,6 @@ def _transformers(header: GgufHeader) -> Iterator[None]:
         yield
     except HeliosError:
         raise
-    except ImportError as error:
-        raise SettingsError(
-            f"reading a GGUF file needs transformers and gguf ({error}): install helios-serving[engine]"
-        ) from error
     except Exception as error:
         said = str(error).splitlines()[0] if str(error) else ""
         raise CheckpointError(
@@ -278,18 +274,20 @@ def _dequantised(
     """The elements of all tensors in float32, in the order of transformers."""
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor  # noqa: PLC0415
 
-    processor = TENSOR_PROCESSORS.get(fields["model_type"], TensorProcessor)(config=fields)
+    make: Any = TENSOR_PROCESSORS.get(fields["model_type"], TensorProcessor)
+    processor = make(config=fields)
     total, done = sum(tensor.size for tensor in tensors), 0
     for tensor in tensors:
         # The processor permutes the rows of queries and keys, so it needs all of them at once.
         whole = ".attn_q." in tensor.name or ".attn_k." in tensor.name
         for piece in _pieces(header, tensor, whole=whole):
             try:
-                yield processor.process(weights=piece, name=tensor.name).weights
+                ordered = processor.process(weights=piece, name=tensor.name).weights
             except ValueError:
                 raise header.error(
                     tensor.name, f"has the shape {list(tensor.shape)}, which does not fit the heads"
                 ) from None
+            yield ordered
         done += tensor.size
         progress(f"converting {header.file.name}", done, total)
 

