@@ -129,7 +129,7 @@ def _transformers(header: GgufHeader) -> Iterator[None]:
     except HeliosError:
         raise
     except Exception as error:
-        said = str(error).splitlines()[0] if str(error) else ""
+        said = " ".join(str(error).split())
         raise CheckpointError(
             f"{header.file} cannot be read by transformers ({type(error).__name__}: {said}); fetch the model "
             "in another file"

@@ -254,7 +254,7 @@ def _tensor(reader: _Reader, alignment: int) -> GgufTensor:
         raise reader.error(name, f"has the unknown type {code}") from None
     if shape[-1] % block:
         raise reader.error(name, f"has rows of {shape[-1]}, and its type has blocks of {block}")
-    start = reader.whole("<Q", f"the offset of {name}", reader.size)
+    start = reader.whole("<Q", f"the offset of {name}", (1 << 64) - 1)
     if start % alignment:
         raise reader.error(name, f"has the offset {start}, which is no multiple of {alignment}")
     return GgufTensor(name, shape, code, start, prod(shape) // block * block_bytes)

@@ -72,14 +72,15 @@ def pull(
     with _find(source, revision, progress) as found:
         target = _target(models_dir, name or found.name)
         check_free(target, replace=force)
-        if found.path.is_file():
-            exits = _convert(found.path, target, models_dir, progress, force=force)
-            licence = gguf.licence_of(GgufHeader.read(found.path)) or found.licence
-        else:
+        if found.path.is_dir():
             exits = _copy(found, target, models_dir, progress, force=force)
-            licence = licence_of_card(target) or found.licence
+            licence = licence_of_card(target)
+        else:
+            header = gguf.read_supported(found.path)
+            exits = _convert(header, target, models_dir, progress, force=force)
+            licence = gguf.licence_of(header)
     size = sum(file.stat().st_size for file in target.iterdir())
-    return Pulled(find_model(models_dir, target.name), licence, size, exits)
+    return Pulled(find_model(models_dir, target.name), licence or found.licence, size, exits)
 
 
 def _default_name(source: str) -> str | None:
@@ -124,10 +125,11 @@ def _find(source: str, revision: str | None, progress: Progress) -> Iterator[_Fo
         yield _Found(path, path.name)
 
 
-def _convert(file: Path, target: Path, models_dir: Path, progress: Progress, *, force: bool) -> Path | None:
+def _convert(
+    header: GgufHeader, target: Path, models_dir: Path, progress: Progress, *, force: bool
+) -> Path | None:
     """Writes a GGUF file's model to `target`. Returns where its exits came from."""
-    header = gguf.read_supported(file)
-    with staged(target, replace=force) as staging, _naming(staging, file):
+    with staged(target, replace=force) as staging, _naming(staging, header.file):
         gguf.convert(header, staging, progress)
         exits = add_exits(read_model(staging), models_dir, progress)
         _check(staging)

@@ -33,7 +33,8 @@ from pathlib import Path
 from helios.errors import HeliosError
 from helios.sources.pull import pull
 try:
-    print(pull(sys.argv[1], Path(sys.argv[2]), revision=sys.argv[3] if len(sys.argv) > 3 else None).entry.path)
+    revision = sys.argv[3] if len(sys.argv) > 3 else None
+    print(pull(sys.argv[1], Path(sys.argv[2]), revision=revision).entry.path)
 except HeliosError as error:
     print(type(error).__name__, error)
 """
@@ -197,12 +198,14 @@ def test_only_what_serving_needs_is_downloaded(tmp_path: Path, hub: Hub, form: F
     assert sorted(hub.sent) == names(entry.path)
 
 
-def test_a_repository_that_is_no_opt_is_refused_before_its_weights_come(tmp_path: Path, hub: Hub) -> None:
+def test_a_repository_of_another_architecture_is_refused_before_its_weights_come(
+    tmp_path: Path, hub: Hub
+) -> None:
     save_variant(hub.folder, "pre-norm", 1)
     config = hub.folder / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "llama"}))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "gpt2"}))
     said = pull_from_hub(tmp_path / "cache", "team/tiny", tmp_path / "models", endpoint=hub.endpoint)
-    assert said.startswith("CheckpointError") and "model_type is 'llama'" in said
+    assert said.startswith("CheckpointError") and "model_type is 'gpt2'" in said
     assert "model.safetensors" not in hub.sent
 
 
