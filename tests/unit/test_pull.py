@@ -1,6 +1,7 @@
 """Pulling a model from a folder. A failed pull leaves nothing."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from helios.engine import Engine, EngineSettings
 from helios.errors import CheckpointError, InvalidRequestError, SettingsError, UnknownModelError
 from helios.sources.pull import pull
 from helios.weight_map import WeightMap
+from tests.gguf_files import write_gguf
 from tests.opt_variants import FORMS, Form, Head, save_tensors, save_variant
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -29,12 +31,18 @@ def test_a_folder_is_copied_with_everything_that_serving_needs(
 ) -> None:
     source, models = tmp_path / "source", tmp_path / "models"
     save_variant(source, "pre-norm", 1, form, (2, 6), head)
-    (source / "README.md").write_text("its card")
+    (source / "README.md").write_text("---\nlicense: mit\n---\nits card")
+    (source / "chat_template.jinja").write_text("{{ messages }}")
     copied = names(source)
     for stray in ("modeling_custom.py", "optimizer.pt", "flax_model.msgpack"):
         (source / stray).write_text("raise SystemExit")
     told: list[tuple[str, int, int]] = []
-    entry = pull(str(source), models, progress=lambda *step: told.append(step)).entry
+    pulled = pull(str(source), models, progress=lambda *step: told.append(step))
+    entry = pulled.entry
+    assert (pulled.licence, pulled.size_bytes) == (
+        "mit",
+        sum((source / name).stat().st_size for name in copied),
+    )
     assert (entry.name, entry.path, entry.exit_layers) == ("source", models / "source", (2, 6))
     assert names(entry.path) == copied
     assert all((entry.path / name).read_bytes() == (source / name).read_bytes() for name in copied)
@@ -170,6 +178,34 @@ def test_a_model_with_tied_weights_under_the_heads_name_is_pulled(tmp_path: Path
     save_variant(tmp_path / "source", "pre-norm", 1, form, tied_as="lm_head")
     entry = pull(str(tmp_path / "source"), tmp_path / "models").entry
     Engine.load(entry.path, settings=EngineSettings(memory_bytes=64 << 20))
+
+
+def test_a_sentencepiece_model_that_cannot_be_converted_is_named_with_what_to_do(tmp_path: Path) -> None:
+    source, models = tmp_path / "source", tmp_path / "models"
+    save_variant(source, "pre-norm", 1)
+    (source / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    (source / "tokenizer.model").write_bytes(b"no sentencepiece model")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model cannot be converted .* install the package"):
+        pull(str(source), models)
+    assert not list(models.iterdir())
+    # A tokenizer.json is taken instead, and the sentencepiece model is left behind.
+    shutil.copyfile(tmp_path / "tokenizer.json", source / "tokenizer.json")
+    assert "tokenizer.model" not in names(pull(str(source), models).entry.path)
+
+
+def test_an_interrupted_pull_leaves_nothing(tmp_path: Path) -> None:
+    save_variant(tmp_path / "source", "pre-norm", 1)
+    write_gguf(tmp_path / "tiny.gguf")
+    models = tmp_path / "models"
+
+    def interrupt(what: str, done: int, total: int) -> None:
+        assert list(models.iterdir())
+        raise KeyboardInterrupt
+
+    for source in ("source", "tiny.gguf"):
+        with pytest.raises(KeyboardInterrupt):
+            pull(str(tmp_path / source), models, progress=interrupt)
+        assert not list(models.iterdir())
 
 
 def test_pulling_without_the_engine_says_what_to_install(

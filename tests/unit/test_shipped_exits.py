@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from helios.catalog import read_catalog
+from helios.cli.models import models as commands
 from helios.errors import CheckpointError, InvalidRequestError
 from helios.facts_file import write_facts
 from helios.sources.pull import pull
@@ -51,6 +53,17 @@ def test_a_model_gets_the_exits_that_ship_for_its_weights(tmp_path: Path, source
     # They are no model, and no broken one either.
     found = read_catalog(models)
     assert [entry.name for entry in found.models] == ["source"] and not found.broken
+
+
+def test_the_command_says_where_exits_came_from_and_licence_and_size(tmp_path: Path, source: Path) -> None:
+    models = tmp_path / "models"
+    shipped = ship_exits(models, source)
+    (source / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    result = CliRunner().invoke(commands, ["pull", str(source), "--models-dir", str(models)])
+    first, exits, licence = result.stdout.splitlines()
+    assert first.startswith("source: 6 layers, depths 2, 4, 6 (")
+    assert exits == f"exits: 2, 4 (from {shipped.resolve()})"
+    assert licence.startswith("licence: apache-2.0; ") and licence.endswith("B")
 
 
 def test_exits_of_other_weights_are_left_alone(tmp_path: Path, source: Path) -> None:
