@@ -92,7 +92,18 @@ def read_supported(file: Path) -> GgufHeader:
         header.count(f"{name}.{key}")
     for key in ("rope.freq_base", "attention.layer_norm_rms_epsilon", "rope.scaling.factor"):
         header.number(f"{name}.{key}")
+    rotated, width = header.count(f"{name}.rope.dimension_count"), _head_width(header, name)
+    if rotated not in (None, width):
+        raise header.error(
+            f"{name}.rope.dimension_count",
+            f"is {rotated} of {width} dimensions of a head; all must be rotated",
+        )
     return header
+
+
+def _head_width(header: GgufHeader, name: str) -> int:
+    heads, hidden = header.count(f"{name}.attention.head_count"), header.count(f"{name}.embedding_length")
+    return header.count(f"{name}.attention.key_length") or (hidden or 0) // (heads or 1)
 
 
 def convert(header: GgufHeader, target: Path, progress: Progress) -> None:

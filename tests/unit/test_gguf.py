@@ -140,6 +140,15 @@ def test_scaled_positions_are_kept(tmp_path: Path, models: Path) -> None:
     assert scaling(tensors={"rope_freqs.weight": rope_factors(8.0)}) == Llama3Scaling(8.0, 1.0, 4.0, 8192)
 
 
+def heads(count: int, kv_count: int) -> dict[str, Any]:
+    """Metadata with another number of heads."""
+    return {
+        "llama.attention.head_count": count,
+        "llama.attention.head_count_kv": kv_count,
+        "llama.rope.dimension_count": None,
+    }
+
+
 LIES: dict[str, tuple[dict[str, Any], str]] = {
     "another architecture": (
         {"metadata": {"general.architecture": "gpt2"}},
@@ -159,15 +168,19 @@ LIES: dict[str, tuple[dict[str, Any], str]] = {
         "llama.attention.head_count must be a whole number",
     ),
     "heads that do not fit": (
-        {"metadata": {"llama.attention.head_count": 64, "llama.attention.head_count_kv": 64}},
-        "blk.0.attn_[qk].weight has the shape",
+        {"metadata": heads(32, 32)},
+        "blk.0.attn_k.weight has the shape",
     ),
     "heads of another width": (
-        {"metadata": {"llama.attention.head_count": 8}},
-        r"layers\.0\.self_attn\.q_proj\.weight has shape",
+        {"metadata": heads(8, 2)},
+        r"layers\.0\.self_attn\.k_proj\.weight has shape",
+    ),
+    "heads that are rotated in part": (
+        {"metadata": {"llama.rope.dimension_count": 8}},
+        "llama.rope.dimension_count is 8 of 16 dimensions of a head",
     ),
     "heads that do not divide": (
-        {"metadata": {"llama.attention.head_count": 5}},
+        {"metadata": heads(5, 5)},
         "cannot be read by transformers .*hidden size",
     ),
     "part of a model": ({"metadata": {"split.count": 3}}, "split.count says that the model lies in several"),
