@@ -25,7 +25,10 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
+    "chat_template.jinja",
 )
+# The folder of a models directory with exits of models that are not there. It is not a model.
+EXITS_DIR = "exits"
 MODELS_DIR_VARIABLE = "HELIOS_MODELS_DIR"
 FORMAT_VERSION = 1
 
@@ -52,7 +55,8 @@ class EarlyExitFacts:
     layer. exit_head: `shared`: all exits use the model's final norm; `norm`: each exit has its own norm;
     `linear`: each exit has its own norm, followed by a square matrix. thresholds: by exit layer, the
     confidence at which a token may leave. precisions: results of `helios models measure`, by precision and
-    exit layer.
+    exit layer. weights_digest: of the weights that the exits belong to (`helios.weights_digest`), for exits
+    that ship without them.
     """
 
     exit_layers: tuple[int, ...]
@@ -62,6 +66,7 @@ class EarlyExitFacts:
     tokenizer_id: str | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
     precisions: Mapping[str, Mapping[int, Fidelity]] = field(default_factory=dict)
+    weights_digest: str | None = None
 
     @property
     def num_layers(self) -> int:
@@ -107,6 +112,9 @@ class EarlyExitFacts:
         tokenizer_id = fields.get("tokenizer_id")
         if tokenizer_id is not None and not isinstance(tokenizer_id, str):
             raise error("tokenizer_id", "must be the tokenizer's SHA-256 in hexadecimal")
+        weights_digest = fields.get("weights_digest")
+        if weights_digest is not None and not isinstance(weights_digest, str):
+            raise error("weights_digest", "must be the weights' SHA-256 in hexadecimal")
         training = fields.get("training", {})
         if not isinstance(training, dict):
             raise error("training", "must be an object")
@@ -125,6 +133,7 @@ class EarlyExitFacts:
             tokenizer_id=tokenizer_id,
             training=training,
             precisions=precisions,
+            weights_digest=weights_digest,
         )
 
     def has_own_head(self, exit_layer: int) -> bool:
@@ -310,7 +319,9 @@ def _model_paths(models_dir: Path) -> list[Path]:
             f"the models directory {models_dir} cannot be read ({error.strerror}); choose another with "
             f"--models-dir or {MODELS_DIR_VARIABLE}"
         ) from error
-    return [path for path in paths if path.is_dir() and not path.name.startswith(".")]
+    return [
+        path for path in paths if path.is_dir() and path.name != EXITS_DIR and not path.name.startswith(".")
+    ]
 
 
 def _tokenizer_id(path: Path) -> str | None:

