@@ -53,7 +53,9 @@ def write_gguf(checkpoint: Path, quantization: GGMLQuantizationType, file: Path)
     positions = config.positions
     is_plain = config.model_type == LLAMA.model_type and not (config.qkv_bias or config.ffn_bias)
     if not is_plain or not isinstance(positions, RotaryPositions) or positions.scaling is not None:
-        raise CheckpointError(f"{checkpoint} cannot be written as GGUF: it is not a Llama without biases and scaling")
+        raise CheckpointError(
+            f"{checkpoint} cannot be written as GGUF: it is not a Llama without biases and scaling"
+        )
     writer = GGUFWriter(file, LLAMA.model_type)
     writer.add_context_length(config.context_tokens)
     writer.add_embedding_length(config.hidden_size)
@@ -84,13 +86,17 @@ def _add_vocabulary(writer: GGUFWriter, config: ModelConfig) -> None:
     """Adds a SentencePiece vocabulary in which every id is a word. llama.cpp's server does not start without one."""
     words = range(_CONTROL_TOKENS, config.vocab_size)
     writer.add_tokenizer_model("llama")
-    writer.add_token_list([f"<{index}>" for index in range(_CONTROL_TOKENS)] + [f"\u2581w{index}" for index in words])
+    writer.add_token_list(
+        [f"<{index}>" for index in range(_CONTROL_TOKENS)] + [f"\u2581w{index}" for index in words]
+    )
     writer.add_token_scores([0.0] * config.vocab_size)
     writer.add_token_types([_CONTROL] * _CONTROL_TOKENS + [_NORMAL] * len(words))
     writer.add_add_bos_token(False)
 
 
-def _tensors(checkpoint: Path, config: ModelConfig) -> Iterator[tuple[str, MODEL_TENSOR, NDArray[np.float32]]]:
+def _tensors(
+    checkpoint: Path, config: ModelConfig
+) -> Iterator[tuple[str, MODEL_TENSOR, NDArray[np.float32]]]:
     """Name, part and values of each tensor, in llama.cpp's names and order of rows."""
     names, prefix = LLAMA.names, LLAMA.names.prefixes[0]
     slots = {
