@@ -35,9 +35,9 @@ _CONTROL_TOKENS = 4
 def gguf_model(checkpoint: Path, quantization: str, directory: Path) -> Path:
     """The GGUF file of a checkpoint in `directory`. It is written unless it exists.
 
-    quantization: ggml's name of the type of all matrices, such as Q8_0. In types below 8 bits, embeddings and
-    LM head are Q8_0. The vocabulary is a dummy, because benches send token ids. Raises CheckpointError when the
-    checkpoint is not a plain Llama, or the file cannot be written.
+    quantization: ggml's name of the type of the matrices, such as Q8_0. With types below 8 bits, embeddings
+    and LM head are Q8_0. The vocabulary is a dummy, because benches send token ids. Raises CheckpointError
+    when the checkpoint is not a plain Llama, or the file cannot be written.
     """
     path = directory / f"{checkpoint.name}-{quantization.lower()}"
     file = path / "model.gguf"
@@ -54,7 +54,7 @@ def write_gguf(checkpoint: Path, quantization: GGMLQuantizationType, file: Path)
     is_plain = config.model_type == LLAMA.model_type and not (config.qkv_bias or config.ffn_bias)
     if not is_plain or not isinstance(positions, RotaryPositions) or positions.scaling is not None:
         raise CheckpointError(
-            f"{checkpoint} cannot be written as GGUF: it is not a Llama without biases and scaling"
+            f"{checkpoint} is not a Llama without biases and scaled positions: no GGUF file is written of it"
         )
     writer = GGUFWriter(file, LLAMA.model_type)
     writer.add_context_length(config.context_tokens)
@@ -83,7 +83,7 @@ def write_gguf(checkpoint: Path, quantization: GGMLQuantizationType, file: Path)
 
 
 def _add_vocabulary(writer: GGUFWriter, config: ModelConfig) -> None:
-    """Adds a SentencePiece vocabulary in which every id is a word. llama.cpp's server does not start without one."""
+    """Adds a SentencePiece vocabulary in which every id is a word. llama.cpp's server needs one to start."""
     words = range(_CONTROL_TOKENS, config.vocab_size)
     writer.add_tokenizer_model("llama")
     writer.add_token_list(
@@ -121,7 +121,10 @@ def _tensors(
 
 
 def _paired(rows: NDArray[np.float32], head_dim: int) -> NDArray[np.float32]:
-    """Reorders rows of queries or keys: llama.cpp rotates neighbouring rows, transformers rows i and i + half."""
+    """Reorders the rows of queries or keys of each head.
+
+    llama.cpp rotates row 2 * i with its neighbour; transformers rotates row i with row i + head_dim / 2.
+    """
     halves = rows.reshape(-1, 2, head_dim // 2, rows.shape[1])
     return np.ascontiguousarray(halves.swapaxes(1, 2).reshape(rows.shape))
 

@@ -1,4 +1,7 @@
-"""Shapes of published OPT and Llama models. Bytes and operations can be computed from a shape without weights."""
+"""Shapes of published OPT and Llama models.
+
+Bytes and operations can be computed from a shape without weights.
+"""
 
 from dataclasses import replace
 from pathlib import Path
