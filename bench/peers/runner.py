@@ -20,6 +20,8 @@ from typing import Any, TextIO
 
 # Share of the machine's memory.
 _MOST_MEMORY = 0.9
+# Tokens of a slot of llama.cpp's server beyond those that it serves.
+_SLOT_MARGIN = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +156,8 @@ def llamacpp(job: Job) -> Generate:
         server = None
         params = xllamacpp.CommonParams()
         params.model.path = job.model
-        params.n_parallel, params.n_ctx = prompts, prompts * job.sequence_tokens
+        # The server ends a text just before its slot is full.
+        params.n_parallel, params.n_ctx = prompts, prompts * (job.sequence_tokens + _SLOT_MARGIN)
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = job.threads
         # Takes the context as it is given, instead of one that fits into what memory is free now.
         params.fit_params = False
