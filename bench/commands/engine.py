@@ -76,7 +76,7 @@ class _Counts(click.ParamType[tuple[int, ...]]):
     type=_Names([*SHAPES, _BUNDLED]),
     default=_ALL,
     show_default=True,
-    help="Models: OPT's shapes with random weights, and the first of the models directory.",
+    help="Models: OPT's and Llama's shapes with random weights, and the first of the models directory.",
 )
 @click.option("--prompts", type=_Counts(), default="32,512", show_default=True, help="Tokens of a prompt.")
 @click.option("--batches", type=_Counts(), default="1,8,32,64", show_default=True, help="Prompts at once.")
@@ -102,7 +102,7 @@ def engine(
     cache_dir: Path,
     fresh: bool,
 ) -> None:
-    """The engine's speed, alone or against transformers, CTranslate2 and vLLM.
+    """The engine's speed, alone or against transformers, CTranslate2, vLLM and llama.cpp.
 
     Every run is written to the JSON file when it is done: the same command goes on where it was stopped,
     and other options add to the file. A peer that cannot be installed or run is named in the report.

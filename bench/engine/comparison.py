@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ from bench.peers.contenders import CONTENDERS, Contender, Runners, needed_bytes,
 from bench.peers.environment import make_environment
 from bench.peers.runner import Continuation, Generate, Job
 from bench.results import Report, earlier
+from bench.systems.gguf_model import gguf_model
 from bench.systems.random_model import random_model
 from bench.systems.shapes import SHAPES
 from helios import catalog
 from helios.architectures.registry import architecture_of
 from helios.catalog import ModelEntry
-from helios.errors import HeliosError
+from helios.errors import HeliosError, UnavailableError
 from helios.footprint import kv_bytes_per_token
 
 _SEED = 0
@@ -124,10 +125,10 @@ class _Comparison:
                 one for one in self._results["runs"] if (cell_of(one), one["contender"]) not in again
             ]
         self._results["failed"] = [one for one in self._results["failed"] if one["contender"] not in names]
-        usable = self._installed()
+        usable = self._installed(models.values())
         for name, model in models.items():
             own = [cell for cell in cells if cell.shape == name]
-            todo = list(self._todo(own, usable, rounds))
+            todo = list(self._todo(model, own, usable, rounds))
             runners = Runners(pythons(usable), self._logs())
             try:
                 for cell, number, contenders in todo:
@@ -135,10 +136,20 @@ class _Comparison:
             finally:
                 runners.close()
 
-    def _installed(self) -> dict[str, Path]:
-        """The Python of every peer that can be installed. The other peers are recorded as failed."""
+    def _installed(self, models: Collection[ModelEntry]) -> dict[str, Path]:
+        """The Python of every peer that can be installed. The other peers are recorded as failed.
+
+        A contender without the architecture of a model is recorded as failed for this model.
+        """
         found = {}
-        for peer in dict.fromkeys(one.engine for one in self._contenders if one.is_peer):
+        for one in self._contenders:
+            lacking = [model.name for model in models if not one.serves(model.config.model_type)]
+            if lacking:
+                reason = f"it does not have the architecture of {', '.join(lacking)}"
+                self._failed(one, None, UnavailableError(reason))
+        kinds = {model.config.model_type for model in models}
+        able = [one for one in self._contenders if one.is_peer and any(map(one.serves, kinds))]
+        for peer in dict.fromkeys(one.engine for one in able):
             try:
                 found[peer] = make_environment(peer, self._cache_dir / "peers", say=self._say)
             except HeliosError as error:
@@ -148,14 +159,15 @@ class _Comparison:
         return found
 
     def _todo(
-        self, cells: Sequence[Cell], usable: Mapping[str, Path], rounds: int
+        self, model: ModelEntry, cells: Sequence[Cell], usable: Mapping[str, Path], rounds: int
     ) -> Iterator[tuple[Cell, int, list[Contender]]]:
+        able = [one for one in self._contenders if one.serves(model.config.model_type)]
         done = {(cell_of(one), one["round"], one["contender"]) for one in self._results["runs"]}
         for cell in dict.fromkeys(cells):
             for number in range(rounds):
                 missing = [
                     one
-                    for one in self._contenders
+                    for one in able
                     if (one.engine in usable or not one.is_peer) and (cell, number, one.name) not in done
                 ]
                 if missing:
@@ -225,8 +237,11 @@ class _Comparison:
         converted = self._cache_dir / "converted"
         converted.mkdir(parents=True, exist_ok=True)
         kv_bytes = most * kv_bytes_per_token(config, depth, "bfloat16")
+        path = model.path
+        if one.reads_gguf:
+            path = gguf_model(path, one.precision.upper(), converted)
         return Job(
-            model=str(model.path),
+            model=str(path),
             precision=one.precision,
             threads=self._threads,
             batch=max(cell.batch for cell in cells),
@@ -271,7 +286,7 @@ def report_of(results: dict[str, Any]) -> Report:
 
 
 def _model(name: str, models_dir: Path | None, cache_dir: Path, say: Callable[[str], None]) -> ModelEntry:
-    """A model with random weights if `name` is one of OPT's shapes, else the first model of `models_dir`."""
+    """A model with random weights if `name` is one of the shapes, else the first model of `models_dir`."""
     if name not in SHAPES:
         return catalog.list_models(catalog.find_models_dir(models_dir))[0]
     say(f"the random weights of {name}")

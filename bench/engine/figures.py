@@ -50,7 +50,8 @@ def agreement(token_ids: Sequence[Sequence[int]], reference: Sequence[Sequence[i
 def summarise(results: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row for each contender in each cell: figures over the rounds; for Helios also ratios to others.
 
-    The best peer has the highest median. A ratio is the median over the rounds that both have run.
+    The best peer has the highest median of those with at least 8 bits a weight. A ratio is the median over
+    the rounds that both have run.
     """
     seconds: dict[Cell, dict[str, dict[int, float]]] = {}
     runs: dict[tuple[Cell, str], list[Mapping[str, Any]]] = {}
@@ -80,7 +81,7 @@ def summarise(results: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _least_seconds(one: Contender, cell: Cell, config: ModelConfig, limits: Limits) -> float:
     depth, load = one.depth(config.num_layers), (cell.batch, cell.prompt_tokens, cell.output_tokens)
-    return roofline.least_seconds(config, depth, one.precision, one.weight_bytes, *load, limits)
+    return roofline.least_seconds(config, depth, one.products, one.weight_bytes, *load, limits)
 
 
 def _figures(
@@ -124,9 +125,9 @@ def _ratios(
     """
     own = seconds[one.name]
     kinds = {
-        "best_peer": [other for other in present if other.is_peer],
+        "best_peer": [other for other in present if other.is_rival],
         "best_peer_of_precision": [
-            other for other in present if other.is_peer and other.precision == one.precision
+            other for other in present if other.is_rival and other.products == one.products
         ],
         "full_depth": [other for other in present if one.is_part_of(other)],
     }
@@ -190,6 +191,8 @@ GOALS = (
     _Goal("opt-125m", ("helios-int8",), "best_peer", {1: 2.5, 8: 2.5, 32: 2.0}),
     _Goal("opt-125m", ("helios-bfloat16",), "best_peer_of_precision", {1: 1.2, 8: 1.1, 32: 1.1}),
     _Goal("opt-1.3b", ("helios-int8",), "best_peer", {1: 2.0, 8: 2.0, 32: 1.5}),
+    _Goal("smollm2", ("helios-int8",), "best_peer", {1: 2.0, 8: 2.0, 32: 1.5}),
+    _Goal("tinyllama-1.1b", ("helios-int8",), "best_peer", {1: 2.0, 8: 2.0, 32: 1.5}),
     _Goal("bundled", ("helios-int8", "helios-float32"), "best_peer", {1: 3.0, 8: 2.5, 32: 2.0}),
     _Goal("opt-125m", ("helios-int8-half",), "full_depth", {1: 1.7, 8: 1.7, 32: 1.7}),
     _Goal("opt-1.3b", ("helios-int8-half",), "full_depth", {1: 1.9, 8: 1.9, 32: 1.9}),

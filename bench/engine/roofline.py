@@ -58,7 +58,7 @@ def highest(first: Limits, second: Limits) -> Limits:
     return Limits(max(first.bytes_per_second, second.bytes_per_second), rates)
 
 
-def bytes_per_step(config: ModelConfig, depth: int, weight_bytes: int, batch: int, context: int) -> int:
+def bytes_per_step(config: ModelConfig, depth: int, weight_bytes: float, batch: int, context: int) -> float:
     """Bytes that a decode step must read: the weights once, and the KV of all tokens in bfloat16.
 
     context: tokens of each sequence. The embeddings of the step's tokens are not counted.
@@ -70,15 +70,18 @@ def bytes_per_step(config: ModelConfig, depth: int, weight_bytes: int, batch: in
 def least_seconds(
     config: ModelConfig,
     depth: int,
-    precision: str,
-    weight_bytes: int,
+    products: str,
+    weight_bytes: float,
     batch: int,
     prompt_tokens: int,
     output_tokens: int,
     limits: Limits,
 ) -> float:
-    """The least time for prefill and decoding of a batch. Each step takes the time of its tighter limit."""
-    rate = limits.operations_per_second[precision]
+    """The least time for prefill and decoding of a batch. Each step takes the time of its tighter limit.
+
+    products: the precision of the products. weight_bytes: bytes of a weight.
+    """
+    rate = limits.operations_per_second[products]
 
     def seconds(operations: float, read: float) -> float:
         return max(operations / rate, read / limits.bytes_per_second)

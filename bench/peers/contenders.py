@@ -16,13 +16,19 @@ from bench.peers import runner
 from bench.peers.environment import variables
 from bench.peers.leash import leashed
 from bench.peers.runner import Job
+from helios.architectures.opt import OPT
 from helios.architectures.spec import ModelConfig
 from helios.errors import HeliosError, OutOfMemoryError, UnavailableError
 from helios.hardware import available_memory
 from helios.supervisor import reason_of_end
 
 HELIOS = "helios"
-_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+# Bytes of a weight. ggml's types have scales for each 32 weights, in float16.
+_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1, "q8_0": 34 / 32, "q4_1": 20 / 32}
+# ggml multiplies its types of whole numbers in int8.
+_PRODUCTS = {"q8_0": "int8", "q4_1": "int8"}
+# llama.cpp, with the prebuilt server of xllamacpp, and compiled for this processor.
+_LLAMA_CPP = ("llamacpp", "llamacpp-compiled")
 # Memory of a process beside weights and KV: code, buffers and fragmentation.
 _PROCESS_BYTES = 1 << 30
 # An engine that takes longer for an answer hangs.
@@ -59,9 +65,28 @@ class Contender:
         return mine == (other.engine, other.precision) and self.depth_share < other.depth_share
 
     @property
-    def weight_bytes(self) -> int:
+    def weight_bytes(self) -> float:
         """Bytes that a step reads for each weight."""
         return _BYTES[self.precision]
+
+    @property
+    def products(self) -> str:
+        """The precision in which it multiplies."""
+        return _PRODUCTS.get(self.precision, self.precision)
+
+    @property
+    def is_rival(self) -> bool:
+        """Whether Helios is compared with it: it is a peer with at least 8 bits for each weight."""
+        return self.is_peer and self.weight_bytes >= 1
+
+    @property
+    def reads_gguf(self) -> bool:
+        """Whether it reads models as GGUF files."""
+        return self.engine in _LLAMA_CPP
+
+    def serves(self, model_type: str) -> bool:
+        """Whether its engine has the architecture. llama.cpp has no OPT."""
+        return model_type != OPT.model_type or self.engine not in _LLAMA_CPP
 
 
 # In the order of their turns. The tokens of all others are compared with those of the first.
@@ -71,6 +96,7 @@ CONTENDERS = (
     Contender("ctranslate2", "float32"),
     Contender("ctranslate2", "int8"),
     Contender("vllm", "bfloat16"),
+    *(Contender(engine, precision) for engine in _LLAMA_CPP for precision in ("q8_0", "q4_1")),
     Contender(HELIOS, "float32"),
     Contender(HELIOS, "bfloat16"),
     Contender(HELIOS, "int8"),
@@ -235,7 +261,7 @@ def needed_bytes(contender: Contender, config: ModelConfig, kv_bytes: int) -> in
     if contender.precision == "float32" or contender.engine == "ctranslate2":
         kv_bytes *= 2
     weights = config.parameters(contender.depth(config.num_layers)) * contender.weight_bytes
-    return weights + 4 * config.vocab_size * config.embed_size + kv_bytes + _PROCESS_BYTES
+    return int(weights) + 4 * config.vocab_size * config.embed_size + kv_bytes + _PROCESS_BYTES
 
 
 def pythons(peers: Mapping[str, Path]) -> dict[str, Path]:

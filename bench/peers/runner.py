@@ -12,6 +12,7 @@ import os
 import statistics
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,12 +20,15 @@ from typing import Any, TextIO
 
 # Share of the machine's memory.
 _MOST_MEMORY = 0.9
+# Tokens of a slot of llama.cpp's server beyond those that it serves.
+_SLOT_MARGIN = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """What to load. A request has at most `batch` prompts, a sequence at most `sequence_tokens`."""
 
+    # A checkpoint directory, or a GGUF file for llama.cpp.
     model: str
     precision: str
     threads: int
@@ -135,6 +139,130 @@ def vllm(job: Job) -> Generate:
     return generate
 
 
+def llamacpp(job: Job) -> Generate:
+    """llama.cpp's server, as xllamacpp carries it, with a slot for each prompt."""
+    import xllamacpp  # noqa: PLC0415
+
+    # Ignores the environment's proxies, because the server is in this process.
+    http = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    server: Any = None
+    slots = 0
+
+    def start(prompts: int) -> None:
+        nonlocal server, slots
+        if prompts == slots:
+            return
+        # Only one server is in memory.
+        server = None
+        params = xllamacpp.CommonParams()
+        params.model.path = job.model
+        # The server ends a text just before its slot is full.
+        params.n_parallel, params.n_ctx = prompts, prompts * (job.sequence_tokens + _SLOT_MARGIN)
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = job.threads
+        # Takes the context as it is given, instead of one that fits into what memory is free now.
+        params.fit_params = False
+        # The server keeps no earlier prompts in memory.
+        params.cache_ram_mib = params.n_ctx_checkpoints = 0
+        params.port, params.verbosity = 0, 2  # warnings
+        server, slots = xllamacpp.Server(params), prompts
+
+    def generate(prompts: list[list[int]], max_tokens: int) -> Continuation:
+        start(len(prompts))
+        return timed(prompts, max_tokens)
+
+    def complete(prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+        # Only the likeliest token is looked at.
+        sampling = {"temperature": 0, "samplers": ["top_k"], "top_k": 1, "ignore_eos": True}
+        content = {"prompt": prompts, "n_predict": max_tokens, "cache_prompt": False, "return_tokens": True}
+        request = urllib.request.Request(
+            f"{server.listening_address}/completion",
+            json.dumps(content | sampling).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with http.open(request) as response:
+            found = json.load(response)
+        # One prompt is answered without a list.
+        answers = found if isinstance(found, list) else [found]
+        return [answer["tokens"] for answer in sorted(answers, key=lambda answer: int(answer["index"]))]
+
+    timed = _with_first_token_apart(complete)
+    start(job.batch)
+    return generate
+
+
+def llamacpp_compiled(job: Job) -> Generate:
+    """llama.cpp compiled for this processor, by llama-cpp-python: its `llama_decode`, without its server."""
+    import llama_cpp as engine  # noqa: PLC0415
+    import numpy as np  # noqa: PLC0415
+
+    engine.llama_backend_init()
+    model: Any = engine.llama_model_load_from_file(job.model.encode(), engine.llama_model_default_params())
+    if not model:
+        raise RuntimeError(f"llama.cpp cannot load {job.model}")
+    vocab_size = engine.llama_vocab_n_tokens(engine.llama_model_get_vocab(model))
+    batch_tokens = engine.llama_context_default_params().n_batch
+    batch = engine.llama_batch_init(batch_tokens, 0, 1)
+    context: Any = None
+    sequences = 0
+
+    def start(prompts: int) -> None:
+        """Makes a context that has a sequence for each prompt."""
+        nonlocal context, sequences
+        if prompts == sequences:
+            return
+        if context is not None:
+            engine.llama_free(context)
+        params = engine.llama_context_default_params()
+        params.n_seq_max, params.n_ctx = prompts, prompts * job.sequence_tokens
+        params.n_threads = params.n_threads_batch = job.threads
+        context, sequences = engine.llama_init_from_model(model, params), prompts
+        if not context:
+            raise RuntimeError(f"llama.cpp has no context for {prompts} x {job.sequence_tokens} tokens")
+
+    def decode(rows: Sequence[tuple[int, int, int, bool]]) -> list[int]:
+        """Computes rows of (sequence, position, token, whether it is read out).
+
+        Returns the likeliest next token of each row that is read out.
+        """
+        batch.n_tokens = len(rows)
+        for row, (sequence, position, token, is_read) in enumerate(rows):
+            batch.token[row], batch.pos[row], batch.logits[row] = token, position, is_read
+            batch.n_seq_id[row], batch.seq_id[row][0] = 1, sequence
+        if engine.llama_decode(context, batch):
+            raise RuntimeError(f"llama.cpp could not compute {len(rows)} tokens")
+        outputs = sum(is_read for *_, is_read in rows)
+        if not outputs:
+            return []
+        logits = np.ctypeslib.as_array(engine.llama_get_logits(context), (outputs, vocab_size))
+        return [int(token) for token in logits.argmax(axis=1)]
+
+    def generate(prompts: list[list[int]], max_tokens: int) -> Continuation:
+        start(len(prompts))
+        engine.llama_memory_clear(engine.llama_get_memory(context), False)
+        length = len(prompts[0])
+        rows = [
+            (sequence, position, token, position == length - 1)
+            for sequence, prompt in enumerate(prompts)
+            for position, token in enumerate(prompt)
+        ]
+        began = time.perf_counter()
+        latest: list[int] = []
+        first_seconds = []
+        for chunk in range(0, len(rows), batch_tokens):
+            found = decode(rows[chunk : chunk + batch_tokens])
+            latest += found
+            first_seconds += [time.perf_counter() - began] * len(found)
+        token_ids = [[token] for token in latest]
+        for position in range(length, length + max_tokens - 1):
+            latest = decode([(sequence, position, token, True) for sequence, token in enumerate(latest)])
+            for ids, token in zip(token_ids, latest, strict=True):
+                ids.append(token)
+        return Continuation(token_ids, time.perf_counter() - began, statistics.median(first_seconds))
+
+    start(job.batch)
+    return generate
+
+
 def _with_first_token_apart(generate: Callable[[list[list[int]], int], list[list[int]]]) -> Generate:
     """For an engine that does not report the time of the first token: measures a run of one token."""
 
@@ -184,7 +312,13 @@ def private_stdout() -> TextIO:
     return answers
 
 
-ENGINES: dict[str, Load] = {"transformers": transformers, "ctranslate2": ctranslate2, "vllm": vllm}
+ENGINES: dict[str, Load] = {
+    "transformers": transformers,
+    "ctranslate2": ctranslate2,
+    "vllm": vllm,
+    "llamacpp": llamacpp,
+    "llamacpp-compiled": llamacpp_compiled,
+}
 
 if __name__ == "__main__":
     serve(ENGINES[sys.argv[1]], sys.stdin, private_stdout())

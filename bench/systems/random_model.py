@@ -35,12 +35,15 @@ def random_model(name: str, directory: Path) -> Path:
 
 
 def write_random_model(config: ModelConfig, path: Path) -> None:
-    """Writes config, weights, tokenizer and exits of a pre-norm OPT with a tied head into a directory."""
+    """Writes config, weights, tokenizer and exits of a pre-norm model into a directory.
+
+    The architecture is OPT, or one of Llama's kind without biases and norms of heads.
+    """
     generator = np.random.default_rng(_SEED)
     values_of = {}
     for name, shape in _tensor_shapes(config).items():
         values = generator.standard_normal(shape, dtype=np.float32)
-        if name.endswith("layer_norm.weight"):
+        if name.endswith("norm.weight"):
             values = 1 + np.float32(0.2) * values
         elif len(shape) == 1:
             values *= np.float32(0.02)
@@ -55,7 +58,7 @@ def write_random_model(config: ModelConfig, path: Path) -> None:
         for name, values in values_of.items()
     }
     serialize_file(tensors, path / "model.safetensors", {"format": "pt"})
-    # No dropout, because transformers' default is meant for training.
+    # No dropout, because transformers' default for OPT is meant for training.
     fields = architecture_of(config).write(replace(config, dtype="bfloat16")) | {"dropout": 0.0}
     (path / CONFIG_FILE).write_text(json.dumps(fields, indent=2))
     _tokenizer(config.vocab_size).save(str(path / TOKENIZER_FILE))
@@ -82,23 +85,35 @@ _TOKENIZER_CONFIG = {
 
 
 def _tensor_shapes(config: ModelConfig) -> dict[str, list[int]]:
-    """Names and shapes of tensors, as in transformers' OPTForCausalLM."""
-    hidden, ffn, decoder = config.hidden_size, config.ffn_dim, "model.decoder"
-    shapes = {
-        f"{decoder}.embed_tokens.weight": [config.vocab_size, hidden],
-        f"{decoder}.embed_positions.weight": [config.position_rows, hidden],
+    """Names and shapes of tensors, as in transformers' class of the architecture."""
+    names = architecture_of(config).names
+    hidden, ffn, prefix = config.hidden_size, config.ffn_dim, names.prefixes[0]
+    shapes = {f"{prefix}{names.embed_tokens}.weight": [config.vocab_size, hidden]}
+    if config.position_rows:
+        shapes[f"{prefix}{names.embed_positions}.weight"] = [config.position_rows, hidden]
+    linears = {
+        names.q: (config.query_size, hidden, config.qkv_bias),
+        names.k: (config.kv_size, hidden, config.qkv_bias),
+        names.v: (config.kv_size, hidden, config.qkv_bias),
+        names.out: (hidden, config.query_size, config.out_bias),
+        names.fc1: (ffn, hidden, config.ffn_bias),
+        names.fc2: (hidden, ffn, config.ffn_bias),
     }
-    linears = {f"self_attn.{name}_proj": (hidden, hidden) for name in ("q", "k", "v", "out")}
-    linears |= {"fc1": (ffn, hidden), "fc2": (hidden, ffn)}
-    norms = [f"{decoder}.final_layer_norm"]
+    if config.is_gated:
+        linears[names.gate] = (ffn, hidden, config.ffn_bias)
+    norms = [names.final_norm]
     for layer in range(config.num_layers):
-        prefix = f"{decoder}.layers.{layer}"
-        norms += [f"{prefix}.self_attn_layer_norm", f"{prefix}.final_layer_norm"]
-        for name, (rows, columns) in linears.items():
-            shapes[f"{prefix}.{name}.weight"] = [rows, columns]
-            shapes[f"{prefix}.{name}.bias"] = [rows]
+        norms += [names.attn_norm.format(layer), names.ffn_norm.format(layer)]
+        for name, (rows, columns, has_bias) in linears.items():
+            shapes[f"{prefix}{name.format(layer)}.weight"] = [rows, columns]
+            if has_bias:
+                shapes[f"{prefix}{name.format(layer)}.bias"] = [rows]
     for norm in norms:
-        shapes[f"{norm}.weight"] = shapes[f"{norm}.bias"] = [hidden]
+        shapes[f"{prefix}{norm}.weight"] = [hidden]
+        if config.has_norm_bias:
+            shapes[f"{prefix}{norm}.bias"] = [hidden]
+    if not config.tied_head:
+        shapes[f"{names.lm_head}.weight"] = [config.vocab_size, hidden]
     return shapes
 
 

@@ -8,9 +8,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, OPTForCausalLM
+from gguf import GGMLQuantizationType
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, OPTForCausalLM
 
 from bench.engine import comparison, figures, loading, roofline
 from bench.engine.figures import Cell
@@ -19,11 +22,14 @@ from bench.peers import contenders
 from bench.peers.contenders import CONTENDERS, HELIOS, Contender, Runner, Runners, needed_bytes
 from bench.peers.environment import make_environment, variables
 from bench.peers.runner import Continuation, Job
+from bench.systems.gguf_model import gguf_model, write_gguf
 from bench.systems.random_model import random_model, write_random_model
 from bench.systems.shapes import OPT_1_3B, SHAPES
 from helios import catalog
-from helios.architectures.opt import OPT
-from helios.errors import OutOfMemoryError, UnavailableError
+from helios.architectures.registry import architecture_of
+from helios.architectures.spec import ModelConfig
+from helios.errors import CheckpointError, OutOfMemoryError, UnavailableError
+from tests import llama_variants
 from tests.opt_variants import save_variant
 
 LIMITS = Limits(bytes_per_second=1e9, operations_per_second={"float32": 1e12, "bfloat16": 1e12, "int8": 1e12})
@@ -53,27 +59,37 @@ def job(model: Path, cache: Path, **changes: Any) -> Job:
     return Job(**facts | changes)
 
 
+def small_shape(config: ModelConfig, **changes: Any) -> ModelConfig:
+    """A shape like `config`, with few and small layers."""
+    sizes = {
+        "vocab_size": 300,
+        "hidden_size": 16,
+        "embed_size": 16,
+        "num_layers": 4,
+        "num_heads": 2,
+        "num_kv_heads": 2,
+        "head_dim": 8,
+        "ffn_dim": 32,
+        "context_tokens": 32,
+    }
+    return replace(config, **sizes | changes)
+
+
+@pytest.mark.parametrize(
+    ("shape", "changes"),
+    [("opt-1.3b", {}), ("smollm2", {"num_kv_heads": 1}), ("tinyllama-1.1b", {"num_kv_heads": 1})],
+)
 def test_random_models_are_those_that_transformers_and_helios_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: str, changes: dict[str, Any]
 ) -> None:
-    small = replace(
-        OPT_1_3B,
-        vocab_size=300,
-        hidden_size=16,
-        embed_size=16,
-        num_layers=4,
-        num_heads=2,
-        num_kv_heads=2,
-        head_dim=8,
-        ffn_dim=32,
-        context_tokens=32,
-    )
+    small = small_shape(SHAPES[shape], **changes)
     monkeypatch.setitem(SHAPES, "small", small)
     path = random_model("small", tmp_path)
     entry = catalog.read_model(path)
     assert entry.exit_layers == (1, 2, 3, 4)
     assert entry.config.parameters() == small.parameters()
-    _, loading = OPTForCausalLM.from_pretrained(path, output_loading_info=True)
+    assert entry.config == replace(small, dtype="bfloat16")
+    _, loading = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True)
     assert not any(loading.values())
     tokenizer = AutoTokenizer.from_pretrained(path)
     # Every id has a different text, as in a real vocabulary.
@@ -85,6 +101,58 @@ def test_random_models_are_those_that_transformers_and_helios_read(
 def test_the_shapes_are_those_of_the_published_models() -> None:
     assert SHAPES["opt-125m"].parameters() == 125_239_296
     assert SHAPES["opt-1.3b"].parameters() == 1_315_758_080
+    assert SHAPES["smollm2"].parameters() == 134_515_008
+    assert SHAPES["tinyllama-1.1b"].parameters() == 1_100_048_384
+
+
+@pytest.mark.parametrize("variant", ["llama", "tied", "wide-heads", "one-kv-head"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_transformers_reads_the_weights_of_a_checkpoint_from_its_gguf_file(
+    tmp_path: Path, variant: str, dtype: torch.dtype
+) -> None:
+    path = tmp_path / variant
+    model = llama_variants.save_variant(path, variant, seed=3, dtype=dtype)
+    write_gguf(path, GGMLQuantizationType.F32, tmp_path / "model.gguf")
+    read = LlamaForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.float32)
+    expected, found = model.state_dict(), read.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    for field in ("rms_norm_eps", "num_key_value_heads", "head_dim", "max_position_embeddings"):
+        assert getattr(read.config, field) == pytest.approx(getattr(model.config, field))
+    assert read.config.rope_parameters["rope_theta"] == model.config.rope_parameters["rope_theta"]
+
+
+@pytest.mark.parametrize(("quantization", "steps"), [("Q8_0", 254), ("Q4_1", 15)])
+def test_quantised_gguf_files_hold_the_weights_as_far_as_their_bits_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str, steps: int
+) -> None:
+    small = small_shape(SHAPES["smollm2"], hidden_size=64, embed_size=64, head_dim=32, ffn_dim=96)
+    monkeypatch.setitem(SHAPES, "small", small)
+    checkpoint = random_model("small", tmp_path)
+    file = gguf_model(checkpoint, quantization, tmp_path)
+    assert gguf_model(checkpoint, quantization, tmp_path) == file
+    write_gguf(checkpoint, GGMLQuantizationType.F32, tmp_path / "exact.gguf")
+    exact = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "exact.gguf").tensors}
+    kinds = {}
+    for tensor in gguf.GGUFReader(file).tensors:
+        kinds[tensor.name] = tensor.tensor_type.name
+        wanted = exact[tensor.name].data
+        found = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        # Q8_0 has steps from -max to max of a block, Q4_1 from its lowest to its highest value.
+        wide = 2 * np.abs(wanted).max() / steps
+        assert np.abs(found - wanted).max() <= 0.51 * wide + 1e-3 * np.abs(wanted).max()
+    assert kinds.keys() == exact.keys()
+    assert kinds["blk.3.attn_k.weight"] == kinds["blk.0.ffn_gate.weight"] == quantization
+    assert kinds["token_embd.weight"] == "Q8_0"
+    assert kinds["output_norm.weight"] == kinds["blk.0.attn_norm.weight"] == "F32"
+
+
+@pytest.mark.parametrize("variant", ["biased", "linear", "llama3", "qwen3"])
+def test_no_gguf_file_is_written_of_what_is_no_plain_llama(tmp_path: Path, variant: str) -> None:
+    llama_variants.save_variant(tmp_path / "model", variant, seed=1)
+    with pytest.raises(CheckpointError, match="not a Llama without biases"):
+        gguf_model(tmp_path / "model", "Q8_0", tmp_path / "converted")
+    assert not list(tmp_path.glob("converted/*"))
 
 
 @pytest.mark.parametrize(
@@ -254,8 +322,9 @@ def test_every_peer_pins_each_of_its_packages() -> None:
     for peer in contenders.PEERS:
         file = Path(contenders.__file__).with_name(f"{peer}.txt")
         lines = [line for line in file.read_text().splitlines() if not line.startswith("#")]
-        assert lines[0].startswith("torch==")
         assert all(line.count("==") == 1 for line in lines)
+        # torch is installed first, from where its CPU build is.
+        assert not any(line.startswith("torch==") for line in lines[1:])
 
 
 def test_prompts_are_equal_for_all_and_other_ones_each_round() -> None:
@@ -279,6 +348,16 @@ def test_a_step_reads_weights_once_and_the_keys_and_values_of_all() -> None:
     assert roofline.bytes_per_step(OPT_1_3B, 24, 2, batch=1, context=0) == 2 * one
     many = roofline.bytes_per_step(OPT_1_3B, 24, 1, batch=8, context=100)
     assert many - one == 8 * 100 * 24 * 2 * 2048 * 2
+
+
+def test_few_kv_heads_a_gate_and_an_untied_head_are_counted_as_they_are() -> None:
+    shape = SHAPES["tinyllama-1.1b"]
+    layer = 2 * 2048 * 2048 + 2 * 256 * 2048 + 3 * 2048 * 5632
+    one = roofline.bytes_per_step(shape, 22, 1, batch=1, context=0)
+    # The embeddings, which an untied head leaves beside it, are not read by a step.
+    assert 22 * layer + 32000 * 2048 < one < 1.001 * (22 * layer + 32000 * 2048)
+    many = roofline.bytes_per_step(shape, 22, 1, batch=8, context=100)
+    assert many - one == 8 * 100 * 22 * 2 * 256 * 2
 
 
 def test_decoding_is_limited_by_reading_and_long_prompts_by_operations() -> None:
@@ -315,10 +394,10 @@ def run_of(contender: str, number: int, seconds: float, cell: Cell = CELL) -> di
 
 
 def results_of(*runs: dict[str, Any]) -> dict[str, Any]:
-    config = OPT.write(SHAPES["opt-125m"])
+    configs = SHAPES | {"bundled": SHAPES["opt-125m"]}
     shapes = {
-        shape: {"name": shape, "parameters": 1, "config": config}
-        for shape in ("opt-125m", "opt-1.3b", "bundled")
+        shape: {"name": shape, "parameters": 1, "config": architecture_of(config).write(config)}
+        for shape, config in configs.items()
     }
     return {"shapes": shapes, "limits": asdict(LIMITS), "loading": {}, "runs": list(runs), "failed": []}
 
@@ -343,6 +422,50 @@ def test_ratios_are_of_the_same_rounds_and_the_best_peer() -> None:
     assert by_name["vllm-bfloat16"]["tokens_per_second"] == {"min": 0.15, "median": 1.5, "max": 1.5}
     # The first token takes a third of the time, the other two take the rest.
     assert by_name["vllm-bfloat16"]["tpot_ms"] == pytest.approx(2000 / 3)
+
+
+def test_weights_of_four_bits_are_reported_and_not_compared_with() -> None:
+    cell = Cell("smollm2", 4, 3, 1)
+    rows = figures.summarise(
+        results_of(
+            run_of("llamacpp-q4_1", 0, 1.5, cell),
+            run_of("llamacpp-q8_0", 0, 3.0, cell),
+            run_of("vllm-bfloat16", 0, 4.0, cell),
+            run_of("helios-int8", 0, 1.0, cell),
+        )
+    )
+    assert {row["contender"] for row in rows} >= {"llamacpp-q4_1", "llamacpp-q8_0"}
+    (row,) = (row for row in rows if row["contender"] == "helios-int8")
+    assert row["ratio_to"]["best_peer"] == {"contender": "llamacpp-q8_0", "ratio": 3.0}
+    assert row["ratio_to"]["best_peer_of_precision"]["contender"] == "llamacpp-q8_0"
+    (target,) = figures.targets(rows)
+    assert target.met
+    assert target.measured == "3.00x llamacpp-q8_0"
+
+
+@pytest.mark.parametrize(("batch", "seconds", "met"), [(8, 1.9, False), (8, 2.0, True), (32, 1.5, True)])
+@pytest.mark.parametrize("shape", ["smollm2", "tinyllama-1.1b"])
+def test_llama_shapes_have_targets_against_the_best_peer(
+    shape: str, batch: int, seconds: float, met: bool
+) -> None:
+    cell = Cell(shape, 4, 3, batch)
+    rows = figures.summarise(
+        results_of(run_of("ctranslate2-int8", 0, seconds, cell), run_of("helios-int8", 0, 1.0, cell))
+    )
+    (target,) = figures.targets(rows)
+    assert target.met is met
+
+
+def test_a_peer_without_the_architecture_is_named_and_left_out(tmp_path: Path, model: Path) -> None:
+    own = [one for one in CONTENDERS if one.engine == "llamacpp"]
+    results = comparison._empty(threads=1)
+    run = comparison._Comparison(results, own, 1, tmp_path, None, lambda _: None)
+    run.run({"small": catalog.read_model(model)}, [Cell("small", 4, 3, 1)], rounds=1, fresh=False)
+    assert results["runs"] == []
+    assert [one["contender"] for one in results["failed"]] == [one.name for one in own]
+    assert all("does not have the architecture of small" in one["reason"] for one in results["failed"])
+    # Nothing was installed for it.
+    assert not (tmp_path / "peers").exists()
 
 
 @pytest.mark.parametrize(("seconds", "met"), [(1.0, True), (1.3, False)])
