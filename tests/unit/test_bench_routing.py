@@ -9,7 +9,6 @@ import pytest
 from bench.paper.policy import traffic
 from bench.paper.policy.comparison import halves
 from bench.paper.policy.hindsight import Hindsight
-from bench.paper.policy.learning import Learnt, Schedule
 from bench.paper.policy.prices import Prices, prices
 from bench.paper.policy.routing import RoutedRun, examples, learn, rest_nats, route
 from bench.paper.policy.simulation import Run, Scene
@@ -67,7 +66,7 @@ def scene(
         batch=16,
         profiled_requests=5,
         prompt_tokens=16,
-        prompt_evaluation_seconds=0.5,
+        router_evaluation_seconds=0.5,
         row_seconds=1e-4,
         judged_from=FIRST,
     )
@@ -98,7 +97,7 @@ def test_a_probe_costs_its_readings_and_the_layers_that_do_not_serve() -> None:
     assert costs.probing({"prose-model"}, at("technical-model", 2)) == pytest.approx(costs.reading + layers)
     assert costs.probing(set(PROFILES), at("prose-model", 2)) == pytest.approx(2 * costs.reading + layers)
     assert costs.probe.further_seconds == pytest.approx(costs.reading + layers)
-    assert costs.loading == pytest.approx(0.2)
+    assert costs.loading == pytest.approx(0.1)
     by_plan = {one.plan: one.seconds for one in costs.plans}
     assert by_plan == {plan: world.token_seconds(plan) for plan in by_plan}
 
@@ -196,30 +195,9 @@ def test_no_text_that_is_measured_trains_the_router() -> None:
 def test_a_router_that_learns_pays_for_what_is_evaluated() -> None:
     world = scene(of=POOLS)
     costs = prices(world)
-    run = route(world, costs, 0, learning=Schedule())
+    run = route(world, costs, 0, learns=True)
     assert run.evaluated >= 64
     assert run.evaluating_seconds == pytest.approx(run.evaluated * 2 * costs.evaluation)
     # Until something is known, each request gets all layers of the model that reads it best.
     assert all(plan.depth == 4 for plan in run.plans[:8])
     assert {plan.depth for plan in run.plans[70:]} == {2, 4}
-
-
-def learnt(
-    served: int, unlike: Sequence[bool] = (), kinds: Sequence[int] = (), examples: Sequence[int] = (99, 99)
-) -> Learnt:
-    return Learnt(served, unlike, kinds, examples)
-
-
-def test_evaluations_are_due_at_fixed_numbers_then_for_unlike_or_rare_requests() -> None:
-    schedule = Schedule()
-    due = {served: schedule.due(learnt(served, [True] * 6)) for served in range(1, 65)}
-    assert {served: count for served, count in due.items() if count} == {8: 8, 16: 8, 32: 16, 64: 32}
-    # Six new requests must have come since the last evaluation.
-    assert schedule.due(learnt(69, [True] * 6)) == 0
-    assert schedule.due(learnt(70, [True, True, True, False, False, False])) == 0
-    assert schedule.due(learnt(70, [True, True, True, True, False, False])) == 8
-    few = (99, 47)
-    assert schedule.due(learnt(93, kinds=[1] * 16, examples=few)) == 0
-    assert schedule.due(learnt(94, kinds=[0] * 12 + [1] * 4, examples=few)) == 0
-    assert schedule.due(learnt(94, kinds=[0] * 11 + [1] * 5, examples=(99, 48))) == 0
-    assert schedule.due(learnt(94, kinds=[0] * 11 + [1] * 5, examples=few)) == 8

@@ -15,7 +15,6 @@ import numpy as np
 
 from bench.paper.policy import traffic
 from bench.paper.policy.hindsight import Figures, Hindsight, bound
-from bench.paper.policy.learning import Schedule
 from bench.paper.policy.paper_setting import RULE
 from bench.paper.policy.prices import Prices, prices
 from bench.paper.policy.routing import RoutedRun, examples, learn, route
@@ -185,7 +184,7 @@ def _learning(
         for seed in range(count)
     ]
     return _with_routing(
-        [(one, route(one.scene, costs, seed, learning=Schedule())) for seed, one in enumerate(worlds)]
+        [(one, route(one.scene, costs, seed, learns=True)) for seed, one in enumerate(worlds)]
     )
 
 

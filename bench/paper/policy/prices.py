@@ -13,8 +13,9 @@ class Prices:
     """Prices in seconds.
 
     layers: by model, its layers up to the first exit over a beginning. reading: the rows of the LM head that
-    one reading of one model takes. loading: all models with all layers, once. evaluation: CPU of one request
-    under one model, for the router to learn from.
+    one reading of one model takes. loading: with all layers, once, all models but the first, which is served
+    from the start in every simulation. evaluation: CPU of one request under one model, for the router to
+    learn from.
     """
 
     plans: tuple[PlanCost, ...]
@@ -58,7 +59,6 @@ def prices(scene: Scene) -> Prices:
         tokens=float(scene.requests[0].records[plans[0].model].tokens),
         layers={one.model: scene.judged_from / one.exits[0].prefill_tokens_per_second for one in profiles},
         reading=rows * scene.row_seconds,
-        loading=sum(one.full.load_seconds for one in profiles),
-        # The routers' own evaluations may be cheaper. This is the only place where their cost comes in.
-        evaluation=scene.prompt_evaluation_seconds,
+        loading=sum(one.full.load_seconds for one in list(profiles)[1:]),
+        evaluation=scene.router_evaluation_seconds,
     )

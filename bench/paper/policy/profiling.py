@@ -1,6 +1,7 @@
 """Profiles the candidates as the profiler does, and measures the cost."""
 
 import statistics
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ from bench.paper.policy.traffic import Request
 from bench.systems.subject import Subject
 from helios.engine.evaluation.candidate import Candidate
 from helios.engine.evaluation.evaluate import evaluate
+from helios.engine.evaluation.router_examples import evaluate_for_router
 from helios.engine.evaluation.settings import EvaluationSettings
 from helios.engine.evaluation.speed import measure_reading
 from helios.history import ModelProfile
@@ -38,12 +40,19 @@ def profile(
     alone = replace(settings, generated_tokens=1)
     prompts_only = [evaluate(one, prompts, alone, timed=profiles[one.entry.name]) for one in candidates]
     pairs = len(prompts) * len(candidates)
+    names = [str(number) for number in range(len(prompts))]
+    began = time.process_time()
+    for one in candidates:
+        evaluate_for_router(one, prompts, names, settings)
+    router_seconds = time.process_time() - began
     return profiles, {
         "seconds_per_assessment": sum(one.wall_seconds for one in again),
         "cpu_seconds_per_assessment": cpu_seconds,
         "cpu_seconds_per_request_and_model": cpu_seconds / pairs,
         # The cost when prompts are not continued.
         "cpu_seconds_per_prompt_and_model": sum(one.cpu_seconds for one in prompts_only) / pairs,
+        # The cost of an example for a router.
+        "cpu_seconds_per_example": router_seconds / pairs,
         "cpu_seconds_once": sum(one.once_cpu_seconds for one in profiles.values()),
     }
 

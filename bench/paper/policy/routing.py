@@ -6,7 +6,7 @@ Requests come one after the other. An evaluation is there some requests later.
 
 import random
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench.paper.policy.hindsight import bound
-from bench.paper.policy.learning import Learning, Learnt
 from bench.paper.policy.prices import Prices
 from bench.paper.policy.simulation import Run, Scene
 from bench.paper.policy.traffic import Request
@@ -25,13 +24,19 @@ from helios.routing.router import Router
 from helios.routing.terms import Recent, Terms, settle
 from helios.served import ServedPlan
 from helios.settings import SERVED_PROMPT_READINGS
+from services.controller.agenda import AgendaSettings
+from services.controller.allowance import Allowance
+from services.controller.routing.learning import Learning
+from services.controller.routing.recent_prompts import Seen
+from services.controller.routing.settings import RoutingSettings
 
 # Requests between two settlements, and those that a settlement sees.
 SETTLED_REQUESTS = 8
 _RECENT_REQUESTS = 64
-# Requests until an evaluation is there, and most examples that are kept.
+# Requests until an evaluation is there.
 _EVALUATION_DELAY = 4
-_MOST_EXAMPLES = 200
+_SETTINGS = RoutingSettings.model_validate({})
+_PROFILING_SHARE: float = AgendaSettings.model_fields["profiling_share"].default
 
 
 @dataclass(slots=True)
@@ -78,17 +83,18 @@ def route(
     seed: int,
     *,
     knowledge: Knowledge | None = None,
-    learning: Learning | None = None,
+    learns: bool = False,
     knows_rest: bool = False,
 ) -> RoutedRun:
     """Serves the requests of a scene, each under the plan that a router chooses.
 
-    knowledge: what has been learnt before. learning: when the router learns while it serves. Until it has
-    learnt, each request gets all layers of the model that reads its beginning best. seed: of the lots.
+    knowledge: what has been learnt before. learns: the router learns while it serves, when the controller
+    would have requests evaluated. Until it has learnt, each request gets all layers of the model that reads
+    its beginning best. seed: of the lots.
     knows_rest: an oracle, which knows the nats of the rest and needs no probe. Its price is settled as a
     router's.
     """
-    return _Routing(scene, prices, seed, knowledge, learning, knows_rest).run()
+    return _Routing(scene, prices, seed, knowledge, learns, knows_rest).run()
 
 
 class _Routing:
@@ -98,24 +104,23 @@ class _Routing:
         prices: Prices,
         seed: int,
         knowledge: Knowledge | None,
-        learning: Learning | None,
+        learns: bool,
         knows_rest: bool,
     ) -> None:
-        self.scene, self.prices, self.learning, self.knows_rest = scene, prices, learning, knows_rest
+        self.scene, self.prices, self.knows_rest = scene, prices, knows_rest
         self.plans = [one.plan for one in prices.plans]
         self.lots = random.Random(seed)
         self.done = RoutedRun(seconds=prices.loading, moving_seconds=prices.loading)
+        allowance = Allowance(_PROFILING_SHARE, lambda: self.done.seconds)
+        self.learning = Learning(_SETTINGS.routing_growth, allowance) if learns else None
         self.knowledge = _omniscient(knowledge) if knowledge is not None and knows_rest else knowledge
         self.router: Router | None = None
         self.examples: dict[str, Example] = {}
         # Evaluations that are under way: when they are there, and what they give.
         self.under_way: deque[tuple[int, list[Example]]] = deque()
         self.routed: deque[_Routed] = deque(maxlen=_RECENT_REQUESTS)
-        # The same requests as the present knowledge sees them, and the models that are expected to read them
-        # best.
+        # The same requests as the present knowledge sees them.
         self.recent: deque[Recent] = deque(maxlen=_RECENT_REQUESTS)
-        self.kinds: deque[int] = deque(maxlen=_RECENT_REQUESTS)
-        self.unlike: deque[bool] = deque(maxlen=_RECENT_REQUESTS)
         if self.knowledge is not None:
             self._settle(self.knowledge)
 
@@ -133,12 +138,12 @@ class _Routing:
         first_tokens = scene.judged_from
         first_ids = _first_ids(request, first_tokens)
         readings = {model: _reading(request, model, first_tokens) for model in scene.profiles}
-        is_unlike, is_safe = True, True
+        is_safe = True
         if self.router is None:
             best = min(readings, key=lambda model: readings[model].nats)
             plan = ServedPlan(model=best, depth=scene.profiles[best].full.depth)
         elif self.knows_rest:
-            plan, is_unlike, is_safe = self._best(request, self.router), False, False
+            plan, is_safe = self._best(request, self.router), False
         else:
             began = time.perf_counter()
             lot, router = self.lots.random(), self.router
@@ -152,8 +157,7 @@ class _Routing:
             done.ranking_seconds += time.perf_counter() - began
             assert ranked is not None
             plan = ranked[0].plan
-            is_unlike, is_safe = "unlike" in ranked[0].reason, "safe plan" in ranked[0].reason
-        self.unlike.append(is_unlike)
+            is_safe = "safe plan" in ranked[0].reason
         record = request.records[plan.model]
         rest = record.nats[record.exit_layers.index(plan.depth), first_tokens:]
         # What is read of a prompt that was taken for no other says nothing about what was expected.
@@ -163,7 +167,9 @@ class _Routing:
         nats = {model: one.nats for model, one in readings.items()}
         self.routed.append(_Routed(first_ids, nats, plan, served_nats, len(read)))
         if self.knowledge is not None:
-            self._see(self.knowledge, self.routed[-1])
+            seen = self._see(self.knowledge, self.routed[-1])
+            if self.learning is not None:
+                self.learning.saw([seen])
         done.plans.append(plan)
         probing = 0.0 if self.knows_rest else self.prices.probing(set(readings), plan)
         done.probing_seconds += probing
@@ -181,40 +187,46 @@ class _Routing:
         nats = rest_nats(request, self.plans, self.scene.judged_from)
         return self.plans[int((router.knowledge.costs + price * nats).argmin())]
 
-    def _see(self, knowledge: Knowledge, routed: _Routed) -> None:
+    def _see(self, knowledge: Knowledge, routed: _Routed) -> Seen:
         found = Recent.of(
             knowledge, routed.first_ids, routed.nats, routed.plan, routed.served_nats, routed.served_tokens
         )
         if self.knows_rest:
             # What a probe would have shown means nothing to it.
             found = Recent(found.features, found.first)
-        self.kinds.append(knowledge.kind(found.features, found.first))
         self.recent.append(found)
+        return Seen(found.is_unlike, knowledge.models[knowledge.kind(found.features, found.first)])
 
     def _learn(self, learning: Learning, number: int) -> bool:
         """Begins evaluations that are due, and takes those that are there. Returns whether one was."""
         done, knowledge = self.done, self.knowledge
-        counts: list[int] = []
+        of_kind: dict[str, int] = {}
         if knowledge is not None:
-            counts = np.bincount(knowledge.best_models, minlength=len(knowledge.models)).tolist()
-        count = learning.due(Learnt(number + 1, list(self.unlike), list(self.kinds), counts))
-        if count:
-            newest = self.scene.requests[max(0, number + 1 - count) : number + 1]
+            of_kind = dict(Counter(knowledge.models[at] for at in knowledge.best_models.tolist()))
+        due = None if self.under_way else learning.due(number + 1, done.seconds, len(self.examples), of_kind)
+        if due is not None:
+            newest = self.scene.requests[max(0, number + 1 - (due.requests or 0)) : number + 1]
             found = examples(newest, self.scene.judged_from)
             self.under_way.append((number + _EVALUATION_DELAY, found))
+            learning.began(number + 1, done.seconds)
             done.evaluated += len(found)
             done.assessments += 1
             done.evaluating_seconds += len(found) * len(self.scene.profiles) * self.prices.evaluation
         if not self.under_way or self.under_way[0][0] > number:
             return False
-        for one in self.under_way.popleft()[1]:
+        found = self.under_way.popleft()[1]
+        learning.ended(
+            len(found) * len(self.scene.profiles) * self.prices.evaluation, threads=1, failed=False
+        )
+        for one in found:
             # A repeated request tells nothing new, but it is among the newest again.
             self.examples.pop(one.id, None)
             self.examples[one.id] = one
-        self.examples = dict(list(self.examples.items())[-_MOST_EXAMPLES:])
+        self.examples = dict(list(self.examples.items())[-_SETTINGS.routing_examples :])
+        if len(self.examples) < _SETTINGS.routing_least_examples:
+            return False
         self.knowledge = learn(list(self.examples.values()), self.scene, self.prices)
         self.recent.clear()
-        self.kinds.clear()
         for routed in self.routed:
             self._see(self.knowledge, routed)
         return True

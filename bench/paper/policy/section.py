@@ -37,6 +37,7 @@ def measure(subject: Subject) -> dict[str, Any]:
         prompt_tokens=sizes.prompt_tokens,
         evaluation_seconds=profiling["cpu_seconds_per_request_and_model"],
         prompt_evaluation_seconds=profiling["cpu_seconds_per_prompt_and_model"],
+        router_evaluation_seconds=profiling["cpu_seconds_per_example"],
         row_seconds=row_seconds(subject, loaded, PROBE_READINGS),
     )
 

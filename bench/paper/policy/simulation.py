@@ -52,6 +52,8 @@ class Scene:
     # CPU seconds to evaluate one request under one model: with a continuation, and without.
     evaluation_seconds: float = 0.0
     prompt_evaluation_seconds: float = 0.0
+    # CPU seconds of one request under one model, for a router to learn from.
+    router_evaluation_seconds: float = 0.0
     # Seconds of a row of the LM head, when a probe's rows are read at once.
     row_seconds: float = 0.0
     # Quality is measured on each request's tokens from this one on. A probe reads those before.
