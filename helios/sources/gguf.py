@@ -28,7 +28,7 @@ from helios.architectures.registry import (
 from helios.architectures.spec import ModelConfig
 from helios.catalog import TOKENIZER_FILES
 from helios.errors import CheckpointError, HeliosError
-from helios.sources.gguf_header import GgufHeader, GgufTensor
+from helios.sources.gguf_header import GgufArray, GgufHeader, GgufTensor
 from helios.sources.progress import Progress
 from helios.sources.safetensors_file import write_float32
 from helios.weight_map import SINGLE_FILES
@@ -73,7 +73,7 @@ def read_supported(file: Path) -> GgufHeader:
     """
     header = GgufHeader.read(file)
     name = header.text("general.architecture")
-    if name not in ARCHITECTURES:
+    if name is None or name not in ARCHITECTURES:
         known = ", ".join(ARCHITECTURES)
         raise header.error("general.architecture", f"is {name!r}, which is not supported; known are {known}")
     if (header.count("split.count") or 1) > 1:
@@ -178,6 +178,9 @@ def _config_fields(header: GgufHeader, link: Path) -> dict[str, Any]:
 def _generation_fields(header: GgufHeader, fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of generation_config.json: every token that ends a text."""
     vocab, ends = int(fields["vocab_size"]), []
+    tokens = header.metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, GgufArray) and tokens.length > vocab:
+        raise header.error("tokenizer.ggml.tokens", f"has {tokens.length} tokens, and the model has {vocab}")
     for key in (f"tokenizer.ggml.{end}" for end in _ENDS):
         value = header.metadata.get(key)
         if value is None:
