@@ -28,7 +28,7 @@ from helios.architectures.registry import (
 from helios.architectures.spec import ModelConfig
 from helios.catalog import TOKENIZER_FILES
 from helios.errors import CheckpointError, HeliosError
-from helios.sources.gguf_header import GgufHeader, GgufTensor
+from helios.sources.gguf_header import GgufArray, GgufHeader, GgufTensor
 from helios.sources.progress import Progress
 from helios.sources.safetensors_file import write_float32
 from helios.weight_map import SINGLE_FILES
@@ -45,6 +45,14 @@ _LLAMA3_BORDERS = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+# Sizes that every file must have.
+_SIZES = (
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "attention.head_count",
+)
 # End-of-text tokens: all of them end a text.
 _ENDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 # Byte-level vocabularies whose text is split as GPT-2's, which is what transformers does by default.
@@ -72,27 +80,26 @@ def read_supported(file: Path) -> GgufHeader:
     Raises CheckpointError naming the file and the field.
     """
     header = GgufHeader.read(file)
+    from gguf import MODEL_ARCH_NAMES  # noqa: PLC0415
+
     name = header.text("general.architecture")
-    if name not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        raise header.error("general.architecture", f"is {name!r}, which is not supported; known are {known}")
+    known = [one for one in ARCHITECTURES if one in MODEL_ARCH_NAMES.values()]
+    if name is None or name not in known:
+        raise header.error(
+            "general.architecture", f"is {name!r}, which is not supported; known are {', '.join(known)}"
+        )
     if (header.count("split.count") or 1) > 1:
         raise header.error("split.count", "says that the model lies in several files; merge them first")
-    missing = [
-        key
-        for key in ("context_length", "embedding_length", "feed_forward_length", "attention.head_count")
-        if header.count(f"{name}.{key}") is None
-    ]
-    layers = header.count(f"{name}.block_count")
-    if missing or layers is None:
-        raise header.error(f"{name}.{missing[0] if missing else 'block_count'}", "is missing")
-    if layers > len(header.tensors):
+    sizes = {key: _required(header, f"{name}.{key}") for key in _SIZES}
+    if (layers := sizes["block_count"]) > len(header.tensors):
         raise header.error(f"{name}.block_count", f"is {layers}, and there are {len(header.tensors)} tensors")
-    for key in ("attention.head_count_kv", "attention.key_length", "rope.dimension_count", "vocab_size"):
+    for key in ("attention.head_count_kv", "vocab_size"):
         header.count(f"{name}.{key}")
     for key in ("rope.freq_base", "attention.layer_norm_rms_epsilon", "rope.scaling.factor"):
         header.number(f"{name}.{key}")
-    rotated, width = header.count(f"{name}.rope.dimension_count"), _head_width(header, name)
+    rotated = header.count(f"{name}.rope.dimension_count")
+    width = header.count(f"{name}.attention.key_length")
+    width = width or sizes["embedding_length"] // sizes["attention.head_count"]
     if rotated not in (None, width):
         raise header.error(
             f"{name}.rope.dimension_count",
@@ -101,9 +108,11 @@ def read_supported(file: Path) -> GgufHeader:
     return header
 
 
-def _head_width(header: GgufHeader, name: str) -> int:
-    heads, hidden = header.count(f"{name}.attention.head_count"), header.count(f"{name}.embedding_length")
-    return header.count(f"{name}.attention.key_length") or (hidden or 0) // (heads or 1)
+def _required(header: GgufHeader, key: str) -> int:
+    value = header.count(key)
+    if value is None:
+        raise header.error(key, "is missing")
+    return value
 
 
 def convert(header: GgufHeader, target: Path, progress: Progress) -> None:
@@ -117,10 +126,11 @@ def convert(header: GgufHeader, target: Path, progress: Progress) -> None:
         link.symlink_to(header.file.resolve())
         fields = _config_fields(header, link)
         config = config_of(fields, header.file)
-        _write_json(target / CONFIG_FILE, fields)
-        _write_json(target / GENERATION_FILE, _generation_fields(header, fields))
-        _write_tokenizer(header, link, target)
+        generation = _generation_fields(header, fields)
         names = _names(header, config)
+        _write_tokenizer(header, link, target)
+    _write_json(target / CONFIG_FILE, fields)
+    _write_json(target / GENERATION_FILE, generation)
     tensors = [tensor for tensor in header.tensors if tensor.name in names]
     needed, free = sum(tensor.elements * 4 for tensor in tensors), shutil.disk_usage(target).free
     if needed > free:
@@ -178,6 +188,9 @@ def _config_fields(header: GgufHeader, link: Path) -> dict[str, Any]:
 def _generation_fields(header: GgufHeader, fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of generation_config.json: every token that ends a text."""
     vocab, ends = int(fields["vocab_size"]), []
+    tokens = header.metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, GgufArray) and tokens.length > vocab:
+        raise header.error("tokenizer.ggml.tokens", f"has {tokens.length} tokens, and the model has {vocab}")
     for key in (f"tokenizer.ggml.{end}" for end in _ENDS):
         value = header.metadata.get(key)
         if value is None:

@@ -19,7 +19,10 @@ CARD_FILE = "EXITS.md"
 
 @dataclass(frozen=True, slots=True)
 class ShippedExits:
-    """A folder with helios.json, exits.safetensors and README.md, and the digest of the model's weights."""
+    """A folder with helios.json, README.md and, unless the exits share the final norm, exits.safetensors.
+
+    digest: of the model's weights.
+    """
 
     path: Path
     digest: str
@@ -29,6 +32,8 @@ class ShippedExits:
         """Whether a model of this form can have these exits. Reads no weights."""
         if self.facts.num_layers != config.num_layers:
             return False
+        if self.facts.exit_head == "shared":
+            return True
         hidden = {
             slot.shape
             for name, slot in read_safetensors_header(self.path / EXITS_FILE).items()

@@ -196,7 +196,7 @@ def test_depth_without_an_exit_names_the_valid_ones(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("model_type", "llama"),
+        ("model_type", "gpt2"),
         ("model_type", ...),
         ("hidden_size", ...),
         ("hidden_size", 0),

@@ -21,9 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from helios.architectures.registry import read_config
 from helios.architectures.spec import LinearScaling, Llama3Scaling, RotaryPositions
 from helios.errors import CheckpointError, InvalidRequestError
+from helios.sources import gguf
 from helios.sources.gguf import name_of
 from helios.sources.gguf_header import GgufHeader
 from helios.sources.pull import pull
+from helios.sources.safetensors_file import write_float32
 from tests.gguf_files import LAYERS, TEMPLATE, Kind, write_gguf
 
 
@@ -65,6 +67,27 @@ def test_what_was_permuted_for_ggufs_is_put_back(tmp_path: Path, models: Path) -
     written = load_file(pull(str(tmp_path / "tiny.gguf"), models).entry.path / "model.safetensors")
     original = model.state_dict()
     assert all(torch.equal(tensor, original[name]) for name, tensor in written.items())
+
+
+def test_large_tensors_are_converted_in_pieces(
+    tmp_path: Path, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_gguf(tmp_path / "tiny.gguf")
+    whole = (pull(str(tmp_path / "tiny.gguf"), models).entry.path / "model.safetensors").read_bytes()
+    monkeypatch.setattr(gguf, "_PIECE_ELEMENTS", 500)
+    largest = 0
+
+    def watched(file: Path, shapes: object, pieces: Iterator[np.ndarray]) -> None:
+        nonlocal largest
+        kept = list(pieces)
+        largest = max(piece.size for piece in kept)
+        write_float32(file, shapes, kept)
+
+    monkeypatch.setattr(gguf, "write_float32", watched)
+    again = pull(str(tmp_path / "tiny.gguf"), models, name="again").entry.path / "model.safetensors"
+    assert again.read_bytes() == whole
+    # Only queries and keys are read at once, because their rows are permuted.
+    assert largest == 64 * 64
 
 
 def test_the_checkpoint_computes_what_transformers_computes(tmp_path: Path, models: Path) -> None:
@@ -199,6 +222,10 @@ LIES: dict[str, tuple[dict[str, Any], str]] = {
     "an end beyond the vocabulary": (
         {"metadata": {"tokenizer.ggml.eot_token_id": 1 << 20}},
         "tokenizer.ggml.eot_token_id must be a token below",
+    ),
+    "more tokens than the model has": (
+        {"metadata": {"llama.vocab_size": 250}},
+        "tokenizer.ggml.tokens has 266 tokens, and the model has 250",
     ),
     "no tokenizer": ({"metadata": {"tokenizer.ggml.model": None}}, "cannot be read by transformers"),
     "a stray tensor": (
@@ -346,6 +373,41 @@ def test_any_file_is_pulled_or_refused_and_a_refusal_leaves_nothing(
     with tempfile.TemporaryDirectory() as folder:
         file, models = Path(folder) / "tiny.gguf", Path(folder) / "models"
         file.write_bytes(content)
+        try:
+            pull(str(file), models)
+        except CheckpointError as error:
+            assert str(file) in error.message
+            assert not models.exists() or not list(models.iterdir())
+
+
+KEYS = (
+    *(f"llama.{key}" for key in ("block_count", "context_length", "embedding_length", "feed_forward_length")),
+    *(f"llama.attention.{key}" for key in ("head_count", "head_count_kv", "layer_norm_rms_epsilon")),
+    *(f"llama.{key}" for key in ("rope.freq_base", "rope.dimension_count", "vocab_size")),
+    *(f"tokenizer.ggml.{key}" for key in ("model", "pre", "tokens", "merges", "token_type", "add_bos_token")),
+    *(f"tokenizer.ggml.{key}_token_id" for key in ("bos", "eos", "unknown", "padding", "eot")),
+    "tokenizer.chat_template",
+    "general.architecture",
+    "general.license",
+    "general.name",
+)
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.sampled_from([0, 1, 2, 3, 5, 7, 260, 1 << 20, (1 << 31) - 1, (1 << 32) - 1]),
+    st.sampled_from([0.0, -1.0, 1e-30, 1e30, float("inf"), float("nan")]),
+    st.sampled_from(["", "llama", "mistral", "gpt2", "t5", "default", "{{ 1 / 0 }}", "{% if", "é" * 99]),
+    st.lists(st.sampled_from(["a", "", "a b", "he ll", "<unk>", "▁"]), min_size=1, max_size=300),
+    st.lists(st.integers(-5, 5), min_size=1, max_size=300),
+)
+
+
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+@given(metadata=st.dictionaries(st.sampled_from(KEYS), VALUES, min_size=1, max_size=2))
+def test_any_metadata_are_pulled_or_refused_and_a_refusal_leaves_nothing(metadata: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file, models = Path(folder) / "tiny.gguf", Path(folder) / "models"
+        write_gguf(file, metadata=metadata)
         try:
             pull(str(file), models)
         except CheckpointError as error:

@@ -14,7 +14,7 @@ from helios.engine import Engine, EngineSettings
 from helios.errors import CheckpointError, InvalidRequestError, SettingsError, UnknownModelError
 from helios.sources.pull import pull
 from helios.weight_map import WeightMap
-from tests.gguf_files import write_gguf
+from tests.gguf_files import random_model, write_gguf
 from tests.opt_variants import FORMS, Form, Head, save_tensors, save_variant
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -178,6 +178,31 @@ def test_a_model_with_tied_weights_under_the_heads_name_is_pulled(tmp_path: Path
     save_variant(tmp_path / "source", "pre-norm", 1, form, tied_as="lm_head")
     entry = pull(str(tmp_path / "source"), tmp_path / "models").entry
     Engine.load(entry.path, settings=EngineSettings(memory_bytes=64 << 20))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_sharded_llama_is_pulled_in_its_own_type(tmp_path: Path, dtype: torch.dtype) -> None:
+    source = tmp_path / "source"
+    random_model("llama", tied=False).to(dtype).save_pretrained(source, max_shard_size="40KB")
+    save_variant(tmp_path / "other", "pre-norm", 1)
+    shutil.copyfile(tmp_path / "other" / "tokenizer.json", source / "tokenizer.json")
+    ends = {"eos_token_id": [2, 5, 9]}
+    (source / "generation_config.json").write_text(json.dumps(ends))
+    entry = pull(str(source), tmp_path / "models").entry
+    assert len(WeightMap.read(entry.path).files) > 1
+    assert (entry.config.dtype, entry.config.eos_token_ids) == (str(dtype).removeprefix("torch."), (2, 5, 9))
+
+
+def test_a_llama_whose_config_and_tensors_disagree_is_refused_by_the_tensor(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    random_model("llama").save_pretrained(source)
+    save_variant(tmp_path / "other", "pre-norm", 1)
+    shutil.copyfile(tmp_path / "other" / "tokenizer.json", source / "tokenizer.json")
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 1}))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: .*\.k_proj\.weight has shape \[32"):
+        pull(str(source), tmp_path / "models")
+    assert not (tmp_path / "models").exists()
 
 
 def test_a_sentencepiece_model_that_cannot_be_converted_is_named_with_what_to_do(tmp_path: Path) -> None:

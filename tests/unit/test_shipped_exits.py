@@ -66,6 +66,17 @@ def test_the_command_says_where_exits_came_from_and_licence_and_size(tmp_path: P
     assert licence.startswith("licence: apache-2.0; ") and licence.endswith("B")
 
 
+def test_exits_that_share_the_final_norm_ship_as_facts_alone(tmp_path: Path, source: Path) -> None:
+    models = tmp_path / "models"
+    shipped = ship_exits(models, source)
+    (shipped / "exits.safetensors").unlink()
+    facts = json.loads((shipped / "helios.json").read_text()) | {"exit_head": "shared"}
+    (shipped / "helios.json").write_text(json.dumps(facts))
+    entry = pull(str(source), models).entry
+    assert entry.exit_layers == (2, 4, 6)
+    assert not (entry.path / "exits.safetensors").exists()
+
+
 def test_exits_of_other_weights_are_left_alone(tmp_path: Path, source: Path) -> None:
     models, other = tmp_path / "models", tmp_path / "other"
     save_variant(other, "pre-norm", 2)
