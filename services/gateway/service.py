@@ -118,7 +118,7 @@ class InferenceService:
             request = parse(raw)
             request_id = request.request_id or str(uuid.uuid4())
             span.set_attribute("helios.request_id", request_id)
-            check_request(request)
+            check_request(request, self._settings)
             preference = Preference.from_proto(request)
             sampling = sampling_params(request, self._settings, default_seed=secrets.randbits(64))
             finish = await self._serve(request, request_id, sampling, preference, context, span)
