@@ -1,8 +1,8 @@
 """Renders one chat template. It is a separate program, because a template is code that a checkpoint brings.
 
-Reads JSON lines from stdin and answers each with one on stdout. The first line is `{"template": ...,
-"special_tokens": {...}}`, each further one the messages of a conversation. An answer is `{"text": ...}`, or
-`{"error": ..., "kind": ...}` with a `FailureKind`. `helios.chat_template` runs it.
+Reads JSON lines from stdin and answers each with one on stdout. The first line is an `Opening`, each further
+one the messages of a conversation. An answer is `{"text": ...}`, or `{"kind": ..., "error": ...}` with a
+`FailureKind`; the answer to the opening is `{}` or the latter. `helios.chat_template` runs it.
 
 Jinja's sandbox keeps a template from Python's internals. It cannot bound what a template computes: a single
 call may take all memory or run for hours. So the kernel bounds this process: its CPU time for each text, its
@@ -15,10 +15,11 @@ import json
 import resource
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypedDict
 
 from jinja2 import Template, TemplateError, TemplateSyntaxError, nodes
 from jinja2.exceptions import SecurityError
@@ -27,15 +28,24 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
-# Bounds for one text: CPU time until SIGPROF ends the process, memory beyond that of the idle process, and
-# characters.
-CPU_SECONDS = 1.0
-MEMORY_BYTES = 256 << 20
-MOST_CHARACTERS = 16 << 20
 # Makes Python and jinja2 import all that they import when it is first needed. Later no file can be opened.
 _WARM_UP = "{{ 'text' | pprint }}{{ lipsum(n=1) }}{{ strftime_now('%c') }}{{ raise_exception() }}"
 # Longer reasons are cut.
 _REASON_CHARACTERS = 500
+
+
+class Opening(TypedDict):
+    """The template, the values of its variables `bos_token` and so on, and the bounds for one text.
+
+    When `cpu_seconds` are over, SIGPROF ends the process. `memory_bytes` is what it may use beyond the memory
+    of the idle process.
+    """
+
+    template: str
+    special_tokens: dict[str, str]
+    cpu_seconds: float
+    memory_bytes: int
+    most_characters: int
 
 
 class FailureKind(enum.StrEnum):
@@ -47,16 +57,12 @@ class FailureKind(enum.StrEnum):
     REFUSED = "refused"
     # It failed on these messages.
     FAILED = "failed"
-    # It needs more than MEMORY_BYTES, or its text has more than MOST_CHARACTERS.
+    # It needs more memory, or its text has more characters, than allowed.
     TOO_LARGE = "too large"
 
 
 class _RefusedError(TemplateError):
     """The template called raise_exception."""
-
-
-class _TooLargeError(Exception):
-    pass
 
 
 class _Generation(Extension):
@@ -126,59 +132,54 @@ def compile_template(text: str) -> Template:
     return environment.from_string(text)
 
 
-def render(template: Template, special_tokens: Mapping[str, str], messages: list[dict[str, str]]) -> str:
-    """The prompt. Raises what the template raises."""
-    blocks, characters = [], 0
-    for block in template.generate(
-        messages=messages, tools=None, documents=None, add_generation_prompt=True, **special_tokens
-    ):
-        blocks.append(block)
-        characters += len(block)
-        if characters > MOST_CHARACTERS:
-            raise _TooLargeError
-    text = "".join(blocks)
-    # A template can make text that is not valid Unicode.
-    text.encode()
-    return text
-
-
 def main() -> None:
     """Answers requests until stdin ends."""
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     with contextlib.suppress(_RefusedError):
         compile_template(_WARM_UP).render()
-    # The template is compiled within the bounds too.
-    first = requests.readline()
-    _bound()
-    wanted = json.loads(first)
-    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
-    template, answer = None, {}
-    try:
-        template = compile_template(wanted["template"])
-    except TemplateSyntaxError as error:
-        answer = _failure(FailureKind.SYNTAX, f"{error.message} in line {error.lineno}")
-    except MemoryError:
-        answer = _failure(FailureKind.TOO_LARGE, "")
-    except Exception as error:
-        answer = _failure(FailureKind.SYNTAX, f"{type(error).__name__}: {error}")
-    signal.setitimer(signal.ITIMER_PROF, 0)
-    _write(answers, answer)
+    opening: Opening = json.loads(requests.readline())
+    _bound(opening["memory_bytes"])
+    template: Template | None = None
+
+    def compile_opening() -> dict[str, str]:
+        nonlocal template
+        template = compile_template(opening["template"])
+        return {}
+
+    _write(answers, _within_bounds(opening, compile_opening))
     if template is None:
         return
     for line in requests:
-        _write(answers, _answer(template, wanted["special_tokens"], json.loads(line)))
+        messages = json.loads(line)
+        _write(answers, _within_bounds(opening, partial(_render, template, opening, messages)))
 
 
-def _answer(
-    template: Template, special_tokens: Mapping[str, str], messages: list[dict[str, str]]
-) -> dict[str, str]:
-    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+def _render(template: Template, opening: Opening, messages: list[dict[str, str]]) -> dict[str, str]:
+    blocks, characters = [], 0
+    for block in template.generate(
+        messages=messages, tools=None, documents=None, add_generation_prompt=True, **opening["special_tokens"]
+    ):
+        blocks.append(block)
+        characters += len(block)
+        if characters > opening["most_characters"]:
+            raise MemoryError
+    text = "".join(blocks)
+    # A template can make text that is not valid Unicode.
+    text.encode()
+    return {"text": text}
+
+
+def _within_bounds(opening: Opening, answer: Callable[[], dict[str, str]]) -> dict[str, str]:
+    """The answer, or why there is none. SIGPROF ends the process if it takes too long."""
+    signal.setitimer(signal.ITIMER_PROF, opening["cpu_seconds"])
     try:
-        return {"text": render(template, special_tokens, messages)}
+        return answer()
     except _RefusedError as error:
         return _failure(FailureKind.REFUSED, str(error))
-    except (_TooLargeError, MemoryError):
+    except MemoryError:
         return _failure(FailureKind.TOO_LARGE, "")
+    except TemplateSyntaxError as error:
+        return _failure(FailureKind.SYNTAX, f"{error.message} in line {error.lineno}")
     # A template can raise anything that Python raises.
     except Exception as error:
         return _failure(FailureKind.FAILED, f"{type(error).__name__}: {error}")
@@ -196,14 +197,14 @@ def _write(answers: BinaryIO, answer: Mapping[str, str]) -> None:
     answers.flush()
 
 
-def _bound() -> None:
+def _bound(memory_bytes: int) -> None:
     """Sets this process's limits. They hold until it ends, and nothing in it can lift them."""
     idle_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     # If memory runs out, the kernel ends this process and not its parent (proc(5)).
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
     for limit, value in {
-        resource.RLIMIT_AS: idle_bytes + MEMORY_BYTES,
+        resource.RLIMIT_AS: idle_bytes + memory_bytes,
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_FSIZE: 0,
         resource.RLIMIT_NPROC: 0,

@@ -8,6 +8,7 @@ A prompt already has its special tokens, so it is tokenized without adding any, 
 `apply_chat_template` does. Neither torch nor transformers is needed.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -21,8 +22,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from helios import chat_renderer
-from helios.chat_renderer import FailureKind
 from helios.errors import CheckpointError, HeliosError, InvalidRequestError
 from helios.json_object import read_json_object
 
@@ -47,8 +46,13 @@ _SPECIAL_TOKENS = (
 
 ROLES = ("system", "user", "assistant")
 
+# Bounds for one conversation: CPU time, memory of the process that renders it, and characters of the prompt.
+_CPU_SECONDS = 1.0
+_MEMORY_BYTES = 256 << 20
+_MOST_CHARACTERS = 16 << 20
 # Longest answer of a renderer. In JSON a character has at most 12 bytes.
-_MOST_ANSWER_BYTES = 12 * chat_renderer.MOST_CHARACTERS + 1024
+_MOST_ANSWER_BYTES = 12 * _MOST_CHARACTERS + 1024
+_RENDERER = Path(__file__).with_name("chat_renderer.py")
 # Environment variables that the renderer gets. All others may hold secrets.
 _PASSED_ON = ("PATH", "TZ", "LANG")
 _PASSED_ON_PREFIXES = ("PYTHON", "LD_", "LC_")
@@ -162,7 +166,13 @@ class ChatRenderer:
         """The renderer's answer. Raises _EndedError when there is none."""
         if self._process is None:
             self._process = self._start()
-            opening = {"template": self._template.text, "special_tokens": dict(self._template.special_tokens)}
+            opening = {
+                "template": self._template.text,
+                "special_tokens": dict(self._template.special_tokens),
+                "cpu_seconds": _CPU_SECONDS,
+                "memory_bytes": _MEMORY_BYTES,
+                "most_characters": _MOST_CHARACTERS,
+            }
             if refusal := self._exchange(self._process, opening):
                 self._end()
                 return refusal
@@ -173,7 +183,7 @@ class ChatRenderer:
             raise HeliosError("the renderer of chat templates is closed")
         return subprocess.Popen(
             # -P: the directory of this file is no place for the renderer's imports.
-            [sys.executable, "-P", chat_renderer.__file__],
+            [sys.executable, "-P", str(_RENDERER)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -190,12 +200,10 @@ class ChatRenderer:
         assert process.stdin is not None
         assert process.stdout is not None
         line = b""
-        try:
+        with contextlib.suppress(BrokenPipeError):
             process.stdin.write(json.dumps(request).encode() + b"\n")
             process.stdin.flush()
             line = process.stdout.readline(_MOST_ANSWER_BYTES)
-        except BrokenPipeError:
-            pass
         if not line.endswith(b"\n"):
             raise _EndedError(self._end())
         answer: dict[str, Any] = json.loads(line)
@@ -209,17 +217,15 @@ class ChatRenderer:
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdout.close()
-        try:
-            process.stdin.close()
-        except BrokenPipeError:
-            pass
         process.kill()
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
         return process.wait()
 
     def _ended(self, end: "_EndedError") -> HeliosError:
         if end.status == -signal.SIGPROF:
             return CheckpointError(
-                f"{self._name} needs more than {chat_renderer.CPU_SECONDS:g} s of CPU time for these messages; "
+                f"{self._name} needs more than {_CPU_SECONDS:g} s of CPU time for these messages; "
                 "send text instead of messages, or mend the template"
             )
         return CheckpointError(
@@ -230,17 +236,19 @@ class ChatRenderer:
     def _error(self, answer: Mapping[str, Any]) -> HeliosError:
         reason = answer["error"]
         match answer["kind"]:
-            case FailureKind.REFUSED:
+            case "refused":
                 return InvalidRequestError(f"{self._name} refuses these messages: {reason}")
-            case FailureKind.FAILED:
+            case "failed":
                 return InvalidRequestError(f"{self._name} fails on these messages: {reason}")
-            case FailureKind.TOO_LARGE:
+            case "too large":
                 return CheckpointError(
                     f"{self._name} needs too much memory for these messages, or its text is too long; send "
                     "text instead of messages, or mend the template"
                 )
             case _:
-                return CheckpointError(f"{self._name} is not a valid template: {reason}; mend it, or send text")
+                return CheckpointError(
+                    f"{self._name} is not a valid template: {reason}; mend it, or send text"
+                )
 
 
 class _EndedError(Exception):

@@ -26,8 +26,8 @@ _PROMPTS = {
 def parse(raw: bytes) -> inference_pb2.GenerateRequest:
     """Parses the received bytes as a request.
 
-    Raises InvalidRequestError if they are not a request, or if it has several prompts. Only the bytes show the
-    latter, because the parser silently keeps the last member of a oneof.
+    Raises InvalidRequestError if they are not a request, or if it has several prompts. Only the bytes show
+    the latter, because the parser silently keeps the last member of a oneof.
     """
     try:
         request = inference_pb2.GenerateRequest.FromString(raw)

@@ -1,0 +1,133 @@
+"""`helios chat`: a conversation in the terminal."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import click
+
+from helios.cli.sampling_options import RequestOptions, request_options, utf8
+from helios.cli.target import target_option
+from helios.client import Client, generate_request
+from helios.errors import HeliosError, InvalidRequestError
+from helios.stack_state import find_gateway
+from helios.v1 import generation_pb2
+from helios.v1.inference_pb2 import ChatMessage, ChatMessages
+
+_QUIT, _CLEAR = "/quit", "/clear"
+# Longest answer, if the gateway allows it. A text that is continued is shorter by default.
+_MAX_TOKENS = 1024
+
+
+@click.command()
+@click.option("--system", help="What the model is told first, before the conversation.")
+@request_options
+@target_option("gateway")
+def chat(*, system: str | None, target: str | None, **chosen: Any) -> None:
+    """Talk to a model that has a chat template. Each line of stdin is a message.
+
+    /clear forgets the conversation, /quit or Ctrl-D ends it, and Ctrl-C ends an answer.
+    """
+    options = RequestOptions(**chosen)
+    with Client(find_gateway(target, options.model)) as client:
+        if options.max_tokens is None:
+            options = replace(options, max_tokens=min(_MAX_TOKENS, client.status().limits.max_tokens))
+        is_terminal = sys.stdin.isatty()
+        first = utf8(system or "", "--system")
+        conversation = _Conversation(client, options, first, is_terminal=is_terminal)
+        if is_terminal:
+            click.secho(f"{_CLEAR} forgets the conversation, {_QUIT} or Ctrl-D ends it.", dim=True, err=True)
+        for line in _typed_lines() if is_terminal else _piped_lines():
+            if line == _QUIT:
+                break
+            if line == _CLEAR:
+                conversation.clear()
+            elif line.strip():
+                try:
+                    conversation.answer(line)
+                except HeliosError as error:
+                    if not is_terminal:
+                        raise
+                    click.echo(f"error: {error.message}", err=True)
+
+
+class _Conversation:
+    """The messages so far. If they no longer fit into the model's context, the oldest turns are forgotten."""
+
+    def __init__(self, client: Client, options: RequestOptions, system: str, *, is_terminal: bool) -> None:
+        """system: the first message, which stays. Empty: none."""
+        self._client = client
+        self._options = options
+        self._is_terminal = is_terminal
+        self._head = [ChatMessage(role="system", content=system)] if system else []
+        self._turns: list[ChatMessage] = []
+        self._said_cut = False
+
+    def clear(self) -> None:
+        """Forgets everything but the system message."""
+        self._turns.clear()
+        self._said_cut = False
+
+    def answer(self, line: str) -> None:
+        """Streams the answer to the next message. In a terminal Ctrl-C ends it, and what was said stays.
+
+        Raises HeliosError; then the message is forgotten.
+        """
+        messages = [*self._head, *self._turns, ChatMessage(role="user", content=line)]
+        request = generate_request(
+            ChatMessages(messages=messages, drop_oldest_turns=True),
+            model=self._options.model,
+            sampling=self._options.sampling(),
+            max_perplexity_increase=self._options.max_perplexity_increase,
+            objective=self._options.parsed_objective(),
+        )
+        said, dropped = "", 0
+        try:
+            for event in self._client.generate(request):
+                if isinstance(event, generation_pb2.Token):
+                    said += event.text
+                    click.echo(event.text, nl=False)
+                    sys.stdout.flush()
+                else:
+                    dropped = event.dropped_messages
+        except KeyboardInterrupt:
+            if not self._is_terminal:
+                raise
+            if not said:
+                return
+        finally:
+            if said:
+                click.echo()
+        kept = messages[len(self._head) + dropped :]
+        self._turns = [*kept, ChatMessage(role="assistant", content=said)]
+        if dropped and not self._said_cut:
+            self._said_cut = True
+            note = "The conversation no longer fits into the model's context. The oldest turns are left out."
+            click.secho(note, dim=True, err=True)
+
+
+def _typed_lines() -> Iterator[str]:
+    """Lines from the terminal, with line editing, until Ctrl-D. Ctrl-C begins a new line."""
+    # Importing it gives `input` its line editing.
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            click.echo()
+            return
+        except KeyboardInterrupt:
+            click.echo()
+            continue
+        yield utf8(line, "the message")
+
+
+def _piped_lines() -> Iterator[str]:
+    for line in sys.stdin.buffer:
+        try:
+            yield line.decode().removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise InvalidRequestError(f"a line of stdin is not UTF-8: {error}") from error
