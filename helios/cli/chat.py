@@ -2,7 +2,6 @@
 
 import contextlib
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -36,44 +35,65 @@ def chat(*, system: str | None, target: str | None, **chosen: Any) -> None:
             options = replace(options, max_tokens=min(_MAX_TOKENS, client.status().limits.max_tokens))
         is_terminal = sys.stdin.isatty()
         first = utf8(system or "", "--system")
-        conversation = _Conversation(client, options, first, is_terminal=is_terminal)
+        conversation = _Conversation(client, options, first)
         if is_terminal:
-            click.secho(f"{_CLEAR} forgets the conversation, {_QUIT} or Ctrl-D ends it.", dim=True, err=True)
-        for line in _typed_lines() if is_terminal else _piped_lines():
-            if line == _QUIT:
-                break
-            if line == _CLEAR:
-                conversation.clear()
-            elif line.strip():
-                try:
-                    conversation.answer(line)
-                except HeliosError as error:
-                    if not is_terminal:
-                        raise
-                    click.echo(f"error: {error.message}", err=True)
+            _talk(conversation)
+        else:
+            for line in sys.stdin.buffer:
+                if not conversation.take(_decoded(line)):
+                    break
+
+
+def _talk(conversation: "_Conversation") -> None:
+    """A conversation at a terminal, with line editing. An error ends only the answer, and so does Ctrl-C."""
+    # Importing it gives `input` its line editing.
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401
+    click.secho(f"{_CLEAR} forgets the conversation, {_QUIT} or Ctrl-D ends it.", dim=True, err=True)
+    goes_on = True
+    while goes_on:
+        try:
+            goes_on = conversation.take(utf8(input("> "), "the message"))
+        except EOFError:
+            click.echo()
+            goes_on = False
+        except KeyboardInterrupt:
+            click.echo()
+        except HeliosError as error:
+            click.echo(f"error: {error.message}", err=True)
+
+
+def _decoded(line: bytes) -> str:
+    try:
+        return line.decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise InvalidRequestError(f"a line of stdin is not UTF-8: {error}") from error
 
 
 class _Conversation:
     """The messages so far. If they no longer fit into the model's context, the oldest turns are forgotten."""
 
-    def __init__(self, client: Client, options: RequestOptions, system: str, *, is_terminal: bool) -> None:
+    def __init__(self, client: Client, options: RequestOptions, system: str) -> None:
         """system: the first message, which stays. Empty: none."""
         self._client = client
         self._options = options
-        self._is_terminal = is_terminal
         self._head = [ChatMessage(role="system", content=system)] if system else []
         self._turns: list[ChatMessage] = []
         self._said_cut = False
 
-    def clear(self) -> None:
-        """Forgets everything but the system message."""
-        self._turns.clear()
-        self._said_cut = False
+    def take(self, line: str) -> bool:
+        """Obeys a command or answers a message. Returns False when the conversation has ended."""
+        if line == _CLEAR:
+            self._turns.clear()
+            self._said_cut = False
+        elif line.strip() and line != _QUIT:
+            self._answer(line)
+        return line != _QUIT
 
-    def answer(self, line: str) -> None:
-        """Streams the answer to the next message. In a terminal Ctrl-C ends it, and what was said stays.
+    def _answer(self, line: str) -> None:
+        """Streams the answer to a message. If it is interrupted, what was said so far is the answer.
 
-        Raises HeliosError; then the message is forgotten.
+        Raises HeliosError and KeyboardInterrupt. Without an answer the message is forgotten.
         """
         messages = [*self._head, *self._turns, ChatMessage(role="user", content=line)]
         request = generate_request(
@@ -92,42 +112,17 @@ class _Conversation:
                     sys.stdout.flush()
                 else:
                     dropped = event.dropped_messages
-        except KeyboardInterrupt:
-            if not self._is_terminal:
-                raise
-            if not said:
-                return
-        finally:
+                    click.echo()
+        except HeliosError:
             if said:
                 click.echo()
-        kept = messages[len(self._head) + dropped :]
-        self._turns = [*kept, ChatMessage(role="assistant", content=said)]
+            raise
+        except KeyboardInterrupt:
+            if said:
+                self._turns = [*messages[len(self._head) :], ChatMessage(role="assistant", content=said)]
+            raise
+        self._turns = [*messages[len(self._head) + dropped :], ChatMessage(role="assistant", content=said)]
         if dropped and not self._said_cut:
             self._said_cut = True
             note = "The conversation no longer fits into the model's context. The oldest turns are left out."
             click.secho(note, dim=True, err=True)
-
-
-def _typed_lines() -> Iterator[str]:
-    """Lines from the terminal, with line editing, until Ctrl-D. Ctrl-C begins a new line."""
-    # Importing it gives `input` its line editing.
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401
-    while True:
-        try:
-            line = input("> ")
-        except EOFError:
-            click.echo()
-            return
-        except KeyboardInterrupt:
-            click.echo()
-            continue
-        yield utf8(line, "the message")
-
-
-def _piped_lines() -> Iterator[str]:
-    for line in sys.stdin.buffer:
-        try:
-            yield line.decode().removesuffix("\n")
-        except UnicodeDecodeError as error:
-            raise InvalidRequestError(f"a line of stdin is not UTF-8: {error}") from error
