@@ -1,15 +1,17 @@
 """`helios chat`: a conversation in the terminal."""
 
+import asyncio
 import contextlib
 import sys
 from dataclasses import replace
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import click
 
 from helios.cli.sampling_options import RequestOptions, request_options, utf8
 from helios.cli.target import target_option
-from helios.client import Client, generate_request
+from helios.client import AsyncClient, generate_request
 from helios.errors import HeliosError, InvalidRequestError
 from helios.stack_state import find_gateway
 from helios.v1 import generation_pb2
@@ -30,18 +32,19 @@ def chat(*, system: str | None, target: str | None, **chosen: Any) -> None:
     /clear forgets the conversation, /quit or Ctrl-D ends it, and Ctrl-C ends an answer.
     """
     options = RequestOptions(**chosen)
-    with Client(find_gateway(target, options.model)) as client:
-        if options.max_tokens is None:
-            options = replace(options, max_tokens=min(_MAX_TOKENS, client.status().limits.max_tokens))
-        is_terminal = sys.stdin.isatty()
-        first = utf8(system or "", "--system")
-        conversation = _Conversation(client, options, first)
-        if is_terminal:
+    first = utf8(system or "", "--system")
+    with _Conversation(find_gateway(target, options.model), options, first) as conversation:
+        if sys.stdin.isatty():
             _talk(conversation)
         else:
             for line in sys.stdin.buffer:
                 if not conversation.take(_decoded(line)):
                     break
+
+
+async def _connect(gateway: str) -> AsyncClient:
+    # It must be made in the event loop.
+    return AsyncClient(gateway)
 
 
 def _talk(conversation: "_Conversation") -> None:
@@ -71,15 +74,32 @@ def _decoded(line: bytes) -> str:
 
 
 class _Conversation:
-    """The messages so far. If they no longer fit into the model's context, the oldest turns are forgotten."""
+    """The messages so far. If they no longer fit into the model's context, the oldest turns are forgotten.
 
-    def __init__(self, client: Client, options: RequestOptions, system: str) -> None:
-        """system: the first message, which stays. Empty: none."""
-        self._client = client
+    Answers are awaited in an event loop, where Ctrl-C only cancels. A KeyboardInterrupt within gRPC's own code
+    could leave a lock behind, and the next answer would never come.
+    """
+
+    def __init__(self, gateway: str, options: RequestOptions, system: str) -> None:
+        """gateway: host:port. system: the first message, which stays. Empty: none."""
+        self._loop = asyncio.Runner()
+        self._client = self._loop.run(_connect(gateway))
         self._options = options
         self._head = [ChatMessage(role="system", content=system)] if system else []
         self._turns: list[ChatMessage] = []
         self._said_cut = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._loop.run(self._client.close())
+        self._loop.close()
 
     def take(self, line: str) -> bool:
         """Obeys a command or answers a message. Returns False when the conversation has ended."""
@@ -87,14 +107,17 @@ class _Conversation:
             self._turns.clear()
             self._said_cut = False
         elif line.strip() and line != _QUIT:
-            self._answer(line)
+            self._loop.run(self._answer(line))
         return line != _QUIT
 
-    def _answer(self, line: str) -> None:
-        """Streams the answer to a message. If it is interrupted, what was said so far is the answer.
+    async def _answer(self, line: str) -> None:
+        """Streams the answer to a message. If it is cancelled, what was said so far is the answer.
 
-        Raises HeliosError and KeyboardInterrupt. Without an answer the message is forgotten.
+        Raises HeliosError. Without an answer the message is forgotten.
         """
+        if self._options.max_tokens is None:
+            limits = (await self._client.status()).limits
+            self._options = replace(self._options, max_tokens=min(_MAX_TOKENS, limits.max_tokens))
         messages = [*self._head, *self._turns, ChatMessage(role="user", content=line)]
         request = generate_request(
             ChatMessages(messages=messages, drop_oldest_turns=True),
@@ -105,7 +128,7 @@ class _Conversation:
         )
         said, dropped = "", 0
         try:
-            for event in self._client.generate(request):
+            async for event in self._client.generate(request):
                 if isinstance(event, generation_pb2.Token):
                     said += event.text
                     click.echo(event.text, nl=False)
@@ -117,7 +140,7 @@ class _Conversation:
             if said:
                 click.echo()
             raise
-        except KeyboardInterrupt:
+        except asyncio.CancelledError:
             if said:
                 self._turns = [*messages[len(self._head) :], ChatMessage(role="assistant", content=said)]
             raise
