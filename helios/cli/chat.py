@@ -76,7 +76,7 @@ def _decoded(line: bytes) -> str:
 class _Conversation:
     """The messages so far. If they no longer fit into the model's context, the oldest turns are forgotten.
 
-    Answers are awaited in an event loop, where Ctrl-C only cancels. A KeyboardInterrupt within gRPC's own code
+    Answers are awaited in an event loop, where Ctrl-C only cancels. A KeyboardInterrupt within gRPC's code
     could leave a lock behind, and the next answer would never come.
     """
 

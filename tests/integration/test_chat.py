@@ -4,6 +4,7 @@ import asyncio
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -311,6 +312,18 @@ def test_generate_applies_the_template_when_it_is_told_to(gateway: Process) -> N
         check=False,
     )
     assert said.stdout == answer_to(gateway, ("user", "def f():")) + "\n", said.stderr
+
+
+def test_client_of_the_readme_streams_an_answer(gateway: Process) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (program,) = re.findall(r"```python\n(from helios\.client .*?)```", readme, re.DOTALL)
+    program = program.replace("127.0.0.1:50051", gateway.address)
+    said = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    with Client(gateway.address) as client:
+        request = generate_request(chat(("user", "What is an early exit?")))
+        assert said.stdout == list(client.generate(request))[-1].text, said.stderr
 
 
 async def test_in_a_terminal_ctrl_c_ends_an_answer_and_ctrl_d_the_conversation(
