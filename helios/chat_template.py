@@ -101,8 +101,8 @@ def check_chat_template(path: Path, model: str) -> None:
             renderer.render([{"role": "user", "content": "Hello"}])
     except InvalidRequestError as error:
         raise CheckpointError(
-            f"{path}: {error}. A user's message alone must render; mend the template, or take it out to serve "
-            "the model without one"
+            f"{path}: {error}. A user's message alone must render; mend the template, or take it out to "
+            "serve the model without one"
         ) from error
 
 
