@@ -343,10 +343,10 @@ async def test_in_a_terminal_ctrl_c_ends_an_answer_and_ctrl_d_the_conversation(
 
 
 def _type_into(command: list[str]) -> int:
-    """Runs the command in a terminal and types. Answers begin with `x` and do not end by themselves."""
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.execv(command[0], command)
+    """Runs the command at a terminal and types. Answers begin with `x` and do not end by themselves."""
+    terminal, its_side = pty.openpty()
+    process = subprocess.Popen(command, stdin=its_side, stdout=its_side, stderr=its_side)
+    os.close(its_side)
     seen = b""
 
     def read_until(text: bytes) -> None:
@@ -363,13 +363,11 @@ def _type_into(command: list[str]) -> int:
         for line in (b"def f():", b"import"):
             os.write(terminal, line + b"\n")
             read_until(line + b"\r\nx")
-            os.write(terminal, b"\x03")
+            process.send_signal(signal.SIGINT)
             read_until(b"> ")
         os.write(terminal, b"\x04")
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    except BaseException:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        raise
+        return process.wait(60)
     finally:
+        process.kill()
+        process.wait()
         os.close(terminal)
