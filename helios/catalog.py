@@ -10,6 +10,7 @@ from typing import Any, Literal, Self, cast
 import helios
 from helios.architectures.registry import read_config
 from helios.architectures.spec import ModelConfig
+from helios.chat_template import TEMPLATE_FILES
 from helios.errors import CheckpointError, SettingsError, UnknownDepthError, UnknownModelError
 from helios.json_object import read_json_object
 from helios.weight_map import WeightMap
@@ -25,7 +26,7 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "chat_template.jinja",
+    *TEMPLATE_FILES,
 )
 # The folder of a models directory with exits of models that are not there. It is not a model.
 EXITS_DIR = "exits"

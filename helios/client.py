@@ -38,7 +38,7 @@ _ERRORS_BY_CODE: dict[int, type[HeliosError]] = {
 
 
 def generate_request(
-    prompt: str | Sequence[int],
+    prompt: str | Sequence[int] | inference_pb2.ChatMessages,
     *,
     model: str = "",
     request_id: str = "",
@@ -46,7 +46,7 @@ def generate_request(
     max_perplexity_increase: float | None = None,
     objective: Objective | None = None,
 ) -> inference_pb2.GenerateRequest:
-    """A request for a text or for token ids. Unset fields get the gateway's defaults.
+    """A request for a text, for token ids or for a conversation. Unset fields get the gateway's defaults.
 
     max_perplexity_increase: a share (0.05 is 5 %).
     """
@@ -60,6 +60,8 @@ def generate_request(
         request.objective = objective.to_proto()
     if isinstance(prompt, str):
         request.text = prompt
+    elif isinstance(prompt, inference_pb2.ChatMessages):
+        request.messages.CopyFrom(prompt)
     else:
         request.token_ids.CopyFrom(generation_pb2.TokenIds(ids=prompt))
     return request

@@ -117,29 +117,30 @@ def is_held(directory: Path) -> bool:
     return False
 
 
-def find_serving(part: str = "gateway") -> StackState:
+def find_serving(part: str = "gateway", model: str = "") -> StackState:
     """The running stack.
 
     Raises UnavailableError when there is none or it does not serve yet. `part`: which service the error
-    message suggests to name instead.
+    message suggests to name instead. `model`: which model it suggests to serve.
     """
     directory = state_dir()
     state = read(directory)
     if state is None:
         raise UnavailableError(
-            f"no running stack found: start one with `helios up`, or name a {part} with --target HOST:PORT"
+            f"no running stack found: start one with `helios up{f' --model {model}' if model else ''}`, or "
+            f"name a {part} with --target HOST:PORT"
         )
     if not state.ready:
         raise UnavailableError(f"the stack is still starting (logs: {logs_dir(directory)}): try again soon")
     return state
 
 
-def find_gateway(target: str | None) -> str:
+def find_gateway(target: str | None, model: str = "") -> str:
     """The gateway's address: the target if given, otherwise the running stack's.
 
-    Raises UnavailableError when there is neither.
+    Raises UnavailableError when there is neither; it suggests to serve `model`.
     """
-    return target or find_serving("gateway").gateway
+    return target or find_serving("gateway", model).gateway
 
 
 def find_profiler(target: str | None) -> str:

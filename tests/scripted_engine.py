@@ -141,6 +141,7 @@ class ScriptedEngine:
             context_tokens=256,
             tokenizer_id="scripted",
             tokenizer_json=b"{}",
+            chat_templates={},
             threshold=None,
             precision="float32",
             weight_bytes=0,

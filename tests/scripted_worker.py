@@ -38,6 +38,10 @@ class ScriptedWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.telemetry = worker_pb2.Telemetry(
             worker_id=worker_id, model=model, depth=4, blocks_total=100, blocks_free=100
         )
+        # By model, its chat template.
+        self.chat_templates: dict[str, str] = {}
+        # Names of the models that it could load.
+        self.loadable: list[str] = []
         self._tokenizer_json = write_tokenizer().encode()
 
     def serve(self, *plans: ServedPlan, router_number: int = 1) -> None:
@@ -102,7 +106,19 @@ class ScriptedWorker(worker_pb2_grpc.WorkerServiceServicer):
             context_tokens=256,
             tokenizer_id="scripted",
         )
-        return worker_pb2.GetStatusResponse(telemetry=self.telemetry, model=model, max_running=PLACES)
+        return worker_pb2.GetStatusResponse(
+            telemetry=self.telemetry,
+            model=model,
+            max_running=PLACES,
+            models=self.loadable,
+            chat_template_ids=self.chat_templates,
+        )
+
+    async def GetChatTemplate(  # noqa: N802
+        self, request: worker_pb2.GetChatTemplateRequest, context: Context
+    ) -> worker_pb2.GetChatTemplateResponse:
+        template = self.chat_templates[request.model]
+        return worker_pb2.GetChatTemplateResponse(chat_template_id=template, template=template, source="x")
 
     async def GetTokenizer(  # noqa: N802
         self, request: worker_pb2.GetTokenizerRequest, context: Context

@@ -15,6 +15,7 @@ _COMMANDS = {
     "up": "helios.cli.up:up",
     "down": "helios.cli.up:down",
     "generate": "helios.cli.generate:generate",
+    "chat": "helios.cli.chat:chat",
     "status": "helios.cli.status:status",
     "top": "helios.cli.top:top",
     "slo": "helios.cli.slo:slo",

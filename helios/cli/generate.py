@@ -3,84 +3,52 @@
 import json
 import sys
 import time
+from typing import Any
 
 import click
 from google.protobuf.json_format import MessageToDict
 
+from helios.cli.sampling_options import RequestOptions, request_options, utf8
 from helios.cli.target import target_option
 from helios.client import Client, Event, generate_request
 from helios.errors import InvalidRequestError
-from helios.routing.preference import Preference
-from helios.slo import Objective
 from helios.stack_state import find_gateway
 from helios.v1 import generation_pb2
+from helios.v1.inference_pb2 import ChatMessage, ChatMessages
 
 
 @click.command()
 @click.argument("prompt")
-@click.option("--max-tokens", type=click.IntRange(min=0), help="Tokens to generate at most.")
-@click.option("--temperature", type=float, help="0, the default, is greedy.")
-@click.option("--top-k", type=click.IntRange(min=0), help="Sample among the k most likely tokens.")
-@click.option("--top-p", type=float, help="Sample among the tokens that make up this probability.")
-@click.option("--repetition-penalty", type=float, help="Above 1: what was said already becomes less likely.")
-@click.option("--seed", type=click.IntRange(min=0, max=(1 << 64) - 1), help="Same seed, same text.")
-@click.option("--stop", multiple=True, help="End before this string. Can be given several times.")
+@click.option("--chat", is_flag=True, help="PROMPT is a user's message: apply the model's chat template.")
+@request_options
 @click.option("--ignore-eos", is_flag=True, help="Go on after the model's end of text.")
-@click.option("--model", default="", help="Default: any model that is being served.")
-@click.option(
-    "--max-perplexity-increase",
-    type=float,
-    metavar="SHARE",
-    help="Largest expected rise of its perplexity (0.02: 2 %). Default: the SLO's.",
-)
-@click.option(
-    "--objective",
-    type=click.Choice([one.value for one in Preference.OBJECTIVES]),
-    help="What its plan is chosen for. Default: the SLO's.",
-)
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), help="Seconds it may take.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per event.")
 @target_option("gateway")
 def generate(
     *,
     prompt: str,
-    max_tokens: int | None,
-    temperature: float | None,
-    top_k: int | None,
-    top_p: float | None,
-    repetition_penalty: float | None,
-    seed: int | None,
-    stop: tuple[str, ...],
+    chat: bool,
     ignore_eos: bool,
-    model: str,
-    max_perplexity_increase: float | None,
-    objective: str | None,
     timeout: float | None,
     as_json: bool,
     target: str | None,
+    **chosen: Any,
 ) -> None:
     """Continue PROMPT, token by token. `-` reads it from stdin, without its last newline."""
-    sampling = generation_pb2.SamplingParams(
-        max_tokens=max_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        repetition_penalty=repetition_penalty,
-        seed=seed,
-        stop=[_text(string, "--stop") for string in stop],
-        ignore_eos=ignore_eos,
-    )
+    options = RequestOptions(**chosen)
+    text = _read_prompt(prompt)
     request = generate_request(
-        _read_prompt(prompt),
-        model=model,
-        sampling=sampling,
-        max_perplexity_increase=max_perplexity_increase,
-        objective=None if objective is None else Objective(objective),
+        ChatMessages(messages=[ChatMessage(role="user", content=text)]) if chat else text,
+        model=options.model,
+        sampling=options.sampling(ignore_eos=ignore_eos),
+        max_perplexity_increase=options.max_perplexity_increase,
+        objective=options.parsed_objective(),
     )
     show = _show_json if as_json else _show_text
     started = time.monotonic()
     token_times = []
-    with Client(find_gateway(target)) as client:
+    with Client(find_gateway(target, options.model)) as client:
         for event in client.generate(request, timeout):
             show(event)
             if isinstance(event, generation_pb2.Token):
@@ -91,20 +59,11 @@ def generate(
 
 def _read_prompt(argument: str) -> str:
     if argument != "-":
-        return _text(argument, "the prompt")
+        return utf8(argument, "the prompt")
     try:
         return sys.stdin.buffer.read().decode().removesuffix("\n")
     except UnicodeDecodeError as error:
         raise InvalidRequestError(f"the prompt on stdin is not UTF-8: {error}") from error
-
-
-def _text(argument: str, name: str) -> str:
-    # Python turns bytes in arguments that are not UTF-8 into lone surrogates.
-    try:
-        argument.encode()
-    except UnicodeEncodeError:
-        raise InvalidRequestError(f"{name} is not UTF-8") from None
-    return argument
 
 
 def _show_text(event: Event) -> None:

@@ -461,6 +461,9 @@ class Engine:
             context_tokens=config.context_tokens,
             tokenizer_id=plan.tokenizer_id,
             tokenizer_json=plan.tokenizer_json,
+            chat_templates={
+                one.served.model: one.chat_template for one in plans if one.chat_template is not None
+            },
             threshold=plan.thresholds.get(plan.depth),
             precision=plan.model.precision,
             weight_bytes=plan.memory.weight_bytes,

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from helios.chat_template import ChatTemplate
 from helios.errors import HeliosError
 from helios.modes import ExitMode
 from helios.routing.probe import Probe
@@ -203,6 +204,8 @@ class Served:
     # SHA-256 of tokenizer_json, in hexadecimal.
     tokenizer_id: str
     tokenizer_json: bytes
+    # By model of the plans. Models without one are missing.
+    chat_templates: Mapping[str, ChatTemplate]
     # A token of this depth counts as unsure below this confidence. None: the last layer has no threshold.
     threshold: float | None
     precision: str

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer
 
 from helios import catalog
 from helios.calibration import DEFAULT_THRESHOLD
+from helios.chat_template import ChatTemplate, check_chat_template, read_chat_template
 from helios.engine.backends.burst import ONE_STEP
 from helios.engine.backends.kv_cache import KVCache
 from helios.engine.backends.model import Model
@@ -48,6 +49,8 @@ class Plan:
     tokenizer_id: str
     # Its SHA-256 is tokenizer_id.
     tokenizer_json: bytes
+    # None: the model has none.
+    chat_template: ChatTemplate | None
     # Of all plans that are served together.
     memory: MemoryPlan
     # By exit layer of any plan of the model, the confidence below which a token counts as unsure. The model's
@@ -89,6 +92,7 @@ def check_model(entry: catalog.ModelEntry) -> None:
     Reads everything that such loads read, and keeps nothing.
     """
     load_tokenizer(entry.path, entry.facts)
+    check_chat_template(entry.path, entry.name)
     load_weights(
         entry.path,
         entry.config,
@@ -196,6 +200,7 @@ def load_plans(
             tokenizer=model.tokenizer.tokenizer,
             tokenizer_id=model.tokenizer.tokenizer_id,
             tokenizer_json=model.tokenizer.tokenizer_json,
+            chat_template=model.chat_template,
             memory=memory,
             thresholds=model.thresholds,
         )
@@ -217,6 +222,7 @@ class _LoadedModel(NamedTuple):
     model: Model
     runner: Runner
     tokenizer: LoadedTokenizer
+    chat_template: ChatTemplate | None
     thresholds: dict[int, float]
 
 
@@ -296,7 +302,8 @@ def _load_model(
         cuda_graphs=settings.cuda_graphs,
         most_rows=settings.max_running,
     )
-    return _LoadedModel(entry, model, runner, load_tokenizer(entry.path, entry.facts), thresholds)
+    tokenizer, chat_template = load_tokenizer(entry.path, entry.facts), read_chat_template(entry.path)
+    return _LoadedModel(entry, model, runner, tokenizer, chat_template, thresholds)
 
 
 def _add_progress(progress: Progress, before: int, total: int, done: int, _: int) -> None:

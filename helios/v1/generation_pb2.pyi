@@ -231,6 +231,7 @@ class Finish(_message.Message):
     DEPTH_FIELD_NUMBER: _builtins.int
     EXPECTED_PERPLEXITY_INCREASE_FIELD_NUMBER: _builtins.int
     PLAN_REASON_FIELD_NUMBER: _builtins.int
+    DROPPED_MESSAGES_FIELD_NUMBER: _builtins.int
     reason: Global___FinishReason.ValueType
     text: _builtins.str
     """The whole generated text: the concatenation of all token texts."""
@@ -248,6 +249,8 @@ class Finish(_message.Message):
     a share, and the reason for the choice, in words. Or why none was chosen, although the request asks for it.
     """
     plan_reason: _builtins.str
+    dropped_messages: _builtins.int
+    """The oldest messages that were left out, if the request allows it (ChatMessages.drop_oldest_turns)."""
     def __init__(
         self,
         *,
@@ -260,10 +263,11 @@ class Finish(_message.Message):
         depth: _builtins.int = ...,
         expected_perplexity_increase: _builtins.float | None = ...,
         plan_reason: _builtins.str = ...,
+        dropped_messages: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_expected_perplexity_increase", b"_expected_perplexity_increase", "expected_perplexity_increase", b"expected_perplexity_increase"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_perplexity_increase", b"_expected_perplexity_increase", "completion_tokens", b"completion_tokens", "depth", b"depth", "expected_perplexity_increase", b"expected_perplexity_increase", "model", b"model", "plan_reason", b"plan_reason", "prompt_tokens", b"prompt_tokens", "reason", b"reason", "resumed", b"resumed", "text", b"text"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_expected_perplexity_increase", b"_expected_perplexity_increase", "completion_tokens", b"completion_tokens", "depth", b"depth", "dropped_messages", b"dropped_messages", "expected_perplexity_increase", b"expected_perplexity_increase", "model", b"model", "plan_reason", b"plan_reason", "prompt_tokens", b"prompt_tokens", "reason", b"reason", "resumed", b"resumed", "text", b"text"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__expected_perplexity_increase: _TypeAlias = _typing.Literal["expected_perplexity_increase"]  # noqa: Y015
     _WhichOneofArgType__expected_perplexity_increase: _TypeAlias = _typing.Literal["_expected_perplexity_increase", b"_expected_perplexity_increase"]  # noqa: Y015

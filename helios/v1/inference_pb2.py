@@ -27,7 +27,7 @@ from helios.v1 import generation_pb2 as helios_dot_v1_dot_generation__pb2
 from helios.v1 import worker_pb2 as helios_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19helios/v1/inference.proto\x12\thelios.v1\x1a\x1ahelios/v1/controller.proto\x1a\x1ahelios/v1/generation.proto\x1a\x16helios/v1/worker.proto\"\x90\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.helios.v1.TokenIdsH\x00\x12+\n\x08sampling\x18\x04 \x01(\x0b\x32\x19.helios.v1.SamplingParams\x12\r\n\x05model\x18\x05 \x01(\t\x12$\n\x17max_perplexity_increase\x18\x06 \x01(\x01H\x01\x88\x01\x01\x12\'\n\tobjective\x18\x07 \x01(\x0e\x32\x14.helios.v1.ObjectiveB\x08\n\x06promptB\x1a\n\x18_max_perplexity_increase\"c\n\x10GenerateResponse\x12!\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x10.helios.v1.ChunkH\x00\x12#\n\x06\x66inish\x18\x02 \x01(\x0b\x32\x11.helios.v1.FinishH\x00\x42\x07\n\x05\x65vent\"\x19\n\x17GetServingStatusRequest\"\xa6\x01\n\x18GetServingStatusResponse\x12\'\n\x07workers\x18\x01 \x03(\x0b\x32\x16.helios.v1.WorkerState\x12\x14\n\x0copen_streams\x18\x02 \x01(\r\x12\x16\n\x0equeued_streams\x18\x03 \x01(\r\x12!\n\x06limits\x18\x04 \x01(\x0b\x32\x11.helios.v1.Limits\x12\x10\n\x08problems\x18\x05 \x03(\t\"\x8f\x01\n\x0bWorkerState\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\'\n\ttelemetry\x18\x05 \x01(\x0b\x32\x14.helios.v1.Telemetry\x12\x14\n\x0copen_streams\x18\x06 \x01(\r\"\x8a\x01\n\x06Limits\x12\x19\n\x11max_prompt_tokens\x18\x01 \x01(\r\x12\x12\n\nmax_tokens\x18\x02 \x01(\r\x12\x18\n\x10max_open_streams\x18\x03 \x01(\r\x12\x1a\n\x12max_queued_streams\x18\x04 \x01(\r\x12\x1b\n\x13max_request_seconds\x18\x05 \x01(\x01\x32\xb6\x01\n\x10InferenceService\x12\x45\n\x08Generate\x12\x1a.helios.v1.GenerateRequest\x1a\x1b.helios.v1.GenerateResponse0\x01\x12[\n\x10GetServingStatus\x12\".helios.v1.GetServingStatusRequest\x1a#.helios.v1.GetServingStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19helios/v1/inference.proto\x12\thelios.v1\x1a\x1ahelios/v1/controller.proto\x1a\x1ahelios/v1/generation.proto\x1a\x16helios/v1/worker.proto\"\xbd\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0e\n\x04text\x18\x02 \x01(\tH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.helios.v1.TokenIdsH\x00\x12+\n\x08messages\x18\x08 \x01(\x0b\x32\x17.helios.v1.ChatMessagesH\x00\x12+\n\x08sampling\x18\x04 \x01(\x0b\x32\x19.helios.v1.SamplingParams\x12\r\n\x05model\x18\x05 \x01(\t\x12$\n\x17max_perplexity_increase\x18\x06 \x01(\x01H\x01\x88\x01\x01\x12\'\n\tobjective\x18\x07 \x01(\x0e\x32\x14.helios.v1.ObjectiveB\x08\n\x06promptB\x1a\n\x18_max_perplexity_increase\"S\n\x0c\x43hatMessages\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.helios.v1.ChatMessage\x12\x19\n\x11\x64rop_oldest_turns\x18\x02 \x01(\x08\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"c\n\x10GenerateResponse\x12!\n\x05\x63hunk\x18\x01 \x01(\x0b\x32\x10.helios.v1.ChunkH\x00\x12#\n\x06\x66inish\x18\x02 \x01(\x0b\x32\x11.helios.v1.FinishH\x00\x42\x07\n\x05\x65vent\"\x19\n\x17GetServingStatusRequest\"\xa6\x01\n\x18GetServingStatusResponse\x12\'\n\x07workers\x18\x01 \x03(\x0b\x32\x16.helios.v1.WorkerState\x12\x14\n\x0copen_streams\x18\x02 \x01(\r\x12\x16\n\x0equeued_streams\x18\x03 \x01(\r\x12!\n\x06limits\x18\x04 \x01(\x0b\x32\x11.helios.v1.Limits\x12\x10\n\x08problems\x18\x05 \x03(\t\"\x8f\x01\n\x0bWorkerState\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\r\n\x05ready\x18\x03 \x01(\x08\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\'\n\ttelemetry\x18\x05 \x01(\x0b\x32\x14.helios.v1.Telemetry\x12\x14\n\x0copen_streams\x18\x06 \x01(\r\"\x8a\x01\n\x06Limits\x12\x19\n\x11max_prompt_tokens\x18\x01 \x01(\r\x12\x12\n\nmax_tokens\x18\x02 \x01(\r\x12\x18\n\x10max_open_streams\x18\x03 \x01(\r\x12\x1a\n\x12max_queued_streams\x18\x04 \x01(\r\x12\x1b\n\x13max_request_seconds\x18\x05 \x01(\x01\x32\xb6\x01\n\x10InferenceService\x12\x45\n\x08Generate\x12\x1a.helios.v1.GenerateRequest\x1a\x1b.helios.v1.GenerateResponse0\x01\x12[\n\x10GetServingStatus\x12\".helios.v1.GetServingStatusRequest\x1a#.helios.v1.GetServingStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,17 +35,21 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'helios.v1.inference_pb2', _
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_GENERATEREQUEST']._serialized_start=121
-  _globals['_GENERATEREQUEST']._serialized_end=393
-  _globals['_GENERATERESPONSE']._serialized_start=395
-  _globals['_GENERATERESPONSE']._serialized_end=494
-  _globals['_GETSERVINGSTATUSREQUEST']._serialized_start=496
-  _globals['_GETSERVINGSTATUSREQUEST']._serialized_end=521
-  _globals['_GETSERVINGSTATUSRESPONSE']._serialized_start=524
-  _globals['_GETSERVINGSTATUSRESPONSE']._serialized_end=690
-  _globals['_WORKERSTATE']._serialized_start=693
-  _globals['_WORKERSTATE']._serialized_end=836
-  _globals['_LIMITS']._serialized_start=839
-  _globals['_LIMITS']._serialized_end=977
-  _globals['_INFERENCESERVICE']._serialized_start=980
-  _globals['_INFERENCESERVICE']._serialized_end=1162
+  _globals['_GENERATEREQUEST']._serialized_end=438
+  _globals['_CHATMESSAGES']._serialized_start=440
+  _globals['_CHATMESSAGES']._serialized_end=523
+  _globals['_CHATMESSAGE']._serialized_start=525
+  _globals['_CHATMESSAGE']._serialized_end=569
+  _globals['_GENERATERESPONSE']._serialized_start=571
+  _globals['_GENERATERESPONSE']._serialized_end=670
+  _globals['_GETSERVINGSTATUSREQUEST']._serialized_start=672
+  _globals['_GETSERVINGSTATUSREQUEST']._serialized_end=697
+  _globals['_GETSERVINGSTATUSRESPONSE']._serialized_start=700
+  _globals['_GETSERVINGSTATUSRESPONSE']._serialized_end=866
+  _globals['_WORKERSTATE']._serialized_start=869
+  _globals['_WORKERSTATE']._serialized_end=1012
+  _globals['_LIMITS']._serialized_start=1015
+  _globals['_LIMITS']._serialized_end=1153
+  _globals['_INFERENCESERVICE']._serialized_start=1156
+  _globals['_INFERENCESERVICE']._serialized_end=1338
 # @@protoc_insertion_point(module_scope)

@@ -28,6 +28,7 @@ class GenerateRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     TEXT_FIELD_NUMBER: _builtins.int
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    MESSAGES_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     MAX_PERPLEXITY_INCREASE_FIELD_NUMBER: _builtins.int
@@ -49,6 +50,12 @@ class GenerateRequest(_message.Message):
         """Token ids, taken as they are."""
 
     @_builtins.property
+    def messages(self) -> Global___ChatMessages:
+        """A conversation. The model's chat template makes the prompt from it. INVALID_ARGUMENT: the model has no chat
+        template, or its template refuses the conversation. FAILED_PRECONDITION: the template itself is broken.
+        """
+
+    @_builtins.property
     def sampling(self) -> _generation_pb2.SamplingParams: ...
     def __init__(
         self,
@@ -56,18 +63,19 @@ class GenerateRequest(_message.Message):
         request_id: _builtins.str = ...,
         text: _builtins.str = ...,
         token_ids: _generation_pb2.TokenIds | None = ...,
+        messages: Global___ChatMessages | None = ...,
         sampling: _generation_pb2.SamplingParams | None = ...,
         model: _builtins.str = ...,
         max_perplexity_increase: _builtins.float | None = ...,
         objective: _controller_pb2.Objective.ValueType = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_perplexity_increase", b"_max_perplexity_increase", "max_perplexity_increase", b"max_perplexity_increase", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_max_perplexity_increase", b"_max_perplexity_increase", "max_perplexity_increase", b"max_perplexity_increase", "messages", b"messages", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_perplexity_increase", b"_max_perplexity_increase", "max_perplexity_increase", b"max_perplexity_increase", "model", b"model", "objective", b"objective", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_perplexity_increase", b"_max_perplexity_increase", "max_perplexity_increase", b"max_perplexity_increase", "messages", b"messages", "model", b"model", "objective", b"objective", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__max_perplexity_increase: _TypeAlias = _typing.Literal["max_perplexity_increase"]  # noqa: Y015
     _WhichOneofArgType__max_perplexity_increase: _TypeAlias = _typing.Literal["_max_perplexity_increase", b"_max_perplexity_increase"]  # noqa: Y015
-    _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids"]  # noqa: Y015
+    _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "token_ids", "messages"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__max_perplexity_increase) -> _WhichOneofReturnType__max_perplexity_increase | None: ...
@@ -75,6 +83,63 @@ class GenerateRequest(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType_prompt) -> _WhichOneofReturnType_prompt | None: ...
 
 Global___GenerateRequest: _TypeAlias = GenerateRequest  # noqa: Y015
+
+@_typing.final
+class ChatMessages(_message.Message):
+    """A conversation, the oldest message first."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    DROP_OLDEST_TURNS_FIELD_NUMBER: _builtins.int
+    drop_oldest_turns: _builtins.bool
+    """Leave out the oldest turns as far as the prompt and max_tokens (at most half of the context) do not fit into the
+    context together. A turn is a user's message with all that follows up to the next one. System messages at the
+    beginning stay, and so does the last turn. Finish.dropped_messages says how many messages were left out.
+    """
+    @_builtins.property
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ChatMessage]:
+        """At least one, and at most as many as a prompt may have tokens."""
+
+    def __init__(
+        self,
+        *,
+        messages: _abc.Iterable[Global___ChatMessage] | None = ...,
+        drop_oldest_turns: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["drop_oldest_turns", b"drop_oldest_turns", "messages", b"messages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChatMessages: _TypeAlias = ChatMessages  # noqa: Y015
+
+@_typing.final
+class ChatMessage(_message.Message):
+    """One message of a conversation."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROLE_FIELD_NUMBER: _builtins.int
+    CONTENT_FIELD_NUMBER: _builtins.int
+    role: _builtins.str
+    """system, user or assistant."""
+    content: _builtins.str
+    """Text in UTF-8. Control tokens of the template in it are not told from those that the template writes."""
+    def __init__(
+        self,
+        *,
+        role: _builtins.str = ...,
+        content: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["content", b"content", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ChatMessage: _TypeAlias = ChatMessage  # noqa: Y015
 
 @_typing.final
 class GenerateResponse(_message.Message):

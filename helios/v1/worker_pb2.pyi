@@ -527,6 +527,26 @@ Global___GetStatusRequest: _TypeAlias = GetStatusRequest  # noqa: Y015
 class GetStatusResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class ChatTemplateIdsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     TELEMETRY_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     EXIT_MODE_FIELD_NUMBER: _builtins.int
@@ -542,6 +562,7 @@ class GetStatusResponse(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     PRECISION_FIELD_NUMBER: _builtins.int
     PLANS_FIELD_NUMBER: _builtins.int
+    CHAT_TEMPLATE_IDS_FIELD_NUMBER: _builtins.int
     exit_mode: _builtins.str
     """How tokens leave: full, dynamic or greedy."""
     max_running: _builtins.int
@@ -570,6 +591,10 @@ class GetStatusResponse(_message.Message):
     def plans(self) -> _containers.RepeatedCompositeFieldContainer[Global___Plan]:
         """The plans in force, that of `model` first."""
 
+    @_builtins.property
+    def chat_template_ids(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """By model of these plans: the id of its chat template. Models without one are missing."""
+
     def __init__(
         self,
         *,
@@ -588,10 +613,11 @@ class GetStatusResponse(_message.Message):
         memory_bytes: _builtins.int = ...,
         precision: _builtins.str = ...,
         plans: _abc.Iterable[Global___Plan] | None = ...,
+        chat_template_ids: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "telemetry", b"telemetry"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "bytes_read", b"bytes_read", "device", b"device", "exit_mode", b"exit_mode", "max_running", b"max_running", "max_waiting", b"max_waiting", "memory_bytes", b"memory_bytes", "model", b"model", "models", b"models", "plans", b"plans", "precision", b"precision", "resident_bytes", b"resident_bytes", "step_token_budget", b"step_token_budget", "telemetry", b"telemetry", "threads", b"threads"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_tokens", b"block_tokens", "bytes_read", b"bytes_read", "chat_template_ids", b"chat_template_ids", "device", b"device", "exit_mode", b"exit_mode", "max_running", b"max_running", "max_waiting", b"max_waiting", "memory_bytes", b"memory_bytes", "model", b"model", "models", b"models", "plans", b"plans", "precision", b"precision", "resident_bytes", b"resident_bytes", "step_token_budget", b"step_token_budget", "telemetry", b"telemetry", "threads", b"threads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -995,6 +1021,79 @@ class GetTokenizerResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetTokenizerResponse: _TypeAlias = GetTokenizerResponse  # noqa: Y015
+
+@_typing.final
+class GetChatTemplateRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MODEL_FIELD_NUMBER: _builtins.int
+    model: _builtins.str
+    def __init__(
+        self,
+        *,
+        model: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetChatTemplateRequest: _TypeAlias = GetChatTemplateRequest  # noqa: Y015
+
+@_typing.final
+class GetChatTemplateResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class SpecialTokensEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    CHAT_TEMPLATE_ID_FIELD_NUMBER: _builtins.int
+    TEMPLATE_FIELD_NUMBER: _builtins.int
+    SPECIAL_TOKENS_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    chat_template_id: _builtins.str
+    """SHA-256 of the template and its special tokens, in hexadecimal."""
+    template: _builtins.str
+    """The template (Jinja, as transformers renders it)."""
+    source: _builtins.str
+    """The checkpoint's file that holds the template, and the field if the file has several. For messages."""
+    @_builtins.property
+    def special_tokens(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Values of the template's variables bos_token, eos_token and so on. Those that the tokenizer lacks are missing."""
+
+    def __init__(
+        self,
+        *,
+        chat_template_id: _builtins.str = ...,
+        template: _builtins.str = ...,
+        special_tokens: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        source: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chat_template_id", b"chat_template_id", "source", b"source", "special_tokens", b"special_tokens", "template", b"template"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetChatTemplateResponse: _TypeAlias = GetChatTemplateResponse  # noqa: Y015
 
 @_typing.final
 class DrainRequest(_message.Message):

@@ -65,6 +65,11 @@ class WorkerServiceStub:
                 request_serializer=helios_dot_v1_dot_worker__pb2.GetTokenizerRequest.SerializeToString,
                 response_deserializer=helios_dot_v1_dot_worker__pb2.GetTokenizerResponse.FromString,
                 _registered_method=True)
+        self.GetChatTemplate = channel.unary_unary(
+                '/helios.v1.WorkerService/GetChatTemplate',
+                request_serializer=helios_dot_v1_dot_worker__pb2.GetChatTemplateRequest.SerializeToString,
+                response_deserializer=helios_dot_v1_dot_worker__pb2.GetChatTemplateResponse.FromString,
+                _registered_method=True)
         self.SetRouter = channel.unary_unary(
                 '/helios.v1.WorkerService/SetRouter',
                 request_serializer=helios_dot_v1_dot_worker__pb2.SetRouterRequest.SerializeToString,
@@ -127,6 +132,13 @@ class WorkerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetChatTemplate(self, request, context):
+        """The chat template of a model being served. NOT_FOUND: it is not served, or has none.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def SetRouter(self, request, context):
         """Replaces the router, which chooses a plan for each request that asks for it, or takes it away. INVALID_ARGUMENT: it
         is of another version, or broken; the router before it stays.
@@ -175,6 +187,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.GetTokenizer,
                     request_deserializer=helios_dot_v1_dot_worker__pb2.GetTokenizerRequest.FromString,
                     response_serializer=helios_dot_v1_dot_worker__pb2.GetTokenizerResponse.SerializeToString,
+            ),
+            'GetChatTemplate': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetChatTemplate,
+                    request_deserializer=helios_dot_v1_dot_worker__pb2.GetChatTemplateRequest.FromString,
+                    response_serializer=helios_dot_v1_dot_worker__pb2.GetChatTemplateResponse.SerializeToString,
             ),
             'SetRouter': grpc.unary_unary_rpc_method_handler(
                     servicer.SetRouter,
@@ -350,6 +367,33 @@ class WorkerService:
             '/helios.v1.WorkerService/GetTokenizer',
             helios_dot_v1_dot_worker__pb2.GetTokenizerRequest.SerializeToString,
             helios_dot_v1_dot_worker__pb2.GetTokenizerResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetChatTemplate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/helios.v1.WorkerService/GetChatTemplate',
+            helios_dot_v1_dot_worker__pb2.GetChatTemplateRequest.SerializeToString,
+            helios_dot_v1_dot_worker__pb2.GetChatTemplateResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -52,6 +52,8 @@ class WorkerServiceStub:
     """The worker's load, repeated at an interval and at once when the plan changes or a drain begins."""
     GetTokenizer: _grpc.UnaryUnaryMultiCallable[_worker_pb2.GetTokenizerRequest, _worker_pb2.GetTokenizerResponse]
     """The tokenizer of the model being served."""
+    GetChatTemplate: _grpc.UnaryUnaryMultiCallable[_worker_pb2.GetChatTemplateRequest, _worker_pb2.GetChatTemplateResponse]
+    """The chat template of a model being served. NOT_FOUND: it is not served, or has none."""
     SetRouter: _grpc.UnaryUnaryMultiCallable[_worker_pb2.SetRouterRequest, _worker_pb2.SetRouterResponse]
     """Replaces the router, which chooses a plan for each request that asks for it, or takes it away. INVALID_ARGUMENT: it
     is of another version, or broken; the router before it stays.
@@ -85,6 +87,8 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     """The worker's load, repeated at an interval and at once when the plan changes or a drain begins."""
     GetTokenizer: _aio.UnaryUnaryMultiCallable[_worker_pb2.GetTokenizerRequest, _worker_pb2.GetTokenizerResponse]  # type: ignore[assignment]
     """The tokenizer of the model being served."""
+    GetChatTemplate: _aio.UnaryUnaryMultiCallable[_worker_pb2.GetChatTemplateRequest, _worker_pb2.GetChatTemplateResponse]  # type: ignore[assignment]
+    """The chat template of a model being served. NOT_FOUND: it is not served, or has none."""
     SetRouter: _aio.UnaryUnaryMultiCallable[_worker_pb2.SetRouterRequest, _worker_pb2.SetRouterResponse]  # type: ignore[assignment]
     """Replaces the router, which chooses a plan for each request that asks for it, or takes it away. INVALID_ARGUMENT: it
     is of another version, or broken; the router before it stays.
@@ -151,6 +155,14 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_worker_pb2.GetTokenizerResponse, _abc.Awaitable[_worker_pb2.GetTokenizerResponse]]:
         """The tokenizer of the model being served."""
+
+    @_abc_1.abstractmethod
+    def GetChatTemplate(
+        self,
+        request: _worker_pb2.GetChatTemplateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.GetChatTemplateResponse, _abc.Awaitable[_worker_pb2.GetChatTemplateResponse]]:
+        """The chat template of a model being served. NOT_FOUND: it is not served, or has none."""
 
     @_abc_1.abstractmethod
     def SetRouter(

@@ -19,6 +19,7 @@ from helios.sampling import SamplingParams
 from helios.server import abort
 from helios.v1 import generation_pb2, inference_pb2
 from services.gateway.admission import Admission
+from services.gateway.chat_templates import ChatTemplates
 from services.gateway.metrics import StreamMetrics
 from services.gateway.prompt import read_prompt
 from services.gateway.prompt_sampler import PromptSampler
@@ -50,6 +51,7 @@ class InferenceService:
         self._admission = Admission(settings)
         self._metrics = StreamMetrics(self._admission)
         self._tokenizers = TokenizerCache(settings.worker_timeout_seconds)
+        self._templates = ChatTemplates(settings.worker_timeout_seconds)
         # The deadlines of the open streams.
         self._deadlines: set[asyncio.Timeout] = set()
         self._stream_ended = asyncio.Event()
@@ -73,6 +75,7 @@ class InferenceService:
         while self._deadlines:
             self._stream_ended.clear()
             await self._stream_ended.wait()
+        self._templates.close()
 
     async def generate(self, raw: bytes, context: Context) -> None:
         """Serves one stream. Every failure becomes a status with a reason, which the span gets too."""
@@ -118,7 +121,7 @@ class InferenceService:
             request = parse(raw)
             request_id = request.request_id or str(uuid.uuid4())
             span.set_attribute("helios.request_id", request_id)
-            check_request(request)
+            check_request(request, self._settings)
             preference = Preference.from_proto(request)
             sampling = sampling_params(request, self._settings, default_seed=secrets.randbits(64))
             finish = await self._serve(request, request_id, sampling, preference, context, span)
@@ -179,7 +182,14 @@ class InferenceService:
                 async with asyncio.timeout_at(deadline) as timeout:
                     self._deadlines.add(timeout)
                     try:
-                        prompt = await read_prompt(request, self._pool, self._tokenizers, self._settings)
+                        prompt = await read_prompt(
+                            request,
+                            sampling.max_tokens,
+                            self._pool,
+                            self._tokenizers,
+                            self._templates,
+                            self._settings,
+                        )
                         self._sampler.offer(prompt.tokenizer_id, prompt.ids)
                         sampling = prompt.fitted(sampling)
                         span.set_attribute("helios.prompt_tokens", len(prompt.ids))
@@ -191,6 +201,7 @@ class InferenceService:
                             sampling=sampling,
                             preference=preference,
                             needs=prompt.needs(sampling),
+                            dropped_messages=prompt.dropped_messages,
                             write=ResponseWriter(context).write,
                             on_first_token=place.first_token,
                         )

@@ -69,6 +69,7 @@ class Stream:
         sampling: SamplingParams,
         preference: Preference,
         needs: Needs,
+        dropped_messages: int,
         write: Callable[[bytes], Awaitable[None]],
         on_first_token: Callable[[], None],
     ) -> None:
@@ -79,6 +80,7 @@ class Stream:
         self._sampling = sampling
         self._preference = preference
         self._needs = needs
+        self._dropped_messages = dropped_messages
         self._write = write
         self._outlet = Outlet(write)
         self._on_first_token = on_first_token
@@ -268,6 +270,7 @@ class Stream:
                 f"it finished after {finish.completion_tokens} tokens of which {len(self.emitted_ids)} came"
             )
         finish.resumed = self.resumed
+        finish.dropped_messages = self._dropped_messages
         if not finish.HasField("expected_perplexity_increase") and self._ranking is not None and finish.depth:
             ranked = self._ranking.find(ServedPlan(model=finish.model, depth=finish.depth))
             if ranked is not None:

@@ -20,11 +20,11 @@ class PromptTokenizer:
     tokenizer: Tokenizer
     longest_token_bytes: int
 
-    async def encode(self, text: str) -> list[int]:
-        """The text's ids, including the start token that the model expects (OPT: `</s>`)."""
+    async def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The text's ids, by default with the start token that the model expects (OPT: `</s>`)."""
         if len(text) <= _INLINE_CHARACTERS:
-            return list(self.tokenizer.encode(text, add_special_tokens=True).ids)
-        encoding = await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=True)
+            return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        encoding = await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens=add_special_tokens)
         return list(encoding.ids)
 
 

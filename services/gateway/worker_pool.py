@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 
 import grpc
@@ -74,6 +74,11 @@ class Worker(WatchedWorker):
     def models(self) -> frozenset[str]:
         """The names of the models of its plans. Empty until it has been reached."""
         return frozenset(plan.model for plan in self.plans)
+
+    @property
+    def chat_template_ids(self) -> Mapping[str, str]:
+        """By model of its plans, the id of its chat template. Models without one are missing."""
+        return {} if self.status is None else self.status.chat_template_ids
 
     @property
     def has_router(self) -> bool:
@@ -239,6 +244,20 @@ class WorkerPool:
         """The longest context among the ready workers that meet the needs. 0 if there are none."""
         return max((one.context_tokens for one in self._candidates() if needs.met_by(one)), default=0)
 
+    def chat_models(self, template_id: str = "") -> frozenset[str]:
+        """The models of ready workers that have a chat template. template_id: only those with this one."""
+        return frozenset(
+            model
+            for worker in self.workers
+            if worker.ready
+            for model, found in worker.chat_template_ids.items()
+            if template_id in ("", found)
+        )
+
+    def served_models(self) -> frozenset[str]:
+        """The models of ready workers."""
+        return frozenset[str]().union(*(worker.models for worker in self.workers if worker.ready))
+
     async def wait_for(
         self,
         needs: Needs,
@@ -294,7 +313,14 @@ class WorkerPool:
         all_known = all(worker.models for worker in self.workers)
         if needs.models and ready and all_known and not needs.models & served:
             asked = " or ".join(sorted(needs.models))
-            raise UnknownModelError(f"model {asked} is not served; served are {', '.join(sorted(served))}")
+            message = f"model {asked} is not served; served are {', '.join(sorted(served))}"
+            loadable = {name for worker in self.workers if worker.status for name in worker.status.models}
+            if found := sorted(needs.models & loadable):
+                message += (
+                    f". Workers can load {found[0]}: serve it with `helios up --model {found[0]}`, or with "
+                    f"`helios pin --model {found[0]} --depth LAYERS` if its tokenizer is theirs"
+                )
+            raise UnknownModelError(message)
 
     def _waited_for(self) -> str:
         if not self.workers:

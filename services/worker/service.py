@@ -21,7 +21,13 @@ from opentelemetry.trace import Span, SpanKind, StatusCode
 
 from helios import catalog, telemetry
 from helios.engine.interface import Output, Reloaded, ServedPrompt, ServingEngine
-from helios.errors import HeliosError, InvalidRequestError, UnavailableError, status_of
+from helios.errors import (
+    HeliosError,
+    InvalidRequestError,
+    UnavailableError,
+    UnknownModelError,
+    status_of,
+)
 from helios.routing.preference import Preference
 from helios.routing.router import Router
 from helios.sampling import SamplingParams
@@ -381,6 +387,9 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
             resident_bytes=_resident_bytes(),
             memory_bytes=served.memory_bytes,
             plans=[plan_message(plan) for plan in served.plans],
+            chat_template_ids={
+                model: template.template_id for model, template in served.chat_templates.items()
+            },
         )
 
     async def WatchTelemetry(
@@ -415,6 +424,21 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         served = self._engine.served
         return worker_pb2.GetTokenizerResponse(
             tokenizer_id=served.tokenizer_id, tokenizer_json=served.tokenizer_json
+        )
+
+    async def GetChatTemplate(
+        self, request: worker_pb2.GetChatTemplateRequest, context: _Context
+    ) -> worker_pb2.GetChatTemplateResponse:
+        """The chat template of one of the models, for gateways."""
+        template = self._engine.served.chat_templates.get(request.model)
+        if template is None:
+            error = UnknownModelError(f"no model {request.model} with a chat template is served here")
+            await abort(context, error)
+        return worker_pb2.GetChatTemplateResponse(
+            chat_template_id=template.template_id,
+            template=template.text,
+            special_tokens=template.special_tokens,
+            source=template.source,
         )
 
     async def Drain(self, request: worker_pb2.DrainRequest, context: _Context) -> worker_pb2.DrainResponse:

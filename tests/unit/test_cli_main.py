@@ -16,8 +16,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 COMMANDS = [
-    *("up", "down", "generate", "status", "top", "slo", "pin", "unpin", "decisions", "profile", "models"),
-    *("bench", "demo"),
+    *("up", "down", "generate", "chat", "status", "top", "slo", "pin", "unpin", "decisions", "profile"),
+    *("models", "bench", "demo"),
 ]
 
 

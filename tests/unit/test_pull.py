@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helios import catalog
+from helios.chat_template import read_chat_template
 from helios.engine import Engine, EngineSettings
 from helios.errors import CheckpointError, InvalidRequestError, SettingsError, UnknownModelError
 from helios.sources.pull import pull
@@ -60,6 +61,25 @@ def test_safetensors_are_preferred_to_pickles(tmp_path: Path) -> None:
     assert entry.name == "renamed"
     assert "model.safetensors" in names(entry.path)
     assert "pytorch_model.bin" not in names(entry.path)
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "chat_template.json"])
+def test_a_chat_template_comes_along_unless_it_cannot_render_a_message(tmp_path: Path, file: str) -> None:
+    source, models = tmp_path / "source", tmp_path / "models"
+    save_variant(source, "pre-norm", 1)
+
+    def write(template: str) -> None:
+        (source / file).write_text(template if "jinja" in file else json.dumps({"chat_template": template}))
+
+    for broken, reason in (("{{ tools | length }}", "NoneType"), ("{% if %}", "not a valid template")):
+        write(broken)
+        with pytest.raises(CheckpointError, match=f"{file}.*{reason}"):
+            pull(str(source), models)
+        assert not models.exists() or names(models) == []
+    write("{{ messages[0].content }}")
+    template = read_chat_template(pull(str(source), models).entry.path)
+    assert template is not None
+    assert template.text == "{{ messages[0].content }}"
 
 
 def test_a_taken_name_is_replaced_only_when_forced(tmp_path: Path) -> None:

@@ -36,6 +36,13 @@ def test_running_stack_is_found_as_it_was_written(directory: Path) -> None:
         assert stack_state.find_gateway(None) == "127.0.0.1:50099"
 
 
+def test_without_a_stack_the_error_says_how_to_start_one_with_the_model() -> None:
+    with pytest.raises(UnavailableError, match="start one with `helios up`, or"):
+        stack_state.find_gateway(None)
+    with pytest.raises(UnavailableError, match="start one with `helios up --model talk`, or"):
+        stack_state.find_gateway(None, "talk")
+
+
 def test_state_of_a_newer_version_is_read(directory: Path) -> None:
     with stack_state.hold(directory):
         stack_state.write(directory, STATE)

@@ -26,13 +26,13 @@ SETTINGS = GatewaySettings(max_prompt_tokens=100, max_tokens=200)
 def test_any_bytes_are_a_request_or_refused_with_a_reason(raw: bytes) -> None:
     try:
         request = parse(raw)
-        check_request(request)
+        check_request(request, SETTINGS)
         Preference.from_proto(request)
         sampling_params(request, SETTINGS, default_seed=1)
     except InvalidRequestError as refusal:
         assert refusal.message
     else:
-        assert request.text or request.token_ids.ids
+        assert request.text or request.token_ids.ids or request.messages.messages
 
 
 @given(st.binary(min_size=1, max_size=127))
