@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,7 @@ class _Comparison:
                 one for one in self._results["runs"] if (cell_of(one), one["contender"]) not in again
             ]
         self._results["failed"] = [one for one in self._results["failed"] if one["contender"] not in names]
-        usable = self._installed(models.values())
+        usable = self._installed(models)
         for name, model in models.items():
             own = [cell for cell in cells if cell.shape == name]
             todo = list(self._todo(model, own, usable, rounds))
@@ -136,18 +136,18 @@ class _Comparison:
             finally:
                 runners.close()
 
-    def _installed(self, models: Collection[ModelEntry]) -> dict[str, Path]:
+    def _installed(self, models: Mapping[str, ModelEntry]) -> dict[str, Path]:
         """The Python of every peer that can be installed. The other peers are recorded as failed.
 
         A contender without the architecture of a model is recorded as failed for this model.
         """
         found = {}
         for one in self._contenders:
-            lacking = [model.name for model in models if not one.serves(model.config.model_type)]
+            lacking = [name for name, model in models.items() if not one.serves(model.config.model_type)]
             if lacking:
                 reason = f"it does not have the architecture of {', '.join(lacking)}"
                 self._failed(one, None, UnavailableError(reason))
-        kinds = {model.config.model_type for model in models}
+        kinds = {model.config.model_type for model in models.values()}
         able = [one for one in self._contenders if one.is_peer and any(map(one.serves, kinds))]
         for peer in dict.fromkeys(one.engine for one in able):
             try:
