@@ -85,7 +85,7 @@ def pull(
 @models_dir_option
 @force_option
 def export(*, model: str, target: Path, depth: int, models_dir: Path | None, force: bool) -> None:
-    """Write the first layers of MODEL to TARGET as an OPT checkpoint of its own, for other engines.
+    """Write the first layers of MODEL to TARGET as a checkpoint of its own, for other engines.
 
     MODEL is a folder, or the name of a model in the models directory.
     """

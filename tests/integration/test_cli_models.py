@@ -86,7 +86,7 @@ def test_what_a_precision_costs_is_measured_and_kept(models_dir: Path, tmp_path:
 def test_too_short_a_text_measures_nothing(models_dir: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("short")
-    with pytest.raises(InvalidRequestError, match="at least the 255 tokens"):
+    with pytest.raises(InvalidRequestError, match="at least 255 tokens of tiny"):
         run("measure", "tiny", "--models-dir", models_dir, "--text", text)
 
 

@@ -24,7 +24,8 @@ from helios.errors import CancelledError, InvalidRequestError, SettingsError
 from helios.history import CONFIDENCE_BINS, ModelProfile
 from helios.modes import Precision
 from helios.power_meter import power_meter
-from tests.opt_variants import Head, byte_tokenizer, save_variant, truncated
+from tests.opt_variants import Head, byte_tokenizer, truncated
+from tests.variants import save_variant
 
 EXITS = (1, 3, 6)
 PROMPTS = [[2, *range(10, 100)], [2, 50, 51, 52], [2, *range(200, 120, -1)]]
@@ -36,7 +37,15 @@ NOISE = 1e-4
 
 
 @pytest.mark.parametrize(
-    ("variant", "head"), [("pre-norm", "shared"), ("post-norm", "norm"), ("projected", "linear")]
+    ("variant", "head"),
+    [
+        ("pre-norm", "shared"),
+        ("post-norm", "norm"),
+        ("projected", "linear"),
+        ("tied", "linear"),
+        ("qwen2", "shared"),
+        ("qwen3", "norm"),
+    ],
 )
 def test_histogram_agreement_and_perplexity_are_those_of_transformers(
     tmp_path: Path, variant: str, head: Head

@@ -23,7 +23,8 @@ from helios.engine.settings import EngineSettings
 from helios.modes import ExitMode
 from helios.sampling import SamplingParams
 from helios.served import ServedPlan
-from tests.opt_variants import VARIANTS, Head, save_variant
+from tests.opt_variants import Head
+from tests.variants import OPT_VARIANTS, save_variant
 
 EXITS = (1, 2, 4, 6)
 PRECISIONS = ("float32", "bfloat16", "int8")
@@ -188,12 +189,15 @@ def assert_each_is_as_among_its_own(
 @pytest.mark.parametrize(
     ("name", "head"),
     [
-        *((name, "shared") for name in VARIANTS if name != "gelu"),
+        *((name, "shared") for name in OPT_VARIANTS if name != "gelu"),
         ("pre-norm", "norm"),
         ("pre-norm", "linear"),
         ("post-norm", "linear"),
         ("projected", "linear"),
         ("untied", "linear"),
+        ("llama3", "norm"),
+        ("odd-widths", "linear"),
+        ("qwen3", "linear"),
     ],
 )
 def test_a_row_is_the_same_to_the_bit_whatever_the_depths_beside_it(
@@ -211,7 +215,14 @@ def test_a_row_is_the_same_to_the_bit_whatever_the_depths_beside_it(
 
 @pytest.mark.parametrize("threads", [1, 2], indirect=True)
 @pytest.mark.parametrize(
-    ("name", "head"), [("pre-norm", "shared"), ("post-norm", "norm"), ("projected", "linear")]
+    ("name", "head"),
+    [
+        ("pre-norm", "shared"),
+        ("post-norm", "norm"),
+        ("projected", "linear"),
+        ("llama", "linear"),
+        ("qwen3", "norm"),
+    ],
 )
 def test_rows_of_several_depths_share_a_burst(tmp_path: Path, name: str, head: Head, threads: int) -> None:
     save_variant(tmp_path, name, seed=7, exits=EXITS, head=head)

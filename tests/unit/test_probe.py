@@ -33,7 +33,7 @@ from helios.errors import (
 )
 from helios.routing.probe import Probe, read_positions
 from helios.served import ServedPlan
-from tests.opt_variants import save_variant
+from tests.variants import save_variant
 
 EXITS = (2, 4, 6)
 MEMORY = 64 << 20
@@ -144,7 +144,13 @@ def expected(plan: Plan, prompt: Sequence[int], tokens: int, readings: int) -> t
 @pytest.mark.parametrize("precision", ["float32", "int8"])
 @pytest.mark.parametrize(
     ("variant", "head"),
-    [("pre-norm", "shared"), ("post-norm", "linear"), ("projected", "norm"), ("gelu", "linear")],
+    [
+        ("pre-norm", "shared"),
+        ("post-norm", "linear"),
+        ("projected", "norm"),
+        ("gelu", "linear"),
+        ("qwen3", "linear"),
+    ],
 )
 @pytest.mark.parametrize("depth", [2, 6])
 def test_readings_are_those_of_the_first_exit(

@@ -20,7 +20,8 @@ from helios.errors import CancelledError, CheckpointError, InvalidRequestError, 
 from helios.modes import ExitMode
 from helios.routing.example import ModelExample
 from helios.routing.probe import read_positions
-from tests.opt_variants import Head, save_variant
+from tests.opt_variants import Head
+from tests.variants import save_variant
 
 EXITS = (1, 3, 6)
 SETTINGS = EvaluationSettings(generated_tokens=1)
@@ -47,7 +48,14 @@ def assert_says_what_the_trace_does(
 
 
 @pytest.mark.parametrize(
-    ("variant", "head"), [("pre-norm", "linear"), ("post-norm", "norm"), ("projected", "linear")]
+    ("variant", "head"),
+    [
+        ("pre-norm", "linear"),
+        ("post-norm", "norm"),
+        ("projected", "linear"),
+        ("llama3", "linear"),
+        ("qwen3", "norm"),
+    ],
 )
 @pytest.mark.parametrize("stride", [1, 3])
 def test_nats_are_those_of_traces(tmp_path: Path, variant: str, head: Head, stride: int) -> None:
