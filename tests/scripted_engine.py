@@ -74,7 +74,7 @@ class ScriptedEngine:
         times = PhaseTimes()
         chosen = plan or self.plans[0]
         if route is not None:
-            self.probed_first.append(route.first)
+            self.probed_first.append(route.first(self.probe.first_ids))
             # A route may ask for more readings once.
             found = route(self.probe, is_complete=False) or route(self.probe, is_complete=True)
             assert found is not None

@@ -84,9 +84,11 @@ class PhaseTimes:
 class Route(Protocol):
     """Chooses the plan of one prompt from a probe. It runs on the engine's thread, so it must be quick."""
 
-    @property
-    def first(self) -> str | None:
-        """The model that is probed first. None, or a model that is not loaded: all models at once."""
+    def first(self, first_ids: Sequence[int]) -> str | None:
+        """The model that is probed first. None, or a model that is not loaded: all models at once.
+
+        first_ids: the tokens that are probed.
+        """
 
     def __call__(self, probe: Probe, *, is_complete: bool) -> ServedPlan | None:
         """The plan, whether it is in force or not. None: it needs the readings of all loaded models.

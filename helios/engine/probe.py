@@ -277,7 +277,7 @@ class Prober:
 
 def _first_of(one: _Beginning, models: Container[str]) -> str | None:
     """The model that is probed first. None: all at once."""
-    first = None if one.seq.route is None else one.seq.route.first
+    first = None if one.seq.route is None else one.seq.route.first(one.ids)
     return first if first in models else None
 
 

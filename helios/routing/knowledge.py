@@ -253,12 +253,18 @@ class Knowledge(BaseModel):
         ]
 
     @cached_property
-    def outcomes(self) -> dict[int, tuple[Numbers, Numbers]]:
-        """What every price leads to, by the model that is probed first.
+    def firsts(self) -> NDArray[np.intp]:
+        """For each example the model that is probed first: [examples]. Its own tokens do not count."""
+        scores = (self.known_features * self.scale + self.centre)[:, : len(self.models) - 1]
+        return np.asarray(_best_scored(scores))
 
-        `helios.routing.terms` fills it. It depends on nothing else, and takes most of the time of settling.
+    @cached_property
+    def outcomes(self) -> list[tuple[Numbers, Numbers]]:
+        """What every price leads to. Empty until `helios.routing.terms` fills it.
+
+        It depends on nothing else, and takes most of the time of settling.
         """
-        return {}
+        return []
 
     @cached_property
     def best_models(self) -> NDArray[np.intp]:
@@ -292,6 +298,11 @@ class Knowledge(BaseModel):
         """
         gains = (self.readings_of(self.known_features) - self.true_nats[:, self.deepest]).mean(axis=0)
         return min(nats, key=lambda model: nats[model] - gains[self.models.index(model)])
+
+    def first_for(self, first_ids: Sequence[int]) -> int:
+        """Index of the model that probably reads a prompt best, by its tokens alone. It is probed first."""
+        scores, _ = self.token_table.scores(np.array(first_ids, dtype=np.int64))
+        return int(_best_scored(scores[None])[0])
 
     def readings_of(self, features: Numbers) -> Numbers:
         """The models' readings in nats that are part of standardised features: [..., models]."""
@@ -332,6 +343,11 @@ class Knowledge(BaseModel):
 
     def _squares(self, features: Numbers, columns: list[int]) -> Numbers:
         return np.asarray(((self.known_features[:, columns] - features[columns]) ** 2).sum(axis=1))
+
+
+def _best_scored(scores: Numbers) -> NDArray[np.intp]:
+    """For each text the model of the least score: [texts]. scores: of every model but the first, over it."""
+    return np.asarray(np.insert(scores, 0, 0.0, axis=1).argmin(axis=1))
 
 
 def _first_columns(models: int, first: int) -> list[int]:

@@ -40,10 +40,9 @@ class Router(BaseModel):
         """All that a worker needs of it."""
         return self.model_dump_json(exclude={"knowledge": {"first_expected"}}).encode()
 
-    @property
-    def first_model(self) -> str:
-        """The model that is probed first."""
-        return self.terms.first
+    def first_model(self, first_ids: Sequence[int]) -> str:
+        """The model that is probed first. first_ids: the tokens that are probed."""
+        return self.knowledge.models[self.knowledge.first_for(first_ids)]
 
     def rank(
         self,
@@ -123,8 +122,8 @@ class Router(BaseModel):
         return found or list(range(len(plans)))
 
     def _safe(self, allowed: Sequence[int], why: str, model: str | None = None) -> RankedPlan:
-        """The deepest plan of a model. None: of the one that is probed first."""
-        plans, wanted = self.knowledge.plans, model or self.terms.first
+        """The deepest plan of a model. None: of the usual one."""
+        plans, wanted = self.knowledge.plans, model or self.terms.usual_model
         at = max(allowed, key=lambda at: (plans[at].model == wanted, plans[at].depth))
         return RankedPlan(plans[at].plan, 0.0, 0.0, f"{why}: safe plan")
 

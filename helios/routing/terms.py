@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from helios.routing.knowledge import Knowledge, Numbers
@@ -24,6 +25,8 @@ _PRICES = np.geomspace(0.02, 200, 48)
 # The bound must hold over the newest requests, and over more of them. The first tell soon that the traffic
 # has changed, and the others keep chance out.
 WINDOWS = (16, 48)
+# The newest requests are of other kinds if the share of one differs by so many standard errors.
+_CHANGED_SIGMAS = 1.5
 # Examples that stand for one recent request.
 _ALIKE = 40
 # The reference is the best model over all requests, so in a mix requests may exceed what their own best model
@@ -53,8 +56,8 @@ class Terms(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    first: str
-    """The model that is probed first."""
+    usual_model: str
+    """The model that is expected to read most of the recent requests best."""
     price: float = Field(ge=0)
     low_price: float = Field(ge=0)
     low_share: float = Field(ge=0, le=1)
@@ -131,23 +134,26 @@ def settle(knowledge: Knowledge, recent: Sequence[Recent], bound: float) -> Term
     recent = [one for one in recent if not one.is_unlike]
     kinds = [knowledge.kind(one.features, one.first) for one in recent]
     newest = kinds[-max(WINDOWS) :] or list(range(len(knowledge.models)))
-    first = max(set(newest), key=newest.count)
-    if first not in knowledge.outcomes:
-        knowledge.outcomes[first] = _outcomes(knowledge, first)
-    seconds, nats = knowledge.outcomes[first]
+    usual = max(set(newest), key=newest.count)
+    if not knowledge.outcomes:
+        knowledge.outcomes.append(_outcomes(knowledge))
+    seconds, nats = knowledge.outcomes[0]
     if len(recent) < WINDOWS[0]:
         # What will come is not known, so no mix may be counted on.
         weights = [
             (knowledge.best_models == kind).astype(float) for kind in set(knowledge.best_models.tolist())
         ]
     else:
-        weights = [_weights(knowledge, recent[-window:], kinds[-window:]) for window in WINDOWS]
+        windows = _windows(kinds)
+        recent_kinds = kinds[-max(windows) :]
+        alike = _alike(knowledge, recent[-max(windows) :], recent_kinds)
+        weights = [_weights(knowledge, alike[-window:], recent_kinds[-window:]) for window in windows]
     allowed = math.log1p(bound) - _bias(recent)
     offers = [_cheapest(knowledge, one, seconds, nats, allowed) for one in weights]
     offer = max(offers)
     prices = _PRICES * knowledge.costs.max()
     return Terms(
-        first=knowledge.models[first],
+        usual_model=knowledge.models[usual],
         price=float(prices[offer.high]),
         low_price=float(prices[offer.low]),
         low_share=offer.low_share,
@@ -180,49 +186,87 @@ def _bias(recent: Sequence[Recent]) -> float:
     return max(found, -_MOST_RELIEF)
 
 
-def _outcomes(knowledge: Knowledge, first: int) -> tuple[Numbers, Numbers]:
+def _outcomes(knowledge: Knowledge) -> tuple[Numbers, Numbers]:
     """Seconds and nats of a token of each example at every price, probes included: [prices, examples]."""
     costs, nats = knowledge.costs, knowledge.true_nats
-    rows, probe = np.arange(len(nats)), knowledge.probe
+    rows, probe, firsts = np.arange(len(nats)), knowledge.probe, knowledge.firsts
     is_single = len(knowledge.models) == 1
-    near = _neighbours(knowledge, first)
-    of_first = np.array([one.model == knowledge.models[first] for one in knowledge.plans])
+    near = _neighbours(knowledge)
+    model_of = np.array([knowledge.models.index(one.model) for one in knowledge.plans])
     seconds, found = (np.empty((len(_PRICES), len(nats))) for _ in range(2))
     for at, price in enumerate(_PRICES * costs.max()):
         by_all = (costs + price * knowledge.expected_by_all).argmin(axis=1)
         chosen, extra = by_all, np.zeros(len(nats))
         if not is_single:
-            by_first = (costs + price * knowledge.expected_by_first[first]).argmin(axis=1)
+            by_first = (costs + price * knowledge.expected_by_first[firsts, rows]).argmin(axis=1)
             loss = costs + price * nats
             # How much worse the choice from one reading is for the examples that are like this one.
             worse = (loss[near, by_first[:, None]] - loss[near, by_all[near]]).mean(axis=1)
             # Another model than the one that was read is never chosen unread.
-            asks = (worse * knowledge.tokens > probe.further_seconds) | ~of_first[by_first]
+            asks = (worse * knowledge.tokens > probe.further_seconds) | (model_of[by_first] != firsts)
             chosen, extra = np.where(asks, by_all, by_first), asks * probe.further_seconds
         seconds[at] = costs[chosen] + (probe.first_seconds + extra) / knowledge.tokens
         found[at] = nats[rows, chosen]
     return seconds, found
 
 
-def _neighbours(knowledge: Knowledge, first: int) -> np.ndarray[tuple[int, int], np.dtype[np.intp]]:
-    """For each example, the others that are nearest by the reading of one model: [examples, NEIGHBOURS]."""
-    features = knowledge.known_features[:, knowledge.columns(first)]
-    away = ((features[:, None] - features[None]) ** 2).sum(axis=2)
-    np.fill_diagonal(away, np.inf)
-    return np.argsort(away, axis=1)[:, : min(NEIGHBOURS, len(features) - 1)]
+def _neighbours(knowledge: Knowledge) -> NDArray[np.intp]:
+    """For each example, the others that are nearest by its first model's reading: [examples, NEIGHBOURS]."""
+    count = min(NEIGHBOURS, len(knowledge.known_features) - 1)
+    found = np.empty((len(knowledge.known_features), count), dtype=np.intp)
+    for first in set(knowledge.firsts.tolist()):
+        features = knowledge.known_features[:, knowledge.columns(first)]
+        rows = np.nonzero(knowledge.firsts == first)[0]
+        away = ((features[rows][:, None] - features[None]) ** 2).sum(axis=2)
+        away[np.arange(len(rows)), rows] = np.inf
+        found[rows] = np.argsort(away, axis=1)[:, :count]
+    return found
 
 
-def _weights(knowledge: Knowledge, recent: Sequence[Recent], kinds: Sequence[int]) -> Numbers:
-    """How much each example counts: [examples], with a sum of at most 1."""
+def _windows(kinds: Sequence[int]) -> tuple[int, ...]:
+    """The windows over which the bound must hold. kinds: of the recent requests, the newest last.
+
+    Where the newest requests are of the same kinds as all others, but for chance, all tell together.
+    """
+    short, long = (kinds[-window:] for window in WINDOWS)
+    for kind in set(long):
+        share = long.count(kind) / len(long)
+        chance = math.sqrt(share * (1 - share) / len(short))
+        if abs(short.count(kind) / len(short) - share) > _CHANGED_SIGMAS * chance:
+            return WINDOWS
+    return (max(WINDOWS),)
+
+
+def _alike(knowledge: Knowledge, recent: Sequence[Recent], kinds: Sequence[int]) -> list[NDArray[np.intp]]:
+    """For each request the examples of its kind that are most like it."""
+    found: list[NDArray[np.intp]] = [np.empty(0, dtype=np.intp)] * len(recent)
+    groups: dict[tuple[int, int | None], list[int]] = {}
+    for at, (one, kind) in enumerate(zip(recent, kinds, strict=True)):
+        groups.setdefault((kind, one.first), []).append(at)
+    for (kind, first), members in groups.items():
+        of_kind = np.nonzero(knowledge.best_models == kind)[0]
+        of_kind = of_kind if len(of_kind) else np.arange(len(knowledge.true_nats))
+        columns = knowledge.columns(first)
+        features = np.array([recent[at].features[columns] for at in members])
+        known = knowledge.known_features[of_kind][:, columns]
+        away = ((features[:, None] - known) ** 2).sum(axis=2)
+        count = min(_ALIKE, len(of_kind))
+        nearest = np.argpartition(away, count - 1, axis=1)[:, :count]
+        for at, its in zip(members, of_kind[nearest], strict=True):
+            found[at] = its
+    return found
+
+
+def _weights(knowledge: Knowledge, alike: Sequence[NDArray[np.intp]], kinds: Sequence[int]) -> Numbers:
+    """How much each example counts: [examples], with a sum of at most 1.
+
+    alike: for each request the examples that stand for it; kinds: theirs.
+    """
     found = np.zeros(len(knowledge.true_nats))
     for kind in set(kinds):
-        of_kind = np.nonzero(knowledge.best_models == kind)[0]
-        of_kind = of_kind if len(of_kind) else np.arange(len(found))
         weights = np.zeros(len(found))
-        for one in (one for one, its in zip(recent, kinds, strict=True) if its == kind):
-            columns = knowledge.columns(one.first)
-            away = ((knowledge.known_features[of_kind][:, columns] - one.features[columns]) ** 2).sum(axis=1)
-            weights[of_kind[np.argsort(away)[:_ALIKE]]] += 1.0
+        for one in (one for one, its in zip(alike, kinds, strict=True) if its == kind):
+            weights[one] += 1.0
         share = kinds.count(kind) / len(kinds)
         if share < 1 / 2:
             doubt = _SLACK_SIGMAS * math.sqrt(share * (1 - share) / len(kinds)) + _LEAST_SHARE
@@ -240,8 +284,7 @@ def _cheapest(
     deepest = knowledge.true_nats[:, knowledge.deepest]
     best = deepest[:, int((weights @ deepest).argmin())]
     costs, excess = seconds @ weights, (nats - best) @ weights
-    # [prices]
-    errors = np.sqrt((weights**2 * (nats - best - excess[:, None]) ** 2).sum(axis=1))
+    errors = _errors(knowledge, weights, nats - best)
     excess = excess + _CAUTION_SIGMAS * errors
     is_best_effort = bool(excess.min() > allowed)
     allowed = max(allowed, float(excess.min()) + _TOLERANCE)
@@ -258,5 +301,20 @@ def _cheapest(
             share, cost = float(shares[row, column]), mixes[row, column]
     each = share * nats[low] + (1 - share) * nats[high] - best
     mean = float(weights @ each)
-    error = math.sqrt(float(((weights * (each - mean)) ** 2).sum()))
+    error = float(_errors(knowledge, weights, each[None])[0])
     return _Offer(float(cost), low, high, share, mean, error, is_best_effort)
+
+
+def _errors(knowledge: Knowledge, weights: Numbers, excess: Numbers) -> Numbers:
+    """Standard errors of the weighted means of `excess`, [rows, examples]: [rows].
+
+    What models differ by from kind to kind is no chance, because the share of each kind is known.
+    """
+    squares = np.zeros(len(excess))
+    for kind in set(knowledge.best_models.tolist()):
+        of_kind = knowledge.best_models == kind
+        its, share = weights[of_kind], float(weights[of_kind].sum())
+        if share > 0:
+            away = excess[:, of_kind] - (excess[:, of_kind] @ its / share)[:, None]
+            squares += (its**2 * away**2).sum(axis=1)
+    return np.asarray(np.sqrt(squares))

@@ -32,10 +32,9 @@ class RoutedChoice:
         # When the probe ended, in nanoseconds since the Unix epoch. 0: not yet.
         self.made_at = 0
 
-    @property
-    def first(self) -> str:
+    def first(self, first_ids: Sequence[int]) -> str:
         """The model that is probed first."""
-        return self._router.first_model
+        return self._router.first_model(first_ids)
 
     def __call__(self, probe: Probe, *, is_complete: bool) -> ServedPlan | None:
         """The best plan, whether it is in force or not. None: the router needs all readings."""

@@ -173,13 +173,16 @@ def test_only_the_last_hundred_count_and_new_knowledge_judges_them_anew() -> Non
 
 
 def test_terms_are_told_to_workers_once_they_have_changed_enough() -> None:
-    terms = Terms(first="prose", price=1.0, low_price=0.5, low_share=0.2, bound=0.05, increase=0.0, error=0.0)
+    terms = Terms(
+        usual_model="prose", price=1.0, low_price=0.5, low_share=0.2, bound=0.05, increase=0.0, error=0.0
+    )
     for update, changed in (
         ({"price": 1.04, "low_share": 0.24, "increase": 0.5}, False),
         ({"price": 1.06}, True),
         ({"low_price": 0.4}, True),
         ({"low_share": 0.26}, True),
-        ({"first": "tech"}, True),
+        ({"usual_model": "tech"}, True),
+        ({"unlike_model": "tech"}, True),
         ({"bound": 0.04}, True),
         ({"is_best_effort": True}, True),
     ):

@@ -286,7 +286,7 @@ async def test_the_router_follows_what_was_routed(redis_url: str) -> None:
         seen.workers[0].route("prose", 60)
         await seen.until(
             lambda: (
-                seen.controller.routing.router.terms.first == "prose"
+                seen.controller.routing.router.terms.usual_model == "prose"
                 and seen.controller.routing.router.number > before.number
             ),
             "terms for prose",

@@ -105,7 +105,11 @@ class ScriptedRoute:
     """A route that a function makes: (probe, whether it is complete) -> plan."""
 
     choose: Callable[[Probe, bool], ServedPlan | None]
-    first: str | None = None
+    first_model: str | None = None
+
+    def first(self, first_ids: Sequence[int]) -> str | None:
+        assert first_ids
+        return self.first_model
 
     def __call__(self, probe: Probe, *, is_complete: bool) -> ServedPlan | None:
         return self.choose(probe, is_complete)

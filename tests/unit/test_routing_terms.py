@@ -31,7 +31,7 @@ def test_the_bound_holds_for_traffic_of_one_kind(kind: str) -> None:
     terms = settle(known, recent(known, kind, 60), 0.05)
     assert _increase(known, terms, (kind,)) <= 0.05 + 1e-9
     assert terms.increase <= 0.05 + 1e-9
-    assert terms.first == kind
+    assert terms.usual_model == kind
     assert not terms.is_best_effort
 
 
@@ -106,5 +106,5 @@ def test_terms_do_not_depend_on_anything_but_their_input() -> None:
 def test_readings_of_one_model_are_enough_for_terms() -> None:
     known = knowledge()
     terms = settle(known, recent(known, "tech", 60, first="prose"), 0.05)
-    assert terms.first == "tech"
+    assert terms.usual_model == "tech"
     assert example("tech", 1).id == "tech-1"

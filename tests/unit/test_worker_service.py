@@ -1,7 +1,7 @@
 """A worker's service over an engine whose plans and probes the test decides, through a real socket."""
 
 import json
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import cast
@@ -42,10 +42,14 @@ class ScriptedRouter:
     """Ranks plans in a fixed order from all readings, and keeps what it was asked for."""
 
     def __init__(self, *plans: ServedPlan, number: int = 7) -> None:
-        self.number, self.first_model = number, plans[0].model
+        self.number = number
         self.asked: list[tuple[Probe, float | None, Objective | None]] = []
         self.lots: list[float] = []
         self._plans = plans
+
+    def first_model(self, first_ids: Sequence[int]) -> str:
+        assert first_ids
+        return self._plans[0].model
 
     def rank(
         self,

@@ -156,7 +156,8 @@ def _compare(result: Mapping[str, Any], page: Page) -> None:
         f"has {result['examples']} examples from one half of the texts. All methods serve the other half. "
         f"The router's time has its probes (a reading: {prices['reading_seconds'] * 1e6:.0f} us) and the "
         f"loading of the models that are not served from the start ({prices['loading_seconds']:.2f} s); "
-        f"*priced*: also evaluations, {prices['evaluation_seconds'] * 1e3:.1f} ms of CPU for each request and model.",
+        f"*priced*: also evaluations, {prices['evaluation_seconds'] * 1e3:.1f} ms of CPU for each request "
+        "and model.",
         "*held*: traces within the bound over the whole, in each phase, and traces whose phases are all "
         f"within {result['phase_bound']:+.0%}.",
     )

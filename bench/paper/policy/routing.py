@@ -147,7 +147,8 @@ class _Routing:
         else:
             began = time.perf_counter()
             lot, router = self.lots.random(), self.router
-            first = {router.first_model: readings[router.first_model]}
+            model = router.first_model(first_ids)
+            first = {model: readings[model]}
             probe = Probe(first_tokens, first, first_ids)
             ranked = router.rank(probe, lot=lot, is_complete=len(first) == len(readings))
             if ranked is None:
@@ -233,7 +234,7 @@ class _Routing:
 
     def _settle(self, knowledge: Knowledge) -> None:
         began = time.perf_counter()
-        terms: Terms = settle(knowledge, list(self.recent), bound())
+        terms: Terms = settle(knowledge, list(self.recent), bound() * _SETTINGS.bound_share)
         self.router = Router(number=1, knowledge=knowledge, terms=terms)
         self.done.settling_seconds += time.perf_counter() - began
         self.done.settlements += 1

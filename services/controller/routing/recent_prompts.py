@@ -97,15 +97,12 @@ class RecentPrompts:
 
 
 def recent(prompts: Iterable[worker_pb2.ServedPrompt], knowledge: Knowledge) -> list[Recent]:
-    """Those that were probed, for `helios.routing.terms.settle`.
-
-    Without those that are unlike all examples: they get the safe plan at any price.
-    """
+    """Those that were probed, for `helios.routing.terms.settle`."""
     return _recent(_judged(prompts, knowledge))
 
 
 def _recent(judged: Iterable[_Judged]) -> list[Recent]:
-    return [one.recent for one in judged if not one.seen.is_unlike]
+    return [one.recent for one in judged]
 
 
 def _judged(prompts: Iterable[worker_pb2.ServedPrompt], knowledge: Knowledge) -> list[_Judged]:

@@ -40,6 +40,8 @@ log = logging.getLogger(__name__)
 
 # A router is pushed again once a price, or the share of the low one, has changed by more than this.
 _CHANGE = 0.05
+# Parts of the terms of which any change matters.
+_EXACT = ("usual_model", "unlike_model", "bound", "is_best_effort")
 
 
 class RequestRouting:
@@ -380,7 +382,7 @@ def has_changed(before: Terms, now: Terms) -> bool:
         return abs(one - other) > _CHANGE * max(abs(one), abs(other))
 
     return (
-        (before.first, before.bound, before.is_best_effort) != (now.first, now.bound, now.is_best_effort)
+        any(getattr(before, name) != getattr(now, name) for name in _EXACT)
         or differs(before.price, now.price)
         or differs(before.low_price, now.low_price)
         or abs(before.low_share - now.low_share) > _CHANGE
