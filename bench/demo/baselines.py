@@ -13,7 +13,7 @@ from bench.demo.stack import ANSWER_SECONDS
 from bench.load import clients
 from bench.load.clients import Stream
 from bench.load.traffic import Traffic
-from bench.systems.local_stack import local_stack
+from bench.systems.bench_stack import bench_stack
 from helios.catalog import ModelEntry
 from helios.client import AsyncClient, error_from
 from helios.stack_state import StackState
@@ -35,7 +35,7 @@ def serve(
 
     options: of `helios up`. best: by phase. The workers load all layers. Returns every stream by phase.
     """
-    with local_stack(*options, "--model", best[PHASES[0].name].name, "--exit-mode", mode) as baseline:
+    with bench_stack(*options, "--model", best[PHASES[0].name].name, "--exit-mode", mode) as baseline:
         return asyncio.run(_serve_phases(mode, baseline, best, traffic, seconds, show))
 
 

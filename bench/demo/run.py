@@ -33,7 +33,7 @@ from bench.load.clients import Stream
 from bench.load.traffic import Traffic
 from bench.quality.judge import Judge, stride
 from bench.quality.served import Served, best_of, windows
-from bench.systems.local_stack import local_stack
+from bench.systems.bench_stack import bench_stack
 from helios.catalog import ModelEntry
 from helios.client import error_from
 from helios.controller_client import connect
@@ -62,7 +62,7 @@ def run(running: StackState | None, seconds: float, show: Show) -> Outcome:
     with contextlib.ExitStack() as open_ones:
         if running is None:
             show(Progress("starting a stack"))
-            state = open_ones.enter_context(local_stack("--controller", "active", "--profiler"))
+            state = open_ones.enter_context(bench_stack("--controller", "active", "--profiler"))
         else:
             state = running
         if not state.controller or not state.profiler:
@@ -86,7 +86,7 @@ def run(running: StackState | None, seconds: float, show: Show) -> Outcome:
         followed = {HELIOS: _follow(HELIOS, state, traffic, seconds * _HELIOS_SHARE, show)}
     options = _options(state, workers)
     show(Progress(f"{SINGLE}: the same traffic; starting its stack"))
-    with local_stack(*options, "--controller", "active", "--profiler", settings=_SINGLE_PLAN) as single:
+    with bench_stack(*options, "--controller", "active", "--profiler", settings=_SINGLE_PLAN) as single:
         followed[SINGLE] = _follow(SINGLE, single, traffic, seconds * _SINGLE_SHARE, show)
     streams: dict[str, Mapping[str, list[Stream]]] = {name: one.streams for name, one in followed.items()}
     slice_seconds = seconds * (1 - _HELIOS_SHARE - _SINGLE_SHARE) / 2 / len(PHASES)

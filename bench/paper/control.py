@@ -15,7 +15,7 @@ from typing import Any
 from bench.load import clients
 from bench.load.clients import Request
 from bench.results import Target
-from bench.systems.local_stack import cpu_seconds, local_stack
+from bench.systems.bench_stack import bench_stack, cpu_seconds
 from bench.systems.subject import Subject
 from bench.texts import held_out
 from helios.stack_state import StackState
@@ -38,8 +38,8 @@ def measure(subject: Subject) -> dict[str, Any]:
     options = ("--models-dir", str(model.path.parent), *served)
     subject.say("starting two stacks, one with profiler and controller")
     with (
-        local_stack(*options) as plain,
-        local_stack(*options, "--profiler", "--controller", "advisory") as watched,
+        bench_stack(*options) as plain,
+        bench_stack(*options, "--profiler", "--controller", "advisory") as watched,
     ):
         return asyncio.run(_measure(subject, {"without": plain, "with": watched}))
 

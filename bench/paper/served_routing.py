@@ -22,7 +22,7 @@ from bench.paper.control import first_decision
 from bench.quality.judge import Judge, stride
 from bench.quality.served import best_of, rise, served_of
 from bench.results import Target
-from bench.systems.local_stack import local_stack
+from bench.systems.bench_stack import bench_stack
 from bench.systems.subject import Subject
 from bench.texts import held_out
 from helios.client import AsyncClient
@@ -198,7 +198,7 @@ def _stack(subject: Subject, routing: str = "request") -> Iterator[StackState]:
         "--controller": "active",
     }
     subject.say("starting a stack")
-    with local_stack(
+    with bench_stack(
         *itertools.chain.from_iterable(options.items()),
         "--profiler",
         settings={"HELIOS_CONTROLLER_ROUTING": routing},

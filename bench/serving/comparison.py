@@ -17,7 +17,7 @@ from bench.peers.contenders import HELIOS, Contender, awake, needed_bytes
 from bench.peers.environment import make_environment
 from bench.peers.vllm_server import through_http, vllm_server
 from bench.results import Report, Target, earlier
-from bench.systems.local_stack import local_stack
+from bench.systems.bench_stack import bench_stack
 from bench.systems.random_model import random_model
 from bench.systems.shapes import FIRST_TOKEN
 from helios import catalog
@@ -85,10 +85,10 @@ def compare(
         options += ["--workers", str(workers), "--threads", str(max(1, threads // workers))]
         options += ["--depth", str(depth or model.num_layers)]
         comparison = _Comparison(results, trace, model.config.vocab_size, streams, json_path, say)
-        with local_stack(*options) as state:
+        with bench_stack(*options) as state:
             asyncio.run(comparison.run(systems, HELIOS, state.gateway, SHARES))
         say("starting a stack for throughput")
-        with local_stack(*options, settings={"HELIOS_WORKER_PREFILL_STRETCH": _STRETCH}) as state:
+        with bench_stack(*options, settings={"HELIOS_WORKER_PREFILL_STRETCH": _STRETCH}) as state:
             asyncio.run(comparison.run({}, HELIOS_STRETCHED, state.gateway, ()))
     return report_of(results)
 

@@ -15,7 +15,7 @@ from bench.load.clients import Request, Stream, Summary
 from bench.load.latency import percentile
 from bench.peers import reference
 from bench.results import Report, Target
-from bench.systems.local_stack import cpu_seconds, local_stack
+from bench.systems.bench_stack import bench_stack, cpu_seconds
 from helios import catalog
 from helios.catalog import ModelEntry
 from helios.errors import InvalidRequestError
@@ -62,7 +62,7 @@ def measure(
     options = ["--models-dir", str(directory), "--precision", "float32"]
     options += ["--workers", str(workers)] if workers else []
     options += ["--model", model] if model else []
-    with local_stack(*options, *(["--depth", str(depth)] if depth else [])) as state:
+    with bench_stack(*options, *(["--depth", str(depth)] if depth else [])) as state:
         say(f"{streams} streams x {max_tokens} tokens, {_ROUNDS} times each way")
         measured = asyncio.run(_measure(state, streams, max_tokens))
     entry = catalog.find_model(directory, state.model)
@@ -70,7 +70,7 @@ def measure(
     parity = asyncio.run(_compare(entry, state.depth, measured.streams))
     say(f"memory of all {entry.num_layers} layers")
     one_worker = [*options, "--model", entry.name, "--workers", "1"]
-    with local_stack(*one_worker, "--depth", str(entry.num_layers)) as full_state:
+    with bench_stack(*one_worker, "--depth", str(entry.num_layers)) as full_state:
         full = asyncio.run(_status_of_workers(full_state.gateway))[0]
     return _report(measured, parity, full, streams)
 

@@ -9,11 +9,11 @@ from typing import Any, Self
 
 import click
 
+from helios.cli.answering import answering_gateway
 from helios.cli.sampling_options import RequestOptions, request_options, utf8
 from helios.cli.target import target_option
 from helios.client import AsyncClient, generate_request
 from helios.errors import HeliosError, InvalidRequestError
-from helios.stack_state import find_gateway
 from helios.v1 import generation_pb2
 from helios.v1.inference_pb2 import ChatMessage, ChatMessages
 
@@ -29,11 +29,15 @@ _MAX_TOKENS = 1024
 def chat(*, system: str | None, target: str | None, **chosen: Any) -> None:
     """Talk to a model that has a chat template. Each line of stdin is a message.
 
-    /clear forgets the conversation, /quit or Ctrl-D ends it, and Ctrl-C ends an answer.
+    /clear forgets the conversation, /quit or Ctrl-D ends it, and Ctrl-C ends an answer. If no stack runs and
+    --model is given, one is started for this command alone.
     """
     options = RequestOptions(**chosen)
     first = utf8(system or "", "--system")
-    with _Conversation(find_gateway(target, options.model), options, first) as conversation:
+    with (
+        answering_gateway(target, options.model) as gateway,
+        _Conversation(gateway, options, first) as conversation,
+    ):
         if sys.stdin.isatty():
             _talk(conversation)
         else:

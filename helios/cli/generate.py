@@ -8,11 +8,11 @@ from typing import Any
 import click
 from google.protobuf.json_format import MessageToDict
 
+from helios.cli.answering import answering_gateway
 from helios.cli.sampling_options import RequestOptions, request_options, utf8
 from helios.cli.target import target_option
 from helios.client import Client, Event, generate_request
 from helios.errors import InvalidRequestError
-from helios.stack_state import find_gateway
 from helios.v1 import generation_pb2
 from helios.v1.inference_pb2 import ChatMessage, ChatMessages
 
@@ -35,7 +35,10 @@ def generate(
     target: str | None,
     **chosen: Any,
 ) -> None:
-    """Continue PROMPT, token by token. `-` reads it from stdin, without its last newline."""
+    """Continue PROMPT, token by token. `-` reads it from stdin, without its last newline.
+
+    If no stack runs and --model is given, one is started for this command alone.
+    """
     options = RequestOptions(**chosen)
     text = _read_prompt(prompt)
     request = generate_request(
@@ -46,9 +49,9 @@ def generate(
         objective=options.parsed_objective(),
     )
     show = _show_json if as_json else _show_text
-    started = time.monotonic()
     token_times = []
-    with Client(find_gateway(target, options.model)) as client:
+    with answering_gateway(target, options.model) as gateway, Client(gateway) as client:
+        started = time.monotonic()
         for event in client.generate(request, timeout):
             show(event)
             if isinstance(event, generation_pb2.Token):

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer
 
+from helios import stack_state
 from helios.client import AsyncClient, Client, generate_request
 from helios.errors import CheckpointError, InvalidRequestError, UnavailableError, UnknownModelError
 from helios.served import ServedPlan
@@ -311,6 +312,28 @@ def test_generate_applies_the_template_when_it_is_told_to(gateway: Process) -> N
         check=False,
     )
     assert said.stdout == answer_to(gateway, ("user", "def f():")) + "\n", said.stderr
+
+
+def test_without_a_stack_a_named_model_gets_one_for_the_command_alone(models: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"HELIOS_MODELS_DIR": str(models), "HELIOS_STATE_DIR": str(tmp_path)}
+
+    def run(model: str) -> "subprocess.CompletedProcess[str]":
+        command = ["generate", "--model", model, "--chat", "def f():", "--max-tokens", "12"]
+        return subprocess.run(
+            [sys.executable, "-m", "helios.cli", *command],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    said = run("talk")
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.strip()
+    assert "`helios up --model talk` keeps one running" in said.stderr
+    assert stack_state.read(tmp_path) is None
+    assert run("nope").stderr.startswith("error: no model 'nope' in")
 
 
 def test_client_of_the_readme_streams_an_answer(gateway: Process) -> None:

@@ -25,7 +25,7 @@ from helios.engine.backends.readout import read
 from helios.engine.engine import Engine
 from helios.engine.interface import GeneratedToken, Output
 from helios.engine.kernels import inner_product as inner_product_module
-from helios.engine.kernels.inner_product import GROUP, TILE, grouped_product, inner_product
+from helios.engine.kernels.inner_product import GROUP, TILE, inner_product
 from helios.engine.kernels.layer import OWN_ROWS
 from helios.engine.kernels.layout import BFLOAT16, INT8
 from helios.engine.kernels.processor import PROCESSOR

@@ -1,4 +1,4 @@
-"""Stacks that a bench starts and stops with the command `helios up`."""
+"""A stack of its own for one caller, started with the command `helios up`."""
 
 import contextlib
 import os
@@ -13,8 +13,6 @@ from helios.errors import UnavailableError
 from helios.stack_state import StackState
 from helios.tether import tethered
 
-_CLOCK_TICKS = os.sysconf("SC_CLK_TCK")
-
 
 @contextlib.contextmanager
 def local_stack(*options: str, settings: Mapping[str, str] | None = None) -> Iterator[StackState]:
@@ -23,7 +21,7 @@ def local_stack(*options: str, settings: Mapping[str, str] | None = None) -> Ite
     It has no profiler and controller, unless the options ask for them, so that nothing changes the plan.
     settings: further environment variables. Raises UnavailableError with its error when it does not start.
     """
-    with tempfile.TemporaryDirectory(prefix="helios-bench-") as name, tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryDirectory(prefix="helios-stack-") as name, tempfile.TemporaryFile("w+") as said:
         command = [
             *(sys.executable, "-P", "-m", "helios.cli", "up", "--gateway", "127.0.0.1:0"),
             *("--no-profiler", "--controller", "none", *options),
@@ -31,9 +29,8 @@ def local_stack(*options: str, settings: Mapping[str, str] | None = None) -> Ite
         # Another stack may use the Redis that the environment names.
         environment = {key: value for key, value in os.environ.items() if key != "HELIOS_REDIS_URL"}
         environment |= {**(settings or {}), "HELIOS_STATE_DIR": name}
-        # A bench sends the same prompts again. They must cost as much as new ones.
-        environment.setdefault("HELIOS_WORKER_PREFIX_CACHE", "false")
-        # Tethered, so that no stack is left behind when the bench is killed.
+        # Tethered, so that no stack is left behind when the caller is killed. A terminal's Ctrl-C goes to the
+        # caller alone.
         process = subprocess.Popen(
             tethered(command),
             env=environment,
@@ -41,6 +38,7 @@ def local_stack(*options: str, settings: Mapping[str, str] | None = None) -> Ite
             stdout=subprocess.PIPE,
             stderr=said,
             text=True,
+            start_new_session=True,
         )
         assert process.stdout is not None
         try:
@@ -56,9 +54,3 @@ def local_stack(*options: str, settings: Mapping[str, str] | None = None) -> Ite
             process.terminate()
             process.wait()
             process.stdout.close()
-
-
-def cpu_seconds(pid: int) -> float:
-    """CPU time, user and system, that a process has used so far (proc(5), stat fields 14 and 15)."""
-    after_name = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(after_name[11]) + int(after_name[12])) / _CLOCK_TICKS
