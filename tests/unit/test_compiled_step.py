@@ -25,7 +25,7 @@ from helios.engine.backends.readout import read
 from helios.engine.engine import Engine
 from helios.engine.interface import GeneratedToken, Output
 from helios.engine.kernels import inner_product as inner_product_module
-from helios.engine.kernels.inner_product import TILE, inner_product
+from helios.engine.kernels.inner_product import GROUP, TILE, grouped_product, inner_product
 from helios.engine.kernels.layer import OWN_ROWS
 from helios.engine.kernels.layout import BFLOAT16, INT8
 from helios.engine.kernels.processor import PROCESSOR
@@ -46,11 +46,14 @@ from helios.errors import SettingsError
 from helios.modes import ExitMode, Precision
 from helios.sampling import SamplingParams
 from helios.served import ServedPlan
-from tests.opt_variants import VARIANTS, Head, save_variant
+from tests.opt_variants import Head
+from tests.variants import VARIANTS, save_variant
 
 MEMORY = 64 << 20
 PLAN = ServedPlan(model="random", depth=1)
 PRECISIONS = ("float32", "bfloat16", "int8")
+# Kinds of products: in int8 each row and channel has one scale, or each group of inputs.
+PRODUCTS = (*PRECISIONS, "int8 in groups")
 
 
 @pytest.fixture
@@ -77,6 +80,9 @@ class Case:
             spans = x.clamp(min=0).amax(dim=1, keepdim=True) - x.clamp(max=0).amin(dim=1, keepdim=True)
             scales = spans / 254
             x = torch.where(scales > 0, (x / scales).round() * scales, 0)
+        if self.precision == "int8 in groups":
+            groups = F.pad(x, (0, -x.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+            x = in_bytes(groups).nan_to_num(0).flatten(1)[:, : x.shape[1]]
         if self.precision == "bfloat16":
             x = x.bfloat16()
         return F.linear(x.double(), self.weight.double(), self.bias.double()).float()
@@ -88,12 +94,16 @@ def packed(precision: str, in_size: int, out_size: int) -> Case:
     if precision == "int8":
         whole, scales = quantize(weight)
         return Case(pack(LinearWeights(whole, bias, scales)), whole * scales[:, None], bias, precision)
+    if precision == "int8 in groups":
+        whole, scales = quantize(weight, in_groups=True)
+        by_input = scales.repeat_interleave(GROUP, dim=1)[:, :in_size]
+        return Case(pack(LinearWeights(whole, bias, scales)), whole * by_input, bias, precision)
     weight = weight.to(getattr(torch, precision))
     return Case(pack(LinearWeights(weight, bias)), weight, bias, precision)
 
 
 @pytest.mark.parametrize("threads", [1, 2], indirect=True)
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", PRODUCTS)
 @pytest.mark.parametrize(("in_size", "out_size"), [(192, 576), (33, 70), (4, 1), (768, 96)])
 @pytest.mark.parametrize("rows", [1, 2, 4, 7, 33])
 def test_a_product_is_that_of_the_numbers_in_its_precision(
@@ -104,7 +114,7 @@ def test_a_product_is_that_of_the_numbers_in_its_precision(
     torch.testing.assert_close(case.linear(x), case.product(x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", PRODUCTS)
 @pytest.mark.parametrize("first", [0, 32, 40, 95])
 def test_a_part_of_the_channels_is_the_same_as_in_the_whole(precision: str, first: int) -> None:
     case, x = packed(precision, 64, 96), torch.randn(3, 64)
@@ -117,7 +127,7 @@ def test_the_weights_of_a_channel_are_found_where_they_are_packed(precision: str
     assert torch.equal(case.linear.weights_of(channels), case.weight[channels])
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", PRODUCTS)
 def test_a_row_is_the_same_to_the_bit_whatever_rows_are_beside_it(precision: str) -> None:
     linear = packed(precision, 192, 96).linear
     x = torch.randn(27, 192)
@@ -140,7 +150,7 @@ def test_int8_steps_span_what_a_row_has_and_no_more() -> None:
         assert torch.allclose(same(torch.zeros(1, 64)), torch.zeros(1, 64)), "zero is always exact"
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", PRODUCTS)
 def test_a_row_of_zeros_gives_the_biases(precision: str) -> None:
     case = packed(precision, 64, 96)
     assert torch.equal(case.linear(torch.zeros(2, 64)), case.bias.expand(2, -1))
@@ -178,6 +188,17 @@ def test_without_the_instruction_the_sums_are_the_same(
     assert sums() == expected.tolist()
 
 
+def test_a_few_large_numbers_leave_those_of_other_groups_their_bits() -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(32, 4 * GROUP), torch.randn(3, 4 * GROUP)
+    # A large weight meets zeros, and so does a large input.
+    weight[:, 5], x[:, :GROUP] = 1e3, 0
+    x[:, GROUP + 5], weight[:, GROUP : 2 * GROUP] = 1e3, 0
+    whole, scales = quantize(weight, in_groups=True)
+    found = pack(LinearWeights(whole, None, scales))(x)
+    torch.testing.assert_close(found, F.linear(x, weight), rtol=0, atol=0.5)
+
+
 def in_bytes(numbers: torch.Tensor) -> torch.Tensor:
     """Rounds each vector of the last dimension to steps of a 127th of its largest number."""
     steps = numbers.abs().amax(dim=-1, keepdim=True) / 127
@@ -187,17 +208,19 @@ def in_bytes(numbers: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("threads", [1, 2], indirect=True)
 @pytest.mark.parametrize("block_tokens", [16, 32])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.int8])
-@pytest.mark.parametrize("head_dim", [8, 20, 64, 80])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_dim"), [(3, 3, 8), (3, 3, 20), (3, 3, 64), (3, 3, 80), (9, 3, 64), (7, 1, 12)]
+)
 def test_paged_attention_sees_each_rows_own_context(
-    threads: int, block_tokens: int, head_dim: int, dtype: torch.dtype
+    threads: int, block_tokens: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype
 ) -> None:
     """The batch has decodes of several lengths, a first chunk of a prefill and a later one."""
     torch.manual_seed(0)
-    heads = 3
+    parts = [heads, kv_heads, kv_heads]
     # In int8 the attention weights have 16 bits.
     tolerance = 1e-4 if dtype == torch.int8 else 1e-5
     computed, count = (0, 40, 16, 1, 35), (20, 1, 17, 1, 1)
-    cache = KVCache(1, 20, block_tokens, heads, head_dim, dtype, torch.device("cpu"))
+    cache = KVCache(1, 20, block_tokens, kv_heads, head_dim, dtype, torch.device("cpu"))
     numbers = iter(torch.randperm(20).tolist())
     scheduled, states = [], {}
     for before, added in zip(computed, count, strict=True):
@@ -206,10 +229,10 @@ def test_paged_attention_sees_each_rows_own_context(
         sequence = Sequence("", ids, 1, SamplingParams(), detokenizer, lambda _: None, PLAN)
         sequence.computed = before
         sequence.blocks = [next(numbers) for _ in range(-(-(before + added) // block_tokens))]
-        states[sequence.arrival] = torch.randn(before + added, 3, heads, head_dim)
-        past = states[sequence.arrival][:before]
+        states[sequence.arrival] = torch.randn(before + added, sum(parts), head_dim)
+        _, *past = states[sequence.arrival][:before].split(parts, dim=1)
         slots = [sequence.blocks[p // block_tokens] * block_tokens + p % block_tokens for p in range(before)]
-        cache.write(0, torch.tensor(slots, dtype=torch.int64), past[:, 1], past[:, 2])
+        cache.write(0, torch.tensor(slots, dtype=torch.int64), *past)
         scheduled.append((sequence, added))
     batch, _ = build_batch(scheduled, block_tokens, torch.device("cpu"))
     order = sorted(scheduled, key=lambda pair: pair[1] != pair[0].pending or pair[1] != 1)
@@ -217,15 +240,19 @@ def test_paged_attention_sees_each_rows_own_context(
     attended = attend(new.flatten(1), batch, cache, 0)
     row = 0
     for seq, added in order:
-        query, key, value = states[seq.arrival].transpose(0, 2).transpose(0, 1).unbind(0)
+        # [heads, tokens, head_dim]
+        query, key, value = states[seq.arrival].transpose(0, 1).split(parts)
         if dtype == torch.int8:
             query, key, value = (in_bytes(part) for part in (query, key, value))
         else:
             key, value = key.to(dtype).float(), value.to(dtype).float()
         causal = torch.ones(len(query[0]), len(query[0]), dtype=torch.bool).tril()
-        expected = F.scaled_dot_product_attention(query, key, value, attn_mask=causal)[:, seq.computed :]
+        expected = F.scaled_dot_product_attention(query, key, value, attn_mask=causal, enable_gqa=True)
         torch.testing.assert_close(
-            attended[row : row + added], expected.transpose(0, 1).flatten(1), rtol=1e-5, atol=tolerance
+            attended[row : row + added],
+            expected[:, seq.computed :].transpose(0, 1).flatten(1),
+            rtol=1e-5,
+            atol=tolerance,
         )
         for position in range(seq.computed, len(seq.token_ids)):
             alone = replace(seq, token_ids=[5] * (position + 1), computed=position)
@@ -269,7 +296,9 @@ def generate(
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", ["pre-norm", "post-norm", "no-bias", "no-affine"])
+@pytest.mark.parametrize(
+    "name", ["pre-norm", "post-norm", "no-bias", "no-affine", "llama", "odd-widths", "qwen3"]
+)
 def test_a_resumed_stream_goes_on_to_the_bit_whatever_it_is_batched_with(
     tmp_path: Path, name: str, precision: str
 ) -> None:
@@ -292,7 +321,7 @@ def test_a_resumed_stream_goes_on_to_the_bit_whatever_it_is_batched_with(
 
 @pytest.mark.parametrize("threads", [1, 2], indirect=True)
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", ["pre-norm", "post-norm"])
+@pytest.mark.parametrize("name", ["pre-norm", "post-norm", "biased", "qwen3"])
 def test_many_rows_at_once_are_the_same_to_the_bit_as_a_few_at_a_time(
     tmp_path: Path, name: str, precision: str, threads: int
 ) -> None:
@@ -372,7 +401,12 @@ def test_a_norm_that_is_zero_everywhere_stays_as_it_is(tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(
     ("name", "head"),
-    [*((name, "shared") for name in VARIANTS), ("pre-norm", "norm"), ("projected", "linear")],
+    [
+        *((name, "shared") for name in VARIANTS),
+        ("pre-norm", "norm"),
+        ("projected", "linear"),
+        ("qwen2", "linear"),
+    ],
 )
 def test_one_call_computes_what_the_layers_one_by_one_do(
     tmp_path: Path, name: str, head: Head, precision: str, threads: int
@@ -395,7 +429,8 @@ def test_one_call_computes_what_the_layers_one_by_one_do(
 
 @pytest.mark.parametrize("threads", [1, 2], indirect=True)
 @pytest.mark.parametrize(
-    ("name", "head"), [("pre-norm", "shared"), ("post-norm", "norm"), ("projected", "linear")]
+    ("name", "head"),
+    [("pre-norm", "shared"), ("post-norm", "norm"), ("projected", "linear"), ("llama3", "norm")],
 )
 def test_tokens_leave_the_one_call_where_they_leave_the_layers_one_by_one(
     tmp_path: Path, name: str, head: Head, threads: int
@@ -440,8 +475,9 @@ assert compiled() == before, (before, compiled())
 
 
 @pytest.mark.parametrize("precision", ["int8", "float32"])
-def test_no_request_waits_for_a_kernel_to_be_compiled(tmp_path: Path, precision: str) -> None:
-    save_variant(tmp_path, "pre-norm", seed=3)
+@pytest.mark.parametrize("name", ["pre-norm", "llama"])
+def test_no_request_waits_for_a_kernel_to_be_compiled(tmp_path: Path, name: str, precision: str) -> None:
+    save_variant(tmp_path, name, seed=3)
     command = [sys.executable, "-c", COMPILED, str(tmp_path), precision]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
@@ -449,7 +485,7 @@ def test_no_request_waits_for_a_kernel_to_be_compiled(tmp_path: Path, precision:
 
 @pytest.mark.parametrize("threads", [1, 2], indirect=True)
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", ["pre-norm", "post-norm"])
+@pytest.mark.parametrize("name", ["pre-norm", "post-norm", "llama", "qwen3-biased"])
 def test_skipped_layers_remember_what_they_would_have_of_the_same_input(
     tmp_path: Path, threads: int, precision: str, name: str
 ) -> None:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from helios.architectures.spec import ModelConfig
-from helios.engine.kernels.attention_int8 import LEAST, key_bytes, value_bytes
+from helios.engine.kernels.attention_int8 import key_bytes, value_bytes
+from helios.engine.kernels.product import LEAST
 from helios.engine.kernels.simd import LANES
 from helios.engine.weights.precision import checkpoint_dtype
 from helios.modes import Precision

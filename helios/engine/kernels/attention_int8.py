@@ -20,6 +20,7 @@ from helios.engine.kernels.context import (
 from helios.engine.kernels.exponential import exponential
 from helios.engine.kernels.inner_product import multiply_bytes
 from helios.engine.kernels.jit import compiled
+from helios.engine.kernels.product import LEAST
 from helios.engine.kernels.rotation import place_key, place_queries
 from helios.engine.kernels.simd import (
     LANES,
@@ -68,8 +69,6 @@ _TOGETHER = 4
 _MIDDLE = 128
 # The largest weight as two bytes. Its products fit 32-bit sums for contexts up to 66,000 tokens.
 _MOST = 65535
-# A group whose largest number is smaller counts as all zeros, because its inverse would be infinite.
-LEAST = 1e-30
 
 
 @compiled

@@ -3,6 +3,10 @@
 Each step takes one 32-bit word of each row and one of each channel of the tile. A word holds one float32, two
 bfloat16 or four bytes. All sums stay in registers. Each sum adds its steps in order, so a row's sums are
 bit-identical in every batch. If the processor has an instruction for a step (`processors`), it is used.
+
+In int8 there are two ways. Either a channel has one scale for all inputs, and a row too. Or each group of
+`GROUP` inputs has its own scales (`grouped_product`), so that a few large numbers leave the others of their
+row and channel their bits.
 """
 
 from collections.abc import Sequence
@@ -17,6 +21,7 @@ from helios.engine.kernels.processor import PROCESSOR
 from helios.engine.kernels.processors.target import DotProduct
 from helios.engine.kernels.simd import (
     LANES,
+    SINGLE,
     SINGLES,
     SOON,
     WORD,
@@ -32,6 +37,10 @@ from helios.engine.kernels.simd import (
 # Output channels of a tile, and bytes of weights per step. Packed weights have this layout on all processors.
 TILE = 2 * LANES
 STEP_BYTES = 4 * TILE
+# Inputs with a common scale, where groups of inputs have their own. Then a tile of weights is [groups], and
+# each group has its bytes, [GROUP / 4, 32, 4], and the bfloat16 scales of its channels, [32].
+GROUP = 64
+GROUP_BYTES = GROUP * TILE + 2 * TILE
 # Rows of the largest block. Smaller blocks have a half, a quarter and so on, down to one row.
 BLOCK_ROWS = PROCESSOR.block_rows
 
@@ -153,6 +162,131 @@ def _inner_product(
     return types.void(*[types.intp] * 9), generate
 
 
+def _build_grouped_loop(builder: Builder, rows: int, arguments: Sequence[Value], end: Value) -> None:
+    """Builds all groups of a block (at least one), stores its sums, then jumps to `end`."""
+    x, stride, row_scales, weights, groups, sums, ahead, ahead_step = arguments
+    begin, loop, steps, scaling, done = (builder.block, *(builder.append_basic_block() for _ in range(4)))
+    none = ir.Constant(_LONG, 0)
+
+    def at(address: Value, offset: Value, kind: Any) -> Value:
+        return builder.inttoptr(builder.add(address, offset), kind.as_pointer())
+
+    def times(value: Value, factor: int) -> Value:
+        return builder.mul(value, ir.Constant(_LONG, factor))
+
+    builder.branch(loop)
+    # One pass for each group.
+    builder.position_at_end(loop)
+    group = builder.phi(_LONG)
+    group.add_incoming(none, begin)
+    before = [builder.phi(SINGLES) for _ in range(2 * rows)]
+    for value in before:
+        value.add_incoming(ir.Constant(SINGLES, [0.0] * LANES), begin)
+    # Float32 and int32 of each row and group: its scale, and what its integer sums begin with.
+    of_rows = [
+        builder.add(row_scales, times(builder.add(builder.mul(groups, ir.Constant(_LONG, row)), group), 8))
+        for row in range(rows)
+    ]
+    first = [
+        build_spread(builder, builder.load(at(place, ir.Constant(_LONG, 4), WORD), align=4), WORDS)
+        for place in of_rows
+    ]
+    own = builder.add(weights, times(group, GROUP_BYTES))
+    row_bytes = times(stride, 4)
+    row_words = [
+        builder.add(builder.add(x, times(row_bytes, row)), times(group, GROUP)) for row in range(rows)
+    ]
+    fetched = builder.add(ahead, builder.mul(times(group, GROUP // 4), ahead_step))
+    builder.branch(steps)
+    # One pass for each word of the group.
+    builder.position_at_end(steps)
+    step = builder.phi(_LONG)
+    step.add_incoming(none, loop)
+    partial = [builder.phi(WORDS) for _ in range(2 * rows)]
+    for place, value in enumerate(partial):
+        value.add_incoming(first[place // 2], loop)
+    next_tile = at(fetched, builder.mul(step, ahead_step), _BYTE)
+    build_call("llvm.prefetch.p0", ir.VoidType())(builder, [next_tile, *SOON])
+    channels = []
+    for half in (0, 1):
+        offset = builder.add(times(step, STEP_BYTES), ir.Constant(_LONG, 4 * LANES * half))
+        channels.append(builder.load(at(own, offset, WORDS), align=4))
+    added = []
+    for row in range(rows):
+        word = builder.load(at(row_words[row], times(step, 4), WORD), align=4)
+        spread = build_spread(builder, word, WORDS)
+        # Here the channels' bytes are unsigned and the row's are signed.
+        added += [_int8(builder, partial[2 * row + half], channels[half], spread) for half in (0, 1)]
+    following = builder.add(step, ir.Constant(_LONG, 1))
+    step.add_incoming(following, steps)
+    for old, new in zip(partial, added, strict=True):
+        old.add_incoming(new, steps)
+    builder.cbranch(builder.icmp_signed("<", following, ir.Constant(_LONG, GROUP // 4)), steps, scaling)
+    builder.position_at_end(scaling)
+    shorts = ir.VectorType(ir.IntType(16), LANES)
+    scales = []
+    for half in (0, 1):
+        offset = ir.Constant(_LONG, GROUP * TILE + 2 * LANES * half)
+        bits = builder.zext(builder.load(at(own, offset, shorts), align=2), WORDS)
+        scales.append(builder.bitcast(builder.shl(bits, _words(16)), SINGLES))
+    after = []
+    for row in range(rows):
+        scale = build_spread(builder, builder.load(at(of_rows[row], none, SINGLE), align=4), SINGLES)
+        for half in (0, 1):
+            place = 2 * row + half
+            whole = builder.sitofp(added[place], SINGLES)
+            factor = builder.fmul(scale, scales[half])
+            after.append(build_call("llvm.fma.v16f32", SINGLES)(builder, [whole, factor, before[place]]))
+    next_group = builder.add(group, ir.Constant(_LONG, 1))
+    group.add_incoming(next_group, scaling)
+    for old, new in zip(before, after, strict=True):
+        old.add_incoming(new, scaling)
+    builder.cbranch(builder.icmp_signed("<", next_group, groups), loop, done)
+    builder.position_at_end(done)
+    for place, value in enumerate(after):
+        builder.store(value, at(sums, ir.Constant(_LONG, 4 * LANES * place), SINGLES), align=4)
+    builder.branch(end)
+
+
+def _grouped_product(
+    _typing: Any,
+    _rows: Any,
+    _x: Any,
+    _stride: Any,
+    _row_scales: Any,
+    _weights: Any,
+    _groups: Any,
+    _sums: Any,
+    _ahead: Any,
+    _ahead_step: Any,
+) -> Any:
+    """Computes all sums of a block of rows with a tile whose groups of inputs have their own scales.
+
+    x: signed bytes in words [rows, stride]; row_scales: of each row and group its scale, float32, and its
+    bytes' sum times -128, int32: [rows, groups, 2]; weights: as described at `GROUP`, with 128 added to each
+    byte; sums: float32 [rows, 32]; the rest as in `inner_product`.
+    """
+
+    def generate(context: Any, builder: Builder, _signature: Any, values: Sequence[Value]) -> Value:
+        rows, *arguments = values
+        wrong, end = builder.append_basic_block(), builder.append_basic_block()
+        choice = builder.switch(rows, wrong)
+        count = BLOCK_ROWS
+        while count:
+            block = builder.append_basic_block()
+            choice.add_case(ir.Constant(_LONG, count), block)
+            builder.position_at_end(block)
+            _build_grouped_loop(builder, count, arguments, end)
+            count //= 2
+        builder.position_at_end(wrong)
+        builder.unreachable()
+        builder.position_at_end(end)
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 9), generate
+
+
 inner_product: Any = intrinsic(_inner_product)
+grouped_product: Any = intrinsic(_grouped_product)
 # In each lane, adds four byte products to a sum. Arguments: (sums, unsigned bytes, signed bytes).
 multiply_bytes = operation(words, (words, words, words), lambda b, v: _int8(b, *v))

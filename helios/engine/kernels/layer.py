@@ -113,7 +113,6 @@ def propagate(thread, model, layers, first, last, hidden, rows, slots, positions
     width, qkv_width, precision = model.width, model.qkv_width, model.precision
     x = scratch
     qkv = x + 4 * rows * width
-    encoded = encoded_at(qkv + 4 * rows * qkv_width, precision, rows, width)
     start, end = share(thread, rows)
     # Queries are not needed, so only the tiles of keys and values are computed.
     skipped = _query_width(model) // TILE
@@ -123,7 +122,8 @@ def propagate(thread, model, layers, first, last, hidden, rows, slots, positions
         if model.norm_before:
             norm(model, layer.attn_norm, hidden, start, end, x)
             source = x
-        encode(thread, precision, source, width, encoded)
+        encoded = encoded_at(qkv + 4 * rows * qkv_width, precision, rows, layer.qkv)
+        encode(thread, precision, source, layer.qkv, encoded)
         meet(thread)
         result = plain(layer.qkv, qkv)
         multiply_tiles(precision, layer.qkv, encoded, skipped + first_tile, skipped + last_tile, result)

@@ -27,11 +27,14 @@ SUMMARY = 4
 NORM = np.dtype([("weight", np.int64), ("bias", np.int64)], align=True)
 
 # A packed linear layer (`linear.pack`): its sizes and the addresses of its tensors. Only int8 uses
-# weight_sums and scales. Weights 0 means that there is no such layer.
+# weight_sums and scales. groups: only in int8, the number of groups of inputs that each have scales of their
+# own, which lie beside the weights; 0: each channel has one scale. Weights 0 means that there is no such
+# layer.
 LINEAR = np.dtype(
     [
         ("inputs", np.int64),
         ("channels", np.int64),
+        ("groups", np.int64),
         ("weights", np.int64),
         ("biases", np.int64),
         ("weight_sums", np.int64),

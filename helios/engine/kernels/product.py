@@ -1,8 +1,9 @@
 """Multiplies rows by a packed linear layer: encodes the rows in its precision, then multiplies.
 
 In bfloat16 each row of the input is rounded. In int8 it is quantised over the row's own range (per token),
-and the weights have a scale per output channel. Input and output are float32. No other row changes the order
-of a row's sums, so its result does not depend on the rest of the batch.
+and the weights have a scale per output channel. Or both have a scale for each group of inputs. Input and
+output are float32. No other row changes the order of a row's sums, so its result does not depend on the rest
+of the batch.
 """
 
 from typing import NamedTuple
@@ -11,13 +12,22 @@ import numpy as np
 
 from helios.engine.kernels.barrier import meet, share
 from helios.engine.kernels.exponential import exponential
-from helios.engine.kernels.inner_product import BLOCK_ROWS, STEP_BYTES, TILE, inner_product
+from helios.engine.kernels.inner_product import (
+    BLOCK_ROWS,
+    GROUP,
+    GROUP_BYTES,
+    STEP_BYTES,
+    TILE,
+    grouped_product,
+    inner_product,
+)
 from helios.engine.kernels.jit import compiled
 from helios.engine.kernels.layout import BFLOAT16, GATE, INT8, NONE, RELU
 from helios.engine.kernels.simd import (
     LANES,
     absolute,
     add,
+    add_words,
     divide,
     keep,
     larger,
@@ -30,18 +40,26 @@ from helios.engine.kernels.simd import (
     multiply_add,
     multiply_words,
     no_singles,
+    no_words,
     round_to_even,
     spread_single,
     spread_word,
     store_bfloats,
     store_bytes,
+    store_low_bytes,
     store_single,
     store_singles,
     store_some,
+    store_word,
     subtract,
     subtract_words,
     to_singles,
+    to_words,
+    total_words,
 )
+
+# A group whose largest number is smaller counts as all zeros, because its inverse would be infinite.
+LEAST = 1e-30
 
 
 class Encoded(NamedTuple):
@@ -52,7 +70,8 @@ class Encoded(NamedTuple):
     words: int
     steps: int
     stride: int
-    # Only in int8: each row's scale and zero byte, float32 [rows, 2].
+    # Only in int8. Without groups, each row's scale and zero byte, float32 [rows, 2]. With groups, as in
+    # `grouped_product`.
     row_scales: int
 
 
@@ -78,8 +97,8 @@ def product(thread, precision, linear, x, rows, result, scratch):
 
     linear: LINEAR; x: float32 [rows, inputs]; result: `Result`; scratch: `product_scratch` bytes.
     """
-    encoded = encoded_at(scratch, precision, rows, linear.inputs)
-    encode(thread, precision, x, linear.inputs, encoded)
+    encoded = encoded_at(scratch, precision, rows, linear)
+    encode(thread, precision, x, linear, encoded)
     meet(thread)
     first, last = share(thread, tiles_of(linear.channels))
     multiply_tiles(precision, linear, encoded, first, last, result)
@@ -88,15 +107,17 @@ def product(thread, precision, linear, x, rows, result, scratch):
 
 @compiled
 def product_scratch(precision, rows, inputs):
-    """Bytes of work space of `product`: its encoded input."""
-    return 4 * rows * (_stride(precision, inputs) + 2)
+    """Bytes of work space of `product`: its encoded input, which may have groups."""
+    whole = (inputs + GROUP - 1) // GROUP * GROUP
+    return 4 * rows * (_stride(_steps(precision, whole)) + 2 * whole // GROUP)
 
 
 @compiled
-def encoded_at(scratch, precision, rows, inputs):
+def encoded_at(scratch, precision, rows, linear):
     """The encoded input of a product, placed at scratch in `product_scratch` bytes."""
-    stride = _stride(precision, inputs)
-    return Encoded(rows, scratch, _steps(precision, inputs), stride, scratch + 4 * rows * stride)
+    steps = linear.groups * GROUP // 4 if linear.groups else _steps(precision, linear.inputs)
+    stride = _stride(steps)
+    return Encoded(rows, scratch, steps, stride, scratch + 4 * rows * stride)
 
 
 @compiled
@@ -108,18 +129,21 @@ def _steps(precision, inputs):
 
 
 @compiled
-def _stride(precision, inputs):
+def _stride(steps):
     """Words from one row to the next: whole registers plus one, so that rows do not share cache sets."""
-    return (_steps(precision, inputs) + LANES - 1) // LANES * LANES + LANES
+    return (steps + LANES - 1) // LANES * LANES + LANES
 
 
 @compiled
-def encode(thread, precision, x, inputs, encoded):
+def encode(thread, precision, x, linear, encoded):
     """Encodes a thread's rows of x, float32 [rows, inputs]."""
+    inputs, groups = linear.inputs, linear.groups
     start, end = share(thread, encoded.rows)
     for row in range(start, end):
         source, target = x + 4 * row * inputs, encoded.words + 4 * row * encoded.stride
-        if precision == INT8:
+        if groups:
+            _quantize_groups(source, inputs, groups, target, encoded.row_scales + 8 * row * groups)
+        elif precision == INT8:
             _quantize(source, inputs, target, encoded.row_scales + 8 * row)
         elif precision == BFLOAT16:
             for column in range(0, inputs, LANES):
@@ -156,6 +180,26 @@ def _quantize(x, inputs, words, scale):
 
 
 @compiled
+def _quantize_groups(x, inputs, groups, words, scales):
+    """Encodes a row of float32 at x as signed bytes, each group with its own scale. scales: [groups, 2]."""
+    for group in range(groups):
+        start = group * GROUP
+        peaks = no_singles()
+        for column in range(start, start + GROUP, LANES):
+            peaks = larger(peaks, absolute(load_some(x, column, inputs - column)))
+        peak = largest(peaks)
+        inverse = np.float32(127) / peak if peak > np.float32(LEAST) else np.float32(0)
+        factor, sums = spread_single(inverse), no_words()
+        for column in range(start, start + GROUP, LANES):
+            value = to_words(round_to_even(multiply(load_some(x, column, inputs - column), factor)))
+            store_low_bytes(words, column, value)
+            sums = add_words(sums, value)
+        store_single(scales, 2 * group, peak / np.float32(127))
+        # The weights' bytes are too large by 128.
+        store_word(scales, 2 * group + 1, np.int32(-128 * total_words(sums)))
+
+
+@compiled
 def tiles_of(channels):
     """Number of tiles that hold this many output channels."""
     return (channels + TILE - 1) // TILE
@@ -167,7 +211,10 @@ def multiply_tiles(precision, linear, encoded, first, last, result):
     room = np.empty(BLOCK_ROWS * TILE, np.int32)
     sums = room.ctypes.data
     rows, stride, steps = encoded.rows, encoded.stride, encoded.steps
-    tile_bytes = steps * STEP_BYTES
+    groups = linear.groups
+    # Whether the sums are integers, to be scaled afterwards.
+    is_whole = precision == INT8 and groups == 0
+    tile_bytes = groups * GROUP_BYTES if groups else steps * STEP_BYTES
     # Several blocks of rows use each tile in turn. Each block prefetches its share of the next tile, so that
     # memory is read all the time. A single block reads in order, and the processor prefetches that by itself.
     blocks = (rows + BLOCK_ROWS - 1) // BLOCK_ROWS
@@ -180,15 +227,19 @@ def multiply_tiles(precision, linear, encoded, first, last, result):
                 count //= 2
             ahead = weights + tile_bytes + row // BLOCK_ROWS * tile_bytes // blocks
             words = encoded.words + 4 * row * stride
-            inner_product(precision, count, words, stride, weights, steps, sums, ahead, ahead_step)
+            if groups:
+                scales = encoded.row_scales + 8 * row * groups
+                grouped_product(count, words, stride, scales, weights, groups, sums, ahead, ahead_step)
+            else:
+                inner_product(precision, count, words, stride, weights, steps, sums, ahead, ahead_step)
             for index in range(count):
                 scale, zero = np.float32(1), np.int32(0)
-                if precision == INT8:
+                if is_whole:
                     scale = load_single(encoded.row_scales, 2 * row)
                     zero = np.int32(load_single(encoded.row_scales, 2 * row + 1))
                 place = index * TILE
-                first_half = _value(precision, linear, sums, place, channel, scale, zero)
-                second_half = _value(precision, linear, sums, place + LANES, channel + LANES, scale, zero)
+                first_half = _value(is_whole, linear, sums, place, channel, scale, zero)
+                second_half = _value(is_whole, linear, sums, place + LANES, channel + LANES, scale, zero)
                 if result.activation == GATE:
                     gated = multiply(_silu(first_half), second_half)
                     _store(gated, row, tile * LANES, result)
@@ -200,9 +251,9 @@ def multiply_tiles(precision, linear, encoded, first, last, result):
 
 
 @compiled
-def _value(precision, linear, sums, place, channel, row_scale, zero):
+def _value(is_whole, linear, sums, place, channel, row_scale, zero):
     """A register of sums after scale and bias."""
-    if precision == INT8:
+    if is_whole:
         # Each row has its own zero byte. Its contribution to the sums is subtracted.
         added = multiply_words(load_words(linear.weight_sums, channel), spread_word(zero))
         corrected = subtract_words(load_words(sums, place), added)

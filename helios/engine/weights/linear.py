@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from helios.engine.kernels import border
-from helios.engine.kernels.inner_product import TILE
+from helios.engine.kernels.inner_product import GROUP, TILE
 from helios.engine.kernels.layout import BFLOAT16, FLOAT32, INT8, LINEAR, record
 from helios.engine.kernels.product import product_scratch
 from helios.engine.kernels.team import TEAM
@@ -22,8 +22,8 @@ from helios.engine.weights.quantize import chunk_rows
 
 # Version of the contents of a PackedLinear. Raise it whenever the same tensors would mean something else, or
 # when contents of earlier versions may be wrong. Since version 4 all numbers are known to be finite. Since
-# version 5 a layer has norms of heads.
-LAYOUT_VERSION = 5
+# version 5 a layer has norms of heads, and since version 6 groups of inputs may have scales of their own.
+LAYOUT_VERSION = 6
 
 _WORD_BYTES = 4
 _PRECISIONS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.int8: INT8}
@@ -71,7 +71,8 @@ class PackedLinear:
     """A linear layer computed by `product` in float32, bfloat16 or int8. Input and output are float32.
 
     In bfloat16 the input is rounded. In int8 the weights have one scale per output channel, and the input has
-    one per row. A row's result is bit-identical whatever other rows are in the batch.
+    one per row. Or both have one for each group of inputs. A row's result is bit-identical whatever other
+    rows are in the batch.
     """
 
     def __init__(self, precision: int, out_size: int, in_size: int, tensors: Sequence[torch.Tensor]) -> None:
@@ -100,7 +101,9 @@ class PackedLinear:
         weights, *per_channel = self.tensors
         parts = [weights[tile], *(tensor[tile * TILE :] for tensor in per_channel)]
         addresses = {name: part.data_ptr() for name, part in zip(_TENSORS, parts, strict=False)}
-        return record(LINEAR, inputs=self.in_size, channels=self.out_size - tile * TILE, **addresses)
+        channels = self.out_size - tile * TILE
+        groups = weights.shape[1] if weights.dtype == torch.uint8 else 0
+        return record(LINEAR, inputs=self.in_size, channels=channels, groups=groups, **addresses)
 
     def _multiply(self, x: torch.Tensor, linear: NDArray[np.void]) -> torch.Tensor:
         x = x.float().contiguous()
@@ -132,9 +135,11 @@ def pack(weights: LinearWeights) -> PackedLinear:
     Numbers that one step multiplies lie side by side in 32-bit words: float32 [out / 32, in, 32, 1], bfloat16
     [out / 32, in / 2, 32, 2], int8 [out / 32, in / 4, 32, 4]. Then come the biases, [out]. In int8 the sums
     of each channel's weights and the scales follow, [out] each. The kernel needs the sums because its input
-    is unsigned.
+    is unsigned. Weights with a scale for each group of inputs are packed by `_pack_groups`.
     """
     out_size, in_size = weights.weight.shape
+    if weights.scales is not None and weights.scales.dim() > 1:
+        return _pack_groups(weights, weights.scales)
     together = _WORD_BYTES // weights.weight.itemsize
     tiles, steps = -(-out_size // TILE), -(-in_size // together)
     weight, spare = weights.weight, (0, steps * together - in_size, 0, tiles * TILE - out_size)
@@ -151,3 +156,27 @@ def pack(weights: LinearWeights) -> PackedLinear:
         tensors += [torch.cat(sums), weights.scales.float()]
     tensors[1:] = [F.pad(tensor, (0, tiles * TILE - out_size)) for tensor in tensors[1:]]
     return PackedLinear(_PRECISIONS[weights.weight.dtype], out_size, in_size, tensors)
+
+
+def _pack_groups(weights: LinearWeights, scales: torch.Tensor) -> PackedLinear:
+    """Packs int8 weights [out, in] with scales [out, groups], padded with zeros.
+
+    Each group of a tile has its weights with 128 added, [GROUP / 4, 32, 4], and then its bfloat16 scales:
+    bytes [out / 32, groups, ...]. Then come the biases, [out].
+    """
+    out_size, in_size = weights.weight.shape
+    groups, tiles = scales.shape[1], -(-out_size // TILE)
+    rows = (0, 0, 0, tiles * TILE - out_size)
+    weight = F.pad(weights.weight, (0, groups * GROUP - in_size, *rows[2:]))
+    words = weight.view(torch.uint8).bitwise_xor(128).view(torch.int32).view(tiles, TILE, groups, GROUP // 4)
+    beside = F.pad(scales, rows).bfloat16().view(tiles, TILE, groups).transpose(1, 2).contiguous()
+    packed = torch.cat(
+        [
+            # [tiles, groups, words, channels]
+            words.permute(0, 2, 3, 1).contiguous().view(torch.uint8).flatten(2),
+            beside.view(torch.uint8),
+        ],
+        dim=2,
+    )
+    bias = torch.zeros(out_size) if weights.bias is None else weights.bias.float()
+    return PackedLinear(INT8, out_size, in_size, [packed, F.pad(bias, (0, tiles * TILE - out_size))])

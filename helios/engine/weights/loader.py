@@ -30,7 +30,7 @@ from helios.engine.weights.packed_weights import (
 from helios.engine.weights.part_reader import PartReader
 from helios.engine.weights.parts import LinearWeights
 from helios.engine.weights.precision import checkpoint_dtype
-from helios.engine.weights.quantize import quantize
+from helios.engine.weights.quantize import has_groups, quantize
 from helios.engine.weights.rotation import rotation
 from helios.footprint import weight_bytes
 from helios.modes import Precision
@@ -159,7 +159,7 @@ class _Source:
             head, scales = reader.lm_head(embed_tokens), None
             is_same = head is embed_tokens and self._precision is not Precision.INT8
             if self._precision is Precision.INT8:
-                head, scales = quantize(head)
+                head, scales = quantize(head, in_groups=has_groups(self._entry.config))
             return Ends(
                 embed_tokens=None if is_same else embed_tokens,
                 embed_positions=reader.embed_positions(),

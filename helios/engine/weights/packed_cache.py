@@ -43,6 +43,7 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "I32": torch.int32,
     "I8": torch.int8,
+    "U8": torch.uint8,
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 # Each tensor begins at a cache line, as in torch's own allocations.

@@ -12,7 +12,7 @@ from helios.architectures.spec import ModelConfig
 from helios.catalog import EarlyExitFacts
 from helios.engine.weights.checkpoint import Checkpoint
 from helios.engine.weights.parts import ExitHead, LayerWeights, LinearWeights, ModelWeights, Norm
-from helios.engine.weights.quantize import migrate_gammas, quantize_blocks, scale_columns
+from helios.engine.weights.quantize import has_groups, migrate_gammas, quantize_blocks, scale_columns
 from helios.engine.weights.weight_files import CPU
 
 
@@ -207,7 +207,7 @@ class PartReader:
             blocks = self.checkpoint.blocks(_weight(name), (out_size, in_size))
             if columns is not None:
                 blocks = scale_columns(blocks, columns)
-            weight, scales = quantize_blocks(blocks, out_size, in_size)
+            weight, scales = quantize_blocks(blocks, out_size, in_size, in_groups=has_groups(self.config))
         else:
             weight = self._tensor(_weight(name), out_size, in_size)
         return LinearWeights(weight, self._tensor(bias, out_size) if has_bias else None, scales)

@@ -9,7 +9,8 @@ import torch
 class LinearWeights:
     """y = x @ weight.T + bias. weight: [out, in], bias: [out].
 
-    scales: [out], only if the weight is int8. Each row must be multiplied by its scale.
+    scales: only if the weight is int8. Each row must be multiplied by its scale, [out], or each group of
+    inputs in it by its own, [out, groups].
     """
 
     weight: torch.Tensor

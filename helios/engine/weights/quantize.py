@@ -1,37 +1,70 @@
-"""Quantises weights to int8 rows with scales, and moves outliers from norms into the products after them."""
+"""Quantises weights to int8 with scales, and moves outliers from norms into the products after them."""
 
 from collections.abc import Iterable, Iterator
 
 import torch
+from torch.nn import functional as F
 
+from helios.architectures.spec import ModelConfig
+from helios.engine.kernels.inner_product import GROUP
 from helios.engine.weights.parts import Norm
 
 # Quantising works on this many float32 numbers at a time, which fit into a core's cache.
 _CHUNK_ITEMS = 1 << 18
 # Rows of a weight that are scaled at a time, to need little extra memory.
 _ROWS_AT_ONCE = 64
+# The smallest normal float32.
+_TINY = torch.finfo(torch.float32).tiny
 # Share of a norm's largest weight. Smaller weights are treated as this large.
 _LEAST_SIZE = 1e-3
 
 
-def quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantises a weight [out, in] to int8, one scale per row [out]. Symmetric: weight = int8 * scale."""
-    return quantize_blocks([weight], *weight.shape)
+def has_groups(config: ModelConfig) -> bool:
+    """Whether each group of inputs has scales of its own in int8.
+
+    Behind a gate, and in all of such a model's rows, a few numbers are a hundred times larger than the
+    others. With one scale per row the others would lose their bits.
+    """
+    return config.is_gated
+
+
+def quantize(weight: torch.Tensor, *, in_groups: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantises a weight [out, in] to int8. Symmetric: weight = int8 * scale.
+
+    Returns the numbers, and one scale per row, [out]. in_groups: one scale for each `GROUP` numbers of a row,
+    [out, groups], rounded to bfloat16.
+    """
+    return quantize_blocks([weight], *weight.shape, in_groups=in_groups)
 
 
 def quantize_blocks(
-    blocks: Iterable[torch.Tensor], out_size: int, in_size: int
+    blocks: Iterable[torch.Tensor], out_size: int, in_size: int, *, in_groups: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Like `quantize`, for a weight [out, in] that comes in blocks of rows, [rows, in] each."""
-    values, scales = torch.empty(out_size, in_size, dtype=torch.int8), torch.empty(out_size)
+    groups = -(-in_size // GROUP) if in_groups else 1
+    values, scales = torch.empty(out_size, in_size, dtype=torch.int8), torch.empty(out_size, groups)
     row = 0
     for block in blocks:
         for part in block.split(chunk_rows(in_size)):
-            numbers, own = part.float(), slice(row, row + len(part))
-            scales[own] = numbers.abs().amax(dim=1).clamp_min_(torch.finfo(torch.float32).tiny) / 127
-            values[own] = (numbers / scales[own, None]).round_()
+            own = slice(row, row + len(part))
+            if in_groups:
+                # [rows, groups, GROUP]
+                numbers = F.pad(part.float(), (0, groups * GROUP - in_size)).unflatten(1, (groups, GROUP))
+                steps = _steps(numbers)
+                # A little larger, so that no number exceeds 127 steps after rounding.
+                steps = (steps.clamp_min(_TINY) * (1 + 2**-8)).bfloat16().float()
+            else:
+                numbers = part.float()[:, None]
+                steps = _steps(numbers)
+            scales[own] = steps
+            values[own] = (numbers / steps[:, :, None]).round_().flatten(1)[:, :in_size]
             row += len(part)
-    return values, scales
+    return values, scales if in_groups else scales[:, 0]
+
+
+def _steps(numbers: torch.Tensor) -> torch.Tensor:
+    """The scales with which the largest of the last dimension become 127."""
+    return numbers.abs().amax(dim=-1).clamp_min_(_TINY) / 127
 
 
 def chunk_rows(in_size: int) -> int:
