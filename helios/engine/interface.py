@@ -91,7 +91,8 @@ class Route(Protocol):
         """
 
     def __call__(self, probe: Probe, *, is_complete: bool) -> ServedPlan | None:
-        """The plan, whether it is in force or not. None: it needs the readings of all loaded models.
+        """The plan, whether it is in force or not. None: it needs more readings, those of all loaded models
+        first, and then those of all positions.
 
         is_complete: whether no more readings can be had. Then it must choose.
         """

@@ -2,8 +2,8 @@
 
 The first tokens of a prompt go through the first layers of one loaded model, and of the others where this one
 does not say enough. A sample of them is read out at the first exit: how well does the model predict the
-prompt's own next tokens? What the chosen model has computed is kept, and prefill goes on with it where that
-is quicker.
+prompt's own next tokens? Where a sample under all models is not enough either, all are read out. What the
+chosen model has computed is kept, and prefill goes on with it where that is quicker.
 """
 
 import math
@@ -48,6 +48,8 @@ class _Beginning:
     # Positions that are read out, and the prompt's own next token at each. Empty: the prompt is not probed.
     positions: list[int] = field(default_factory=list)
     targets: list[int] = field(default_factory=list)
+    # Whether more positions could be read out.
+    is_sample: bool = False
     # Where every model writes its KV.
     slot: int = 0
     # By model. The states are those of all tokens after the first exit.
@@ -59,6 +61,13 @@ class _Beginning:
     @property
     def is_probed(self) -> bool:
         return bool(self.positions)
+
+    def read(self, most: int) -> None:
+        """Chooses at most so many positions that are read out."""
+        every = len(read_positions(len(self.ids), len(self.ids)))
+        self.positions = read_positions(len(self.ids), most)
+        self.targets = [self.seq.token_ids[position + 1] for position in self.positions]
+        self.is_sample = len(self.positions) < every
 
 
 class Prober:
@@ -101,8 +110,8 @@ class Prober:
     ) -> list[tuple[Sequence, Exception | None]]:
         """Probes the next sequences and gives each the plan that its route chooses.
 
-        A route whose `first` model is loaded is called after this model was probed, and once more with the
-        readings of all models if it chooses none.
+        A route whose `first` model is loaded is called after this model was probed. If it chooses none, it is
+        called again with the readings of all models, and at last with those of all positions.
         plans: one for each loaded model; in_force: the plans that may be chosen. Returns these sequences,
         those that get no plan with the reason: PlanNotServedError, SequenceFailedError if a route chooses
         none from all readings, or whatever the route raised.
@@ -116,6 +125,12 @@ class Prober:
         undecided = [one for one in beginnings if not self._choose(one, models, in_force)]
         for name, plan in models.items():
             self._probe(plan, [one for one in undecided if name not in one.states])
+        undecided = [one for one in undecided if not self._choose(one, models, in_force)]
+        for one in undecided:
+            one.read(len(one.ids))
+        # Few prompts come here, so what was computed of them is computed again.
+        for plan in plans:
+            self._probe(plan, undecided)
         for one in undecided:
             self._choose(one, models, in_force)
         return [(one.seq, one.error) for one in beginnings]
@@ -174,9 +189,8 @@ class Prober:
             if count < self._least_tokens or max(ids) >= vocabulary:
                 beginnings.append(_Beginning(seq, ids[:most]))
                 continue
-            positions = read_positions(count, self._most_readings)
-            targets = [ids[position + 1] for position in positions]
-            beginnings.append(_Beginning(seq, ids[:count], positions, targets, next(free)))
+            beginnings.append(_Beginning(seq, ids[:count], slot=next(free)))
+            beginnings[-1].read(self._most_readings)
         return beginnings
 
     def _probe(self, plan: Plan, beginnings: Seq[_Beginning]) -> None:
@@ -209,7 +223,8 @@ class Prober:
 
     def _choose(self, one: _Beginning, models: Mapping[str, Plan], in_force: Container[ServedPlan]) -> bool:
         """Lets a route choose the plan of its sequence. Returns False if it needs the other readings."""
-        seq, is_complete = one.seq, not one.is_probed or len(one.states) == len(models)
+        seq = one.seq
+        is_complete = not one.is_probed or (len(one.states) == len(models) and not one.is_sample)
         assert seq.route is not None
         probe = Probe(seq.prompt_tokens, one.readings, one.ids)
         try:

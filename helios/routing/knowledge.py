@@ -36,6 +36,8 @@ _LEAST_SCORE, _LEAST_KNOWN, _LEAST_READING = 0.3, 0.1, 0.5
 # features, in units of their scales.
 _NEIGHBOUR = 6
 _FAR_FACTOR, _FAR_MORE = 1.6, 0.1
+# So much of that distance is enough while other prompts are unlike the examples.
+_SUSPECT_FACTOR = 0.6
 # Decimals that are kept in JSON.
 _DECIMALS = 4
 
@@ -272,6 +274,18 @@ class Knowledge(BaseModel):
         return np.asarray(self.true_nats[:, self.deepest].argmin(axis=1))
 
     @cached_property
+    def confusion(self) -> Numbers:
+        """Share of the examples of each kind that the first reading takes for each kind: [models, models].
+
+        The kind of an example is the model that reads it best.
+        """
+        count, rows = len(self.models), np.arange(len(self.firsts))
+        taken = self.expected_by_first[self.firsts, rows][:, self.deepest].argmin(axis=1)
+        found = np.zeros((count, count))
+        np.add.at(found, (self.best_models, taken), 1.0)
+        return np.asarray(found / np.maximum(found.sum(axis=1, keepdims=True), 1.0))
+
+    @cached_property
     def token_table(self) -> TokenTable:
         """The table that scores texts by their tokens."""
         return TokenTable.from_record(self.table, len(self.models))
@@ -328,12 +342,12 @@ class Knowledge(BaseModel):
         found = np.argpartition(away, count - 1)[:count]
         return np.asarray(found[np.argsort(away[found])])
 
-    def is_unlike(self, features: Numbers, first: int | None) -> bool:
-        """Whether a prompt is unlike all examples."""
+    def is_unlike(self, features: Numbers, first: int | None, *, is_suspect: bool = False) -> bool:
+        """Whether a prompt is unlike all examples. is_suspect: others before it were, so less is enough."""
         away = self._squares(features, _near_columns(len(self.models), first))
         at = min(_NEIGHBOUR, len(away)) - 1
         far = self.far if first is None else self.first_far[first]
-        return bool(np.sqrt(np.partition(away, at)[at]) > far)
+        return bool(np.sqrt(np.partition(away, at)[at]) > far * (_SUSPECT_FACTOR if is_suspect else 1.0))
 
     @cached_property
     def _arrays(self) -> list[tuple[Numbers, Numbers]]:

@@ -31,7 +31,7 @@ class Probe:
 
 # Defaults of workers and of the profiler: tokens that are probed, and positions among them that are read out.
 # Examples are only like probes if both read the same.
-PROBE_TOKENS, PROBE_READINGS = 32, 6
+PROBE_TOKENS, PROBE_READINGS = 32, 12
 
 
 def evenly_spread(count: int, size: int) -> list[int]:

@@ -10,10 +10,12 @@ class RankedPlan:
     """A plan that may serve a request.
 
     extra_seconds_per_token: more than the best plan, with the price of quality. expected_perplexity_increase:
-    over the best model with all layers, a share. reason: why this plan, in words.
+    over the best model with all layers, a share. reason: why this plan, in words. is_unlike: whether the
+    prompt is unlike all that was learnt from.
     """
 
     plan: ServedPlan
     extra_seconds_per_token: float
     expected_perplexity_increase: float
     reason: str
+    is_unlike: bool = False

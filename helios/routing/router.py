@@ -1,7 +1,8 @@
 """Chooses the plan of a request by what a probe of its prompt shows."""
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Literal, Self
 
@@ -12,7 +13,8 @@ from helios.errors import InvalidRequestError
 from helios.routing.knowledge import VERSION, Knowledge, Numbers
 from helios.routing.probe import Probe
 from helios.routing.ranked_plan import RankedPlan
-from helios.routing.terms import NEIGHBOURS, Terms
+from helios.routing.terms import LEAST_UNLIKE, NEIGHBOURS, Terms
+from helios.routing.unlike_prompts import UnlikePrompts
 from helios.served import ServedPlan
 from helios.slo import Objective
 
@@ -53,14 +55,15 @@ class Router(BaseModel):
         max_perplexity_increase: float | None = None,
         objective: Objective | None = None,
         among: Collection[ServedPlan] | None = None,
+        unlike: UnlikePrompts | None = None,
     ) -> list[RankedPlan] | None:
-        """The plans for a request, the best first: never empty. None: readings of all models are worth it.
+        """The plans for a request, the best first: never empty. None: more readings are worth it.
 
         The others are dearer and expected to be at least as good, for the case that the best is busy.
         lot: in [0, 1), decides between two prices. is_complete: there will be no more readings.
         max_perplexity_increase: a bound for this request alone; the operator's price does not count then.
         objective: LATENCY takes the plan with the soonest tokens within the bound. among: the only plans that
-        may be taken, as far as they are known.
+        may be taken, as far as they are known. unlike: the prompts before this one.
         """
         allowed = self._allowed(among)
         known = self.knowledge.models
@@ -69,7 +72,8 @@ class Router(BaseModel):
             return [self._safe(allowed, "the prompt is too short to be judged")]
         features = self.knowledge.features_of(probe.first_ids, read)
         first = self.knowledge.first_of(read)
-        is_unlike = self.knowledge.is_unlike(features, first)
+        is_suspect = unlike is not None and unlike.are_likely
+        is_unlike = self.knowledge.is_unlike(features, first, is_suspect=is_suspect)
         expected = self.knowledge.expected_nats(features, first)
         price = self.terms.low_price if lot < self.terms.low_share else self.terms.price
         if first is not None and not is_complete:
@@ -77,8 +81,9 @@ class Router(BaseModel):
             if is_unlike or is_own_bound or self._asks_more(features, first, expected, price, allowed):
                 return None
         if is_unlike:
-            best = self.terms.unlike_model or self.knowledge.safest_model(read)
-            return [self._safe(allowed, "the prompt is unlike all that was learnt from", best)]
+            if not is_complete:
+                return None
+            return [self._safest(allowed, read, unlike or UnlikePrompts())]
         increases = expected - expected[self.knowledge.deepest].min()
         bound = max_perplexity_increase
         if objective is Objective.LATENCY and bound is None:
@@ -126,6 +131,19 @@ class Router(BaseModel):
         plans, wanted = self.knowledge.plans, model or self.terms.usual_model
         at = max(allowed, key=lambda at: (plans[at].model == wanted, plans[at].depth))
         return RankedPlan(plans[at].plan, 0.0, 0.0, f"{why}: safe plan")
+
+    def _safest(self, allowed: Sequence[int], read: Mapping[str, float], before: UnlikePrompts) -> RankedPlan:
+        """The safe plan for a prompt that is unlike all examples.
+
+        Only if others before it were unlike too, they may have something in common.
+        """
+        best = None
+        if before.are_likely:
+            read, count = before.mean(read)
+            best = self.terms.unlike_model if count < LEAST_UNLIKE else None
+        best = best or self.knowledge.safest_model(read)
+        found = self._safe(allowed, "the prompt is unlike all that was learnt from", best)
+        return replace(found, is_unlike=True)
 
     def _within(
         self, bound: float, increases: Numbers, objective: Objective | None, allowed: Sequence[int]

@@ -31,7 +31,8 @@ _CHANGED_SIGMAS = 1.5
 _ALIKE = 40
 # The reference is the best model over all requests, so in a mix requests may exceed what their own best model
 # needs. A few requests that are taken for others by mistake must not look like a mix. So a small minority's
-# share counts as this many standard errors smaller, and smaller by this constant.
+# share counts as this many standard errors smaller, and smaller by this constant, and without as many as are
+# taken for it among the examples.
 _SLACK_SIGMAS, _LEAST_SHARE = 1.5, 0.02
 # Requests with the low price may exceed the best model by this share at most, in the mean. Otherwise a few
 # requests would be served badly so that all others can be served well.
@@ -43,7 +44,7 @@ _TOLERANCE = 0.004
 # Examples whose loss shows whether further readings are worth their seconds.
 NEIGHBOURS = 10
 # So many recent prompts that are unlike all examples show together which model reads them best.
-_LEAST_UNLIKE = 3
+LEAST_UNLIKE = 3
 # Standard deviation of what examples and served prompts may differ by, in nats. Served prompts correct the
 # price as far as they are more certain than that.
 _BIAS_DEVIATION = 0.02
@@ -169,7 +170,7 @@ def settle(knowledge: Knowledge, recent: Sequence[Recent], bound: float) -> Term
 def _unlike_model(knowledge: Knowledge, recent: Sequence[Recent]) -> str | None:
     """The model that probably reads recent unlike prompts best, by all their readings together."""
     unlike = [one.features for one in recent[-max(WINDOWS) :] if one.is_unlike and one.first is None]
-    if len(unlike) < _LEAST_UNLIKE:
+    if len(unlike) < LEAST_UNLIKE:
         return None
     means = knowledge.readings_of(np.array(unlike)).mean(axis=0)
     return knowledge.safest_model(dict(zip(knowledge.models, means.tolist(), strict=True)))
@@ -270,7 +271,9 @@ def _weights(knowledge: Knowledge, alike: Sequence[NDArray[np.intp]], kinds: Seq
         share = kinds.count(kind) / len(kinds)
         if share < 1 / 2:
             doubt = _SLACK_SIGMAS * math.sqrt(share * (1 - share) / len(kinds)) + _LEAST_SHARE
-            share -= (1 - 2 * share) * doubt
+            usual = max(set(kinds), key=kinds.count)
+            taken = float(knowledge.confusion[usual, kind]) * kinds.count(usual) / len(kinds)
+            share -= (1 - 2 * share) * doubt + taken
         found += max(share, 0.0) * weights / weights.sum()
     return found
 

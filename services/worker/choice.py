@@ -9,6 +9,7 @@ from helios.routing.preference import Preference
 from helios.routing.probe import Probe
 from helios.routing.ranked_plan import RankedPlan
 from helios.routing.router import Router
+from helios.routing.unlike_prompts import UnlikePrompts
 from helios.served import ServedPlan
 from helios.v1 import worker_pb2
 
@@ -22,12 +23,16 @@ class RoutedChoice:
         preference: Preference,
         request_id: str,
         among: Collection[ServedPlan] | None,
+        unlike: UnlikePrompts,
     ) -> None:
-        """among: the plans to choose from. None: all that the router knows."""
+        """among: the plans to choose from. None: all that the router knows. unlike: of this
+        worker; this prompt is added.
+        """
         self._router = router
         self._preference = preference
         self._lot = _lot(request_id)
         self._among = among
+        self._unlike = unlike
         self._ranked: Sequence[RankedPlan] = ()
         # When the probe ended, in nanoseconds since the Unix epoch. 0: not yet.
         self.made_at = 0
@@ -45,9 +50,12 @@ class RoutedChoice:
             max_perplexity_increase=self._preference.max_perplexity_increase,
             objective=self._preference.objective,
             among=self._among,
+            unlike=self._unlike,
         )
         if ranked is None:
             return None
+        readings = {model: one.nats for model, one in probe.readings.items()}
+        self._unlike.add(readings if ranked[0].is_unlike else None)
         self._ranked, self.made_at = ranked, time.time_ns()
         return ranked[0].plan
 

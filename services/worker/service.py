@@ -30,6 +30,7 @@ from helios.errors import (
 )
 from helios.routing.preference import Preference
 from helios.routing.router import Router
+from helios.routing.unlike_prompts import UnlikePrompts
 from helios.sampling import SamplingParams
 from helios.served import ServedPlan
 from helios.server import abort
@@ -79,6 +80,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         self._worker_id = worker_id
         self._plan_file = plan_file
         self._router = router
+        self._unlike = UnlikePrompts()
         # By model, the plans that its exits allow. Read once, because that takes a look at its files.
         self._plans_of: dict[str, frozenset[ServedPlan]] = {}
         self._delivery = Delivery()
@@ -246,7 +248,7 @@ class WorkerService(worker_pb2_grpc.WorkerServiceServicer):
         if self._router is None:
             return None
         among = self._plans(request.model) if request.model else None
-        return RoutedChoice(self._router, preference, request.request_id, among)
+        return RoutedChoice(self._router, preference, request.request_id, among, self._unlike)
 
     def _plans(self, model: str) -> frozenset[ServedPlan]:
         """All plans of a model, in force or not."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from helios.routing.terms import Terms
+from helios.routing.terms import Terms, settle
 from helios.served import ServedPlan
 from helios.v1 import worker_pb2
 from services.controller.agenda import Evaluate
@@ -137,6 +137,13 @@ def test_prompts_say_their_kind_and_whether_they_are_unlike_all_examples() -> No
     found = prompts.add([prompt("prose", 900), prompt("tech", 901), prompt("other", 902)], known)
     assert [one.kind for one in found[:2]] == ["prose", "tech"]
     assert [one.is_unlike for one in found] == [False, False, True]
+
+
+def test_prompts_that_are_unlike_all_examples_reach_the_terms() -> None:
+    prompts, known = RecentPrompts(), knowledge()
+    prompts.add([prompt("other", number) for number in range(902, 906)], known)
+    assert settle(known, prompts.recent(known), 0.05).unlike_model is not None
+    assert settle(known, recent(prompts.prompts, known), 0.05).unlike_model is not None
 
 
 def test_a_prompt_that_only_one_model_has_read_is_judged_by_that_one() -> None:

@@ -5,10 +5,11 @@ import json
 import pytest
 
 from helios.errors import InvalidRequestError
-from helios.routing.probe import Probe
+from helios.routing.probe import ExitReading, Probe
 from helios.routing.ranked_plan import RankedPlan
 from helios.routing.router import Router
 from helios.routing.terms import settle
+from helios.routing.unlike_prompts import UnlikePrompts
 from helios.served import ServedPlan
 from helios.slo import Objective
 from tests.routing_examples import MODELS, examples, knowledge, probe, recent
@@ -47,6 +48,46 @@ def test_an_unlike_prompt_asks_for_all_readings_then_gets_the_safe_plan() -> Non
     assert "unlike" in ranked[0].reason
 
 
+def test_unlike_prompts_in_a_row_show_together_which_model_is_the_safe_one() -> None:
+    router, unlike = _router(), UnlikePrompts()
+    one = probe("other")
+
+    def best(before: UnlikePrompts) -> str:
+        readings = {"prose": ExitReading(2, 12, 9.4, 1.0), "tech": ExitReading(2, 12, 9.6, 1.0)}
+        misleading = Probe(one.prompt_tokens, readings, one.first_ids)
+        return _best(router.rank(misleading, lot=0.9, is_complete=True, unlike=before)).model
+
+    assert best(unlike) == "prose"
+    for _ in range(3):
+        unlike.add({"prose": 9.9, "tech": 9.1})
+    assert best(unlike) == "tech"
+    # Later prompts that are like the examples show that it was no new kind of traffic.
+    for _ in range(6):
+        unlike.add(None)
+    assert best(unlike) == "prose"
+
+
+def test_while_prompts_are_unlike_less_is_enough_to_suspect_the_next_one() -> None:
+    known = knowledge()
+    suspected = 0
+    for kind in (*MODELS, "other"):
+        for number in range(1000, 1020):
+            its = probe(kind, number)
+            features = known.features_of(
+                its.first_ids, {model: one.nats for model, one in its.readings.items()}
+            )
+            alone, suspect = (known.is_unlike(features, None, is_suspect=one) for one in (False, True))
+            assert suspect >= alone
+            suspected += suspect > alone
+    assert suspected > 0
+
+
+def test_each_prompt_is_probed_first_by_the_model_that_its_tokens_speak_for() -> None:
+    for usual in MODELS:
+        router = _router(usual)
+        assert [router.first_model(probe(kind).first_ids) for kind in MODELS] == list(MODELS)
+
+
 def test_another_model_is_never_chosen_unread() -> None:
     router = _router("prose")
     assert router.rank(probe("tech", models=("prose",)), lot=0.9, is_complete=False) is None
@@ -59,10 +100,13 @@ def test_a_short_prompt_gets_the_safe_plan() -> None:
     assert "short" in ranked[0].reason
 
 
-def test_with_all_readings_nothing_more_is_asked_for() -> None:
+def test_only_an_unlike_prompt_asks_for_more_than_all_readings() -> None:
     router = _router()
-    for kind in (*MODELS, "other"):
+    assert router.rank(probe("other"), lot=0.9, is_complete=False) is None
+    for kind in MODELS:
         assert router.rank(probe(kind), lot=0.9, is_complete=False)
+    for kind in (*MODELS, "other"):
+        assert router.rank(probe(kind), lot=0.9, is_complete=True)
         assert router.rank(probe(kind, models=("tech",)), lot=0.9, is_complete=True)
 
 

@@ -44,6 +44,14 @@ def test_a_mix_is_served_cheaper_because_no_single_model_is_good_at_it() -> None
     assert _increase(known, mixed, MODELS) <= 0.05
 
 
+def test_the_difference_between_kinds_is_no_uncertainty() -> None:
+    known = knowledge()
+    pairs = zip(recent(known, "prose", 30), recent(known, "tech", 30), strict=True)
+    mixed = settle(known, [one for pair in pairs for one in pair], 0.05)
+    # What the models differ by from kind to kind is no chance, so it costs no caution.
+    assert mixed.error < 0.05
+
+
 def test_a_few_strays_do_not_make_a_mix() -> None:
     known = knowledge()
     pure = settle(known, recent(known, "prose", 60), 0.05)

@@ -21,6 +21,7 @@ from helios.redis_schema import CONTROLLER_LEADER, CONTROLLER_STATE, ROUTER
 from helios.routing.probe import ExitReading, Probe
 from helios.routing.ranked_plan import RankedPlan
 from helios.routing.router import Router
+from helios.routing.unlike_prompts import UnlikePrompts
 from helios.served import ServedPlan
 from helios.slo import Objective
 from helios.v1 import controller_pb2, generation_pb2, worker_pb2, worker_pb2_grpc
@@ -60,6 +61,7 @@ class ScriptedRouter:
         max_perplexity_increase: float | None = None,
         objective: Objective | None = None,
         among: Collection[ServedPlan] | None = None,
+        unlike: UnlikePrompts | None = None,
     ) -> list[RankedPlan] | None:
         if not is_complete:
             return None

@@ -13,15 +13,16 @@ class Prices:
     """Prices in seconds.
 
     layers: by model, its layers up to the first exit over a beginning. reading: the rows of the LM head that
-    one reading of one model takes. loading: with all layers, once, all models but the first, which is served
-    from the start in every simulation. evaluation: CPU of one request under one model, for the router to
-    learn from.
+    one reading of one model takes. whole: probing all models once more, and reading all positions. loading:
+    with all layers, once, all models but the first, which is served from the start in every simulation.
+    evaluation: CPU of one request under one model, for the router to learn from.
     """
 
     plans: tuple[PlanCost, ...]
     tokens: float
     layers: dict[str, float]
     reading: float
+    whole: float
     loading: float
     evaluation: float
 
@@ -46,6 +47,8 @@ def prices(scene: Scene) -> Prices:
     profiles = scene.profiles.values()
     plans = [ServedPlan(model=one.model, depth=exit_.depth) for one in profiles for exit_ in one.exits]
     rows = len(read_positions(scene.judged_from, PROBE_READINGS))
+    every = len(read_positions(scene.judged_from, scene.judged_from))
+    layers = {one.model: scene.judged_from / one.exits[0].prefill_tokens_per_second for one in profiles}
     return Prices(
         plans=tuple(
             PlanCost(
@@ -57,8 +60,9 @@ def prices(scene: Scene) -> Prices:
             for plan in plans
         ),
         tokens=float(scene.requests[0].records[plans[0].model].tokens),
-        layers={one.model: scene.judged_from / one.exits[0].prefill_tokens_per_second for one in profiles},
+        layers=layers,
         reading=rows * scene.row_seconds,
+        whole=sum(layers.values()) + len(layers) * every * scene.row_seconds,
         loading=sum(one.full.load_seconds for one in list(profiles)[1:]),
         evaluation=scene.router_evaluation_seconds,
     )

@@ -22,6 +22,7 @@ from helios.routing.knowledge import Knowledge
 from helios.routing.probe import PROBE_READINGS, ExitReading, Probe, evenly_spread, read_positions
 from helios.routing.router import Router
 from helios.routing.terms import Recent, Terms, settle
+from helios.routing.unlike_prompts import UnlikePrompts
 from helios.served import ServedPlan
 from helios.settings import SERVED_PROMPT_READINGS
 from services.controller.agenda import AgendaSettings
@@ -121,6 +122,7 @@ class _Routing:
         self.routed: deque[_Routed] = deque(maxlen=_RECENT_REQUESTS)
         # The same requests as the present knowledge sees them.
         self.recent: deque[Recent] = deque(maxlen=_RECENT_REQUESTS)
+        self.unlike = UnlikePrompts()
         if self.knowledge is not None:
             self._settle(self.knowledge)
 
@@ -137,7 +139,8 @@ class _Routing:
         done, scene = self.done, self.scene
         first_tokens = scene.judged_from
         first_ids = _first_ids(request, first_tokens)
-        readings = {model: _reading(request, model, first_tokens) for model in scene.profiles}
+        readings = {model: _reading(request, model, first_tokens, PROBE_READINGS) for model in scene.profiles}
+        is_read_whole = False
         is_safe = True
         if self.router is None:
             best = min(readings, key=lambda model: readings[model].nats)
@@ -150,15 +153,25 @@ class _Routing:
             model = router.first_model(first_ids)
             first = {model: readings[model]}
             probe = Probe(first_tokens, first, first_ids)
-            ranked = router.rank(probe, lot=lot, is_complete=len(first) == len(readings))
+            ranked = router.rank(probe, lot=lot, is_complete=len(first) == len(readings), unlike=self.unlike)
             if ranked is None:
-                ranked = router.rank(Probe(first_tokens, readings, first_ids), lot=lot, is_complete=True)
+                probe = Probe(first_tokens, readings, first_ids)
+                ranked = router.rank(probe, lot=lot, is_complete=False, unlike=self.unlike)
             else:
                 readings = first
+            if ranked is None:
+                is_read_whole = True
+                readings = {
+                    model: _reading(request, model, first_tokens, first_tokens) for model in scene.profiles
+                }
+                probe = Probe(first_tokens, readings, first_ids)
+                ranked = router.rank(probe, lot=lot, is_complete=True, unlike=self.unlike)
             done.ranking_seconds += time.perf_counter() - began
             assert ranked is not None
             plan = ranked[0].plan
             is_safe = "safe plan" in ranked[0].reason
+            nats = {model: one.nats for model, one in readings.items()}
+            self.unlike.add(nats if ranked[0].is_unlike else None)
         record = request.records[plan.model]
         rest = record.nats[record.exit_layers.index(plan.depth), first_tokens:]
         # What is read of a prompt that was taken for no other says nothing about what was expected.
@@ -173,6 +186,8 @@ class _Routing:
                 self.learning.saw([seen])
         done.plans.append(plan)
         probing = 0.0 if self.knows_rest else self.prices.probing(set(readings), plan)
+        if is_read_whole:
+            probing += self.prices.whole
         done.probing_seconds += probing
         done.seconds += record.tokens * scene.token_seconds(plan) + probing
         done.read_by_all += len(readings) == len(scene.profiles)
@@ -269,7 +284,7 @@ def _example(request: Request, first_tokens: int) -> Example:
         id=_name(request),
         ids=(request.before, *request.ids),
         first_tokens=first_tokens,
-        first_nats={model: _reading(request, model, first_tokens).nats for model in records},
+        first_nats={model: _reading(request, model, first_tokens, PROBE_READINGS).nats for model in records},
         rest_nats={
             model: tuple(one.nats[:, first_tokens:].mean(axis=1, dtype=np.float64).tolist())
             for model, one in records.items()
@@ -286,10 +301,10 @@ def _first_ids(request: Request, first_tokens: int) -> tuple[int, ...]:
     return (request.before, *request.ids[: first_tokens - 1])
 
 
-def _reading(request: Request, model: str, first_tokens: int) -> ExitReading:
+def _reading(request: Request, model: str, first_tokens: int, most: int) -> ExitReading:
     record = request.records[model]
     # Position 0 is the token before the request, so position n predicts its n-th token.
-    read = read_positions(first_tokens, PROBE_READINGS)
+    read = read_positions(first_tokens, most)
     return ExitReading(
         depth=record.exit_layers[0],
         tokens=len(read),
