@@ -38,11 +38,12 @@ def weight_bytes(config: ModelConfig, precision: str, depth: int | None = None) 
         # Otherwise the embeddings are rows of the LM head.
         tables += config.vocab_size * config.embed_size
     table_bytes = _INT8_TABLE_BYTES if precision == Precision.INT8 else item_bytes(precision)
-    norms = 2 * layers + config.has_final_norm
+    norms = (2 * layers + config.has_final_norm) * config.norm_parameters
+    norms += config.has_head_norm * 2 * layers * config.head_dim
     head = (config.vocab_size, config.embed_size)
     return (
         tables * table_bytes
-        + norms * config.norm_parameters * _FLOAT32_BYTES
+        + (norms + config.rotation_numbers) * _FLOAT32_BYTES
         + _product_bytes((head, *config.projections), precision)
         + layers * _product_bytes(config.layer_products, precision)
     )

@@ -33,6 +33,8 @@ class TensorNames:
     project_in: str = ""
     project_out: str = ""
     gate: str = ""
+    q_norm: str = ""
+    k_norm: str = ""
 
 
 @dataclass(frozen=True, slots=True)

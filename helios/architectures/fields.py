@@ -1,32 +1,56 @@
 """Checked access to the fields of config.json."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, cast
 
+from helios.architectures.spec import Dtype
 from helios.errors import CheckpointError
+
+_DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
 class Fields:
     """The fields of a JSON object. Methods raise CheckpointError naming file and field when one is wrong.
 
-    file: used only in errors.
+    file: used only in errors. prefix: before the names in errors, for an object inside the file's object.
     """
 
     values: dict[str, Any]
     file: Path
+    prefix: str = ""
 
     def error(self, name: str, problem: str) -> CheckpointError:
         """The error that says what is wrong with a field."""
-        return CheckpointError(f"{self.file}: {name} {problem}")
+        return CheckpointError(f"{self.file}: {self.prefix}{name} {problem}")
 
-    def size(self, name: str) -> int:
-        """A whole number of at least 1."""
-        value = self.values.get(name)
+    def inside(self, name: str) -> Self:
+        """The fields of an object inside this one. Empty if the field is absent or null."""
+        value = self.values.get(name) or {}
+        if not isinstance(value, dict):
+            raise self.error(name, f"must be an object, not {value!r}")
+        return replace(self, values=value, prefix=f"{self.prefix}{name}.")
+
+    def size(self, name: str, default: int | None = None) -> int:
+        """A whole number of at least 1. default: if the field is absent or null; None: it must be there."""
+        value = default if self.values.get(name) is None else self.values[name]
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise self.error(name, f"must be a whole number of at least 1, not {value!r}")
         return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A finite number above 0. default: if the field is absent or null; None: it must be there."""
+        value = default if self.values.get(name) is None else self.values[name]
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+            raise self.error(name, f"must be a number above 0, not {value!r}")
+        return float(value)
+
+    def dtype(self) -> Dtype:
+        """The type of the weights. transformers 5 writes `dtype`, older versions `torch_dtype`."""
+        name = "dtype" if self.values.get("dtype") else "torch_dtype"
+        return cast("Dtype", self.choice(name, _DTYPES, self.values.get(name) or "float32"))
 
     def switch(self, name: str, default: bool) -> bool:
         """A Boolean, true or false."""

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from helios.architectures.architecture import Architecture, TensorNames
 from helios.architectures.fields import Fields
-from helios.architectures.spec import Activation, Dtype, LearnedPositions, ModelConfig
+from helios.architectures.spec import Activation, LearnedPositions, ModelConfig
 
 # Learned positions start at this row (transformers' OPTLearnedPositionalEmbedding).
 POSITION_OFFSET = 2
@@ -16,14 +16,11 @@ POSITION_OFFSET = 2
 _NORM_EPSILON = 1e-5
 
 _ACTIVATIONS = ("relu", "gelu")
-_DTYPES = ("float32", "float16", "bfloat16")
 
 
 def _read(fields: Fields) -> ModelConfig:
     """Absent switches get OPTConfig's defaults, on which older checkpoints rely. Sizes must be present."""
     given = fields.values
-    # transformers 5 writes `dtype`, older ones `torch_dtype`.
-    dtype = given.get("dtype") or given.get("torch_dtype") or "float32"
     hidden = fields.size("hidden_size")
     heads = fields.size("num_attention_heads")
     if hidden % heads:
@@ -58,11 +55,12 @@ def _read(fields: Fields) -> ModelConfig:
         qkv_bias=has_bias,
         out_bias=has_bias,
         ffn_bias=has_bias,
+        has_head_norm=False,
         tied_head=fields.switch("tie_word_embeddings", True),
         bos_token_id=fields.token("bos_token_id", 2, vocab),
         eos_token_ids=fields.tokens("eos_token_id", 2, vocab),
         pad_token_id=fields.token("pad_token_id", 1, vocab),
-        dtype=cast("Dtype", fields.choice("dtype", _DTYPES, dtype)),
+        dtype=fields.dtype(),
     )
 
 

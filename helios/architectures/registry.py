@@ -7,7 +7,9 @@ from typing import Any
 
 from helios.architectures.architecture import Architecture
 from helios.architectures.fields import Fields
+from helios.architectures.llama import LLAMA
 from helios.architectures.opt import OPT
+from helios.architectures.qwen import QWEN2, QWEN3
 from helios.architectures.spec import ModelConfig
 from helios.json_object import read_json_object
 
@@ -16,7 +18,7 @@ CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
 
 # By `model_type` in config.json.
-ARCHITECTURES: Mapping[str, Architecture] = {one.model_type: one for one in (OPT,)}
+ARCHITECTURES: Mapping[str, Architecture] = {one.model_type: one for one in (OPT, LLAMA, QWEN2, QWEN3)}
 
 
 def read_config(path: Path) -> ModelConfig:
@@ -38,6 +40,11 @@ def config_of(values: dict[str, Any], file: Path) -> ModelConfig:
     """The config from the fields of a config.json; `file` names it in errors. Raises CheckpointError."""
     fields = Fields(values, file)
     model_type = fields.choice("model_type", tuple(ARCHITECTURES), values.get("model_type"))
+    if values.get("quantization_config"):
+        raise fields.error(
+            "quantization_config",
+            "says that the weights are quantised; get the model in float32, bfloat16 or float16",
+        )
     return ARCHITECTURES[model_type].read(fields)
 
 

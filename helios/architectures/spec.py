@@ -4,9 +4,9 @@ This is the complete form of a model for Helios, with the same names for every a
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
-Activation = Literal["relu", "gelu"]
+Activation = Literal["relu", "gelu", "silu"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 # layer: uses mean and variance, and has a bias. rms: uses only the root mean square, and has no bias.
 NormKind = Literal["layer", "rms"]
@@ -17,6 +17,42 @@ class LearnedPositions:
     """A table with one vector per position. Its first `offset` rows are unused."""
 
     offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class LinearScaling:
+    """Divides all frequencies of rotary positions by `factor`, for a context that is longer by it."""
+
+    factor: float
+
+
+@dataclass(frozen=True, slots=True)
+class Llama3Scaling:
+    """Divides the low frequencies by `factor`, keeps the high ones, and goes smoothly in between (Llama 3.1).
+
+    A frequency is low if fewer than `low_freq_factor` of its periods fit into `original_context` tokens, and
+    high if more than `high_freq_factor` do.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_context: int
+
+
+@dataclass(frozen=True, slots=True)
+class RotaryPositions:
+    """Rotates queries and keys by angles that grow with the position (RoFormer, Su et al. 2021).
+
+    Dimension i of a head is paired with dimension i + head_dim / 2, and turns by position * frequency i. The
+    frequencies are theta ** (-2 * i / head_dim), scaled.
+    """
+
+    theta: float
+    scaling: LinearScaling | Llama3Scaling | None = None
+
+
+Positions: TypeAlias = LearnedPositions | RotaryPositions
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +69,7 @@ class ModelConfig:
     ffn_dim: int
     context_tokens: int
     embed_size: int  # width of the token embedding and the LM head
-    positions: LearnedPositions
+    positions: Positions
     norm: NormKind
     norm_epsilon: float
     norm_before: bool  # norms come before each block, or else after it
@@ -45,6 +81,7 @@ class ModelConfig:
     qkv_bias: bool
     out_bias: bool  # bias of the attention's output projection
     ffn_bias: bool
+    has_head_norm: bool  # each query and key head has an RMS norm, before the rotation
     tied_head: bool  # the LM head is the token embedding
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]  # each ends a text
@@ -73,8 +110,15 @@ class ModelConfig:
 
     @property
     def position_rows(self) -> int:
-        """Rows of the position table."""
-        return self.positions.offset + self.context_tokens
+        """Rows of the table of learned positions. 0 if positions are not learned."""
+        if isinstance(self.positions, LearnedPositions):
+            return self.positions.offset + self.context_tokens
+        return 0
+
+    @property
+    def rotation_numbers(self) -> int:
+        """Numbers of the table of cosines and sines [context, head_dim]. 0 if positions are not rotary."""
+        return self.context_tokens * self.head_dim if isinstance(self.positions, RotaryPositions) else 0
 
     @property
     def layer_products(self) -> tuple[tuple[int, int], ...]:
@@ -102,7 +146,8 @@ class ModelConfig:
         """Parameters with the first `num_layers` layers (default: all). Tied weights count once."""
         qkv, out, into_ffn, out_of_ffn = (channels for channels, _ in self.layer_products)
         biases = self.qkv_bias * qkv + self.out_bias * out + self.ffn_bias * (into_ffn + out_of_ffn)
-        layer = _total(self.layer_products) + biases + 2 * self.norm_parameters
+        norms = 2 * self.norm_parameters + self.has_head_norm * 2 * self.head_dim
+        layer = _total(self.layer_products) + biases + norms
         embeddings = self.vocab_size * self.embed_size
         return (
             embeddings * (1 if self.tied_head else 2)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from helios.architectures.spec import ModelConfig
+from helios.architectures.spec import LearnedPositions, ModelConfig
 from helios.engine.backends.burst import ONE_STEP, Burst
 from helios.engine.backends.kv_cache import KVCache
 from helios.engine.backends.paged_attention import addresses_of
@@ -77,7 +77,8 @@ class CompiledModel:
         ]
         found = [part for part in products if part is not None]
         packed = [part for part in found if isinstance(part, PackedLinear)]
-        if config.activation != "relu" or len(packed) < len(found):
+        is_known = config.activation == "relu" and config.norm == "layer" and not config.is_gated
+        if not is_known or weights.ends.rotation is not None or len(packed) < len(found):
             return None
         (precision,) = {part.precision for part in packed}
         return cls(config, precision, weights)
@@ -317,7 +318,8 @@ def _cache_addresses(cache: KVCache) -> tuple[Any, ...]:
 
 
 def _model_record(config: ModelConfig, precision: int, ends: Ends) -> NDArray[np.void]:
-    positions = ends.embed_positions
+    table, positions = ends.embed_positions, config.positions
+    assert table is not None and isinstance(positions, LearnedPositions)
     return record(
         MODEL,
         precision=precision,
@@ -334,9 +336,9 @@ def _model_record(config: ModelConfig, precision: int, ends: Ends) -> NDArray[np
         embedding=_embedding_record(ends),
         positions=record(
             POSITIONS,
-            table=positions.data_ptr(),
-            precision=_PRECISIONS[positions.dtype],
-            offset=config.positions.offset,
+            table=table.data_ptr(),
+            precision=_PRECISIONS[table.dtype],
+            offset=positions.offset,
         ),
         project_in=_linear_record(ends.project_in),
         project_out=_linear_record(ends.project_out),

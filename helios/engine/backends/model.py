@@ -56,12 +56,12 @@ class Model:
         self.depth = len(weights.layers)
         # The precision of its products.
         self.precision = weights.precision
-        self.device = weights.ends.embed_positions.device
+        self.device = weights.ends.device
         # Type of keys and values.
         self.kv_dtype = kv_dtype(Precision(self.precision), self.device)
         self._eager = EagerModel(config, weights, block_tokens)
         compiled = None
-        if attends_in_place(self.device, config.head_dim, block_tokens):
+        if attends_in_place(config, self.device, block_tokens):
             compiled = CompiledModel.of(config, weights)
         # Whether the backend can take several steps in one call and draw tokens.
         self.has_bursts = compiled is not None

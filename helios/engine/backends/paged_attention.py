@@ -2,6 +2,7 @@
 
 import torch
 
+from helios.architectures.spec import ModelConfig
 from helios.engine.backends.kv_cache import KVCache
 from helios.engine.kernels import border
 from helios.engine.kernels.layout import BFLOAT16, FLOAT32, INT8, Attention, BatchAddresses
@@ -13,9 +14,10 @@ from helios.engine.scheduling.batch import Batch
 _PRECISIONS = {torch.float32: FLOAT32, torch.float16: BFLOAT16, torch.int8: INT8}
 
 
-def attends_in_place(device: torch.device, head_dim: int, block_tokens: int) -> bool:
+def attends_in_place(config: ModelConfig, device: torch.device, block_tokens: int) -> bool:
     """Whether `attend` supports such caches: on a CPU, head_dim in fours, blocks of whole registers."""
-    return device.type == "cpu" and head_dim % 4 == 0 and block_tokens % LANES == 0
+    is_grouped = config.num_heads != config.num_kv_heads
+    return device.type == "cpu" and not is_grouped and config.head_dim % 4 == 0 and block_tokens % LANES == 0
 
 
 def addresses_of(batch: Batch) -> BatchAddresses:

@@ -100,11 +100,12 @@ def _tensors(
         names.project_out: project_out,
     }
     for index, layer in enumerate(weights.layers):
-        for part in ("attn_norm", "q", "k", "v", "out", "ffn_norm", "gate", "fc1", "fc2"):
+        for part in ("attn_norm", "q", "k", "v", "q_norm", "k_norm", "out", "ffn_norm", "gate", "fc1", "fc2"):
             parts[getattr(names, part).format(index)] = getattr(layer, part)
     decoder = names.prefixes[0]
     yield decoder + _stored(names.embed_tokens, "weight"), weights.embed_tokens
-    yield decoder + _stored(names.embed_positions, "weight"), weights.embed_positions
+    if weights.embed_positions is not None:
+        yield decoder + _stored(names.embed_positions, "weight"), weights.embed_positions
     for name, found in parts.items():
         for kind in ("weight", "bias"):
             tensor = getattr(found, kind, None)

@@ -21,8 +21,9 @@ from helios.engine.weights.parts import LinearWeights
 from helios.engine.weights.quantize import chunk_rows
 
 # Version of the contents of a PackedLinear. Raise it whenever the same tensors would mean something else, or
-# when contents of earlier versions may be wrong. Since version 4 all numbers are known to be finite.
-LAYOUT_VERSION = 4
+# when contents of earlier versions may be wrong. Since version 4 all numbers are known to be finite. Since
+# version 5 a layer has norms of heads, and there may be a table of rotations.
+LAYOUT_VERSION = 5
 
 _WORD_BYTES = 4
 _PRECISIONS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.int8: INT8}

@@ -30,6 +30,7 @@ from helios.engine.weights.part_reader import PartReader
 from helios.engine.weights.parts import LinearWeights
 from helios.engine.weights.precision import checkpoint_dtype
 from helios.engine.weights.quantize import quantize
+from helios.engine.weights.rotation import rotation
 from helios.footprint import weight_bytes
 from helios.modes import Precision
 
@@ -161,6 +162,7 @@ class _Source:
             return Ends(
                 embed_tokens=None if is_same else embed_tokens,
                 embed_positions=reader.embed_positions(),
+                rotation=rotation(self._entry.config, self._device),
                 project_in=pack_optional(reader.project_in()),
                 project_out=pack_optional(reader.project_out()),
                 lm_head=linear(LinearWeights(head, None, scales)),

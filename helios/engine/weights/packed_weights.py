@@ -5,9 +5,14 @@ from dataclasses import dataclass, fields
 from typing import TypeAlias
 
 import torch
+from torch.nn import functional as F
 
+from helios.engine.kernels.simd import LANES
 from helios.engine.weights.linear import Linear, PackedLinear, linear
 from helios.engine.weights.parts import LayerWeights, LinearWeights, Norm
+
+# Rows of a gate beside each other: half a tile, which is one register of outputs.
+GATE_ROWS = LANES
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,22 +20,32 @@ class Ends:
     """The parts that every depth has: embeddings before the layers, projections and LM head after them."""
 
     embed_tokens: torch.Tensor | None  # [vocabulary, embed]; None: they are the rows of the LM head
-    embed_positions: torch.Tensor  # [offset + context, hidden]
+    embed_positions: torch.Tensor | None  # [offset + context, hidden]; None: positions are not learned
+    # Cosines, then sines, of each position's angles, float32 [context, head_dim]. None: not rotary.
+    rotation: torch.Tensor | None
     project_in: Linear | None
     project_out: Linear | None
     lm_head: Linear
+
+    @property
+    def device(self) -> torch.device:
+        """Where all weights are."""
+        return self.lm_head.tensors[0].device
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
     """A layer's weights as a step uses them. Products with the same input are joined.
 
-    qkv: query, key and value, [query heads + 2 * KV heads, each of head_dim, hidden]. fc1: [ffn, hidden], or
-    with a gate [2 * ffn, hidden], the gate's rows first.
+    qkv: query, key and value, [query heads + 2 * KV heads, each of head_dim, hidden]. q_norm, k_norm: of each
+    head, [head_dim]; None: heads have no norms. fc1: [ffn, hidden], or with a gate the rows of both
+    (`interleaved`).
     """
 
     attn_norm: Norm
     qkv: Linear
+    q_norm: Norm | None
+    k_norm: Norm | None
     out: Linear
     ffn_norm: Norm
     fc1: Linear
@@ -98,10 +113,11 @@ def tensors_of(part: Part) -> Iterator[torch.Tensor]:
 def pack_layer(layer: LayerWeights) -> Layer:
     """Joins products that read the same input, and gives norms the type of activations."""
     qkv = linear(_joined(layer.q, layer.k, layer.v))
-    fc1 = linear(layer.fc1 if layer.gate is None else _joined(layer.gate, layer.fc1))
+    fc1 = linear(layer.fc1 if layer.gate is None else interleaved(layer.gate, layer.fc1))
     out, fc2 = linear(layer.out), linear(layer.fc2)
     attn_norm, ffn_norm = (pack_norm(norm, out) for norm in (layer.attn_norm, layer.ffn_norm))
-    return Layer(attn_norm, qkv, out, ffn_norm, fc1, fc2)
+    q_norm, k_norm = (None if norm is None else pack_norm(norm, out) for norm in (layer.q_norm, layer.k_norm))
+    return Layer(attn_norm, qkv, q_norm, k_norm, out, ffn_norm, fc1, fc2)
 
 
 def pack_norm(norm: Norm, beside: Linear) -> Norm:
@@ -114,6 +130,29 @@ def pack_norm(norm: Norm, beside: Linear) -> Norm:
 def pack_optional(weights: LinearWeights | None) -> Linear | None:
     """The linear layer of these weights, or None for a model without them."""
     return None if weights is None else linear(weights)
+
+
+def interleaved(gate: LinearWeights, up: LinearWeights) -> LinearWeights:
+    """Joins the gate with the product beside it: `GATE_ROWS` rows of one, then of the other, and so on.
+
+    So both factors of an output lie in one tile of a packed product. Both are padded with rows of zeros to a
+    multiple of `GATE_ROWS`.
+    """
+
+    def woven(*parts: torch.Tensor) -> torch.Tensor:
+        spare = -len(parts[0]) % GATE_ROWS
+        padded = [F.pad(part, (0, 0) * (part.dim() - 1) + (0, spare)) for part in parts]
+        return torch.stack([part.unflatten(0, (-1, GATE_ROWS)) for part in padded], dim=1).flatten(0, 2)
+
+    bias = None if gate.bias is None or up.bias is None else woven(gate.bias, up.bias)
+    scales = None if gate.scales is None or up.scales is None else woven(gate.scales, up.scales)
+    return LinearWeights(woven(gate.weight, up.weight), bias, scales)
+
+
+def parted(joined: torch.Tensor, ffn_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The outputs of gate and up, [rows, ffn] each, in the output of their joined product."""
+    gate, up = joined.unflatten(1, (-1, 2, GATE_ROWS)).unbind(2)
+    return gate.flatten(1)[:, :ffn_dim], up.flatten(1)[:, :ffn_dim]
 
 
 def _joined(*parts: LinearWeights) -> LinearWeights:

@@ -82,8 +82,10 @@ class PartReader:
         """[vocabulary, embed]."""
         return self._embedding(self.names.lm_head if self._is_only_head else self.names.embed_tokens)
 
-    def embed_positions(self) -> torch.Tensor:
-        """[offset + context, hidden]."""
+    def embed_positions(self) -> torch.Tensor | None:
+        """[offset + context, hidden]. None if positions are not learned."""
+        if not self.config.position_rows:
+            return None
         return self._table(self.names.embed_positions, self.config.position_rows, self.config.hidden_size)
 
     def project_in(self) -> LinearWeights | None:
@@ -142,11 +144,16 @@ class PartReader:
                 name.format(index), ffn, hidden, has_bias=config.ffn_bias, columns=ffn_columns
             )
 
+        def head_norm(name: str) -> Norm | None:
+            return self._head_norm(name.format(index)) if config.has_head_norm else None
+
         return LayerWeights(
             attn_norm=attn_norm,
             q=into_attention(names.q, config.query_size),
             k=into_attention(names.k, config.kv_size),
             v=into_attention(names.v, config.kv_size),
+            q_norm=head_norm(names.q_norm),
+            k_norm=head_norm(names.k_norm),
             out=self._linear(names.out.format(index), hidden, config.query_size, has_bias=config.out_bias),
             ffn_norm=ffn_norm,
             gate=into_ffn(names.gate) if config.is_gated else None,
@@ -206,6 +213,9 @@ class PartReader:
     def _own_norm(self, name: str) -> Norm:
         """A norm of the model itself, not of an exit's head."""
         return self._norm(name, has_weight=self.config.norm_affine, has_bias=self.config.has_norm_bias)
+
+    def _head_norm(self, name: str) -> Norm:
+        return Norm(self._tensor(_weight(name), self.config.head_dim), None)
 
     def _norm(self, name: str, *, has_weight: bool, has_bias: bool) -> Norm:
         hidden = self.config.hidden_size

@@ -19,7 +19,7 @@ class LinearWeights:
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """A norm's weight and bias, [hidden] each. None: it has none."""
+    """A norm's weight and bias, [width] each. None: it has none."""
 
     weight: torch.Tensor | None
     bias: torch.Tensor | None
@@ -27,12 +27,14 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One decoder layer. gate: None if the feed-forward network has none."""
+    """One decoder layer. gate, q_norm, k_norm: None if the architecture has none."""
 
     attn_norm: Norm
     q: LinearWeights  # [query heads * head_dim, hidden]
     k: LinearWeights  # [KV heads * head_dim, hidden]
     v: LinearWeights  # [KV heads * head_dim, hidden]
+    q_norm: Norm | None  # of each query head, [head_dim]
+    k_norm: Norm | None  # of each key head, [head_dim]
     out: LinearWeights  # [hidden, query heads * head_dim]
     ffn_norm: Norm
     gate: LinearWeights | None  # [ffn, hidden]
@@ -53,7 +55,7 @@ class ModelWeights:
     """The first `len(layers)` layers of a model, and the parts that read out tokens."""
 
     embed_tokens: torch.Tensor  # [vocabulary, embed]
-    embed_positions: torch.Tensor  # [offset + context, hidden]
+    embed_positions: torch.Tensor | None  # [offset + context, hidden]; None: positions are not learned
     project_in: LinearWeights | None  # [hidden, embed]
     project_out: LinearWeights | None  # [embed, hidden]
     layers: list[LayerWeights]
