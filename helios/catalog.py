@@ -52,7 +52,8 @@ class EarlyExitFacts:
     layer. exit_head: `shared`: all exits use the model's final norm; `norm`: each exit has its own norm;
     `linear`: each exit has its own norm, followed by a square matrix. thresholds: by exit layer, the
     confidence at which a token may leave. precisions: results of `helios models measure`, by precision and
-    exit layer.
+    exit layer. weights_digest: of the weights that the exits belong to (`helios.weights_digest`), for exits
+    that ship without them.
     """
 
     exit_layers: tuple[int, ...]
@@ -62,6 +63,7 @@ class EarlyExitFacts:
     tokenizer_id: str | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
     precisions: Mapping[str, Mapping[int, Fidelity]] = field(default_factory=dict)
+    weights_digest: str | None = None
 
     @property
     def num_layers(self) -> int:
@@ -107,6 +109,9 @@ class EarlyExitFacts:
         tokenizer_id = fields.get("tokenizer_id")
         if tokenizer_id is not None and not isinstance(tokenizer_id, str):
             raise error("tokenizer_id", "must be the tokenizer's SHA-256 in hexadecimal")
+        weights_digest = fields.get("weights_digest")
+        if weights_digest is not None and not isinstance(weights_digest, str):
+            raise error("weights_digest", "must be the weights' SHA-256 in hexadecimal")
         training = fields.get("training", {})
         if not isinstance(training, dict):
             raise error("training", "must be an object")
@@ -125,6 +130,7 @@ class EarlyExitFacts:
             tokenizer_id=tokenizer_id,
             training=training,
             precisions=precisions,
+            weights_digest=weights_digest,
         )
 
     def has_own_head(self, exit_layer: int) -> bool:

@@ -22,6 +22,8 @@ def write_facts(directory: Path, facts: EarlyExitFacts) -> None:
         },
         "training": dict(facts.training),
     }
+    if facts.weights_digest is not None:
+        contents["weights_digest"] = facts.weights_digest
     partial = directory / (FACTS_FILE + ".partial")
     partial.write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(directory / FACTS_FILE)

@@ -41,8 +41,9 @@ def write_answers(source: Path, target: Path, count: int, max_tokens: int, seed:
         answers = out[:, given["input_ids"].size(1) :].tolist()
         lines = []
         for prompt, conversation, answer in zip(rows, conversations, answers, strict=True):
-            end = answer.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in answer else len(answer)
-            text = conversation + tokenizer.decode(answer[:end], skip_special_tokens=False)
+            end = tokenizer.eos_token_id  # what follows it is padding
+            ids = answer[: answer.index(end) + 1] if end in answer else answer
+            text = conversation + tokenizer.decode(ids, skip_special_tokens=False)
             lines.append(json.dumps({"name": prompt, "text": text}, ensure_ascii=False) + "\n")
         with target.open("a", encoding="utf-8") as file:
             file.write("".join(lines))
@@ -57,9 +58,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=160, help="of an answer (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    write_answers(
-        arguments.model, arguments.target, arguments.count, arguments.max_tokens, arguments.seed
-    )
+    write_answers(arguments.model, arguments.target, arguments.count, arguments.max_tokens, arguments.seed)
 
 
 if __name__ == "__main__":

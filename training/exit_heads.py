@@ -46,7 +46,8 @@ class ExitHeads(nn.Module):
         """
         norm = self.norms[str(layer)]
         if self.final_norm is None:
-            norm.weight.fill_(states.float().std(dim=-1, correction=0).mean().item())
+            spread = states.float().std(dim=-1, correction=0).mean()
+            norm.weight.copy_(spread.expand(norm.weight.shape))
             if isinstance(norm, nn.LayerNorm):
                 norm.bias.fill_(states.float().mean().item())
         elif self.final_norm.state_dict():  # else its norms have no weights

@@ -101,7 +101,7 @@ class ExitReader:
     def read(self, layer: int, state: Tensor) -> Tensor:
         """What the exit of `layer` makes of the layer's output, before `project_out`. Both [..., hidden]."""
         if layer != self.exit_layers[-1]:
-            return self.heads(layer, state)  # type: ignore[no-any-return]
+            return self.heads(layer, state)
         return state if self.final_norm is None else self.final_norm(state)  # type: ignore[no-any-return]
 
     def head_input(self, read: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from helios.errors import CheckpointError, UnavailableError
 from training.exit_reader import ExitReader
 
-_PIECES_PER_SAVE = 32  # an interrupted run computes at most so many pieces again
+_PIECES_PER_SAVE = 8  # an interrupted run computes at most so many pieces again
 
 
 class ExitStates:
@@ -37,7 +37,7 @@ class ExitStates:
         self.count = sum(len(piece) - 1 for piece in pieces)
         shape = (self.count, len(reader.exit_layers), reader.hidden_size)
         directory.mkdir(parents=True, exist_ok=True)
-        self._done = self._find_done(directory, 2 * shape[0] * shape[1] * shape[2] + 8 * self.count)
+        self._pieces_done = self._find_done(directory, 2 * shape[0] * shape[1] * shape[2] + 8 * self.count)
         size = shape[0] * shape[1] * shape[2]
         path = directory / "states.bin"
         self._states = torch.from_file(str(path), shared=True, size=size, dtype=torch.bfloat16).view(shape)
@@ -63,10 +63,15 @@ class ExitStates:
             )
         return 0
 
+    @property
+    def done(self) -> int:
+        """Number of tokens whose states were there at the start."""
+        return sum(len(piece) - 1 for piece in self._pieces[: self._pieces_done])
+
     def collect(self, progress: Callable[[int], None]) -> None:
         """Run the model over the pieces that are left. progress: called with the number of tokens done."""
-        place = sum(len(piece) - 1 for piece in self._pieces[: self._done])
-        for number, piece in enumerate(self._pieces[self._done :], self._done + 1):
+        place, first = self.done, self._pieces_done
+        for number, piece in enumerate(self._pieces[first:], first + 1):
             rows = slice(place, place + len(piece) - 1)
             for index, state in enumerate(self._reader.states(piece[None, :-1]).values()):
                 self._states[rows, index] = state[0].bfloat16()
@@ -83,6 +88,10 @@ class ExitStates:
         states = self._states[places].float()
         layers = self._reader.exit_layers
         return {layer: states[:, index] for index, layer in enumerate(layers)}, self._targets[places]
+
+    def vocabulary(self) -> Tensor:
+        """The ids that the texts contain, ascending."""
+        return self._targets.unique()
 
     def delete(self) -> None:
         """Delete the files."""
