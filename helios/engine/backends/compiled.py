@@ -21,12 +21,15 @@ from helios.engine.kernels.layout import (
     EXIT,
     FLOAT16,
     FLOAT32,
+    GATE,
     LAYER,
+    LAYER_NORM,
     LINEAR,
     MODEL,
     NORM,
     POSITIONS,
     RELU,
+    RMS_NORM,
     SUMMARY,
     CacheAddresses,
     Outputs,
@@ -45,6 +48,9 @@ from helios.engine.weights.parts import Norm
 # Readout objects are kept for this many different step sizes.
 _KEPT_READOUTS = 256
 _PRECISIONS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.float16: FLOAT16}
+_NORMS = {"layer": LAYER_NORM, "rms": RMS_NORM}
+# By name, and by whether there is a gate.
+_ACTIVATIONS = {("relu", False): RELU, ("silu", True): GATE}
 
 
 class CompiledModel:
@@ -77,8 +83,7 @@ class CompiledModel:
         ]
         found = [part for part in products if part is not None]
         packed = [part for part in found if isinstance(part, PackedLinear)]
-        is_known = config.activation == "relu" and config.norm == "layer" and not config.is_gated
-        if not is_known or weights.ends.rotation is not None or len(packed) < len(found):
+        if (config.activation, config.is_gated) not in _ACTIVATIONS or len(packed) < len(found):
             return None
         (precision,) = {part.precision for part in packed}
         return cls(config, precision, weights)
@@ -222,8 +227,8 @@ class CompiledModel:
 
     def _operations(self, batch: Batch) -> int:
         """Approximate number of multiply-adds of one layer for one row."""
-        width, context = self._config.hidden_size, batch.width * batch.block_tokens
-        return 2 * width * (2 * width + self._config.ffn_dim + context)
+        products = sum(channels * inputs for channels, inputs in self._config.layer_products)
+        return products + 2 * self._config.query_size * batch.width * batch.block_tokens
 
 
 class _Norms:
@@ -318,8 +323,6 @@ def _cache_addresses(cache: KVCache) -> tuple[Any, ...]:
 
 
 def _model_record(config: ModelConfig, precision: int, ends: Ends) -> NDArray[np.void]:
-    table, positions = ends.embed_positions, config.positions
-    assert table is not None and isinstance(positions, LearnedPositions)
     return record(
         MODEL,
         precision=precision,
@@ -330,20 +333,25 @@ def _model_record(config: ModelConfig, precision: int, ends: Ends) -> NDArray[np
         kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         vocabulary=config.vocab_size,
+        norm=_NORMS[config.norm],
         norm_before=config.norm_before,
         epsilon=config.norm_epsilon,
-        activation=RELU,
+        rotation=0 if ends.rotation is None else ends.rotation.data_ptr(),
+        activation=_ACTIVATIONS[config.activation, config.is_gated],
         embedding=_embedding_record(ends),
-        positions=record(
-            POSITIONS,
-            table=table.data_ptr(),
-            precision=_PRECISIONS[table.dtype],
-            offset=positions.offset,
-        ),
+        positions=_positions_record(config, ends),
         project_in=_linear_record(ends.project_in),
         project_out=_linear_record(ends.project_out),
         lm_head=_linear_record(ends.lm_head),
     )
+
+
+def _positions_record(config: ModelConfig, ends: Ends) -> NDArray[np.void]:
+    table, learned = ends.embed_positions, config.positions
+    if table is None or not isinstance(learned, LearnedPositions):
+        return record(POSITIONS)
+    precision = _PRECISIONS[table.dtype]
+    return record(POSITIONS, table=table.data_ptr(), precision=precision, offset=learned.offset)
 
 
 def _embedding_record(ends: Ends) -> NDArray[np.void]:
@@ -363,8 +371,9 @@ def _layer_records(layers: Sequence[Layer], norms: _Norms) -> NDArray[np.void]:
     for index, layer in enumerate(layers):
         for name in LAYER.names or ():
             part = getattr(layer, name)
-            made = norms.record(part) if isinstance(part, Norm) else _linear_record(part)
-            found[name][index] = made[0]
+            if part is not None:
+                made = norms.record(part) if isinstance(part, Norm) else _linear_record(part)
+                found[name][index] = made[0]
     return found
 
 

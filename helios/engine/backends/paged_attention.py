@@ -1,5 +1,6 @@
 """CPU attention that reads keys and values in place, block by block."""
 
+import numpy as np
 import torch
 
 from helios.architectures.spec import ModelConfig
@@ -16,8 +17,7 @@ _PRECISIONS = {torch.float32: FLOAT32, torch.float16: BFLOAT16, torch.int8: INT8
 
 def attends_in_place(config: ModelConfig, device: torch.device, block_tokens: int) -> bool:
     """Whether `attend` supports such caches: on a CPU, head_dim in fours, blocks of whole registers."""
-    is_grouped = config.num_heads != config.num_kv_heads
-    return device.type == "cpu" and not is_grouped and config.head_dim % 4 == 0 and block_tokens % LANES == 0
+    return device.type == "cpu" and config.head_dim % 4 == 0 and block_tokens % LANES == 0
 
 
 def addresses_of(batch: Batch) -> BatchAddresses:
@@ -26,17 +26,26 @@ def addresses_of(batch: Batch) -> BatchAddresses:
 
 
 def attend(qkv: torch.Tensor, batch: Batch, cache: KVCache, layer: int) -> torch.Tensor:
-    """Stores the rows' keys and values. Each row attends to its context: [T, 3 * hidden] -> [T, hidden]."""
-    width = qkv.shape[1] // 3
+    """Stores the rows' keys and values. Each row attends to its context.
+
+    qkv: queries, keys after their norms and rotations, and values: [T, (heads + 2 * KV heads) * head_dim].
+    Returns [T, heads * head_dim].
+    """
+    heads = qkv.shape[1] // cache.head_dim - 2 * cache.num_heads
+    width = heads * cache.head_dim
     keys, values = cache.addresses
     out = qkv.new_empty(batch.rows, width)
     attention = Attention(
-        heads=cache.num_heads,
+        heads=heads,
         kv_heads=cache.num_heads,
         head_dim=cache.head_dim,
         block_tokens=cache.block_tokens,
         keys=keys[layer],
         values=values[layer],
+        q_norm=0,
+        k_norm=0,
+        epsilon=np.float32(0),
+        rotation=0,
     )
     TEAM.run(
         border.call_attend,

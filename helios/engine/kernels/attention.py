@@ -14,9 +14,9 @@ def attend(thread, precision, attention, batch, qkv, out):
     """One thread's part: stores the rows' keys and values, then each row attends to its own context.
 
     precision: of the products; attention: `layout.Attention`; qkv: queries, keys and values of all rows,
-    float32 [rows, heads + 2 * kv_heads, head_dim]; out: float32 [rows, heads, head_dim].
+    float32 [rows, heads + 2 * kv_heads, head_dim], are placed in it; out: float32 [rows, heads, head_dim].
     """
-    remember(thread, precision, attention, batch.rows, batch.slots, qkv)
+    remember(thread, precision, attention, batch.rows, batch.slots, batch.positions, qkv)
     if precision == INT8:
         attend_int8(thread, _signed(attention), batch, qkv, out)
     else:
@@ -25,15 +25,19 @@ def attend(thread, precision, attention, batch, qkv, out):
 
 
 @compiled
-def remember(thread, precision, attention, rows, slots, qkv):
-    """Stores the keys and values of qkv at slots, int64 [rows].
+def remember(thread, precision, attention, rows, slots, positions, qkv):
+    """Stores the keys and values of qkv at slots. slots, positions: int64 [rows].
 
-    When it returns, all rows of the heads with which this thread attends are stored.
+    Keys are placed in qkv first. When it returns, all rows of the heads with which this thread attends are
+    stored.
     """
     if precision == INT8:
-        remember_int8(thread, _signed(attention), rows, slots, qkv)
-        return
-    remember_float(thread, attention, rows, slots, qkv)
+        remember_int8(thread, _signed(attention), rows, slots, positions, qkv)
+        if attention.heads == attention.kv_heads:
+            # Each thread attends with the heads that it has stored.
+            return
+    else:
+        remember_float(thread, attention, rows, slots, positions, qkv)
     meet(thread)
 
 
@@ -47,4 +51,8 @@ def _signed(attention):
         attention.block_tokens,
         np.int64(attention.keys),
         np.int64(attention.values),
+        attention.q_norm,
+        attention.k_norm,
+        attention.epsilon,
+        attention.rotation,
     )

@@ -16,6 +16,7 @@ from helios.engine.kernels.context import (
 )
 from helios.engine.kernels.exponential import exponential
 from helios.engine.kernels.jit import compiled
+from helios.engine.kernels.rotation import place_key, place_queries
 from helios.engine.kernels.simd import (
     LANES,
     add,
@@ -162,18 +163,36 @@ def _attend_one(attention, batch, qkv, out, row, first, last, scores, room, foll
     slab_size = head_dim * block_tokens
     factor = spread_single(np.float32(1) / np.sqrt(np.float32(head_dim)))
     query = row * (attention.heads + 2 * kv_heads) * head_dim
+    group = attention.heads // kv_heads
+    first_kv_head = first // group
     for index in range(blocks):
         block = load_long(table, index) * kv_heads
         is_last = index + 1 == blocks
         fetched = values if is_last else keys
         ahead = load_long(table, 0 if is_last else index + 1) * kv_heads
-        for head in range(first, last):
-            slab = (block + head) * slab_size
-            fetch_kept(fetched, (ahead + head) * slab_size, slab_size)
-            at = (head - first) * room + index * block_tokens
-            for lane in range(0, block_tokens, LANES):
-                value = _scores(qkv, query + head * head_dim, keys, slab + lane, head_dim, block_tokens)
-                store_singles(scores, at + lane, multiply(value, factor))
+        head, kv_head = first, first_kv_head
+        while head < last:
+            slab = (block + kv_head) * slab_size
+            fetch_kept(fetched, (ahead + kv_head) * slab_size, slab_size)
+            kv_head += 1
+            end = min(last, kv_head * group)
+            while head < end:
+                at, own = (head - first) * room + index * block_tokens, query + head * head_dim
+                if head + 4 <= end:
+                    for lane in range(0, block_tokens, LANES):
+                        s0, s1, s2, s3 = _scores_of_four(
+                            qkv, own, head_dim, keys, slab + lane, head_dim, block_tokens
+                        )
+                        store_singles(scores, at + lane, multiply(s0, factor))
+                        store_singles(scores, at + room + lane, multiply(s1, factor))
+                        store_singles(scores, at + 2 * room + lane, multiply(s2, factor))
+                        store_singles(scores, at + 3 * room + lane, multiply(s3, factor))
+                    head += 4
+                else:
+                    for lane in range(0, block_tokens, LANES):
+                        value = _scores(qkv, own, keys, slab + lane, head_dim, block_tokens)
+                        store_singles(scores, at + lane, multiply(value, factor))
+                    head += 1
     for head in range(first, last):
         _weigh(scores + 4 * (head - first) * room, length, blocks * block_tokens)
     target = row * attention.heads * head_dim
@@ -185,11 +204,16 @@ def _attend_one(attention, batch, qkv, out, row, first, last, scores, room, foll
         is_last = index + 1 == blocks
         ahead = (following if is_last else load_long(table, index + 1)) * kv_heads
         fetched = keys if is_last else values
-        for head in range(first, last):
-            fetch_kept(fetched, (ahead + head) * slab_size, slab_size)
-            weights = scores + 4 * ((head - first) * room + index * block_tokens)
-            at = (block + head) * slab_size
-            _add_weighted(weights, count, values, at, head_dim, out, target + head * head_dim)
+        head, kv_head = first, first_kv_head
+        while head < last:
+            at = (block + kv_head) * slab_size
+            fetch_kept(fetched, (ahead + kv_head) * slab_size, slab_size)
+            kv_head += 1
+            end = min(last, kv_head * group)
+            while head < end:
+                weights = scores + 4 * ((head - first) * room + index * block_tokens)
+                _add_weighted(weights, count, values, at, head_dim, out, target + head * head_dim)
+                head += 1
 
 
 @compiled
@@ -204,11 +228,11 @@ def _attend_four(attention, batch, qkv, out, row, head, scores, room):
     # The last row has the longest context. Tokens that the other rows do not see get weight zero.
     table, length = block_table(batch, row), context_tokens(batch, row + 3)
     blocks = (length + block_tokens - 1) // block_tokens
-    slab_size = head_dim * block_tokens
+    slab_size, kv_head = head_dim * block_tokens, head // (attention.heads // kv_heads)
     factor = spread_single(np.float32(1) / np.sqrt(np.float32(head_dim)))
     query = row * qkv_width + head * head_dim
     for index in range(blocks):
-        slab = (load_long(table, index) * kv_heads + head) * slab_size
+        slab = (load_long(table, index) * kv_heads + kv_head) * slab_size
         for lane in range(0, block_tokens, LANES):
             s0, s1, s2, s3 = _scores_of_four(qkv, query, qkv_width, keys, slab + lane, head_dim, block_tokens)
             at = index * block_tokens + lane
@@ -224,7 +248,7 @@ def _attend_four(attention, batch, qkv, out, row, head, scores, room):
         a0, b0, c0, d0 = no_singles(), no_singles(), no_singles(), no_singles()
         a1, b1, c1, d1 = no_singles(), no_singles(), no_singles(), no_singles()
         for index in range(blocks):
-            at = (load_long(table, index) * kv_heads + head) * slab_size + dim
+            at = (load_long(table, index) * kv_heads + kv_head) * slab_size + dim
             slot = index * block_tokens
             for token in range(slot, min(slot + block_tokens, length)):
                 x, y = load_kept(values, at), load_kept(values, at + LANES)
@@ -254,10 +278,12 @@ def attend_float(thread, attention, batch, qkv, out):
     own, row = scores.ctypes.data, 0
     while row < batch.rows:
         if are_of_one_sequence(batch, row, row + 3):
+            place_queries(attention, batch, qkv, row, row + 4, first, last)
             for head in range(first, last):
                 _attend_four(attention, batch, qkv, out, row, head, own, room)
             row += 4
         else:
+            place_queries(attention, batch, qkv, row, row + 1, first, last)
             following = first_block_after(batch, row)
             _attend_one(attention, batch, qkv, out, row, first, last, own, room, following)
             row += 1
@@ -265,7 +291,7 @@ def attend_float(thread, attention, batch, qkv, out):
 
 
 @compiled
-def remember_float(thread, attention, rows, slots, qkv):
+def remember_float(thread, attention, rows, slots, positions, qkv):
     """Stores the keys and values of a thread's share of the rows. Arguments: as in `attention.remember`."""
     head_dim, block_tokens, kv_heads = attention.head_dim, attention.block_tokens, attention.kv_heads
     keys, values = attention.keys, attention.values
@@ -275,6 +301,8 @@ def remember_float(thread, attention, rows, slots, qkv):
         slot = load_long(slots, row)
         block, offset = slot // block_tokens * width * block_tokens, slot % block_tokens
         source = row * (queries + 2 * width) + queries
+        for head in range(kv_heads):
+            place_key(attention, load_long(positions, row), qkv + 4 * (source + head * head_dim))
         for entry in range(0, width, LANES):
             key = load_some(qkv, source + entry, width - entry)
             store_kept(keys, block + entry * block_tokens + offset, block_tokens, width - entry, key)

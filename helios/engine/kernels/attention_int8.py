@@ -20,6 +20,7 @@ from helios.engine.kernels.context import (
 from helios.engine.kernels.exponential import exponential
 from helios.engine.kernels.inner_product import multiply_bytes
 from helios.engine.kernels.jit import compiled
+from helios.engine.kernels.rotation import place_key, place_queries
 from helios.engine.kernels.simd import (
     LANES,
     absolute,
@@ -115,7 +116,7 @@ def _load(x, at, count):
 
 
 @compiled
-def remember_int8(thread, attention, rows, slots, qkv):
+def remember_int8(thread, attention, rows, slots, positions, qkv):
     """Stores the keys and values of a thread's share of the heads. Arguments: as in `attention.remember`.
 
     Work is not shared by rows, because neighbouring tokens share words.
@@ -136,6 +137,7 @@ def remember_int8(thread, attention, rows, slots, qkv):
         others = spread_word(np.int32(~(255 << (8 * (token % _TOGETHER)))))
         for head in range(first, last):
             key = row * (queries + 2 * width) + queries + head * head_dim
+            place_key(attention, load_long(positions, row), qkv + 4 * key)
             slab = keys + (block + head) * slab_of_keys
             scales = slab + slab_of_keys - 8 * block_tokens
             peak = _peak(qkv, key, head_dim)
@@ -264,6 +266,14 @@ def _copy_scales(slab, slab_bytes, block_tokens, scales, slot):
 
 
 @compiled
+def _store_scores(dots, scales, factors, head, scores, at):
+    """Stores the scores of 16 keys: their dot products with a head's query without the keys' zero byte."""
+    factor = spread_single(load_single(factors, head * 2 * LANES))
+    added = load_words(factors, head * 2 * LANES + LANES)
+    store_singles(scores, at, multiply(to_singles(subtract_words(dots, added)), multiply(scales, factor)))
+
+
+@compiled
 def _attend_one(attention, batch, qkv, out, row, first, last, scratch, room, following):
     """Attends with the heads first..last of one row over its context, block by block in memory order.
 
@@ -277,8 +287,10 @@ def _attend_one(attention, batch, qkv, out, row, first, last, scratch, room, fol
     blocks = (length + block_tokens - 1) // block_tokens
     slab_of_keys, slab_of_values = key_bytes(head_dim, block_tokens), value_bytes(head_dim, block_tokens)
     words = (head_dim + _TOGETHER - 1) // _TOGETHER
+    group = attention.heads // kv_heads
+    first_kv_head = first // group
     # Parts of scratch, for each head: scores, scales, sums, the weights' bytes, the query, its factor and its
-    # sum.
+    # sum. Scales are those of KV heads, so they may need less.
     scores, scales = scratch, scratch + 4 * count * room
     sums = scales + 4 * count * room
     upper = sums + 8 * count * whole
@@ -295,24 +307,34 @@ def _attend_one(attention, batch, qkv, out, row, first, last, scratch, room, fol
         block, slot = load_long(table, index) * kv_heads, index * block_tokens
         is_last = index + 1 == blocks
         following_block = load_long(table, 0 if is_last else index + 1) * kv_heads
-        for head in range(count):
-            slab = keys + (block + first + head) * slab_of_keys
+        head, kv_head = 0, first_kv_head
+        while head < count:
+            slab = keys + (block + kv_head) * slab_of_keys
             if is_last:
-                fetch_kept(values + (following_block + first + head) * slab_of_values, 0, slab_of_values // 4)
+                fetch_kept(values + (following_block + kv_head) * slab_of_values, 0, slab_of_values // 4)
             else:
-                fetch_kept(keys + (following_block + first + head) * slab_of_keys, 0, slab_of_keys // 4)
-            factor = spread_single(load_single(factors, head * 2 * LANES))
-            added = load_words(factors, head * 2 * LANES + LANES)
-            for lane in range(0, block_tokens, LANES):
-                dots = _scores(queries + head * whole, slab, lane, words, block_tokens)
-                own = load_singles(slab, words * block_tokens + lane)
-                value = multiply(to_singles(subtract_words(dots, added)), multiply(own, factor))
-                store_singles(scores, head * room + slot + lane, value)
-            _copy_scales(slab, slab_of_keys, block_tokens, scales, head * room + slot)
+                fetch_kept(keys + (following_block + kv_head) * slab_of_keys, 0, slab_of_keys // 4)
+            _copy_scales(slab, slab_of_keys, block_tokens, scales, (kv_head - first_kv_head) * room + slot)
+            kv_head += 1
+            end = min(count, kv_head * group - first)
+            while head < end:
+                query, at, together = queries + head * whole, head * room + slot, 4 if head + 4 <= end else 1
+                for lane in range(0, block_tokens, LANES):
+                    own = load_singles(slab, words * block_tokens + lane)
+                    if together == 4:
+                        d0, d1, d2, d3 = _scores_of_four(query, whole, slab, lane, words, block_tokens)
+                        _store_scores(d0, own, factors, head, scores, at + lane)
+                        _store_scores(d1, own, factors, head + 1, scores, at + room + lane)
+                        _store_scores(d2, own, factors, head + 2, scores, at + 2 * room + lane)
+                        _store_scores(d3, own, factors, head + 3, scores, at + 3 * room + lane)
+                    else:
+                        dots = _scores(query, slab, lane, words, block_tokens)
+                        _store_scores(dots, own, factors, head, scores, at + lane)
+                head += together
     for head in range(count):
         factor = _weigh(
             scores + 4 * head * room,
-            scales + 4 * head * room,
+            scales + 4 * ((first + head) // group - first_kv_head) * room,
             length,
             blocks * block_tokens,
             upper + head * room,
@@ -326,22 +348,27 @@ def _attend_one(attention, batch, qkv, out, row, first, last, scratch, room, fol
         is_last = index + 1 == blocks
         following_block = (following if is_last else load_long(table, index + 1)) * kv_heads
         parts = (min(block_tokens, length - index * block_tokens) + _TOGETHER - 1) // _TOGETHER
-        for head in range(count):
+        head, kv_head = 0, first_kv_head
+        while head < count:
             if is_last:
-                fetch_kept(keys + (following_block + first + head) * slab_of_keys, 0, slab_of_keys // 4)
+                fetch_kept(keys + (following_block + kv_head) * slab_of_keys, 0, slab_of_keys // 4)
             else:
-                fetch_kept(values + (following_block + first + head) * slab_of_values, 0, slab_of_values // 4)
-            slab = values + (block + first + head) * slab_of_values
-            at = head * room + index * block_tokens
-            for dim in range(0, whole, LANES):
-                place = head * 2 * whole + dim
-                a, b = load_words(sums, place), load_words(sums, place + whole)
-                for word in range(parts):
-                    value = load_words(slab, word * whole + dim)
-                    a = multiply_bytes(a, spread_word(load_word(upper + at, word)), value)
-                    b = multiply_bytes(b, spread_word(load_word(lower + at, word)), value)
-                store_words(sums, place, a)
-                store_words(sums, place + whole, b)
+                fetch_kept(values + (following_block + kv_head) * slab_of_values, 0, slab_of_values // 4)
+            slab = values + (block + kv_head) * slab_of_values
+            kv_head += 1
+            end = min(count, kv_head * group - first)
+            while head < end:
+                at = head * room + index * block_tokens
+                for dim in range(0, whole, LANES):
+                    place = head * 2 * whole + dim
+                    a, b = load_words(sums, place), load_words(sums, place + whole)
+                    for word in range(parts):
+                        value = load_words(slab, word * whole + dim)
+                        a = multiply_bytes(a, spread_word(load_word(upper + at, word)), value)
+                        b = multiply_bytes(b, spread_word(load_word(lower + at, word)), value)
+                    store_words(sums, place, a)
+                    store_words(sums, place + whole, b)
+                head += 1
     for head in range(count):
         factor = load_single(factors, head * 2 * LANES)
         for dim in range(0, head_dim, LANES):
@@ -362,7 +389,7 @@ def _attend_four(attention, batch, qkv, out, row, head, scratch, room):
     head_dim, block_tokens, kv_heads = attention.head_dim, attention.block_tokens, attention.kv_heads
     keys, values = attention.keys, attention.values
     width, qkv_width = attention.heads * head_dim, (attention.heads + 2 * kv_heads) * head_dim
-    whole = _whole(head_dim)
+    whole, kv_head = _whole(head_dim), head // (attention.heads // kv_heads)
     # The last row has the longest context. Tokens that the other rows do not see get weight zero.
     table, length = block_table(batch, row), context_tokens(batch, row + 3)
     blocks = (length + block_tokens - 1) // block_tokens
@@ -382,7 +409,7 @@ def _attend_four(attention, batch, qkv, out, row, head, scratch, room):
     f0, f1 = spread_single(s0 * root), spread_single(s1 * root)
     f2, f3 = spread_single(s2 * root), spread_single(s3 * root)
     for index in range(blocks):
-        slab = keys + (load_long(table, index) * kv_heads + head) * slab_of_keys
+        slab = keys + (load_long(table, index) * kv_heads + kv_head) * slab_of_keys
         for lane in range(0, block_tokens, LANES):
             d0, d1, d2, d3 = _scores_of_four(queries, whole, slab, lane, words, block_tokens)
             own, at = load_singles(slab, words * block_tokens + lane), index * block_tokens + lane
@@ -412,7 +439,7 @@ def _attend_four(attention, batch, qkv, out, row, head, scratch, room):
         a1, b1, c1, d1 = no_words(), no_words(), no_words(), no_words()
         e1, f1, g1, h1 = no_words(), no_words(), no_words(), no_words()
         for index in range(blocks):
-            slab = values + (load_long(table, index) * kv_heads + head) * slab_of_values
+            slab = values + (load_long(table, index) * kv_heads + kv_head) * slab_of_values
             high, low = upper + index * block_tokens, lower + index * block_tokens
             parts = (min(block_tokens, length - index * block_tokens) + _TOGETHER - 1) // _TOGETHER
             at = dim
@@ -465,10 +492,12 @@ def attend_int8(thread, attention, batch, qkv, out):
     own, row = scratch.ctypes.data, 0
     while row < batch.rows:
         if are_of_one_sequence(batch, row, row + 3):
+            place_queries(attention, batch, qkv, row, row + 4, first, last)
             for head in range(first, last):
                 _attend_four(attention, batch, qkv, out, row, head, own, room)
             row += 4
         else:
+            place_queries(attention, batch, qkv, row, row + 1, first, last)
             following = first_block_after(batch, row)
             _attend_one(attention, batch, qkv, out, row, first, last, own, room, following)
             row += 1

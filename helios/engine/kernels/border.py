@@ -18,7 +18,7 @@ from helios.engine.kernels.layout import (
     Stop,
     Thread,
 )
-from helios.engine.kernels.product import product
+from helios.engine.kernels.product import plain, product
 from helios.engine.kernels.step import run_burst
 from helios.engine.kernels.summary import summarize
 
@@ -56,9 +56,9 @@ def call_attend(thread, precision, attention, batch, qkv, out):
 
 
 @compiled
-def call_product(thread, precision, linear, x, rows, out, activation, residual, scratch):
+def call_product(thread, precision, linear, x, rows, out, scratch):
     """Calls `product`."""
-    product(Thread(*thread), precision, linear[0], x, rows, out, activation, residual, scratch)
+    product(Thread(*thread), precision, linear[0], x, rows, plain(linear[0], out), scratch)
 
 
 @compiled

@@ -11,6 +11,7 @@ from helios.engine.kernels.product import (
     encode,
     encoded_at,
     multiply_tiles,
+    plain,
     product,
     product_scratch,
     tiles_of,
@@ -28,7 +29,10 @@ def run_layers(thread, model, layers, first, last, hidden, batch, cache, scratch
     `layers_scratch` bytes.
     """
     rows, width, ffn_width = batch.rows, model.width, model.ffn_width
-    x = scratch
+    # The output of attention, and states after a norm. They share memory if they have the same width.
+    query_width = _query_width(model)
+    attended = scratch
+    x = attended if query_width == width else attended + 4 * rows * query_width
     qkv = x + 4 * rows * width
     wide = qkv + 4 * rows * model.qkv_width
     rest = wide + 4 * rows * ffn_width
@@ -38,7 +42,7 @@ def run_layers(thread, model, layers, first, last, hidden, batch, cache, scratch
     start, end = share(thread, rows)
     own = rows >= thread.threads * OWN_ROWS
     own_wide = wide + 4 * start * ffn_width
-    own_rest = rest + product_scratch(model.precision, start, max(width, ffn_width))
+    own_rest = rest + product_scratch(model.precision, start, _widest(model))
     for index in range(first, last):
         layer = layers[index]
         if own:
@@ -56,7 +60,7 @@ def run_layers(thread, model, layers, first, last, hidden, batch, cache, scratch
             meet(thread)
         else:
             _project(thread, model, layer, hidden, rows, x, qkv, rest)
-        attend(thread, model.precision, _attention(model, cache, index), batch, qkv, x)
+        attend(thread, model.precision, _attention(model, layer, cache, index), batch, qkv, attended)
         if own:
             for row in range(start, end, OWN_ROWS):
                 _feed(
@@ -65,29 +69,46 @@ def run_layers(thread, model, layers, first, last, hidden, batch, cache, scratch
                     layer,
                     hidden + 4 * row * width,
                     min(OWN_ROWS, end - row),
+                    attended + 4 * row * query_width,
                     x + 4 * row * width,
                     own_wide,
                     own_rest,
                 )
         else:
-            _feed(thread, model, layer, hidden, rows, x, wide, rest)
+            _feed(thread, model, layer, hidden, rows, attended, x, wide, rest)
     if own:
         meet(thread)
 
 
 @compiled
 def layers_scratch(model, rows):
-    """Work bytes of `run_layers`: states, queries with keys and values, fc1's output, a product's input."""
-    numbers = rows * (model.width + model.qkv_width + model.ffn_width)
-    return 4 * numbers + product_scratch(model.precision, rows, max(model.width, model.ffn_width))
+    """Work bytes of `run_layers`.
+
+    They hold attention's output, states, queries with keys and values, fc2's input, and a product's encoded
+    input.
+    """
+    numbers = rows * (_query_width(model) + model.width + model.qkv_width + model.ffn_width)
+    return 4 * numbers + product_scratch(model.precision, rows, _widest(model))
 
 
 @compiled
-def propagate(thread, model, layers, first, last, hidden, rows, slots, cache, scratch):
+def _query_width(model):
+    """Width of all query heads of a row."""
+    return model.heads * model.head_dim
+
+
+@compiled
+def _widest(model):
+    """The most inputs of a product in a layer."""
+    return max(model.width, _query_width(model), model.ffn_width)
+
+
+@compiled
+def propagate(thread, model, layers, first, last, hidden, rows, slots, positions, cache, scratch):
     """One thread's part of state propagation: KV of the layers first..last for all rows of hidden.
 
-    hidden: float32 [rows, width]; slots: int64 [rows]; scratch: `propagate_scratch` bytes; the rest as in
-    `run_layers`.
+    hidden: float32 [rows, width]; slots, positions: int64 [rows]; scratch: `propagate_scratch` bytes; the
+    rest as in `run_layers`.
     """
     width, qkv_width, precision = model.width, model.qkv_width, model.precision
     x = scratch
@@ -95,7 +116,7 @@ def propagate(thread, model, layers, first, last, hidden, rows, slots, cache, sc
     encoded = encoded_at(qkv + 4 * rows * qkv_width, precision, rows, width)
     start, end = share(thread, rows)
     # Queries are not needed, so only the tiles of keys and values are computed.
-    skipped = model.heads * model.head_dim // TILE
+    skipped = _query_width(model) // TILE
     first_tile, last_tile = share(thread, tiles_of(qkv_width) - skipped)
     for index in range(first, last):
         layer, source = layers[index], hidden
@@ -104,10 +125,11 @@ def propagate(thread, model, layers, first, last, hidden, rows, slots, cache, sc
             source = x
         encode(thread, precision, source, width, encoded)
         meet(thread)
-        result = Result(qkv, qkv_width, NONE, 0)
+        result = plain(layer.qkv, qkv)
         multiply_tiles(precision, layer.qkv, encoded, skipped + first_tile, skipped + last_tile, result)
         meet(thread)
-        remember(thread, precision, _attention(model, cache, index), rows, slots, qkv)
+        attention = _attention(model, layer, cache, index)
+        remember(thread, precision, attention, rows, slots, positions, qkv)
         meet(thread)
 
 
@@ -118,10 +140,20 @@ def propagate_scratch(model, rows):
 
 
 @compiled
-def _attention(model, cache, index):
+def _attention(model, layer, cache, index):
     """The attention of a layer."""
-    keys, values = cache.keys[index], cache.values[index]
-    return Attention(model.heads, model.kv_heads, model.head_dim, cache.block_tokens, keys, values)
+    return Attention(
+        model.heads,
+        model.kv_heads,
+        model.head_dim,
+        cache.block_tokens,
+        cache.keys[index],
+        cache.values[index],
+        layer.q_norm.weight,
+        layer.k_norm.weight,
+        model.epsilon,
+        model.rotation,
+    )
 
 
 @compiled
@@ -133,25 +165,28 @@ def _project(thread, model, layer, hidden, rows, x, qkv, scratch):
         start, end = share(thread, rows)
         norm(model, layer.attn_norm, hidden, start, end, x)
         source = x
-    product(thread, model.precision, layer.qkv, source, rows, qkv, NONE, 0, scratch)
+    product(thread, model.precision, layer.qkv, source, rows, plain(layer.qkv, qkv), scratch)
 
 
 @compiled
-def _feed(thread, model, layer, hidden, rows, x, wide, scratch):
+def _feed(thread, model, layer, hidden, rows, attended, x, wide, scratch):
     """The part of a layer after attention: output projection and feed-forward network.
 
-    x: the output of attention, then space for as many states; wide: space for float32 [rows, ffn_width].
+    attended: the output of attention; x: space for states, perhaps the same; wide: space for float32 [rows,
+    ffn_width].
     """
     precision = model.precision
     start, end = share(thread, rows)
-    product(thread, precision, layer.out, x, rows, hidden, NONE, hidden, scratch)
+    added = Result(hidden, model.width, NONE, hidden)
+    product(thread, precision, layer.out, attended, rows, added, scratch)
     source = hidden
     if model.norm_before:
         norm(model, layer.ffn_norm, hidden, start, end, x)
         source = x
     else:
         norm(model, layer.attn_norm, hidden, start, end, hidden)
-    product(thread, precision, layer.fc1, source, rows, wide, model.activation, 0, scratch)
-    product(thread, precision, layer.fc2, wide, rows, hidden, NONE, hidden, scratch)
+    activated = Result(wide, model.ffn_width, model.activation, 0)
+    product(thread, precision, layer.fc1, source, rows, activated, scratch)
+    product(thread, precision, layer.fc2, wide, rows, added, scratch)
     if not model.norm_before:
         norm(model, layer.ffn_norm, hidden, start, end, hidden)

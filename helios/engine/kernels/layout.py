@@ -12,15 +12,18 @@ from numpy.typing import NDArray
 
 # Precisions of products. Embedding tables use one of the first two, or float16.
 FLOAT32, BFLOAT16, INT8, FLOAT16 = 0, 1, 2, 3
-# Activations that a product applies to its results.
-NONE, RELU = 0, 1
+# Activations that a product applies to its results. GATE: the result has one number for two channels, 16
+# channels apart: silu(first) * second (SwiGLU, Shazeer 2020).
+NONE, RELU, GATE = 0, 1, 2
+# Kinds of norms.
+LAYER_NORM, RMS_NORM = 0, 1
 
 # Columns of a row's summary: its largest logit, the log of the sum of all exponentials, then the
 # log-probability and the probability of the most likely token.
 PEAK, NORMALIZER, LOGPROB, CONFIDENCE = 0, 1, 2, 3
 SUMMARY = 4
 
-# A norm's parameters, float32 [width] each. Weight 0 means that there is no norm.
+# A norm's parameters, float32 [width] each. Weight 0 means that there is no norm. An RMS norm has no bias.
 NORM = np.dtype([("weight", np.int64), ("bias", np.int64)], align=True)
 
 # A packed linear layer (`linear.pack`): its sizes and the addresses of its tensors. Only int8 uses
@@ -42,6 +45,8 @@ LAYER = np.dtype(
     [
         ("attn_norm", NORM),
         ("qkv", LINEAR),
+        ("q_norm", NORM),
+        ("k_norm", NORM),
         ("out", LINEAR),
         ("ffn_norm", NORM),
         ("fc1", LINEAR),
@@ -64,7 +69,8 @@ EMBEDDING = np.dtype(
     align=True,
 )
 
-# Learned positions: a table of rows of the model's width. Position p uses row p + offset.
+# Learned positions: a table of rows of the model's width. Position p uses row p + offset. Table 0 means that
+# positions are not learned.
 POSITIONS = np.dtype([("table", np.int64), ("precision", np.int64), ("offset", np.int64)], align=True)
 
 # An architecture's sizes and choices, and the parts that a model has at every depth.
@@ -81,9 +87,12 @@ MODEL = np.dtype(
         ("kv_heads", np.int64),
         ("head_dim", np.int64),
         ("vocabulary", np.int64),
-        # Whether norms come before each block, or after it.
+        # Kind of all norms, and whether they come before each block, or after it.
+        ("norm", np.int64),
         ("norm_before", np.bool_),
         ("epsilon", np.float32),
+        # Cosines, then sines, of rotary positions: float32 [context, head_dim]. 0: positions are not rotary.
+        ("rotation", np.int64),
         # Activation between fc1 and fc2.
         ("activation", np.int64),
         ("embedding", EMBEDDING),
@@ -182,7 +191,10 @@ class CacheAddresses(NamedTuple):
 
 
 class Attention(NamedTuple):
-    """The attention of one layer: its heads, and where its KV lies, as in `CacheAddresses`."""
+    """The attention of one layer: its heads, and where its KV lies, as in `CacheAddresses`.
+
+    Each KV head serves a group of neighbouring query heads.
+    """
 
     heads: int
     kv_heads: int
@@ -190,6 +202,12 @@ class Attention(NamedTuple):
     block_tokens: int
     keys: int | np.unsignedinteger[Any] | np.signedinteger[Any]
     values: int | np.unsignedinteger[Any] | np.signedinteger[Any]
+    # What queries and keys go through before they meet: the weights of their norms, float32 [head_dim], and
+    # `MODEL.rotation`. 0: nothing.
+    q_norm: int
+    k_norm: int
+    epsilon: np.float32
+    rotation: int
 
 
 class Draws(NamedTuple):

@@ -3,17 +3,20 @@
 import numpy as np
 
 from helios.engine.kernels.jit import compiled
+from helios.engine.kernels.layout import RMS_NORM
 from helios.engine.kernels.simd import (
     LANES,
     add,
     load_single,
     load_singles,
+    load_some,
     multiply,
     multiply_add,
     no_singles,
     spread_single,
     store_single,
     store_singles,
+    store_some,
     subtract,
     total,
 )
@@ -22,7 +25,30 @@ from helios.engine.kernels.simd import (
 @compiled
 def norm(model, parameters, x, start, end, out):
     """Applies the model's norm to rows start..end of x, float32 [rows, model.width]. out may be x."""
-    _layer_norm(x, start, end, model.width, model.epsilon, parameters.weight, parameters.bias, out)
+    width = model.width
+    if model.norm == RMS_NORM:
+        for row in range(start, end):
+            rms_norm(x + 4 * row * width, width, model.epsilon, parameters.weight, out + 4 * row * width)
+    else:
+        _layer_norm(x, start, end, width, model.epsilon, parameters.weight, parameters.bias, out)
+
+
+@compiled
+def rms_norm(x, width, epsilon, weight, out):
+    """RMS norm of a vector, float32 [width] (Zhang and Sennrich 2019). out may be x."""
+    whole = width - width % LANES
+    part = load_some(x, whole, width - whole)
+    sums = multiply(part, part)
+    for column in range(0, whole, LANES):
+        value = load_singles(x, column)
+        sums = multiply_add(value, value, sums)
+    inverse = np.float32(1) / np.sqrt(total(sums) / np.float32(width) + epsilon)
+    inverses = spread_single(inverse)
+    for column in range(0, whole, LANES):
+        value = multiply(load_singles(x, column), inverses)
+        store_singles(out, column, multiply(value, load_singles(weight, column)))
+    part = multiply(multiply(part, inverses), load_some(weight, whole, width - whole))
+    store_some(out, whole, width - whole, part)
 
 
 @compiled

@@ -10,12 +10,15 @@ from typing import NamedTuple
 import numpy as np
 
 from helios.engine.kernels.barrier import meet, share
+from helios.engine.kernels.exponential import exponential
 from helios.engine.kernels.inner_product import BLOCK_ROWS, STEP_BYTES, TILE, inner_product
 from helios.engine.kernels.jit import compiled
-from helios.engine.kernels.layout import BFLOAT16, INT8, RELU
+from helios.engine.kernels.layout import BFLOAT16, GATE, INT8, NONE, RELU
 from helios.engine.kernels.simd import (
     LANES,
+    absolute,
     add,
+    divide,
     keep,
     larger,
     largest,
@@ -24,6 +27,7 @@ from helios.engine.kernels.simd import (
     load_some,
     load_words,
     multiply,
+    multiply_add,
     multiply_words,
     no_singles,
     round_to_even,
@@ -53,27 +57,31 @@ class Encoded(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Destination of a product: out = activation(sums) + residual, float32 [rows, channels]."""
+    """Destination of a product: out = activation(sums) + residual, float32 [rows, width]."""
 
     out: int
-    channels: int
+    width: int
     activation: int
     # Same layout as `out`, and may be the same memory. 0: no residual.
     residual: int
 
 
 @compiled
-def product(thread, precision, linear, x, rows, out, activation, residual, scratch):
-    """One thread's part of out = activation(x @ weights.T + biases) + residual.
+def plain(linear, out):
+    """The result of a product without activation and residual."""
+    return Result(out, linear.channels, NONE, 0)
 
-    linear: LINEAR; x: float32 [rows, inputs]; out and residual: as in `Result`; scratch: `product_scratch`
-    bytes.
+
+@compiled
+def product(thread, precision, linear, x, rows, result, scratch):
+    """One thread's part of `result` = activation(x @ weights.T + biases) + residual.
+
+    linear: LINEAR; x: float32 [rows, inputs]; result: `Result`; scratch: `product_scratch` bytes.
     """
     encoded = encoded_at(scratch, precision, rows, linear.inputs)
     encode(thread, precision, x, linear.inputs, encoded)
     meet(thread)
     first, last = share(thread, tiles_of(linear.channels))
-    result = Result(out, linear.channels, activation, residual)
     multiply_tiles(precision, linear, encoded, first, last, result)
     meet(thread)
 
@@ -178,16 +186,22 @@ def multiply_tiles(precision, linear, encoded, first, last, result):
                 if precision == INT8:
                     scale = load_single(encoded.row_scales, 2 * row)
                     zero = np.int32(load_single(encoded.row_scales, 2 * row + 1))
-                for half in range(0, TILE, LANES):
-                    place = index * TILE + half
-                    _store(precision, linear, sums, place, row, channel + half, scale, zero, result)
+                place = index * TILE
+                first_half = _value(precision, linear, sums, place, channel, scale, zero)
+                second_half = _value(precision, linear, sums, place + LANES, channel + LANES, scale, zero)
+                if result.activation == GATE:
+                    gated = multiply(_silu(first_half), second_half)
+                    _store(gated, row, tile * LANES, result)
+                else:
+                    _store(first_half, row, channel, result)
+                    _store(second_half, row, channel + LANES, result)
                 row += 1
     keep(room)
 
 
 @compiled
-def _store(precision, linear, sums, place, row, channel, row_scale, zero, result):
-    """Stores a register of sums after scale, bias, activation and residual."""
+def _value(precision, linear, sums, place, channel, row_scale, zero):
+    """A register of sums after scale and bias."""
     if precision == INT8:
         # Each row has its own zero byte. Its contribution to the sums is subtracted.
         added = multiply_words(load_words(linear.weight_sums, channel), spread_word(zero))
@@ -196,10 +210,24 @@ def _store(precision, linear, sums, place, row, channel, row_scale, zero, result
         value = multiply(to_singles(corrected), scale)
     else:
         value = load_singles(sums, place)
-    value = add(value, load_singles(linear.biases, channel))
+    return add(value, load_singles(linear.biases, channel))
+
+
+@compiled
+def _silu(x):
+    """x times its sigmoid (Hendrycks and Gimpel 2016)."""
+    positive, power = larger(x, no_singles()), exponential(subtract(no_singles(), absolute(x)))
+    # No power is above 1, so none overflows.
+    value = multiply_add(subtract(x, positive), power, positive)
+    return divide(value, add(spread_single(np.float32(1)), power))
+
+
+@compiled
+def _store(value, row, channel, result):
+    """Stores a register of results after activation and residual."""
     if result.activation == RELU:
         value = larger(value, no_singles())
-    at, count = row * result.channels + channel, result.channels - channel
+    at, count = row * result.width + channel, result.width - channel
     if result.residual != 0:
         value = add(value, load_some(result.residual, at, count))
     store_some(result.out, at, count, value)

@@ -309,6 +309,7 @@ to_singles = operation(singles, (words,), lambda b, v: b.sitofp(v[0], SINGLES))
 add = operation(singles, (singles, singles), lambda b, v: b.fadd(*v))
 subtract = operation(singles, (singles, singles), lambda b, v: b.fsub(*v))
 multiply = operation(singles, (singles, singles), lambda b, v: b.fmul(*v))
+divide = operation(singles, (singles, singles), lambda b, v: b.fdiv(*v))
 multiply_add = operation(singles, (singles, singles, singles), build_call("llvm.fma.v16f32", SINGLES))
 # If either operand is NaN, returns the second, like x86 maxps.
 larger = operation(singles, (singles, singles), lambda b, v: _larger(b, *v))

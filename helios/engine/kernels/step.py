@@ -15,13 +15,12 @@ from helios.engine.kernels.layout import (
     BFLOAT16,
     CONFIDENCE,
     FLOAT16,
-    NONE,
     SUMMARY,
     BatchAddresses,
     Outputs,
 )
 from helios.engine.kernels.norm import norm
-from helios.engine.kernels.product import product, product_scratch
+from helios.engine.kernels.product import plain, product, product_scratch
 from helios.engine.kernels.sampling import draw
 from helios.engine.kernels.simd import (
     LANES,
@@ -38,8 +37,8 @@ from helios.engine.kernels.simd import (
 )
 from helios.engine.kernels.summary import summarize
 
-# Bytes that a dynamic step keeps per row besides its state: five int64.
-_ROW_BYTES = 40
+# Bytes that a dynamic step keeps per row besides its state: six int64.
+_ROW_BYTES = 48
 
 
 @compiled
@@ -178,7 +177,7 @@ def _apply_linear(thread, model, exits, batch, x, out, scratch):
             last += 1
         linear, source, target = exits[index].linear, x + 4 * first * width, out + 4 * first * width
         if linear.weights:
-            product(thread, model.precision, linear, source, last - first, target, NONE, 0, scratch)
+            product(thread, model.precision, linear, source, last - first, plain(linear, target), scratch)
         else:
             for read in range(max(start, first), min(end, last)):
                 _copy_row(x + 4 * read * width, out + 4 * read * width, width)
@@ -198,7 +197,8 @@ def _step_dynamic(thread, model, layers, exits, cache, batch, scratch, found, ou
     # These lists hold the rows that have not left, decode rows first. When rows leave, the others move up.
     positions = scratch
     slots, row_tables = positions + 8 * rows, positions + 16 * rows
-    origins, left_slots = positions + 24 * rows, positions + 32 * rows
+    origins = positions + 24 * rows
+    left_slots, left_positions = positions + 32 * rows, positions + 40 * rows
     hidden = positions + _ROW_BYTES * rows
     x = hidden + 4 * rows * width
     _enter(thread, model, batch, hidden, x)
@@ -239,6 +239,7 @@ def _step_dynamic(thread, model, layers, exits, cache, batch, scratch, found, ou
                     _hand_over(found, row, out, load_long(origins, row), vocabulary, exit_layer)
                     _copy_row(hidden + 4 * row * width, x + 4 * gone * width, width)
                     store_long(left_slots, gone, load_long(slots, row))
+                    store_long(left_positions, gone, load_long(positions, row))
                     gone += 1
                 elif gone:
                     _copy_row(hidden + 4 * row * width, hidden + 4 * (row - gone) * width, width)
@@ -248,7 +249,19 @@ def _step_dynamic(thread, model, layers, exits, cache, batch, scratch, found, ou
                     store_long(origins, row - gone, load_long(origins, row))
         meet(thread)
         skipped_to, propagated = exits[last].layer, x + 4 * leaving * width
-        propagate(thread, model, layers, first, skipped_to, x, leaving, left_slots, cache, propagated)
+        propagate(
+            thread,
+            model,
+            layers,
+            first,
+            skipped_to,
+            x,
+            leaving,
+            left_slots,
+            left_positions,
+            cache,
+            propagated,
+        )
         active, count = active - leaving, count - leaving
         running = _moved(batch, count, positions, slots, row_tables)
         if count == 0:
@@ -307,10 +320,12 @@ def _enter(thread, model, batch, hidden, scratch):
     if model.project_in.weights:
         _embed(model.embedding, batch.token_ids, start, end, scratch)
         rest = scratch + 4 * batch.rows * model.embedding.width
-        product(thread, model.precision, model.project_in, scratch, batch.rows, hidden, NONE, 0, rest)
+        into = plain(model.project_in, hidden)
+        product(thread, model.precision, model.project_in, scratch, batch.rows, into, rest)
     else:
         _embed(model.embedding, batch.token_ids, start, end, hidden)
-    _add_positions(model.positions, batch.positions, start, end, model.width, hidden)
+    if model.positions.table:
+        _add_positions(model.positions, batch.positions, start, end, model.width, hidden)
 
 
 @compiled
@@ -359,7 +374,7 @@ def _leave(thread, model, at_exit, x, reads, scratch, outputs):
     other = scratch
     rest = other + 4 * reads * max(model.width, model.embedding.width)
     if at_exit.linear.weights:
-        product(thread, model.precision, at_exit.linear, x, reads, other, NONE, 0, rest)
+        product(thread, model.precision, at_exit.linear, x, reads, plain(at_exit.linear, other), rest)
         x, other = other, x
     _predict(thread, model, x, reads, other, rest, outputs)
 
@@ -373,9 +388,9 @@ def _predict(thread, model, x, reads, other, scratch, outputs):
     """
     precision = model.precision
     if model.project_out.weights:
-        product(thread, precision, model.project_out, x, reads, other, NONE, 0, scratch)
+        product(thread, precision, model.project_out, x, reads, plain(model.project_out, other), scratch)
         x = other
-    product(thread, precision, model.lm_head, x, reads, outputs.logits, NONE, 0, scratch)
+    product(thread, precision, model.lm_head, x, reads, plain(model.lm_head, outputs.logits), scratch)
     summarize(thread, outputs, reads, model.vocabulary)
     meet(thread)
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from helios.engine.kernels import border
 from helios.engine.kernels.inner_product import TILE
-from helios.engine.kernels.layout import BFLOAT16, FLOAT32, INT8, LINEAR, NONE, record
+from helios.engine.kernels.layout import BFLOAT16, FLOAT32, INT8, LINEAR, record
 from helios.engine.kernels.product import product_scratch
 from helios.engine.kernels.team import TEAM
 from helios.engine.weights.parts import LinearWeights
@@ -114,8 +114,6 @@ class PackedLinear:
             x.data_ptr(),
             rows,
             out.data_ptr(),
-            NONE,
-            0,
             scratch.data_ptr(),
             operations=rows * self.in_size * channels,
         )
