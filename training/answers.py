@@ -9,50 +9,64 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
+from helios.engine import Engine, EngineSettings, Output, SamplingParams
+from helios.errors import HeliosError
 from training.prompts import prompts
 
-_ROWS = 32  # conversations that are sampled together
-_SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 50, "top_p": 1.0}
+_BATCH = 64  # conversations that are sampled together
+_MEMORY = 2 << 30
 
 
 def write_answers(source: Path, target: Path, count: int, max_tokens: int, seed: int) -> None:
     """Append to `target` the conversations of the first `count` prompts that it lacks."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(source, local_files_only=True, padding_side="left")
-    model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32, local_files_only=True)
+    tokenizer: Any = AutoTokenizer.from_pretrained(source, local_files_only=True)
+    engine = Engine.load(source, None, EngineSettings(precision="bfloat16", memory_bytes=_MEMORY))
     asked = prompts(count, seed)
     done = len(target.read_text(encoding="utf-8").splitlines()) if target.exists() else 0
-    for start in range(done, count, _ROWS):
-        rows = asked[start : start + _ROWS]
-        conversations = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-            )
-            for prompt in rows
-        ]
-        torch.manual_seed(seed + start)
-        given = tokenizer(conversations, return_tensors="pt", padding=True, add_special_tokens=False)
-        out = model.generate(**given, max_new_tokens=max_tokens, **_SAMPLING)
-        answers = out[:, given["input_ids"].size(1) :].tolist()
+    for start in range(done, count, _BATCH):
         lines = []
-        for prompt, conversation, answer in zip(rows, conversations, answers, strict=True):
-            end = tokenizer.eos_token_id  # what follows it is padding
-            ids = answer[: answer.index(end) + 1] if end in answer else answer
-            text = conversation + tokenizer.decode(ids, skip_special_tokens=False)
+        batch = {number: asked[number] for number in range(start, min(start + _BATCH, count))}
+        conversations = {number: _conversation(tokenizer, prompt) for number, prompt in batch.items()}
+        answers = _answers(engine, tokenizer, conversations, max_tokens, seed)
+        for number, prompt in batch.items():
+            text = conversations[number] + answers[number]
             lines.append(json.dumps({"name": prompt, "text": text}, ensure_ascii=False) + "\n")
         with target.open("a", encoding="utf-8") as file:
             file.write("".join(lines))
-        print(f"{start + len(rows)}/{count} conversations", flush=True)
+        print(f"{start + len(batch)}/{count} conversations", flush=True)
+
+
+def _conversation(tokenizer: Any, prompt: str) -> str:
+    messages = [{"role": "user", "content": prompt}]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+
+def _answers(
+    engine: Engine, tokenizer: Any, conversations: dict[int, str], max_tokens: int, seed: int
+) -> dict[int, str]:
+    """The model's answers as they would be in a conversation, with the token that ends them."""
+    outputs: dict[int, list[Output]] = {number: [] for number in conversations}
+    for number, text in conversations.items():
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        sampling = SamplingParams(max_tokens=max_tokens, temperature=0.7, top_p=0.95, seed=seed + number)
+        engine.submit(str(number), ids, sampling, outputs[number].append)
+    while engine.step():
+        pass
+    return {
+        number: tokenizer.decode([token.token_id for output in found for token in output.tokens])
+        for number, found in outputs.items()
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m training.answers", description=__doc__)
-    parser.add_argument("model", type=Path, help="a chat model, a transformers checkpoint directory")
+    parser.add_argument("model", type=Path, help="a chat model, a checkpoint directory")
     parser.add_argument("target", type=Path, help="the .jsonl file to write")
     parser.add_argument("--count", type=int, default=2000, help="of conversations (%(default)s)")
     parser.add_argument("--max-tokens", type=int, default=160, help="of an answer (%(default)s)")
@@ -62,4 +76,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except HeliosError as error:
+        sys.exit(f"error: {error}")

@@ -45,9 +45,9 @@ class ExitHeads(nn.Module):
         layer's outputs, `states` [tokens, hidden], give the mean and deviation that it must restore.
         """
         norm = self.norms[str(layer)]
+        assert isinstance(norm, nn.LayerNorm | nn.RMSNorm)
         if self.final_norm is None:
-            spread = states.float().std(dim=-1, correction=0).mean()
-            norm.weight.copy_(spread.expand(norm.weight.shape))
+            norm.weight.fill_(states.float().std(dim=-1, correction=0).mean().item())
             if isinstance(norm, nn.LayerNorm):
                 norm.bias.fill_(states.float().mean().item())
         elif self.final_norm.state_dict():  # else its norms have no weights

@@ -101,12 +101,12 @@ class ExitReader:
     def read(self, layer: int, state: Tensor) -> Tensor:
         """What the exit of `layer` makes of the layer's output, before `project_out`. Both [..., hidden]."""
         if layer != self.exit_layers[-1]:
-            return self.heads(layer, state)
-        return state if self.final_norm is None else self.final_norm(state)  # type: ignore[no-any-return]
+            return self.heads(layer, state)  # type: ignore[no-any-return]
+        return state if self.final_norm is None else self.final_norm(state)
 
     def head_input(self, read: Tensor) -> Tensor:
         """What `read` gives, as the LM head takes it: [..., embed]."""
-        return read if self._project_out is None else self._project_out(read)  # type: ignore[no-any-return]
+        return read if self._project_out is None else self._project_out(read)
 
     def logits(self, layer: int, state: Tensor) -> Tensor:
         """Logits [..., vocab] of the exit of `layer`, read from the layer's output [..., hidden]."""

@@ -91,7 +91,8 @@ class ExitStates:
 
     def vocabulary(self) -> Tensor:
         """The ids that the texts contain, ascending."""
-        return self._targets.unique()
+        found: Tensor = self._targets.unique()  # type: ignore[no-untyped-call]
+        return found
 
     def delete(self) -> None:
         """Delete the files."""
