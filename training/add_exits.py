@@ -35,7 +35,7 @@ from training.pieces import TextPieces, read_pieces
 from training.tuning import Tuning, TuningOptions
 
 STATE_ROOT = Path("~/.cache/helios/training").expanduser()
-_HELD_TOKENS = 32_768  # most held-out tokens that are read, of all texts together
+_HELD_TOKENS = 16_384  # most held-out tokens that are read, of all texts together
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,9 @@ def add_exits(
     own = head != "shared"  # the shared head has nothing to tune
     training: dict[str, Any] = {"recipe": "the model's own final norm, not tuned"}
     if own:
-        chosen = _chosen_pieces(pieces, options.steps * options.tokens_per_step, options.seed)
+        chosen = _chosen_pieces(
+            pieces, options.steps * options.tokens_per_step // options.passes, options.seed
+        )
         identity = {
             "source": str(source.resolve()),
             "texts": [str(path.resolve()) for path in texts],

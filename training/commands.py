@@ -55,6 +55,13 @@ class _LayerList(click.ParamType[tuple[int, ...]]):
     "--tokens-per-step", type=click.IntRange(min=1), default=2048, show_default=True, help="Of each step."
 )
 @click.option(
+    "--passes",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Over the same part of the text.",
+)
+@click.option(
     "--length",
     type=click.IntRange(min=2),
     default=256,
@@ -79,6 +86,7 @@ def add_exits(
     head: "ExitHeadKind",
     steps: int,
     tokens_per_step: int,
+    passes: int,
     length: int,
     lr: float,
     state: Path | None,
@@ -109,7 +117,7 @@ def add_exits(
             exit_layers=exit_layers,
             head=head,
             texts=texts,
-            options=TuningOptions(steps, tokens_per_step, length, lr),
+            options=TuningOptions(steps, tokens_per_step, passes, length, lr),
             state=state,
             exits_only=exits_only,
             force=force,

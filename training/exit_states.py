@@ -91,7 +91,7 @@ class ExitStates:
 
     def vocabulary(self) -> Tensor:
         """The ids that the texts contain, ascending."""
-        found: Tensor = self._targets.unique()  # type: ignore[no-untyped-call]
+        found: Tensor = self._targets.unique()
         return found
 
     def delete(self) -> None:

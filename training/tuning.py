@@ -35,6 +35,7 @@ class TuningOptions:
 
     steps: int = 500
     tokens_per_step: int = 2048
+    passes: int = 1  # how often each token of the text is used
     length: int = 256  # tokens in a piece of text; at most the model's context
     lr: float = 1e-3
     exit_weight: float = 0.5  # weight of the cross-entropy
