@@ -62,7 +62,7 @@ def test_tuned_heads_lose_less_than_those_they_start_from(
     assert [now.step for now in tuning] == list(range(1, 31))
     assert seen[0].stage == "reading"
     losses = [now.loss for now in tuning if now.loss is not None]
-    assert losses[-1] < losses[0]
+    assert sum(losses[-10:]) < sum(losses[:10])  # steps have different texts
     entry = read_model(target)
     assert entry.exit_layers == (2, 4, 6)
     assert entry.facts.exit_head == head
