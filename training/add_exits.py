@@ -31,7 +31,7 @@ from training.card import write_exit_card
 from training.exit_figures import exit_figures, figures_as_json, joined, target_bytes
 from training.exit_reader import ExitFacts, ExitReader
 from training.exit_states import ExitStates
-from training.pieces import TextPieces, read_pieces
+from training.passages import Passages, pieces, read_passages
 from training.tuning import Tuning, TuningOptions
 
 STATE_ROOT = Path("~/.cache/helios/training").expanduser()
@@ -88,15 +88,14 @@ def add_exits(
     layers = _checked_layers(exit_layers or default_exit_layers(entry.num_layers), entry.num_layers)
     loaded = load_tokenizer(source, EarlyExitFacts((entry.num_layers,), "shared", entry.num_layers))
     length = min(options.length, entry.context_tokens)
-    pieces = read_pieces(texts, loaded.tokenizer, length)
+    passages = read_passages(texts, length)
     reader = ExitReader(source, layers, head)
     directory = state or STATE_ROOT / f"add-exits-{target.name}"
     own = head != "shared"  # the shared head has nothing to tune
     training: dict[str, Any] = {"recipe": "the model's own final norm, not tuned"}
     if own:
-        chosen = _chosen_pieces(
-            pieces, options.steps * options.tokens_per_step // options.passes, options.seed
-        )
+        tokens = options.steps * options.tokens_per_step // options.passes
+        chosen = _chosen_pieces(passages, loaded.tokenizer, length, tokens, options.seed)
         identity = {
             "source": str(source.resolve()),
             "texts": [str(path.resolve()) for path in texts],
@@ -112,7 +111,7 @@ def add_exits(
         tuning.run(lambda loss: report(tuning.step, loss))
         training = {
             "recipe": "heads tuned on the frozen model",
-            "texts": [text.name for text in pieces],
+            "texts": [text.name for text in passages],
             "text_tokens": states.count,
             "steps": options.steps,
             "tokens_per_step": options.tokens_per_step,
@@ -122,7 +121,7 @@ def add_exits(
             reader.heads.save(staging / EXITS_FILE, torch.bfloat16)
             (staging / EXITS_FILE).chmod(0o644)  # safetensors makes it private
             reader.heads.load(staging / EXITS_FILE)  # what is measured is what is served
-        measured = _measure(reader, pieces, loaded.tokenizer)
+        measured = _measure(reader, passages, loaded.tokenizer, length)
         facts = EarlyExitFacts(
             exit_layers=layers,
             exit_head=head,
@@ -152,7 +151,9 @@ def _checked_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
     return ascending
 
 
-def _chosen_pieces(texts: Sequence[TextPieces], tokens: int, seed: int) -> list[Tensor]:
+def _chosen_pieces(
+    texts: Sequence[Passages], tokenizer: Tokenizer, length: int, tokens: int, seed: int
+) -> list[Tensor]:
     """Pieces with at least `tokens` tokens, or all: every text gives the same share, as far as it has it."""
     order = np.random.default_rng(seed)
     shuffled = [[text.tuning[place] for place in order.permutation(len(text.tuning))] for text in texts]
@@ -160,8 +161,9 @@ def _chosen_pieces(texts: Sequence[TextPieces], tokens: int, seed: int) -> list[
     taken = [0] * len(texts)
     while any(shuffled) and sum(taken) < tokens:
         number = min((index for index, left in enumerate(shuffled) if left), key=taken.__getitem__)
-        chosen.append(shuffled[number].pop())
-        taken[number] += len(chosen[-1]) - 1
+        found = list(pieces(tokenizer, shuffled[number].pop(), length))
+        chosen += found
+        taken[number] += sum(len(piece) - 1 for piece in found)
     return chosen
 
 
@@ -186,16 +188,20 @@ class _Measured:
     training: dict[str, Any]
 
 
-def _measure(reader: ExitReader, texts: Sequence[TextPieces], tokenizer: Tokenizer) -> _Measured:
-    """Read the held-out pieces: every other one calibrates the thresholds, the rest are the figures."""
+def _measure(reader: ExitReader, texts: Sequence[Passages], tokenizer: Tokenizer, length: int) -> _Measured:
+    """Read the held-out passages: every other one calibrates the thresholds, the rest are the figures."""
     calibrating: list[dict[int, ExitFacts]] = []
     facts: list[dict[int, ExitFacts]] = []
     lengths: list[int] = []
     for text in texts:
-        held = _evenly(text.held, _HELD_TOKENS // len(texts))
-        calibrating.append(reader.facts(held[0::2]))
-        facts.append(reader.facts(held[1::2]))
-        lengths.append(target_bytes(tokenizer, held[1::2]))
+        held = _evenly(text.held, _HELD_TOKENS // len(texts) // length)
+        halves = [
+            [piece for passage in held[half::2] for piece in pieces(tokenizer, passage, length)]
+            for half in (0, 1)
+        ]
+        calibrating.append(reader.facts(halves[0]))
+        facts.append(reader.facts(halves[1]))
+        lengths.append(target_bytes(tokenizer, halves[1]))
     thresholds = calibrate_thresholds(joined(calibrating))
     together = joined(facts)
     return _Measured(
@@ -211,12 +217,11 @@ def _measure(reader: ExitReader, texts: Sequence[TextPieces], tokenizer: Tokeniz
     )
 
 
-def _evenly(pieces: Sequence[Tensor], tokens: int) -> list[Tensor]:
-    """At least two pieces with about `tokens` tokens, or all, evenly spread."""
-    wanted = max(2, round(len(pieces) * tokens / sum(map(len, pieces))))
-    if wanted >= len(pieces):
-        return list(pieces)
-    return [pieces[place] for place in np.linspace(0, len(pieces) - 1, wanted).astype(int)]
+def _evenly(passages: Sequence[str], wanted: int) -> list[str]:
+    """So many passages, evenly spread, but at least two; or all."""
+    if wanted >= len(passages):
+        return list(passages)
+    return [passages[place] for place in np.linspace(0, len(passages) - 1, max(2, wanted)).astype(int)]
 
 
 def _link_checkpoint(source: Path, target: Path) -> None:

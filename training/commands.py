@@ -70,6 +70,20 @@ class _LayerList(click.ParamType[tuple[int, ...]]):
 )
 @click.option("--lr", type=click.FloatRange(min=0), default=1e-3, show_default=True, help="Learning rate.")
 @click.option(
+    "--exit-weight",
+    type=click.FloatRange(min=0),
+    default=0.5,
+    show_default=True,
+    help="How much the exits learn from the texts.",
+)
+@click.option(
+    "--distill-weight",
+    type=click.FloatRange(min=0),
+    default=0.5,
+    show_default=True,
+    help="How much the exits learn from the last layer.",
+)
+@click.option(
     "--state",
     type=click.Path(path_type=Path, file_okay=False),
     help="Where an interrupted run keeps its state. Default: ~/.cache/helios/training/add-exits-NAME.",
@@ -89,6 +103,8 @@ def add_exits(
     passes: int,
     length: int,
     lr: float,
+    exit_weight: float,
+    distill_weight: float,
     state: Path | None,
     exits_only: bool,
     models_dir: Path | None,
@@ -117,7 +133,7 @@ def add_exits(
             exit_layers=exit_layers,
             head=head,
             texts=texts,
-            options=TuningOptions(steps, tokens_per_step, passes, length, lr),
+            options=TuningOptions(steps, tokens_per_step, passes, length, lr, exit_weight, distill_weight),
             state=state,
             exits_only=exits_only,
             force=force,

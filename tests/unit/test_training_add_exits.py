@@ -19,7 +19,7 @@ from tests import llama_variants, opt_variants
 from training.add_exits import Progress, _chosen_pieces, add_exits
 from training.calibration import calibrate_threshold
 from training.exit_reader import ExitFacts, ExitReader
-from training.pieces import read_pieces
+from training.passages import read_passages
 from training.tuning import TuningOptions
 
 OPTIONS = TuningOptions(steps=30, tokens_per_step=256, length=64, lr=0.01)
@@ -202,15 +202,17 @@ def test_every_text_gives_the_same_share_and_its_end_is_held_out(tmp_path: Path)
     tokenizer = load_tokenizer(source, EarlyExitFacts((6,), "shared", 6)).tokenizer
     documents = [f"document {number} of a file with lines" for number in range(20)]
     lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
-    whole, parted = read_pieces([long, lines], tokenizer, length=64)
+    whole, parted = read_passages([long, lines], length=64)
     assert (whole.name, parted.name) == ("text", "lines")
-    assert tokenizer.decode(parted.held[-1].tolist()) == documents[-1]
-    assert len(parted.held) == 2
-    assert all(piece[0] == 2 and len(piece) <= 65 for piece in (*whole.tuning, *parted.held))
-    chosen = _chosen_pieces([whole, parted], 1000, seed=0)
-    share = sum(len(piece) - 1 for piece in chosen if any(piece is one for one in parted.tuning))
-    assert 450 <= share <= 570
-    assert sum(len(piece) - 1 for piece in chosen) >= 1000
+    assert parted.held == documents[-2:]
+    assert "".join([*whole.tuning, *whole.held]) == long.read_text()
+    chosen = _chosen_pieces([whole, parted], tokenizer, 64, tokens=600, seed=0)
+    assert all(piece[0] == 2 and len(piece) <= 65 for piece in chosen)
+    shares = [0, 0]
+    for piece in chosen:
+        shares["document" in tokenizer.decode(piece.tolist())] += len(piece) - 1
+    assert 600 <= sum(shares) <= 600 + 256
+    assert abs(shares[0] - shares[1]) <= 256
 
 
 def test_exits_alone_name_the_weights_that_they_are_for(tmp_path: Path) -> None:
