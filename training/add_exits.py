@@ -31,7 +31,7 @@ from training.card import write_exit_card
 from training.exit_figures import exit_figures, figures_as_json, joined, target_bytes
 from training.exit_reader import ExitFacts, ExitReader
 from training.exit_states import ExitStates
-from training.passages import Passages, pieces, read_passages
+from training.passages import Passage, Passages, pieces, read_passages
 from training.tuning import Tuning, TuningOptions
 
 STATE_ROOT = Path("~/.cache/helios/training").expanduser()
@@ -161,9 +161,9 @@ def _chosen_pieces(
     taken = [0] * len(texts)
     while any(shuffled) and sum(taken) < tokens:
         number = min((index for index, left in enumerate(shuffled) if left), key=taken.__getitem__)
-        found = list(pieces(tokenizer, shuffled[number].pop(), length))
+        found = [piece.ids for piece in pieces(tokenizer, shuffled[number].pop(), length)]
         chosen += found
-        taken[number] += sum(len(piece) - 1 for piece in found)
+        taken[number] += sum(len(ids) - 1 for ids in found)
     return chosen
 
 
@@ -201,7 +201,7 @@ def _measure(reader: ExitReader, texts: Sequence[Passages], tokenizer: Tokenizer
         ]
         calibrating.append(reader.facts(halves[0]))
         facts.append(reader.facts(halves[1]))
-        lengths.append(target_bytes(tokenizer, halves[1]))
+        lengths.append(target_bytes(tokenizer, [ids[first - 1 :] for ids, first in halves[1]]))
     thresholds = calibrate_thresholds(joined(calibrating))
     together = joined(facts)
     return _Measured(
@@ -217,7 +217,7 @@ def _measure(reader: ExitReader, texts: Sequence[Passages], tokenizer: Tokenizer
     )
 
 
-def _evenly(passages: Sequence[str], wanted: int) -> list[str]:
+def _evenly(passages: Sequence[Passage], wanted: int) -> list[Passage]:
     """So many passages, evenly spread, but at least two; or all."""
     if wanted >= len(passages):
         return list(passages)

@@ -1,8 +1,9 @@
 """Conversations with a chat model, to tune its exits on: `python -m training.answers MODEL FILE.jsonl`.
 
 The model answers the prompts of `training/prompts.py` at temperature 0.7. Each line of the file is one
-conversation as the model's chat template writes it: {"name": prompt, "text": conversation}. The last tenth
-has topics of its own, and `add-exits` holds it out. An interrupted run goes on after the last whole batch.
+conversation: {"name": what is asked, "prompt": the same as the model's chat template writes it, "text": the
+answer}. The last tenth has topics of its own, and `add-exits` holds it out. An interrupted run goes on after
+the last whole batch.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def write_answers(source: Path, target: Path, count: int, max_tokens: int, seed:
         conversations = {number: _conversation(tokenizer, prompt) for number, prompt in batch.items()}
         answers = _answers(engine, tokenizer, conversations, max_tokens, seed)
         for number, prompt in batch.items():
-            text = conversations[number] + answers[number]
-            lines.append(json.dumps({"name": prompt, "text": text}, ensure_ascii=False) + "\n")
+            line = {"name": prompt, "prompt": conversations[number], "text": answers[number]}
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
         with target.open("a", encoding="utf-8") as file:
             file.write("".join(lines))
         print(f"{start + len(batch)}/{count} conversations", flush=True)

@@ -82,8 +82,8 @@ def evaluate(
         held = load_tokens(corpora, tokenizer, domain, "held")
         windows = torch.from_numpy(held_out_windows(held, context, limit))
         if domain in own:
-            calibrating.append(reader.facts(list(windows[0::2])))
-        facts[domain] = reader.facts(list(windows[1::2]))
+            calibrating.append(reader.facts((window, 1) for window in windows[0::2]))
+        facts[domain] = reader.facts((window, 1) for window in windows[1::2])
         lengths[domain] = target_bytes(tokenizer, list(windows[1::2]))
     thresholds = calibrate_thresholds(joined(calibrating))
     own_facts = joined([facts[name] for name in own])

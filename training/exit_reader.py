@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,14 +113,18 @@ class ExitReader:
         return self.head_input(self.read(layer, state)) @ self.head.T
 
     @torch.no_grad()
-    def facts(self, pieces: Sequence[Tensor]) -> dict[int, ExitFacts]:
-        """For pieces of text, each [length + 1] ids: the facts of each exit layer about all their targets."""
+    def facts(self, pieces: Iterable[tuple[Tensor, int]]) -> dict[int, ExitFacts]:
+        """The facts of each exit layer about texts: each its ids [length + 1], and the index of the first id
+        that is a target.
+        """
         parts: dict[int, list[ExitFacts]] = {layer: [] for layer in self.exit_layers}
-        for piece in pieces:
-            states, targets = self.states(piece[None, :-1]), piece[1:]
+        for ids, first in pieces:
+            states, targets = self.states(ids[None, :-1]), ids[first:]
             for chunk in _chunks(len(targets)):
                 for layer, state in states.items():
-                    parts[layer].append(ExitFacts.of(self.logits(layer, state[0, chunk]), targets[chunk]))
+                    parts[layer].append(
+                        ExitFacts.of(self.logits(layer, state[0, first - 1 :][chunk]), targets[chunk])
+                    )
         return {layer: ExitFacts.join(found) for layer, found in parts.items()}
 
 

@@ -19,7 +19,7 @@ from tests import llama_variants, opt_variants
 from training.add_exits import Progress, _chosen_pieces, add_exits
 from training.calibration import calibrate_threshold
 from training.exit_reader import ExitFacts, ExitReader
-from training.passages import read_passages
+from training.passages import pieces, read_passages
 from training.tuning import TuningOptions
 
 OPTIONS = TuningOptions(steps=30, tokens_per_step=256, length=64, lr=0.01)
@@ -204,8 +204,8 @@ def test_every_text_gives_the_same_share_and_its_end_is_held_out(tmp_path: Path)
     lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     whole, parted = read_passages([long, lines], length=64)
     assert (whole.name, parted.name) == ("text", "lines")
-    assert parted.held == documents[-2:]
-    assert "".join([*whole.tuning, *whole.held]) == long.read_text()
+    assert [passage.text for passage in parted.held] == documents[-2:]
+    assert "".join(passage.text for passage in (*whole.tuning, *whole.held)) == long.read_text()
     chosen = _chosen_pieces([whole, parted], tokenizer, 64, tokens=600, seed=0)
     assert all(piece[0] == 2 and len(piece) <= 65 for piece in chosen)
     shares = [0, 0]
@@ -213,6 +213,22 @@ def test_every_text_gives_the_same_share_and_its_end_is_held_out(tmp_path: Path)
         shares["document" in tokenizer.decode(piece.tolist())] += len(piece) - 1
     assert 600 <= sum(shares) <= 600 + 256
     assert abs(shares[0] - shares[1]) <= 256
+
+
+def test_of_a_conversation_only_the_answer_is_measured(tmp_path: Path) -> None:
+    source, lines = tmp_path / "source", tmp_path / "lines.jsonl"
+    save_variant(source, "llama", seed=1)
+    tokenizer = load_tokenizer(source, EarlyExitFacts((6,), "shared", 6)).tokenizer
+    line = json.dumps({"prompt": "what is said of a word?\n", "text": "it was in the beginning"})
+    lines.write_text(f"{line}\n" * 4)
+    (passages,) = read_passages([lines], length=64)
+    (piece,) = pieces(tokenizer, passages.held[0], length=64)
+    assert tokenizer.decode(piece.ids[piece.first :].tolist()) == "it was in the beginning"
+    reader = ExitReader(source, (2, 6), "shared")
+    measured, whole = reader.facts([piece]), reader.facts([(piece.ids, 1)])
+    count = len(piece.ids) - piece.first
+    assert len(measured[6].top) == count
+    torch.testing.assert_close(measured[2].log_probability, whole[2].log_probability[-count:])
 
 
 def test_exits_alone_name_the_weights_that_they_are_for(tmp_path: Path) -> None:
