@@ -38,8 +38,8 @@ class _LayerList(click.ParamType[tuple[int, ...]]):
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     multiple=True,
     required=True,
-    help="UTF-8 text of the kind that will be served, or .jsonl with `text` and perhaps `prompt`. Can be given "
-    "several times.",
+    help="UTF-8 text of the kind that will be served, or .jsonl with `text` and perhaps `prompt`. Can be "
+    "given several times.",
 )
 @click.option(
     "--exit-layers", type=_LayerList(), metavar="2,4,6", help="Default: every quarter of the model."
