@@ -115,6 +115,8 @@ def add_exits(
             "text_tokens": states.count,
             "steps": options.steps,
             "tokens_per_step": options.tokens_per_step,
+            "exit_weight": options.exit_weight,
+            "distill_weight": options.distill_weight,
         }
     with staged(target, replace=force) as staging:
         if own:

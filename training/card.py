@@ -67,8 +67,8 @@ def write_exit_card(directory: Path, exits: EarlyExitFacts, model: str) -> Path:
     tuned = (
         f"The heads (`{exits.exit_head}`) were tuned on the frozen model by `helios models add-exits`, in "
         f"{facts['steps']:,} steps of {facts['tokens_per_step']:,} tokens over {facts['text_tokens']:,} "
-        f"tokens of these texts: {', '.join(facts['texts'])}. The loss is cross-entropy, and distillation of "
-        "the last layer."
+        f"tokens of these texts: {', '.join(facts['texts'])}. The loss is "
+        f"{facts['exit_weight']:g} x cross-entropy + {facts['distill_weight']:g} x KL(last layer || exit)."
         if exits.exit_head != "shared"
         else "All exits are read through the model's own final norm and LM head. Nothing was tuned."
     )
