@@ -79,9 +79,9 @@ def write_exit_card(directory: Path, exits: EarlyExitFacts, model: str) -> Path:
         "## How they were made",
         tuned,
         "## Figures",
-        "Measured on the held-out ends of the texts. The threshold of an exit is the lowest confidence from "
-        f"which {100 * TARGET_AGREEMENT:.0f} % of tokens agree with the last layer. It is calibrated on "
-        "pieces that the tables leave out.",
+        "Measured on the held-out ends of the texts, and of conversations only on the answers. The threshold "
+        f"of an exit is the lowest confidence from which {100 * TARGET_AGREEMENT:.0f} % of tokens agree with "
+        "the last layer. It is calibrated on passages that the tables leave out.",
         _threshold_table(exits),
         *([_figure_table("All texts together", own)] if len(facts["evaluation"]) > 1 else []),
         *(_figure_table(name, found) for name, found in facts["evaluation"].items()),
