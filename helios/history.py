@@ -18,6 +18,8 @@ from helios.redis_schema import PROFILE_PATTERN, PROFILE_PREFIX
 from helios.v1 import profiler_pb2
 
 CONFIDENCE_BINS = 50
+# exp() of larger numbers overflows.
+MAX_EXPONENT = 700.0
 
 _Count = Annotated[int, Field(ge=0)]
 
@@ -143,6 +145,11 @@ class ModelProfile(_Record):
     def full(self) -> ExitProfile:
         """The last exit, which is the whole model."""
         return self.exits[-1]
+
+    def perplexity_increase(self, one: ExitProfile) -> float:
+        """Rise of an exit's perplexity over the last layer's, a share: 0.05 is 5 %."""
+        nats = (one.nats_per_byte - self.full.nats_per_byte) * self.bytes_per_token
+        return math.expm1(min(nats, MAX_EXPONENT))
 
     def find_exit(self, depth: int) -> ExitProfile | None:
         """The exit after `depth` layers. None if it was not profiled."""

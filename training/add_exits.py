@@ -1,67 +1,56 @@
-"""Exits for an OPT checkpoint that has none: `python -m training.add_exits SOURCE TARGET --text FILE ...`.
+"""Exits for a checkpoint that has none, of any architecture that Helios knows.
 
 EE-Tuning (Pan et al. 2024, arXiv 2402.00518): the model stays frozen and only the exit heads are trained,
-each starting from how the last layer is read. Loss per exit: cross-entropy, and distillation of the frozen
-last layer. Any OPT that transformers loads will do; an interrupted run goes on from its state.
+each starting from how the last layer is read. The frozen model runs once over the text; its states are kept
+on disk while the heads are tuned (`tuning.py`). An interrupted run goes on from its state.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from helios.catalog import EXITS_FILE, FACTS_FILE, TOKENIZER_FILE, EarlyExitFacts, ExitHeadKind, read_model
 from helios.engine.tokenizer import load_tokenizer
-from helios.errors import CheckpointError, HeliosError, InvalidRequestError
+from helios.errors import InvalidRequestError
 from helios.facts_file import write_facts
 from helios.staging import check_free, staged
-from training.calibration import calibrate_thresholds, default_depth, perplexity
-from training.checkpoint import load_state, save_state
-from training.exit_heads import ExitHeads
-from training.exit_reader import ExitReader, load_opt
-from training.loss_log import LossLog
-from training.stream import WindowStream, encode_documents, held_out_windows
+from helios.weights_digest import weights_digest
+from training.calibration import calibrate_thresholds, default_depth
+from training.card import write_exit_card
+from training.exit_figures import exit_figures, figures_as_json, joined, target_bytes
+from training.exit_reader import ExitFacts, ExitReader
+from training.exit_states import ExitStates
+from training.passages import Passage, Passages, pieces, read_passages
+from training.tuning import Tuning, TuningOptions
 
 STATE_ROOT = Path("~/.cache/helios/training").expanduser()
-_HELD_SHARE = 0.1  # share of the text, at its end, that calibrates the thresholds
-_HELD_WINDOWS = 64
-_LOSS_ROWS = 256  # positions whose logits are in memory at once
+_HELD_TOKENS = 16_384  # most held-out tokens that are read, of all texts together
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is. `loss` is the mean cross-entropy of all exits, nats per token."""
+    """How far a run is.
 
+    stage: `reading` (the model runs over the text; steps are tokens) or `tuning`. loss: the mean
+    cross-entropy of all exits, nats per token; None while reading.
+    """
+
+    stage: str
     step: int
     steps: int
-    loss: float
+    loss: float | None
     seconds_left: float
-
-
-@dataclass(frozen=True)
-class TuningOptions:
-    """How the heads are tuned."""
-
-    steps: int = 500
-    tokens_per_step: int = 2048
-    length: int = 256  # tokens in a window; at most the model's context
-    lr: float = 1e-3
-    exit_weight: float = 0.5  # weight of the cross-entropy
-    distill_weight: float = 0.5  # weight of KL(last layer || exit)
-    seed: int = 0
-    save_minutes: float = 10.0
 
 
 def default_exit_layers(num_layers: int) -> tuple[int, ...]:
@@ -78,18 +67,20 @@ def add_exits(
     texts: Sequence[Path],
     options: TuningOptions | None = None,
     state: Path | None = None,
+    exits_only: bool = False,
     force: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> Path:
     """Write to `target` the checkpoint `source` with tuned exit heads and calibrated thresholds.
 
     exit_layers: ascending; the last layer is added when it is missing; default every quarter. texts: UTF-8
-    files of the kind of text that will be served; their last tenth calibrates the thresholds. state: the
-    directory that keeps the run's state until the run ends. Weights are hard-linked where the file system
-    allows it.
+    files of the kinds of text that will be served; the last tenth of each calibrates the thresholds and is
+    measured. state: the directory that keeps the run's state until the run ends. Weights are hard-linked
+    where the file system allows it. exits_only: write only the exits, without the model they are for; the
+    digest of its weights says which that is.
 
     Raises CheckpointError when `source` cannot be used or `target` exists, InvalidRequestError for bad
-    arguments.
+    arguments, UnavailableError when the disk is too small for the states.
     """
     options = options or TuningOptions()
     check_free(target, replace=force)
@@ -97,65 +88,60 @@ def add_exits(
     layers = _checked_layers(exit_layers or default_exit_layers(entry.num_layers), entry.num_layers)
     loaded = load_tokenizer(source, EarlyExitFacts((entry.num_layers,), "shared", entry.num_layers))
     length = min(options.length, entry.context_tokens)
-    ids = encode_documents(loaded.tokenizer, read_texts(texts))
-    held_size = max(length + 1, int(len(ids) * _HELD_SHARE))
-    if len(ids) < held_size + 2 * length + 1:
-        raise InvalidRequestError(
-            f"the texts have {len(ids)} tokens; tuning needs at least {3 * length + 2}, better 100,000"
-        )
-    model = load_opt(source)
-    heads = ExitHeads(head, layers[:-1], model.config.hidden_size, model.model.decoder.final_layer_norm)
-    reader = ExitReader(model, heads, layers)
-    windows = WindowStream({"text": ids[:-held_size]}, {"text": 1.0}, options.seed, {})
+    passages = read_passages(texts, length)
+    reader = ExitReader(source, layers, head)
     directory = state or STATE_ROOT / f"add-exits-{target.name}"
-    tuning = _Tuning(reader, windows, options, length, directory)
-    if head != "shared":  # the shared head has nothing to tune
-        identity = {"source": str(source.resolve()), "exit_layers": list(layers), "head": head}
-        tuning.resume(identity | {"text_tokens": len(ids)})
-        tuning.run(progress)
-    held = torch.from_numpy(held_out_windows(ids[-held_size:], length, _HELD_WINDOWS))
-    facts = reader.facts(held)
-    with staged(target, replace=force) as staging:
-        _link_checkpoint(source, staging)
-        (staging / TOKENIZER_FILE).write_bytes(loaded.tokenizer_json)
-        if head != "shared":
-            heads.save(staging / EXITS_FILE)
-            shutil.copymode(staging / TOKENIZER_FILE, staging / EXITS_FILE)  # safetensors makes it private
+    own = head != "shared"  # the shared head has nothing to tune
+    training: dict[str, Any] = {"recipe": "the model's own final norm, not tuned"}
+    if own:
+        tokens = options.steps * options.tokens_per_step // options.passes
+        chosen = _chosen_pieces(passages, loaded.tokenizer, length, tokens, options.seed)
+        identity = {
+            "source": str(source.resolve()),
+            "texts": [str(path.resolve()) for path in texts],
+            "exit_layers": list(layers),
+            "tokens": sum(len(piece) - 1 for piece in chosen),
+        }
+        states = ExitStates(directory, reader, chosen, identity)
+        report_reading = _reporter("reading", states.done, states.count, progress)
+        states.collect(lambda tokens: report_reading(tokens, None))
+        tuning = Tuning(reader, states, options, directory)
+        tuning.resume(identity | {"head": head, "steps": options.steps})
+        report = _reporter("tuning", tuning.step, options.steps, progress)
+        tuning.run(lambda loss: report(tuning.step, loss))
         training = {
             "recipe": "heads tuned on the frozen model",
+            "texts": [text.name for text in passages],
+            "text_tokens": states.count,
             "steps": options.steps,
             "tokens_per_step": options.tokens_per_step,
-            "perplexity": {str(layer): round(perplexity(found), 3) for layer, found in facts.items()},
+            "exit_weight": options.exit_weight,
+            "distill_weight": options.distill_weight,
         }
-        write_facts(
-            staging,
-            EarlyExitFacts(
-                exit_layers=layers,
-                exit_head=head,
-                default_depth=default_depth(facts),
-                thresholds=calibrate_thresholds(facts),
-                tokenizer_id=loaded.tokenizer_id,
-                training=training,
-            ),
+    with staged(target, replace=force) as staging:
+        if own:
+            reader.heads.save(staging / EXITS_FILE, torch.bfloat16)
+            (staging / EXITS_FILE).chmod(0o644)  # safetensors makes it private
+            reader.heads.load(staging / EXITS_FILE)  # what is measured is what is served
+        measured = _measure(reader, passages, loaded.tokenizer, length)
+        facts = EarlyExitFacts(
+            exit_layers=layers,
+            exit_head=head,
+            default_depth=measured.default_depth,
+            thresholds=measured.thresholds,
+            tokenizer_id=loaded.tokenizer_id,
+            training=training | measured.training,
+            weights_digest=weights_digest(source) if exits_only else None,
         )
-    tuning.finish()
+        if not exits_only:
+            _link_checkpoint(source, staging)
+            (staging / TOKENIZER_FILE).write_bytes(loaded.tokenizer_json)
+        write_facts(staging, facts)
+        write_exit_card(staging, facts, source.name)
+    if own:
+        states.delete()
+        tuning.delete()
     return target
-
-
-def read_texts(paths: Sequence[Path]) -> list[str]:
-    """Texts of UTF-8 files: one document per file, or per line of a `.jsonl` file (its field "text")."""
-    documents = []
-    for path in paths:
-        try:
-            text = path.read_text(encoding="utf-8")
-            documents += (
-                [json.loads(line)["text"] for line in text.splitlines()]
-                if path.suffix == ".jsonl"
-                else [text]
-            )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise InvalidRequestError(f"{path} cannot be read as text ({error})") from error
-    return documents
 
 
 def _checked_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
@@ -167,106 +153,77 @@ def _checked_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
     return ascending
 
 
-class _Tuning:
-    """A run in progress: the heads, their optimiser and the position in the text."""
+def _chosen_pieces(
+    texts: Sequence[Passages], tokenizer: Tokenizer, length: int, tokens: int, seed: int
+) -> list[Tensor]:
+    """Pieces with at least `tokens` tokens, or all: every text gives the same share, as far as it has it."""
+    order = np.random.default_rng(seed)
+    shuffled = [[text.tuning[place] for place in order.permutation(len(text.tuning))] for text in texts]
+    chosen: list[Tensor] = []
+    taken = [0] * len(texts)
+    while any(shuffled) and sum(taken) < tokens:
+        number = min((index for index, left in enumerate(shuffled) if left), key=taken.__getitem__)
+        found = [piece.ids for piece in pieces(tokenizer, shuffled[number].pop(), length)]
+        chosen += found
+        taken[number] += sum(len(ids) - 1 for ids in found)
+    return chosen
 
-    def __init__(
-        self, reader: ExitReader, windows: WindowStream, options: TuningOptions, length: int, directory: Path
-    ) -> None:
-        self._reader = reader
-        self._windows = windows
-        self._options = options
-        self._length = length
-        self._directory = directory
-        self._log = LossLog(directory / "log.jsonl")
-        self._step = 0
-        self._identity: dict[str, Any] = {}
-        parameters = reader.heads.own_parameters()
-        self._optimiser = (
-            torch.optim.AdamW(parameters, lr=options.lr, weight_decay=0.0) if parameters else None
-        )
 
-    def resume(self, identity: dict[str, Any]) -> None:
-        """Resume from the state directory, or start. `identity` must be the same as in the saved run."""
-        self._identity = identity
-        path = self._directory / "state.pt"
-        self._directory.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            self._log.cut(0)
-            first = torch.from_numpy(self._windows.batch(0, 1, self._length))
-            self._windows.drawn.clear()
-            states, _ = self._reader.states(first[:, :-1])
-            self._reader.heads.start_from(states)
-            return
-        state = load_state(path)
-        if state["identity"] != identity:
-            raise CheckpointError(
-                f"{path} is of another run ({state['identity']}); delete it, or choose another --state"
-            )
-        self._reader.heads.load_state_dict(state["heads"])
-        assert self._optimiser is not None
-        self._optimiser.load_state_dict(state["optimiser"])
-        self._windows.drawn.update(state["drawn"])
-        self._step = state["step"]
-        self._log.cut(self._step)
+def _reporter(
+    stage: str, first: int, steps: int, progress: Callable[[Progress], None] | None
+) -> Callable[[int, float | None], None]:
+    """Turns steps done into progress with an estimate of the time left."""
+    started = time.monotonic()
 
-    def run(self, progress: Callable[[Progress], None] | None) -> None:
-        options = self._options
-        started, first, saved = time.monotonic(), self._step, time.monotonic()
-        while self._step < options.steps:
-            loss = self._run_step()
-            self._log.append({"step": self._step, "loss": loss["last"], "exit_loss": loss["exits"]})
-            if progress is not None:
-                rate = (time.monotonic() - started) / (self._step - first)
-                progress(
-                    Progress(self._step, options.steps, loss["exits"], rate * (options.steps - self._step))
-                )
-            if time.monotonic() - saved > 60 * options.save_minutes:
-                self._save()
-                saved = time.monotonic()
-        self._save()
-        self._log.plot(self._directory / "loss.png")
+    def report(step: int, loss: float | None) -> None:
+        if progress is not None:
+            rate = (time.monotonic() - started) / (step - first)
+            progress(Progress(stage, step, steps, loss, rate * (steps - step)))
 
-    def finish(self) -> None:
-        """Delete the state of a finished run. The log and its plot stay."""
-        (self._directory / "state.pt").unlink(missing_ok=True)
+    return report
 
-    def _save(self) -> None:
-        assert self._optimiser is not None
-        state = {
-            "identity": self._identity,
-            "heads": self._reader.heads.state_dict(),
-            "optimiser": self._optimiser.state_dict(),
-            "drawn": dict(self._windows.drawn),
-            "step": self._step,
-        }
-        save_state(self._directory / "state.pt", state)
 
-    def _run_step(self) -> dict[str, float]:
-        options, reader = self._options, self._reader
-        assert self._optimiser is not None
-        self._optimiser.param_groups[0]["lr"] = options.lr * (1 - self._step / options.steps)
-        rows = max(1, options.tokens_per_step // self._length)
-        windows = torch.from_numpy(self._windows.batch(self._step, rows, self._length))
-        targets = windows[:, 1:].flatten()
-        states, last = reader.states(windows[:, :-1])
-        last_loss, exit_loss, count = 0.0, 0.0, len(targets)
-        for start in range(0, count, _LOSS_ROWS):
-            chunk = slice(start, start + _LOSS_ROWS)
-            target = targets[chunk]
-            teacher = reader.last_logits(last.flatten(0, 1)[chunk]).log_softmax(dim=-1)  # [chunk, vocab]
-            last_loss += F.nll_loss(teacher, target, reduction="sum").item()
-            for layer, state in states.items():
-                student = reader.early_logits(layer, state.flatten(0, 1)[chunk]).log_softmax(dim=-1)
-                cross_entropy = F.nll_loss(student, target, reduction="sum")
-                distance = F.kl_div(student, teacher, reduction="sum", log_target=True)
-                loss: Tensor = options.exit_weight * cross_entropy + options.distill_weight * distance
-                (loss / count).backward()
-                exit_loss += cross_entropy.item() / len(states)
-        self._optimiser.step()
-        self._optimiser.zero_grad()
-        self._step += 1
-        return {"last": last_loss / count, "exits": exit_loss / count}
+@dataclass(frozen=True)
+class _Measured:
+    default_depth: int
+    thresholds: dict[int, float]
+    training: dict[str, Any]
+
+
+def _measure(reader: ExitReader, texts: Sequence[Passages], tokenizer: Tokenizer, length: int) -> _Measured:
+    """Read the held-out passages: every other one calibrates the thresholds, the rest are the figures."""
+    calibrating: list[dict[int, ExitFacts]] = []
+    facts: list[dict[int, ExitFacts]] = []
+    lengths: list[int] = []
+    for text in texts:
+        held = _evenly(text.held, _HELD_TOKENS // len(texts) // length)
+        halves = [
+            [piece for passage in held[half::2] for piece in pieces(tokenizer, passage, length)]
+            for half in (0, 1)
+        ]
+        calibrating.append(reader.facts(halves[0]))
+        facts.append(reader.facts(halves[1]))
+        lengths.append(target_bytes(tokenizer, [ids[first - 1 :] for ids, first in halves[1]]))
+    thresholds = calibrate_thresholds(joined(calibrating))
+    together = joined(facts)
+    return _Measured(
+        default_depth=default_depth(together),
+        thresholds=thresholds,
+        training={
+            "own_evaluation": figures_as_json(exit_figures(together, thresholds, sum(lengths))),
+            "evaluation": {
+                text.name: figures_as_json(exit_figures(found, thresholds, length))
+                for text, found, length in zip(texts, facts, lengths, strict=True)
+            },
+        },
+    )
+
+
+def _evenly(passages: Sequence[Passage], wanted: int) -> list[Passage]:
+    """So many passages, evenly spread, but at least two; or all."""
+    if wanted >= len(passages):
+        return list(passages)
+    return [passages[place] for place in np.linspace(0, len(passages) - 1, max(2, wanted)).astype(int)]
 
 
 def _link_checkpoint(source: Path, target: Path) -> None:
@@ -277,51 +234,3 @@ def _link_checkpoint(source: Path, target: Path) -> None:
                 os.link(path.resolve(), target / path.name)
             except OSError:
                 shutil.copyfile(path, target / path.name)
-
-
-def main() -> None:
-    defaults = TuningOptions()
-    parser = argparse.ArgumentParser(prog="python -m training.add_exits", description=__doc__)
-    parser.add_argument("source", type=Path, help="an OPT checkpoint directory")
-    parser.add_argument("target", type=Path, help="directory to write")
-    parser.add_argument(
-        "--text", type=Path, nargs="+", required=True, help="UTF-8 files, or .jsonl with text"
-    )
-    parser.add_argument("--exit-layers", type=int, nargs="+", help="default: every quarter")
-    parser.add_argument("--head", choices=["linear", "norm", "shared"], default="linear")
-    parser.add_argument("--steps", type=int, default=defaults.steps)
-    parser.add_argument("--tokens-per-step", type=int, default=defaults.tokens_per_step)
-    parser.add_argument("--lr", type=float, default=defaults.lr)
-    parser.add_argument("--state", type=Path, help="default: ~/.cache/helios/training/add-exits-NAME")
-    parser.add_argument("--force", action="store_true", help="replace the target")
-    arguments = parser.parse_args()
-
-    def show(now: Progress) -> None:
-        end = "\n" if now.step == now.steps else "\r"
-        print(
-            f"step {now.step}/{now.steps} loss {now.loss:.3f} {now.seconds_left:.0f} s left ",
-            end=end,
-            flush=True,
-        )
-
-    add_exits(
-        arguments.source,
-        arguments.target,
-        exit_layers=arguments.exit_layers,
-        head=arguments.head,
-        texts=arguments.text,
-        options=TuningOptions(
-            steps=arguments.steps, tokens_per_step=arguments.tokens_per_step, lr=arguments.lr
-        ),
-        state=arguments.state,
-        force=arguments.force,
-        progress=show,
-    )
-    print(f"{arguments.target} is written")
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except HeliosError as error:
-        sys.exit(f"error: {error}")

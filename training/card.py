@@ -1,4 +1,4 @@
-"""A bundled model's card, README.md, from the figures in its helios.json."""
+"""Cards, README.md, of bundled models and of added exits, from the figures in their helios.json."""
 
 from __future__ import annotations
 
@@ -58,6 +58,54 @@ def write_card(directory: Path, exits: EarlyExitFacts, licences: Mapping[str, Ma
     path = directory / "README.md"
     path.write_text("\n\n".join(sections) + "\n")
     return path
+
+
+def write_exit_card(directory: Path, exits: EarlyExitFacts, model: str) -> Path:
+    """Write `directory`/README.md about the exits that were added to `model`."""
+    facts = exits.training
+    own = facts["own_evaluation"]
+    tuned = (
+        f"The heads (`{exits.exit_head}`) were tuned on the frozen model by `helios models add-exits`, in "
+        f"{facts['steps']:,} steps of {facts['tokens_per_step']:,} tokens over {facts['text_tokens']:,} "
+        f"tokens of these texts: {', '.join(facts['texts'])}. The loss is "
+        f"{facts['exit_weight']:g} x cross-entropy + {facts['distill_weight']:g} x KL(last layer || exit)."
+        if exits.exit_head != "shared"
+        else "All exits are read through the model's own final norm and LM head. Nothing was tuned."
+    )
+    sections = [
+        f"# Exits of {model}",
+        f"- Exits after layers {', '.join(map(str, exits.exit_layers))}. Default depth: "
+        f"{exits.default_depth}.\n- {_worth(own, exits.default_depth)}",
+        "## How they were made",
+        tuned,
+        "## Figures",
+        "Measured on the held-out ends of the texts, and of conversations only on the answers. The threshold "
+        f"of an exit is the lowest confidence from which {100 * TARGET_AGREEMENT:.0f} % of tokens agree with "
+        "the last layer. It is calibrated on passages that the tables leave out.",
+        _threshold_table(exits),
+        *([_figure_table("All texts together", own)] if len(facts["evaluation"]) > 1 else []),
+        *(_figure_table(name, found) for name, found in facts["evaluation"].items()),
+    ]
+    path = directory / "README.md"
+    path.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+    return path
+
+
+def _worth(figures: Mapping[str, Mapping[str, float | None]], default_depth: int) -> str:
+    """What the best exit brings, in a sentence."""
+    *early, last = figures
+    full = figures[last]["perplexity"] or 1.0
+    increase = {layer: (figures[layer]["perplexity"] or 0.0) / full - 1 for layer in early}
+    if default_depth < int(last):
+        return (
+            f"Depth {default_depth} of {last} is the shallowest whose perplexity is within 5 % of the last "
+            f"layer's ({increase[str(default_depth)]:+.1%})."
+        )
+    layer, least = min(increase.items(), key=lambda item: item[1])
+    return (
+        f"No exit is within 5 % of the last layer's perplexity. The nearest is the one after layer {layer} "
+        f"of {last}: {least:+.1%}."
+    )
 
 
 def _titles(names: list[str], licences: Mapping[str, Mapping[str, Any]]) -> str:

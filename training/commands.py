@@ -7,7 +7,6 @@ import click
 
 from helios import catalog
 from helios.cli.checkpoints import (
-    depths_in_words,
     find_checkpoint,
     force_option,
     models_dir_option,
@@ -39,7 +38,8 @@ class _LayerList(click.ParamType[tuple[int, ...]]):
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
     multiple=True,
     required=True,
-    help="UTF-8 text, or .jsonl with `text`, of the kind that will be served. Can be given several times.",
+    help="UTF-8 text of the kind that will be served, or .jsonl with `text` and perhaps `prompt`. Can be "
+    "given several times.",
 )
 @click.option(
     "--exit-layers", type=_LayerList(), metavar="2,4,6", help="Default: every quarter of the model."
@@ -52,6 +52,44 @@ class _LayerList(click.ParamType[tuple[int, ...]]):
     help="A norm and a matrix per exit; a norm per exit; or the model's own final norm, without tuning.",
 )
 @click.option("--steps", type=click.IntRange(min=1), default=500, show_default=True, help="Of tuning.")
+@click.option(
+    "--tokens-per-step", type=click.IntRange(min=1), default=2048, show_default=True, help="Of each step."
+)
+@click.option(
+    "--passes",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Over the same part of the text.",
+)
+@click.option(
+    "--length",
+    type=click.IntRange(min=2),
+    default=256,
+    show_default=True,
+    help="Tokens of a piece of text that the model reads at once.",
+)
+@click.option("--lr", type=click.FloatRange(min=0), default=1e-3, show_default=True, help="Learning rate.")
+@click.option(
+    "--exit-weight",
+    type=click.FloatRange(min=0),
+    default=0.5,
+    show_default=True,
+    help="How much the exits learn from the texts.",
+)
+@click.option(
+    "--distill-weight",
+    type=click.FloatRange(min=0),
+    default=0.5,
+    show_default=True,
+    help="How much the exits learn from the last layer.",
+)
+@click.option(
+    "--state",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where an interrupted run keeps its state. Default: ~/.cache/helios/training/add-exits-NAME.",
+)
+@click.option("--exits-only", is_flag=True, help="Write the exits alone, to ship them without the model.")
 @models_dir_option
 @force_option
 def add_exits(
@@ -62,6 +100,14 @@ def add_exits(
     exit_layers: tuple[int, ...] | None,
     head: "ExitHeadKind",
     steps: int,
+    tokens_per_step: int,
+    passes: int,
+    length: int,
+    lr: float,
+    exit_weight: float,
+    distill_weight: float,
+    state: Path | None,
+    exits_only: bool,
     models_dir: Path | None,
     force: bool,
 ) -> None:
@@ -72,24 +118,28 @@ def add_exits(
     """
     entry = find_checkpoint(source, models_dir)
     with progress_bars() as progress:
-        task = progress.add_task(f"tuning exits of {entry.name}", total=None)
-        from training import add_exits as tuning
+        task = progress.add_task(f"reading exits of {entry.name}", total=None)
+        from training import add_exits as adding
+        from training.tuning import TuningOptions
 
-        def on_step(now: tuning.Progress) -> None:
-            text = f"tuning exits of {entry.name}, loss {now.loss:.3f}"
+        def on_step(now: adding.Progress) -> None:
+            text = f"{now.stage} exits of {entry.name}"
+            if now.loss is not None:
+                text += f", loss {now.loss:.3f}"
             progress.update(task, description=text, completed=now.step, total=now.steps)
 
-        tuning.add_exits(
+        adding.add_exits(
             entry.path,
             target,
             exit_layers=exit_layers,
             head=head,
             texts=texts,
-            options=tuning.TuningOptions(steps=steps),
+            options=TuningOptions(steps, tokens_per_step, passes, length, lr, exit_weight, distill_weight),
+            state=state,
+            exits_only=exits_only,
             force=force,
             progress=on_step,
         )
-    added = catalog.read_model(target)
-    click.echo(
-        f"{target}: {added.num_layers} layers, depths {depths_in_words(added)}, default {added.default_depth}"
-    )
+    facts = catalog.EarlyExitFacts.read(target, entry.num_layers)
+    depths = ", ".join(map(str, facts.exit_layers))
+    click.echo(f"{target}: {facts.num_layers} layers, depths {depths}, default {facts.default_depth}")

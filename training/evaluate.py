@@ -9,28 +9,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from helios.catalog import EarlyExitFacts, read_model
 from helios.engine.tokenizer import load_tokenizer
 from helios.errors import HeliosError, SettingsError
 from helios.facts_file import write_facts
-from training.calibration import calibrate_thresholds, default_depth, perplexity
+from training.calibration import calibrate_thresholds, default_depth
 from training.card import write_card
 from training.corpora import DEFAULT_DIRECTORY, DOMAINS
+from training.exit_figures import ExitFigures, exit_figures, figures_as_json, joined, target_bytes
 from training.exit_reader import ExitFacts, ExitReader
 from training.stream import held_out_windows, load_tokens
 
-CONFIDENT, UNSURE = 0.8, 0.5
 _PROMPTS = {
     "kjv": "And the LORD said unto Moses,",
     "handbook": "A firewall is",
@@ -39,56 +37,6 @@ _PROMPTS = {
     "man": "NAME\n",
     "perl": "In Perl, a hash is",
 }
-
-
-@dataclass(frozen=True)
-class ExitFigures:
-    """One exit on the held-out text of one domain. Shares are of tokens. None: there are no such tokens."""
-
-    perplexity: float
-    bits_per_byte: float
-    agreement: float  # share of tokens whose most likely token is the same as the last layer's
-    confident: float  # share of tokens with confidence >= 0.8
-    above_threshold: float  # share of tokens with confidence >= the exit's calibrated threshold
-    agreement_above_threshold: float | None
-    agreement_unsure: float | None  # the same among tokens with confidence < 0.5
-    agreement_below_threshold: float | None
-
-
-def exit_figures(
-    facts: Mapping[int, ExitFacts], thresholds: Mapping[int, float], target_bytes: int
-) -> dict[int, ExitFigures]:
-    """Figures of every exit; `target_bytes` is the length of the text that `facts` describe."""
-    last = facts[max(facts)]
-    figures = {}
-    for layer, found in facts.items():
-        agrees = found.top == last.top
-        above = found.confidence >= thresholds[layer]
-        figures[layer] = ExitFigures(
-            perplexity=round(perplexity(found), 3),
-            bits_per_byte=round(-found.log_probability.sum().item() / math.log(2) / target_bytes, 4),
-            agreement=_share(agrees) or 0.0,
-            confident=_share(found.confidence >= CONFIDENT) or 0.0,
-            above_threshold=_share(above) or 0.0,
-            agreement_above_threshold=_share(agrees[above]),
-            agreement_unsure=_share(agrees[found.confidence < UNSURE]),
-            agreement_below_threshold=_share(agrees[~above]),
-        )
-    return figures
-
-
-def _share(chosen: Tensor) -> float | None:
-    return round(chosen.double().mean().item(), 4) if len(chosen) else None
-
-
-def token_bytes(tokenizer: Tokenizer) -> Tensor:
-    """Length in bytes of every token's text, 0 for special tokens. [vocab]"""
-    special = {index for index, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    sizes = [0] * tokenizer.get_vocab_size()
-    for piece, index in tokenizer.get_vocab().items():
-        if index not in special:
-            sizes[index] = len(piece)  # byte-level BPE writes one character per byte
-    return torch.tensor(sizes)
 
 
 def sample(
@@ -127,19 +75,18 @@ def evaluate(
     reader = ExitReader.open(directory, entry.exit_layers, entry.facts.exit_head)
     tokenizer = load_tokenizer(directory, entry.facts).tokenizer
     context = entry.context_tokens
-    sizes = token_bytes(tokenizer)
     facts: dict[str, dict[int, ExitFacts]] = {}
-    target_bytes: dict[str, int] = {}
+    lengths: dict[str, int] = {}
     calibrating: list[dict[int, ExitFacts]] = []
     for domain in domains:
         held = load_tokens(corpora, tokenizer, domain, "held")
         windows = torch.from_numpy(held_out_windows(held, context, limit))
         if domain in own:
-            calibrating.append(reader.facts(windows[0::2]))
-        facts[domain] = reader.facts(windows[1::2])
-        target_bytes[domain] = int(sizes[windows[1::2, 1:]].sum())
-    thresholds = calibrate_thresholds(_joined(calibrating))
-    own_facts = _joined([facts[name] for name in own])
+            calibrating.append(reader.facts((window, 1) for window in windows[0::2]))
+        facts[domain] = reader.facts((window, 1) for window in windows[1::2])
+        lengths[domain] = target_bytes(tokenizer, list(windows[1::2]))
+    thresholds = calibrate_thresholds(joined(calibrating))
+    own_facts = joined([facts[name] for name in own])
     samples = [
         {"prompt": _PROMPTS[domain], "temperature": temperature, "text": text}
         for domain in own
@@ -147,8 +94,8 @@ def evaluate(
         if (text := sample(reader, tokenizer, _PROMPTS[domain], 120, temperature, seed=1))
     ]
     return Evaluation(
-        own=exit_figures(own_facts, thresholds, sum(target_bytes[name] for name in own)),
-        figures={name: exit_figures(found, thresholds, target_bytes[name]) for name, found in facts.items()},
+        own=exit_figures(own_facts, thresholds, sum(lengths[name] for name in own)),
+        figures={name: exit_figures(found, thresholds, lengths[name]) for name, found in facts.items()},
         thresholds=thresholds,
         default_depth=default_depth(own_facts),
         samples=samples,
@@ -159,8 +106,8 @@ def write_results(directory: Path, evaluation: Evaluation) -> EarlyExitFacts:
     """Write the evaluation into helios.json. Returns the new facts."""
     facts = read_model(directory).facts
     training = {
-        "own_evaluation": _as_json(evaluation.own),
-        "evaluation": {domain: _as_json(found) for domain, found in evaluation.figures.items()},
+        "own_evaluation": figures_as_json(evaluation.own),
+        "evaluation": {domain: figures_as_json(found) for domain, found in evaluation.figures.items()},
         "samples": evaluation.samples,
     }
     facts = replace(
@@ -171,14 +118,6 @@ def write_results(directory: Path, evaluation: Evaluation) -> EarlyExitFacts:
     )
     write_facts(directory, facts)
     return facts
-
-
-def _as_json(figures: Mapping[int, ExitFigures]) -> dict[str, dict[str, float | None]]:
-    return {str(layer): asdict(found) for layer, found in figures.items()}
-
-
-def _joined(parts: Sequence[Mapping[int, ExitFacts]]) -> dict[int, ExitFacts]:
-    return {layer: ExitFacts.join([part[layer] for part in parts]) for layer in parts[0]}
 
 
 def main() -> None:

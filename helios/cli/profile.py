@@ -8,8 +8,10 @@ import click
 from helios.cli.target import target_option
 from helios.errors import HeliosError
 from helios.history import ModelProfile
+from helios.slo import Slo
 from helios.stack_state import find_profiler
 from helios.v1 import profiler_pb2, profiler_pb2_grpc
+from helios.worth import worth
 
 
 class _Names(click.ParamType[tuple[str, ...]]):
@@ -28,14 +30,29 @@ class _Names(click.ParamType[tuple[str, ...]]):
 @click.option("--models", type=_Names(), metavar="NAME,NAME", help="Default: the shortlist.")
 @click.option("--requests", type=click.IntRange(min=1), help="Recent requests. Default: the profiler's.")
 @click.option("--history", is_flag=True, help="Show the last results; measure nothing.")
+@click.option(
+    "--max-perplexity-increase",
+    "bound",
+    type=click.FloatRange(min=0),
+    default=Slo().max_perplexity_increase,
+    show_default=True,
+    help="The bound for the sentence that says which depth is worth it.",
+)
 @click.option("--json", "as_json", is_flag=True, help="As a JSON list.")
 @target_option("profiler")
 def profile(
-    *, models: tuple[str, ...] | None, requests: int | None, history: bool, as_json: bool, target: str | None
+    *,
+    models: tuple[str, ...] | None,
+    requests: int | None,
+    history: bool,
+    bound: float,
+    as_json: bool,
+    target: str | None,
 ) -> None:
     """Run recent prompts through the candidates, reading every exit: quality, speed, memory, energy.
 
-    Without traffic the bundled prompts are taken. Results are kept in Redis, for the controller.
+    A sentence says for each model which depth is worth it. Without traffic the bundled prompts are taken.
+    Results are kept in Redis, for the controller.
     """
     import grpc
 
@@ -62,7 +79,7 @@ def profile(
         click.echo(json.dumps([one.model_dump(mode="json") for one in profiles], indent=2))
     else:
         for one in profiles:
-            _show(one)
+            _show(one, bound)
     if failure is not None:
         raise failure
 
@@ -90,7 +107,7 @@ def _with_progress(responses: Iterator[profiler_pb2.EvaluateResponse]) -> Iterat
             progress.stop()
 
 
-def _show(measured: ModelProfile) -> None:
+def _show(measured: ModelProfile, bound: float) -> None:
     from rich.console import Console
 
     from helios.cli.rows import Line, Rows, show
@@ -108,7 +125,7 @@ def _show(measured: ModelProfile) -> None:
             f"{one.share_above(one.threshold):.0%}",
             f"{one.agreement:.0%}",
             f"{one.perplexity:.1f}",
-            f"{one.perplexity / full.perplexity - 1:+.1%}",
+            f"{measured.perplexity_increase(one):+.1%}",
             *(f"{1e3 * speed.step_seconds:.2f}" for speed in one.decode),
             f"{1e3 * one.ttft_seconds:.1f}",
             f"{one.weight_bytes / 1e6:,.1f}",
@@ -123,4 +140,4 @@ def _show(measured: ModelProfile) -> None:
         f"{measured.wall_seconds:.1f} s, {measured.cpu_seconds:.1f} s of CPU; steps timed in "
         f"{facts.get('clock', 'seconds')}; power: {facts.get('power', 'unknown')}"
     )
-    show(Console(), Line(measured.model, "bold"), rows, Line(text, "dim"), "")
+    show(Console(), Line(measured.model, "bold"), rows, Line(worth(measured, bound)), Line(text, "dim"), "")

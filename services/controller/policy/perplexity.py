@@ -4,11 +4,9 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from helios.history import ExitProfile, ModelProfile
+from helios.history import MAX_EXPONENT, ExitProfile, ModelProfile
 from services.controller.situation import Reading, Situation
 
-# exp() of larger numbers overflows. Any bound refuses such a bad option.
-_MAX_EXPONENT = 700.0
 # Fewest requests for which a standard error is computed.
 _FEWEST_PAIRS = 2
 # Within this many standard errors, the evaluated requests differ from all traffic only by chance.
@@ -38,7 +36,8 @@ def increases_of(
     found = []
     for reference in references:
         nats, error = _excess(profile, one, reference, control)
-        increase = math.expm1(min(nats * best.bytes_per_token, _MAX_EXPONENT))
+        # Any bound refuses an option that reaches the largest exponent.
+        increase = math.expm1(min(nats * best.bytes_per_token, MAX_EXPONENT))
         share = None if error is None else (1 + increase) * error * best.bytes_per_token
         found.append(Increase(increase, share, is_own=reference is profile))
     return tuple(found)
