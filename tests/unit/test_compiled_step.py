@@ -76,13 +76,15 @@ class Case:
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """The product in float64 of numbers that are rounded to the precision."""
-        if self.precision == "int8":
-            spans = x.clamp(min=0).amax(dim=1, keepdim=True) - x.clamp(max=0).amin(dim=1, keepdim=True)
+        if self.precision.startswith("int8"):
+            group = GROUP if self.precision == "int8 in groups" else x.shape[1]
+            parts = F.pad(x, (0, -x.shape[1] % group)).unflatten(1, (-1, group))
+            spans = parts.clamp(min=0).amax(dim=2, keepdim=True) - parts.clamp(max=0).amin(
+                dim=2, keepdim=True
+            )
             scales = spans / 254
-            x = torch.where(scales > 0, (x / scales).round() * scales, 0)
-        if self.precision == "int8 in groups":
-            groups = F.pad(x, (0, -x.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
-            x = in_bytes(groups).nan_to_num(0).flatten(1)[:, : x.shape[1]]
+            parts = torch.where(scales > 0, (parts / scales).round() * scales, 0)
+            x = parts.flatten(1)[:, : x.shape[1]]
         if self.precision == "bfloat16":
             x = x.bfloat16()
         return F.linear(x.double(), self.weight.double(), self.bias.double()).float()

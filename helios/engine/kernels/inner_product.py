@@ -191,33 +191,33 @@ def _build_grouped_loop(builder: Builder, rows: int, arguments: Sequence[Value],
     own = builder.add(weights, times(group, GROUP_BYTES))
     of_rows = [builder.add(start, times(group, GROUP)) for start in row_starts]
     scales_of_rows = [builder.add(start, times(group, 8)) for start in scale_starts]
-    # What the integer sums of each row begin with.
-    partial = []
-    for start in scales_of_rows:
-        partial += [build_spread(builder, load(start, 4, WORD), WORDS)] * 2
+    # The integer sums of the rows, and then those of the weights alone: a row of ones.
+    partial = [_words(0)] * (2 * rows + 2)
     next_tile = builder.add(ahead, builder.mul(times(group, words), ahead_step))
     for word in range(words):
         prefetched = builder.inttoptr(next_tile, _BYTE.as_pointer())
         build_call("llvm.prefetch.p0", ir.VoidType())(builder, [prefetched, *SOON])
         next_tile = builder.add(next_tile, ahead_step)
         channels = [load(own, word * STEP_BYTES + 4 * LANES * half, WORDS) for half in (0, 1)]
-        for row, start in enumerate(of_rows):
-            spread = build_spread(builder, load(start, 4 * word, WORD), WORDS)
+        spreads = [build_spread(builder, load(start, 4 * word, WORD), WORDS) for start in of_rows]
+        for row, spread in enumerate([*spreads, _words(0x01010101)]):
             for half in (0, 1):
-                # Here the channels' bytes are unsigned and the row's are signed.
                 place = 2 * row + half
-                partial[place] = _int8(builder, partial[place], channels[half], spread)
+                partial[place] = _int8(builder, partial[place], spread, channels[half])
     scales = []
     for half in (0, 1):
         bits = load(own, GROUP * TILE + 2 * LANES * half, ir.VectorType(ir.IntType(16), LANES), align=2)
         scales.append(builder.bitcast(builder.shl(builder.zext(bits, WORDS), _words(16)), SINGLES))
+    fma = build_call("llvm.fma.v16f32", SINGLES)
+    weight_sums = [builder.sitofp(partial[2 * rows + half], SINGLES) for half in (0, 1)]
     after = []
     for row, start in enumerate(scales_of_rows):
-        scale = build_spread(builder, load(start, 0, SINGLE), SINGLES)
+        scale, offset = (build_spread(builder, load(start, place, SINGLE), SINGLES) for place in (0, 4))
         for half in (0, 1):
             place = 2 * row + half
-            whole, factor = builder.sitofp(partial[place], SINGLES), builder.fmul(scale, scales[half])
-            after.append(build_call("llvm.fma.v16f32", SINGLES)(builder, [whole, factor, before[place]]))
+            value = builder.fmul(offset, weight_sums[half])
+            value = fma(builder, [builder.sitofp(partial[place], SINGLES), scale, value])
+            after.append(fma(builder, [value, scales[half], before[place]]))
     following = builder.add(group, ir.Constant(_LONG, 1))
     group.add_incoming(following, loop)
     for old, new in zip(before, after, strict=True):
@@ -243,9 +243,9 @@ def _grouped_product(
 ) -> Any:
     """Computes all sums of a block of rows with a tile whose groups of inputs have their own scales.
 
-    x: signed bytes in words [rows, stride]; row_scales: of each row and group its scale, float32, and its
-    bytes' sum times -128, int32: [rows, groups, 2]; weights: as described at `GROUP`, with 128 added to each
-    byte; sums: float32 [rows, 32]; the rest as in `inner_product`.
+    row_scales: of each row and group the scale and the offset of its bytes, float32 [rows, groups, 2]: each
+    stands for byte * scale + offset; weights: as described at `GROUP`; sums: float32 [rows, 32]; the rest as
+    in `inner_product`.
     """
 
     def generate(context: Any, builder: Builder, _signature: Any, values: Sequence[Value]) -> Value:
