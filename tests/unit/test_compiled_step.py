@@ -76,13 +76,15 @@ class Case:
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """The product in float64 of numbers that are rounded to the precision."""
-        if self.precision == "int8":
-            spans = x.clamp(min=0).amax(dim=1, keepdim=True) - x.clamp(max=0).amin(dim=1, keepdim=True)
+        if self.precision.startswith("int8"):
+            group = GROUP if self.precision == "int8 in groups" else x.shape[1]
+            parts = F.pad(x, (0, -x.shape[1] % group)).unflatten(1, (-1, group))
+            spans = parts.clamp(min=0).amax(dim=2, keepdim=True) - parts.clamp(max=0).amin(
+                dim=2, keepdim=True
+            )
             scales = spans / 254
-            x = torch.where(scales > 0, (x / scales).round() * scales, 0)
-        if self.precision == "int8 in groups":
-            groups = F.pad(x, (0, -x.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
-            x = in_bytes(groups).nan_to_num(0).flatten(1)[:, : x.shape[1]]
+            parts = torch.where(scales > 0, (parts / scales).round() * scales, 0)
+            x = parts.flatten(1)[:, : x.shape[1]]
         if self.precision == "bfloat16":
             x = x.bfloat16()
         return F.linear(x.double(), self.weight.double(), self.bias.double()).float()
@@ -418,13 +420,17 @@ def test_one_call_computes_what_the_layers_one_by_one_do(
     for block_tokens in (8, 16):
         settings = EngineSettings(precision=precision, memory_bytes=MEMORY, block_tokens=block_tokens)
         engine = Engine.load(tmp_path, 4, settings)
-        told.append(generate(engine, prompts, [[], []], 1))
-    for one, other in zip(*told, strict=True):
-        assert one[0].token_id == other[0].token_id
-        # Sums in another order are rounded differently, and in int8 the other way does not round queries.
-        # Random weights magnify this.
-        tolerance = {"float32": 1e-4, "bfloat16": 0.02, "int8": 0.1}[precision]
-        assert one[0].logprob == pytest.approx(other[0].logprob, abs=tolerance)
+        told.append([one[0] for one in generate(engine, prompts, [[], []], 1)])
+    # Sums in another order are rounded differently, and in int8 the other way does not round queries. Random
+    # weights magnify this.
+    tolerance = {"float32": 1e-4, "bfloat16": 0.02, "int8": 0.1}[precision]
+    (likely, drawn), (other_likely, other_drawn) = told
+    assert likely.logprob == pytest.approx(other_likely.logprob, abs=tolerance)
+    if precision == "float32":
+        # With fewer bits, near ties may fall either way.
+        assert [likely.token_id, drawn.token_id] == [other_likely.token_id, other_drawn.token_id]
+    if drawn.token_id == other_drawn.token_id:
+        assert drawn.logprob == pytest.approx(other_drawn.logprob, abs=tolerance)
 
 
 @pytest.mark.parametrize("threads", [1, 2], indirect=True)

@@ -39,7 +39,7 @@ TILE = 2 * LANES
 STEP_BYTES = 4 * TILE
 # Inputs with a common scale, where groups of inputs have their own. Then a tile of weights is [groups], and
 # each group has its bytes, [GROUP / 4, 32, 4], and the bfloat16 scales of its channels, [32].
-GROUP = 64
+GROUP = 32
 GROUP_BYTES = GROUP * TILE + 2 * TILE
 # Rows of the largest block. Smaller blocks have a half, a quarter and so on, down to one row.
 BLOCK_ROWS = PROCESSOR.block_rows
@@ -165,86 +165,67 @@ def _inner_product(
 def _build_grouped_loop(builder: Builder, rows: int, arguments: Sequence[Value], end: Value) -> None:
     """Builds all groups of a block (at least one), stores its sums, then jumps to `end`."""
     x, stride, row_scales, weights, groups, sums, ahead, ahead_step = arguments
-    begin, loop, steps, scaling, done = (builder.block, *(builder.append_basic_block() for _ in range(4)))
-    none = ir.Constant(_LONG, 0)
+    begin, loop, done = builder.block, builder.append_basic_block(), builder.append_basic_block()
+    words = GROUP // 4
 
-    def at(address: Value, offset: Value, kind: Any) -> Value:
-        return builder.inttoptr(builder.add(address, offset), kind.as_pointer())
+    def at(address: Value, offset: int, kind: Any) -> Value:
+        moved = builder.add(address, ir.Constant(_LONG, offset))
+        return builder.inttoptr(moved, kind.as_pointer())
+
+    def load(address: Value, offset: int, kind: Any, align: int = 4) -> Value:
+        return builder.load(at(address, offset, kind), align=align)
 
     def times(value: Value, factor: int) -> Value:
         return builder.mul(value, ir.Constant(_LONG, factor))
 
+    row_bytes, scale_bytes = times(stride, 4), times(groups, 8)
+    row_starts = [builder.add(x, times(row_bytes, row)) for row in range(rows)]
+    scale_starts = [builder.add(row_scales, times(scale_bytes, row)) for row in range(rows)]
     builder.branch(loop)
-    # One pass for each group.
     builder.position_at_end(loop)
     group = builder.phi(_LONG)
-    group.add_incoming(none, begin)
+    group.add_incoming(ir.Constant(_LONG, 0), begin)
     before = [builder.phi(SINGLES) for _ in range(2 * rows)]
     for value in before:
         value.add_incoming(ir.Constant(SINGLES, [0.0] * LANES), begin)
-    # Float32 and int32 of each row and group: its scale, and what its integer sums begin with.
-    of_rows = [
-        builder.add(row_scales, times(builder.add(builder.mul(groups, ir.Constant(_LONG, row)), group), 8))
-        for row in range(rows)
-    ]
-    first = [
-        build_spread(builder, builder.load(at(place, ir.Constant(_LONG, 4), WORD), align=4), WORDS)
-        for place in of_rows
-    ]
     own = builder.add(weights, times(group, GROUP_BYTES))
-    row_bytes = times(stride, 4)
-    row_words = [
-        builder.add(builder.add(x, times(row_bytes, row)), times(group, GROUP)) for row in range(rows)
-    ]
-    fetched = builder.add(ahead, builder.mul(times(group, GROUP // 4), ahead_step))
-    builder.branch(steps)
-    # One pass for each word of the group.
-    builder.position_at_end(steps)
-    step = builder.phi(_LONG)
-    step.add_incoming(none, loop)
-    partial = [builder.phi(WORDS) for _ in range(2 * rows)]
-    for place, value in enumerate(partial):
-        value.add_incoming(first[place // 2], loop)
-    next_tile = at(fetched, builder.mul(step, ahead_step), _BYTE)
-    build_call("llvm.prefetch.p0", ir.VoidType())(builder, [next_tile, *SOON])
-    channels = []
-    for half in (0, 1):
-        offset = builder.add(times(step, STEP_BYTES), ir.Constant(_LONG, 4 * LANES * half))
-        channels.append(builder.load(at(own, offset, WORDS), align=4))
-    added = []
-    for row in range(rows):
-        word = builder.load(at(row_words[row], times(step, 4), WORD), align=4)
-        spread = build_spread(builder, word, WORDS)
-        # Here the channels' bytes are unsigned and the row's are signed.
-        added += [_int8(builder, partial[2 * row + half], channels[half], spread) for half in (0, 1)]
-    following = builder.add(step, ir.Constant(_LONG, 1))
-    step.add_incoming(following, steps)
-    for old, new in zip(partial, added, strict=True):
-        old.add_incoming(new, steps)
-    builder.cbranch(builder.icmp_signed("<", following, ir.Constant(_LONG, GROUP // 4)), steps, scaling)
-    builder.position_at_end(scaling)
-    shorts = ir.VectorType(ir.IntType(16), LANES)
+    of_rows = [builder.add(start, times(group, GROUP)) for start in row_starts]
+    scales_of_rows = [builder.add(start, times(group, 8)) for start in scale_starts]
+    # The integer sums of the rows, and then those of the weights alone: a row of ones.
+    partial = [_words(0)] * (2 * rows + 2)
+    next_tile = builder.add(ahead, builder.mul(times(group, words), ahead_step))
+    for word in range(words):
+        prefetched = builder.inttoptr(next_tile, _BYTE.as_pointer())
+        build_call("llvm.prefetch.p0", ir.VoidType())(builder, [prefetched, *SOON])
+        next_tile = builder.add(next_tile, ahead_step)
+        channels = [load(own, word * STEP_BYTES + 4 * LANES * half, WORDS) for half in (0, 1)]
+        spreads = [build_spread(builder, load(start, 4 * word, WORD), WORDS) for start in of_rows]
+        for row, spread in enumerate([*spreads, _words(0x01010101)]):
+            for half in (0, 1):
+                place = 2 * row + half
+                partial[place] = _int8(builder, partial[place], spread, channels[half])
     scales = []
     for half in (0, 1):
-        offset = ir.Constant(_LONG, GROUP * TILE + 2 * LANES * half)
-        bits = builder.zext(builder.load(at(own, offset, shorts), align=2), WORDS)
-        scales.append(builder.bitcast(builder.shl(bits, _words(16)), SINGLES))
+        bits = load(own, GROUP * TILE + 2 * LANES * half, ir.VectorType(ir.IntType(16), LANES), align=2)
+        scales.append(builder.bitcast(builder.shl(builder.zext(bits, WORDS), _words(16)), SINGLES))
+    fma = build_call("llvm.fma.v16f32", SINGLES)
+    weight_sums = [builder.sitofp(partial[2 * rows + half], SINGLES) for half in (0, 1)]
     after = []
-    for row in range(rows):
-        scale = build_spread(builder, builder.load(at(of_rows[row], none, SINGLE), align=4), SINGLES)
+    for row, start in enumerate(scales_of_rows):
+        scale, offset = (build_spread(builder, load(start, place, SINGLE), SINGLES) for place in (0, 4))
         for half in (0, 1):
             place = 2 * row + half
-            whole = builder.sitofp(added[place], SINGLES)
-            factor = builder.fmul(scale, scales[half])
-            after.append(build_call("llvm.fma.v16f32", SINGLES)(builder, [whole, factor, before[place]]))
-    next_group = builder.add(group, ir.Constant(_LONG, 1))
-    group.add_incoming(next_group, scaling)
+            value = builder.fmul(offset, weight_sums[half])
+            value = fma(builder, [builder.sitofp(partial[place], SINGLES), scale, value])
+            after.append(fma(builder, [value, scales[half], before[place]]))
+    following = builder.add(group, ir.Constant(_LONG, 1))
+    group.add_incoming(following, loop)
     for old, new in zip(before, after, strict=True):
-        old.add_incoming(new, scaling)
-    builder.cbranch(builder.icmp_signed("<", next_group, groups), loop, done)
+        old.add_incoming(new, loop)
+    builder.cbranch(builder.icmp_signed("<", following, groups), loop, done)
     builder.position_at_end(done)
     for place, value in enumerate(after):
-        builder.store(value, at(sums, ir.Constant(_LONG, 4 * LANES * place), SINGLES), align=4)
+        builder.store(value, at(sums, 4 * LANES * place, SINGLES), align=4)
     builder.branch(end)
 
 
@@ -262,9 +243,9 @@ def _grouped_product(
 ) -> Any:
     """Computes all sums of a block of rows with a tile whose groups of inputs have their own scales.
 
-    x: signed bytes in words [rows, stride]; row_scales: of each row and group its scale, float32, and its
-    bytes' sum times -128, int32: [rows, groups, 2]; weights: as described at `GROUP`, with 128 added to each
-    byte; sums: float32 [rows, 32]; the rest as in `inner_product`.
+    row_scales: of each row and group the scale and the offset of its bytes, float32 [rows, groups, 2]: each
+    stands for byte * scale + offset; weights: as described at `GROUP`; sums: float32 [rows, 32]; the rest as
+    in `inner_product`.
     """
 
     def generate(context: Any, builder: Builder, _signature: Any, values: Sequence[Value]) -> Value:

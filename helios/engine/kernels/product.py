@@ -27,7 +27,6 @@ from helios.engine.kernels.simd import (
     LANES,
     absolute,
     add,
-    add_words,
     divide,
     keep,
     larger,
@@ -40,22 +39,17 @@ from helios.engine.kernels.simd import (
     multiply_add,
     multiply_words,
     no_singles,
-    no_words,
     round_to_even,
     spread_single,
     spread_word,
     store_bfloats,
     store_bytes,
-    store_low_bytes,
     store_single,
     store_singles,
     store_some,
-    store_word,
     subtract,
     subtract_words,
     to_singles,
-    to_words,
-    total_words,
 )
 
 # A group whose largest number is smaller counts as all zeros, because its inverse would be infinite.
@@ -181,22 +175,27 @@ def _quantize(x, inputs, words, scale):
 
 @compiled
 def _quantize_groups(x, inputs, groups, words, scales):
-    """Encodes a row of float32 at x as signed bytes, each group with its own scale. scales: [groups, 2]."""
+    """Encodes a row of float32 at x as unsigned bytes, each group over its own range.
+
+    scales: the scale and the offset of each group, as in `grouped_product`.
+    """
     for group in range(groups):
         start = group * GROUP
-        peaks = no_singles()
+        highest, lowest = no_singles(), no_singles()
         for column in range(start, start + GROUP, LANES):
-            peaks = larger(peaks, absolute(load_some(x, column, inputs - column)))
-        peak = largest(peaks)
-        inverse = np.float32(127) / peak if peak > np.float32(LEAST) else np.float32(0)
-        factor, sums = spread_single(inverse), no_words()
+            value = load_some(x, column, inputs - column)
+            highest, lowest = larger(highest, value), larger(lowest, subtract(no_singles(), value))
+        below = largest(lowest)
+        # 254 instead of 255, because both ends may be rounded away from zero.
+        span = (largest(highest) + below) / np.float32(254)
+        inverse = np.float32(1) / span if span > np.float32(LEAST) else np.float32(0)
+        zero = np.rint(below * inverse)
+        factor, zeros = spread_single(inverse), spread_single(zero)
         for column in range(start, start + GROUP, LANES):
-            value = to_words(round_to_even(multiply(load_some(x, column, inputs - column), factor)))
-            store_low_bytes(words, column, value)
-            sums = add_words(sums, value)
-        store_single(scales, 2 * group, peak / np.float32(127))
-        # The weights' bytes are too large by 128.
-        store_word(scales, 2 * group + 1, np.int32(-128 * total_words(sums)))
+            value = round_to_even(multiply(load_some(x, column, inputs - column), factor))
+            store_bytes(words, column, add(value, zeros))
+        store_single(scales, 2 * group, span)
+        store_single(scales, 2 * group + 1, -zero * span)
 
 
 @compiled

@@ -161,14 +161,14 @@ def pack(weights: LinearWeights) -> PackedLinear:
 def _pack_groups(weights: LinearWeights, scales: torch.Tensor) -> PackedLinear:
     """Packs int8 weights [out, in] with scales [out, groups], padded with zeros.
 
-    Each group of a tile has its weights with 128 added, [GROUP / 4, 32, 4], and then its bfloat16 scales:
-    bytes [out / 32, groups, ...]. Then come the biases, [out].
+    Each group of a tile has its weights, [GROUP / 4, 32, 4], and then its bfloat16 scales, [32]: bytes [out /
+    32, groups, ...]. Then come the biases, [out].
     """
     out_size, in_size = weights.weight.shape
     groups, tiles = scales.shape[1], -(-out_size // TILE)
     rows = (0, 0, 0, tiles * TILE - out_size)
     weight = F.pad(weights.weight, (0, groups * GROUP - in_size, *rows[2:]))
-    words = weight.view(torch.uint8).bitwise_xor(128).view(torch.int32).view(tiles, TILE, groups, GROUP // 4)
+    words = weight.view(torch.int32).view(tiles, TILE, groups, GROUP // 4)
     beside = F.pad(scales, rows).bfloat16().view(tiles, TILE, groups).transpose(1, 2).contiguous()
     packed = torch.cat(
         [

@@ -129,8 +129,9 @@ class PartReader:
         attn_norm = self._own_norm(names.attn_norm.format(index))
         ffn_norm = self._own_norm(names.ffn_norm.format(index))
         attn_columns = ffn_columns = None
-        # A norm after a residual sum also feeds the next residual, so its weights cannot move.
-        if self.is_quantized and config.norm_before:
+        # A norm after a residual sum also feeds the next residual, so its weights cannot move. Groups of
+        # inputs with scales of their own need no moving.
+        if self.is_quantized and config.norm_before and not has_groups(config):
             attn_norm, attn_columns = migrate_gammas(attn_norm)
             ffn_norm, ffn_columns = migrate_gammas(ffn_norm)
 
