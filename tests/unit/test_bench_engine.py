@@ -27,7 +27,7 @@ from bench.systems.random_model import random_model, write_random_model
 from bench.systems.shapes import OPT_1_3B, SHAPES
 from helios import catalog
 from helios.architectures.registry import architecture_of
-from helios.architectures.spec import ModelConfig
+from helios.architectures.spec import LearnedPositions, ModelConfig
 from helios.errors import CheckpointError, OutOfMemoryError, UnavailableError
 from tests import llama_variants
 from tests.opt_variants import save_variant
@@ -72,7 +72,10 @@ def small_shape(config: ModelConfig, **changes: Any) -> ModelConfig:
         "ffn_dim": 32,
         "context_tokens": 32,
     }
-    return replace(config, **sizes | changes)
+    positions = config.positions
+    if isinstance(positions, LearnedPositions):
+        positions = replace(positions, rows=positions.offset + sizes["context_tokens"])
+    return replace(config, positions=positions, **sizes | changes)
 
 
 @pytest.mark.parametrize(
