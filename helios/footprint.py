@@ -19,9 +19,10 @@ _ITEM_BYTES: Mapping[str, int] = {
 }
 _WIDEST_BYTES = 4
 # Bytes of norms, and of a product's extra numbers per output channel: a bias, and in int8 also a scale and a
-# sum.
+# sum. Or, in models with a gate, a bias and a bfloat16 scale for each group of inputs.
 _FLOAT32_BYTES = 4
 _INT8_CHANNEL_BYTES = 3 * _FLOAT32_BYTES
+_INT8_GROUP, _INT8_GROUP_BYTES = 64, 2
 # With int8 weights, lookup tables stay in float16.
 _INT8_TABLE_BYTES = 2
 
@@ -44,8 +45,8 @@ def weight_bytes(config: ModelConfig, precision: str, depth: int | None = None) 
     return (
         tables * table_bytes
         + (norms + config.rotation_numbers) * _FLOAT32_BYTES
-        + _product_bytes((head, *config.projections), precision)
-        + layers * _product_bytes(config.layer_products, precision)
+        + _product_bytes(config, (head, *config.projections), precision)
+        + layers * _product_bytes(config, config.layer_products, precision)
     )
 
 
@@ -55,7 +56,7 @@ def model_bytes(entry: ModelEntry, precision: str) -> int:
     heads = sum(facts.has_own_head(layer) for layer in facts.exit_layers)
     norm = config.hidden_size * (2 if config.norm == "layer" else 1) * _FLOAT32_BYTES
     linear = (config.hidden_size, config.hidden_size)
-    own = norm + _product_bytes((linear,) if facts.exit_head == "linear" else (), precision)
+    own = norm + _product_bytes(config, (linear,) if facts.exit_head == "linear" else (), precision)
     return weight_bytes(config, precision) + heads * own
 
 
@@ -83,9 +84,14 @@ def item_bytes(precision: str) -> int:
     return _ITEM_BYTES.get(precision, _WIDEST_BYTES)
 
 
-def _product_bytes(shapes: tuple[tuple[int, int], ...], precision: str) -> int:
+def _product_bytes(config: ModelConfig, shapes: tuple[tuple[int, int], ...], precision: str) -> int:
     """Bytes of matrices with these shapes [out, in], by which inputs are multiplied."""
-    channel_bytes = _INT8_CHANNEL_BYTES if precision == Precision.INT8 else _FLOAT32_BYTES
-    return sum(
-        out_size * in_size * item_bytes(precision) + out_size * channel_bytes for out_size, in_size in shapes
-    )
+
+    def channel_bytes(in_size: int) -> int:
+        if precision == Precision.INT8 and config.is_gated:
+            groups = -(-in_size // _INT8_GROUP)
+            return groups * (_INT8_GROUP + _INT8_GROUP_BYTES) + _FLOAT32_BYTES
+        extra = _INT8_CHANNEL_BYTES if precision == Precision.INT8 else _FLOAT32_BYTES
+        return in_size * item_bytes(precision) + extra
+
+    return sum(out_size * channel_bytes(in_size) for out_size, in_size in shapes)

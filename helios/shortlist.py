@@ -45,7 +45,10 @@ def shortlist(
         if needed <= memory_bytes:
             fitting.append(model)
         else:
-            refused[model.name] = f"needs {needed:,} bytes at full depth, the budget is {memory_bytes:,}"
+            refused[model.name] = (
+                f"needs {needed:,} bytes at full depth with one context of {model.context_tokens:,} tokens, "
+                f"the budget is {memory_bytes:,}"
+            )
     by_accuracy = sorted(fitting, key=_inaccuracy)
     ordered = by_accuracy
     if objective is not Objective.ACCURACY:

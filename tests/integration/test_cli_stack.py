@@ -138,6 +138,20 @@ def test_generate_streams_the_text_that_the_events_carry(running: Helios) -> Non
     assert "".join(token["text"] for token in tokens) == finish["text"] == text.stdout.removesuffix("\n")
 
 
+def test_a_stack_with_a_smaller_context_ends_its_texts_there_and_refuses_longer_prompts(
+    helios: Helios,
+) -> None:
+    started = helios.up("--context-tokens", "48", "--profiler", "--controller", "advisory")
+    assert started.returncode == 0, started.stderr
+    options = ("--max-tokens", "500", "--ignore-eos", "--json")
+    *tokens, finish = map(json.loads, helios.run("generate", "def main():", *options).stdout.splitlines())
+    assert finish["reason"] == "length"
+    assert finish["prompt_tokens"] + len(tokens) == 48
+    refused = helios.run("generate", "def main(): " * 30, *options)
+    assert refused.returncode != 0
+    assert "the model's context of 48" in refused.stderr
+
+
 def test_sampled_text_repeats_with_its_seed(running: Helios) -> None:
     options = ("--max-tokens", "16", "--temperature", "1", "--top-k", "50", "--top-p", "0.9")
     first, again, other = (

@@ -16,6 +16,7 @@ from helios.architectures.architecture import TensorNames
 from helios.architectures.opt import OPT
 from helios.architectures.registry import architecture_of, config_of, read_config
 from helios.architectures.spec import LearnedPositions, ModelConfig, RotaryPositions
+from helios.engine.kernels.inner_product import GROUP
 from helios.engine.weights.checkpoint import Checkpoint
 from helios.engine.weights.packed_weights import pack_layer, parted
 from helios.engine.weights.part_reader import PartReader
@@ -151,7 +152,8 @@ def test_in_int8_what_leaves_a_norm_goes_into_every_product_that_reads_it(
     moved = tensors["model.blocks.0.norm_2.weight"] / layer.ffn_norm.weight
     for part, name in ((layer.gate, "gate"), (layer.fc1, "up")):
         assert part is not None and part.scales is not None
-        weight = part.weight * part.scales[:, None]
+        # There is a scale for each group of inputs.
+        weight = part.weight * part.scales.repeat_interleave(GROUP, dim=1)[:, : part.weight.shape[1]]
         expected = tensors[f"model.blocks.0.{name}.weight"] * moved
         assert torch.allclose(weight, expected, atol=expected.abs().max().item() / 100)
 

@@ -1,8 +1,10 @@
 """Promises of loading a checkpoint: the right tensors, no byte more, and errors that name the file."""
 
+import dataclasses
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tempfile
@@ -12,18 +14,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import OPTForCausalLM
+from transformers import PreTrainedModel
 
 from helios import catalog
+from helios.architectures.architecture import TensorNames
 from helios.architectures.opt import OPT
-from helios.architectures.registry import read_config
+from helios.architectures.registry import architecture_of, read_config
 from helios.engine.tokenizer import load_tokenizer
 from helios.engine.weights.checkpoint import Checkpoint
 from helios.engine.weights.part_reader import load_weights
 from helios.engine.weights.parts import ModelWeights
 from helios.errors import CheckpointError, UnknownDepthError
 from helios.weight_map import WeightMap
-from tests.opt_variants import FORMS, VARIANTS, Form, byte_tokenizer, save_tensors, save_variant
+from tests.opt_variants import FORMS, Form, byte_tokenizer, save_tensors
+from tests.variants import VARIANTS, save_variant
 
 EXITS = (2, 4, 6)
 PREFIX = "model.decoder."
@@ -35,43 +39,38 @@ def load(path: Path, depth: int, dtype: torch.dtype = torch.float32, **options: 
     return load_weights(path, entry.config, entry.facts, depth, dtype, **options)
 
 
-def named(weights: ModelWeights) -> dict[str, torch.Tensor]:
-    """Every loaded tensor under the name that OPTForCausalLM gives it."""
+def named(weights: ModelWeights, names: TensorNames = OPT.names) -> dict[str, torch.Tensor]:
+    """Every loaded tensor under the name that transformers' language model gives it."""
     parts = {
-        "project_in": weights.project_in,
-        "project_out": weights.project_out,
-        "final_layer_norm": weights.final_norm,
+        names.project_in: weights.project_in,
+        names.project_out: weights.project_out,
+        names.final_norm: weights.final_norm,
     }
     for index, layer in enumerate(weights.layers):
-        parts |= {
-            f"layers.{index}.self_attn.q_proj": layer.q,
-            f"layers.{index}.self_attn.k_proj": layer.k,
-            f"layers.{index}.self_attn.v_proj": layer.v,
-            f"layers.{index}.self_attn.out_proj": layer.out,
-            f"layers.{index}.self_attn_layer_norm": layer.attn_norm,
-            f"layers.{index}.final_layer_norm": layer.ffn_norm,
-            f"layers.{index}.fc1": layer.fc1,
-            f"layers.{index}.fc2": layer.fc2,
-        }
+        for field in dataclasses.fields(layer):
+            parts[getattr(names, field.name).format(index)] = getattr(layer, field.name)
+    prefix = names.prefixes[0]
     tensors = {
-        f"{PREFIX}{name}.{kind}": getattr(part, kind)
+        f"{prefix}{name}.{kind}": getattr(part, kind)
         for name, part in parts.items()
         for kind in ("weight", "bias")
         if getattr(part, kind, None) is not None
     }
+    if weights.embed_positions is not None:
+        tensors[f"{prefix}{names.embed_positions}.weight"] = weights.embed_positions
     return tensors | {
-        f"{PREFIX}embed_tokens.weight": weights.embed_tokens,
-        f"{PREFIX}embed_positions.weight": weights.embed_positions,
-        "lm_head.weight": weights.lm_head,
+        f"{prefix}{names.embed_tokens}.weight": weights.embed_tokens,
+        f"{names.lm_head}.weight": weights.lm_head,
     }
 
 
-def needed(model: OPTForCausalLM, depth: int) -> dict[str, torch.Tensor]:
+def needed(model: PreTrainedModel, depth: int) -> dict[str, torch.Tensor]:
     """The tensors of transformers' model that its first `depth` layers need."""
+    layer_of = {key: re.search(r"layers\.(\d+)\.", key) for key in model.state_dict()}
     return {
         key: tensor
         for key, tensor in model.state_dict().items()
-        if not key.startswith(f"{PREFIX}layers.") or int(key.split(".")[3]) < depth
+        if (layer := layer_of[key]) is None or int(layer[1]) < depth
     }
 
 
@@ -81,7 +80,8 @@ def test_exactly_the_tensors_of_a_depth_are_loaded(tmp_path: Path, variant: str,
     model = save_variant(tmp_path, variant, 1, form, EXITS)
     for depth in EXITS:
         weights = load(tmp_path, depth)
-        tensors, expected = named(weights), needed(model, depth)
+        names = architecture_of(catalog.read_model(tmp_path).config).names
+        tensors, expected = named(weights, names), needed(model, depth)
         assert tensors.keys() == expected.keys()
         for key, tensor in tensors.items():
             assert torch.equal(tensor, expected[key]), key
@@ -281,6 +281,33 @@ def test_a_tensor_of_another_shape_names_file_tensor_and_both_shapes(tmp_path: P
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"model.*layers\.0\.fc1\.weight.*\[64, 32\].*\[65, 32\]"):
         load(tmp_path, 6)
+
+
+@pytest.mark.parametrize(
+    ("variant", "changed", "problem"),
+    [
+        ("llama", {"num_key_value_heads": 3}, r"k_proj\.weight has shape \[16, 48\] .* \[24, 48\]"),
+        ("llama", {"head_dim": 4}, r"q_proj\.weight has shape \[48, 48\] .* \[24, 48\]"),
+        ("llama", {"intermediate_size": 96}, r"(gate|up)_proj\.weight has shape \[80, 48\] .* \[96, 48\]"),
+        ("llama", {"vocab_size": 265}, r"\.weight has shape \[264, 48\] .* \[265, 48\]"),
+        ("llama", {"num_hidden_layers": 7}, r"no tensor layers\.6\.input_layernorm\.weight"),
+        ("llama", {"attention_bias": True}, r"no tensor layers\.0\.self_attn\.q_proj\.bias"),
+        ("llama", {"mlp_bias": True}, r"no tensor layers\.0\.mlp\.(gate|up)_proj\.bias"),
+        ("llama", {"model_type": "qwen3"}, r"no tensor layers\.0\.self_attn\.q_norm\.weight"),
+        ("tied", {"tie_word_embeddings": False}, r"no tensor lm_head\.weight"),
+        ("biased", {"attention_bias": False}, r"self_attn\.q_proj\.bias is there though config\.json"),
+        ("biased", {"mlp_bias": False}, r"mlp\.(gate|up)_proj\.bias is there though config\.json"),
+        ("qwen2", {"model_type": "llama"}, r"self_attn\.q_proj\.bias is there though config\.json"),
+    ],
+)
+def test_a_config_that_is_not_of_its_weights_is_refused_naming_the_tensor(
+    tmp_path: Path, variant: str, changed: dict[str, object], problem: str
+) -> None:
+    save_variant(tmp_path, variant, 1)
+    config = json.loads((tmp_path / "config.json").read_text()) | changed
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=problem):
+        load(tmp_path, config["num_hidden_layers"])
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])

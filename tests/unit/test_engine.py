@@ -355,7 +355,7 @@ def test_a_full_queue_refuses_with_a_retry_hint(model: Path) -> None:
         ([], [], "prompt is empty"),
         ([2, 264], [], "264 is outside the vocabulary of 264"),
         ([2, 3.0], [], "must be whole numbers"),
-        ([2] * 256, [], "256 positions"),
+        ([2] * 256, [], "a context of 256"),
         ([2], [3] * 9, "9 tokens are emitted"),
         ([2], [999], "999 is outside"),
     ],

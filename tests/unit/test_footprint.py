@@ -8,7 +8,9 @@ import torch
 
 from helios.architectures.spec import ModelConfig
 from helios.catalog import read_model
-from helios.engine.backends.kv_cache import kv_bytes, kv_dtype
+from helios.engine.backends.kv_cache import KVCache, kv_bytes, kv_dtype
+from helios.engine.plan import load_plan
+from helios.engine.settings import EngineSettings
 from helios.engine.weights.loader import load_packed
 from helios.footprint import activation_bytes, kv_bytes_per_token, model_bytes, weight_bytes
 from helios.modes import Precision
@@ -83,6 +85,19 @@ def test_keys_and_values_take_what_their_blocks_take(
     shape = replace(config, num_kv_heads=kv_heads, head_dim=64)
     block = kv_bytes(kv_heads, 64, 16, kv_dtype(precision, CPU))
     assert 16 * kv_bytes_per_token(shape, 6, precision) == 6 * block
+
+
+@pytest.mark.parametrize("precision", PACKED)
+@pytest.mark.parametrize("variant", llama_variants.VARIANTS)
+def test_a_plan_counts_the_keys_and_values_that_its_cache_holds(
+    tmp_path: Path, variant: str, precision: Precision
+) -> None:
+    llama_variants.save_variant(tmp_path, variant, 1)
+    settings = EngineSettings(precision=precision, memory_bytes=64 << 20, max_running=1)
+    plan = load_plan(tmp_path, None, settings)
+    cache = KVCache.of(plan.model.config, 6, 3, 16, plan.model.kv_dtype, CPU)
+    held = sum(tensor.nbytes for tensor in (*cache.keys, *cache.values))
+    assert plan.memory.kv_bytes_per_token == held // (3 * 16)
 
 
 def test_activations_grow_with_the_tokens_and_the_sequences_of_a_step(config: ModelConfig) -> None:

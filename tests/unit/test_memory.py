@@ -12,7 +12,7 @@ from helios.architectures.spec import ModelConfig
 from helios.engine.backends.kv_cache import kv_bytes
 from helios.engine.memory import MemoryLimits, MemoryPlan, ServedModel, divide_memory
 from helios.errors import OutOfMemoryError
-from tests.opt_variants import save_variant
+from tests.variants import save_variant
 
 BLOCK_TOKENS, RUNNING = 16, 8
 WEIGHTS = 1 << 20
@@ -22,10 +22,10 @@ SHARES = st.lists(
 )
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+@pytest.fixture(scope="module", params=["pre-norm", "one-kv-head"])
+def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
     path = tmp_path_factory.mktemp("models") / "random"
-    save_variant(path, "pre-norm", 1)
+    save_variant(path, request.param, 1)
     return catalog.read_model(path).config
 
 
@@ -79,6 +79,10 @@ def test_a_single_plan_has_all_the_memory(config: ModelConfig, budget: int, dept
 
 
 def test_scarce_blocks_are_divided_by_share(config: ModelConfig) -> None:
-    memory = divide(config, 3 << 20, [{2: 3.0, 12: 1.0}])
+    shares = [{2: 3.0, 12: 1.0}]
+    plenty = divide(config, 64 << 20, shares)
+    layer_bytes = kv_bytes(config.num_kv_heads, config.head_dim, BLOCK_TOKENS, torch.float32)
+    kv = layer_bytes * sum(plenty.layer_blocks)
+    memory = divide(config, plenty.weight_bytes + plenty.activation_bytes + kv // 3, shares)
     only_shallow = memory.blocks[2] - memory.blocks[12]
     assert only_shallow / memory.blocks[12] == pytest.approx(3, rel=0.05)

@@ -340,7 +340,7 @@ def test_the_packed_form_is_that_of_its_version() -> None:
     ):
         for tensor in linear(weights).tensors:
             check = zlib.crc32(tensor.view(-1).view(torch.uint8).numpy().data, check)
-    assert (LAYOUT_VERSION, check) == (5, 557359800)
+    assert (LAYOUT_VERSION, check) == (6, 557359800)
 
 
 def test_the_directory_follows_the_xdg_specification(monkeypatch: pytest.MonkeyPatch) -> None:

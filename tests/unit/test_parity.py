@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from helios.engine import Engine, EngineSettings, ExitMode, Output, SamplingParams
+from helios.engine.backends.compiled import CompiledModel
 from helios.engine.backends.readout import Readout
 from helios.engine.interface import GeneratedToken
 from helios.errors import HeliosError, OutOfMemoryError
@@ -74,6 +75,20 @@ def test_every_depth_equals_a_truncated_model(tmp_path: Path, variant: str, head
         for prompt, tokens in zip(PROMPTS, run(engine, PROMPTS, GREEDY), strict=True):
             assert_greedy(reference, prompt, tokens)
             assert {token.exit_layer for token in tokens} == {depth}
+
+
+@pytest.mark.parametrize("block_tokens", [4, 16])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_torch_computes_equals_transformers_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str, block_tokens: int
+) -> None:
+    """Other devices use it. With blocks of 4, torch computes attention as well."""
+    monkeypatch.setattr(CompiledModel, "of", lambda _config, _weights: None)
+    full = save_variant(tmp_path, variant, 5, exits=EXITS)
+    settings = EngineSettings(memory_bytes=64 << 20, block_tokens=block_tokens, step_token_budget=64)
+    engine = Engine.load(tmp_path, 4, settings)
+    for prompt, tokens in zip(PROMPTS, run(engine, PROMPTS, GREEDY), strict=True):
+        assert_greedy(truncated(full, 4), prompt, tokens)
 
 
 @pytest.mark.parametrize("tied_as", ["embed_tokens", "lm_head"])
@@ -212,12 +227,15 @@ def propagated(
     return result
 
 
+@pytest.mark.parametrize("is_compiled", [True, False])
 @pytest.mark.parametrize(
     ("variant", "threshold"), [("pre-norm", 0.12), ("llama", 0.06), ("qwen2", 0.06), ("qwen3", 0.06)]
 )
 def test_dynamic_exits_and_propagates_state_as_ee_llm_says(
-    tmp_path: Path, variant: str, threshold: float
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variant: str, threshold: float, is_compiled: bool
 ) -> None:
+    if not is_compiled:
+        monkeypatch.setattr(CompiledModel, "of", lambda _config, _weights: None)
     reference = save_variant(tmp_path, variant, 9, exits=EXITS)
     settings = EngineSettings(exit_mode=ExitMode.DYNAMIC, threshold=threshold, memory_bytes=64 << 20)
     prompts = [[2, 10, 20, 30], [2, *range(50, 70)], [7, 7, 9, 250]]

@@ -61,6 +61,15 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return self._stored_name(name) is not None
 
+    def check_absent(self, name: str) -> None:
+        """Raises CheckpointError if there is a tensor that config.json does not describe."""
+        stored = self._stored_name(name)
+        if stored is not None:
+            raise CheckpointError(
+                f"{self._file_of[stored]}: {stored} is there though config.json says that there is none; "
+                "config.json and weights are not of one model"
+            )
+
     def tensor(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device = CPU
     ) -> torch.Tensor:

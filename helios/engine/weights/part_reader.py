@@ -201,7 +201,9 @@ class PartReader:
         columns: torch.Tensor | None = None,
     ) -> LinearWeights:
         """columns: factors [in] by which the weight's columns are multiplied, where it is quantised."""
-        scales = None
+        scales, bias = None, f"{name}.bias"
+        if not has_bias:
+            self.checkpoint.check_absent(bias)
         if self.is_quantized:
             blocks = self.checkpoint.blocks(_weight(name), (out_size, in_size))
             if columns is not None:
@@ -209,7 +211,7 @@ class PartReader:
             weight, scales = quantize_blocks(blocks, out_size, in_size, in_groups=has_groups(self.config))
         else:
             weight = self._tensor(_weight(name), out_size, in_size)
-        return LinearWeights(weight, self._tensor(f"{name}.bias", out_size) if has_bias else None, scales)
+        return LinearWeights(weight, self._tensor(bias, out_size) if has_bias else None, scales)
 
     def _own_norm(self, name: str) -> Norm:
         """A norm of the model itself, not of an exit's head."""
