@@ -22,7 +22,7 @@ _WIDEST_BYTES = 4
 # sum. Or, in models with a gate, a bias and a bfloat16 scale for each group of inputs.
 _FLOAT32_BYTES = 4
 _INT8_CHANNEL_BYTES = 3 * _FLOAT32_BYTES
-_INT8_GROUP, _INT8_GROUP_BYTES = 64, 2
+_INT8_GROUP, _INT8_GROUP_BYTES = 32, 2
 # With int8 weights, lookup tables stay in float16.
 _INT8_TABLE_BYTES = 2
 
