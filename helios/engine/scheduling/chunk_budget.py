@@ -66,8 +66,8 @@ class ChunkBudget:
     Running chunks beside decodes is from Sarathi-Serve (Agrawal et al. 2024, section 4.2), which fixes their
     size. Here the size follows from the measured step times of this machine and the plans in force.
 
-    Only the time of the tokens counts. What any prefill takes besides is not saved by a smaller chunk. Counted
-    as the tokens' time, it would keep chunks small, because small chunks would seem slow.
+    Only the time of the tokens counts. What any prefill takes besides is not saved by a smaller chunk. If it
+    counted as the tokens' time, tokens would seem slow in small chunks, so chunks would stay small.
 
     Steps of several plans are compared by the cost of their sequences: the time of a step is taken to grow
     with their mean cost.
