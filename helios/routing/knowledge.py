@@ -241,7 +241,12 @@ class Knowledge(BaseModel):
     @cached_property
     def plan_index(self) -> dict[ServedPlan, int]:
         """The place of each plan in `plans`."""
-        return {one.plan: at for at, one in enumerate(self.plans)}
+        return {plan: at for at, plan in enumerate(self.served_plans)}
+
+    @cached_property
+    def served_plans(self) -> list[ServedPlan]:
+        """The names of `plans`."""
+        return [one.plan for one in self.plans]
 
     @cached_property
     def deepest(self) -> list[int]:
@@ -257,7 +262,7 @@ class Knowledge(BaseModel):
     @cached_property
     def firsts(self) -> NDArray[np.intp]:
         """For each example the model that is probed first: [examples]. Its own tokens do not count."""
-        scores = (self.known_features * self.scale + self.centre)[:, : len(self.models) - 1]
+        scores = (self.known_features * self._scales[1] + self._scales[0])[:, : len(self.models) - 1]
         return np.asarray(_best_scored(scores))
 
     @cached_property
@@ -294,7 +299,8 @@ class Knowledge(BaseModel):
         """Standardised features of a prompt. nats: readings by model; those that are missing become NaN."""
         scores, known = self.token_table.scores(np.array(first_ids, dtype=np.int64))
         raw = np.array([*scores, known, *(nats.get(model, np.nan) for model in self.models)])
-        return np.asarray((raw - self.centre) / self.scale)
+        centre, scale = self._scales
+        return np.asarray((raw - centre) / scale)
 
     def expected_nats(self, features: Numbers, first: int | None) -> Numbers:
         """Expected nats a token of the rest under each plan: [plans].
@@ -316,7 +322,8 @@ class Knowledge(BaseModel):
     def first_for(self, first_ids: Sequence[int]) -> int:
         """Index of the model that probably reads a prompt best, by its tokens alone. It is probed first."""
         scores, _ = self.token_table.scores(np.array(first_ids, dtype=np.int64))
-        return int(_best_scored(scores[None])[0])
+        best = int(scores.argmin()) if len(scores) else 0
+        return best + 1 if len(scores) and scores[best] < 0 else 0
 
     def readings_of(self, features: Numbers) -> Numbers:
         """The models' readings in nats that are part of standardised features: [..., models]."""
@@ -355,8 +362,21 @@ class Knowledge(BaseModel):
             (np.array(fit.intercept), np.array(fit.coefficients)) for fit in (*self.first_fits, self.full_fit)
         ]
 
+    @cached_property
+    def _scales(self) -> tuple[Numbers, Numbers]:
+        return np.array(self.centre), np.array(self.scale)
+
+    @cached_property
+    def _known_columns(self) -> dict[tuple[int, ...], Numbers]:
+        """Some columns of the examples' features, by these columns: those that were asked for."""
+        return {}
+
     def _squares(self, features: Numbers, columns: list[int]) -> Numbers:
-        return np.asarray(((self.known_features[:, columns] - features[columns]) ** 2).sum(axis=1))
+        known, key = self._known_columns, tuple(columns)
+        if key not in known:
+            known[key] = self.known_features[:, columns]
+        away = known[key] - features[columns]
+        return np.asarray(np.einsum("ij,ij->i", away, away))
 
 
 def _best_scored(scores: Numbers) -> NDArray[np.intp]:

@@ -122,8 +122,8 @@ class Router(BaseModel):
         return bool(worse * known.tokens > known.probe.further_seconds)
 
     def _allowed(self, among: Collection[ServedPlan] | None) -> list[int]:
-        plans = self.knowledge.plans
-        found = [at for at, one in enumerate(plans) if among is None or one.plan in among]
+        plans = self.knowledge.served_plans
+        found = [at for at, plan in enumerate(plans) if among is None or plan in among]
         return found or list(range(len(plans)))
 
     def _safe(self, allowed: Sequence[int], why: str, model: str | None = None) -> RankedPlan:
@@ -166,7 +166,7 @@ class Router(BaseModel):
         later = sorted(order[1:], key=lambda at: losses[at])
         return [
             RankedPlan(
-                self.knowledge.plans[at].plan,
+                self.knowledge.served_plans[at],
                 float(max(losses[at] - losses[best], 0.0)),
                 math.expm1(float(increases[at])),
                 why if at == best else f"next best: {why}",

@@ -1,6 +1,7 @@
 """How much worse each model reads each token: a table by token id, learnt from examples."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Self
 
 import numpy as np
@@ -75,9 +76,13 @@ class TokenTable:
         """Mean excess of the text's tokens for every model but the first, and the share of known tokens."""
         if not len(ids):
             return self._mean, 0.0
-        known = ids[ids < len(self._counts)]
-        counts = np.zeros(len(ids))
-        sums = np.zeros((len(ids), self._sums.shape[1]))
-        counts[: len(known)], sums[: len(known)] = self._counts[known], self._sums[known]
-        means = (sums + _PRIOR_TOKENS * self._mean) / (counts + _PRIOR_TOKENS)[:, None]
-        return means.mean(axis=0), float((counts > 0).mean())
+        means, is_known = self._of_tokens
+        # The last row is that of tokens which the table does not have.
+        rows = np.minimum(ids, len(is_known) - 1)
+        return means[rows].sum(axis=0) / len(ids), float(is_known[rows].sum()) / len(ids)
+
+    @cached_property
+    def _of_tokens(self) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """For each token, and for any other one: its shrunk mean excess, and whether it is known."""
+        counts, sums = np.append(self._counts, 0.0), np.vstack([self._sums, np.zeros_like(self._mean)])
+        return (sums + _PRIOR_TOKENS * self._mean) / (counts + _PRIOR_TOKENS)[:, None], counts > 0

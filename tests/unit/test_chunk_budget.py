@@ -34,6 +34,21 @@ def test_steps_that_the_machine_delayed_do_not_make_room() -> None:
     assert budget.tokens(8) < 200
 
 
+def test_the_fixed_time_of_a_prefill_does_not_make_chunks_smaller() -> None:
+    budget = observed(2.5)
+    # Besides 0.1 ms a token, each prefill takes 10 ms.
+    for tokens in (16, 96, 16, 16, 40) * 20:
+        budget.observe(8, tokens, 0.010 + 0.010 + tokens * 1e-4)
+    assert budget.tokens(8) == pytest.approx(150, rel=0.1)
+
+
+def test_prefills_that_the_machine_delayed_do_not_make_chunks_smaller() -> None:
+    budget = observed(2.5)
+    for tokens, delay in ((16, 0.1), (96, 0.0), (32, 0.0), (96, 0.0), (40, 0.0)) * 20:
+        budget.observe(8, tokens, 0.010 + delay + tokens * 1e-4)
+    assert budget.tokens(8) > 100
+
+
 def test_a_bound_that_leaves_nothing_leaves_the_least() -> None:
     assert observed(1.0001).tokens(8) == 16
 

@@ -57,6 +57,19 @@ def test_tokens_that_one_model_reads_worse_raise_its_score() -> None:
     assert scores["tech"] < -0.5
 
 
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_model_that_its_tokens_speak_for_is_probed_first(kind: str) -> None:
+    assert MODELS[knowledge().first_for(example(kind, 1000).ids)] == kind
+
+
+def test_tokens_that_no_example_has_count_as_the_mean_wherever_their_ids_lie() -> None:
+    table = knowledge().token_table
+    # Between the known ids, just beyond the last one, and far beyond.
+    within, next_one, far = (table.scores(np.array([5, one])) for one in (5, 100, 10**6))
+    assert within[1] == next_one[1] == far[1] == 0.0
+    assert within[0] == next_one[0] == far[0] == pytest.approx(table.scores(np.array([], dtype=int))[0])
+
+
 def test_unknown_tokens_are_counted_and_score_the_mean() -> None:
     table = knowledge().token_table
     scores, known = table.scores(np.array([5_000, 6_000]))

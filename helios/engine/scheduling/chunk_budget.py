@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from helios.engine.scheduling.sequence import Sequence
@@ -10,6 +11,53 @@ from helios.served import ServedPlan
 # Weights of a new observation in the running means. Steps slower than the mean count less, because other work
 # on the machine only ever makes steps slower.
 _WEIGHT, _SLOWER_WEIGHT = 0.2, 0.02
+# The same for prefills. Chunks vary in size, so more of them are needed.
+_PREFILL_WEIGHT, _SLOWER_PREFILL_WEIGHT = 0.1, 0.02
+# Chunks must differ by this share of their mean size before they tell a fixed time from that of a token.
+_LEAST_SPREAD = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class _Prefill:
+    """What prefill adds to a step: a fixed time, and a time for each token. A line through recent steps.
+
+    tokens, seconds, squares, products: running means of a step's prompt tokens, of the seconds that they
+    added, of the square of the tokens, and of tokens x seconds.
+    """
+
+    tokens: float
+    seconds: float
+    squares: float
+    products: float
+
+    @classmethod
+    def of(cls, tokens: float, seconds: float) -> "_Prefill":
+        return cls(tokens, seconds, tokens * tokens, tokens * seconds)
+
+    @property
+    def per_token(self) -> float:
+        """Seconds of a further token. While all chunks are alike, the fixed time counts as theirs."""
+        most = self.seconds / self.tokens
+        spread = self.squares - self.tokens**2
+        if spread < (_LEAST_SPREAD * self.tokens) ** 2:
+            return most
+        return min(max((self.products - self.tokens * self.seconds) / spread, 0.0), most)
+
+    def seconds_of(self, tokens: float) -> float:
+        return self.seconds + self.per_token * (tokens - self.tokens)
+
+    def observe(self, tokens: float, seconds: float) -> "_Prefill":
+        slower = seconds > self.seconds_of(tokens)
+        weight, new = _SLOWER_PREFILL_WEIGHT if slower else _PREFILL_WEIGHT, _Prefill.of(tokens, seconds)
+        return _Prefill(
+            _mean(self.tokens, new.tokens, weight),
+            _mean(self.seconds, new.seconds, weight),
+            _mean(self.squares, new.squares, weight),
+            _mean(self.products, new.products, weight),
+        )
+
+    def scaled(self, factor: float) -> "_Prefill":
+        return replace(self, seconds=factor * self.seconds, products=factor * self.products)
 
 
 class ChunkBudget:
@@ -17,6 +65,9 @@ class ChunkBudget:
 
     Running chunks beside decodes is from Sarathi-Serve (Agrawal et al. 2024, section 4.2), which fixes their
     size. Here the size follows from the measured step times of this machine and the plans in force.
+
+    Only the time of the tokens counts. What any prefill takes besides is not saved by a smaller chunk. If it
+    counted as the tokens' time, tokens would seem slow in small chunks, so chunks would stay small.
 
     Steps of several plans are compared by the cost of their sequences: the time of a step is taken to grow
     with their mean cost.
@@ -41,12 +92,13 @@ class ChunkBudget:
         self._decode: dict[int, float] = {}
         # Expected seconds of such steps, until they have been observed.
         self._expected: dict[int, float] = {}
-        self._per_token: float | None = None
+        # None: no prefill has been observed.
+        self._prefill: _Prefill | None = None
 
     def expect(self, other: "ChunkBudget", factor: float) -> None:
         """Expects steps to take `factor` times as long as in the other budget, until `settle`."""
         self._expected = {key: factor * seconds for key, seconds in other._decode.items()}
-        self._per_token = None if other._per_token is None else factor * other._per_token
+        self._prefill = None if other._prefill is None else other._prefill.scaled(factor)
 
     def settle(self) -> None:
         """Drops the expected times of decode steps. From now on only observations count."""
@@ -70,10 +122,10 @@ class ChunkBudget:
         step = self.decode_seconds(decoding, cost)
         if step is None:
             return 0
-        if self._per_token is None:
+        if self._prefill is None:
             return self._least
         room = (self._stretch - 1) * step * max(1.0, waiting / decoding)
-        fitting = room / max(self._per_token, 1e-9)
+        fitting = room / max(self._prefill.per_token, 1e-9)
         return int(min(max(fitting, self._least), self._most))
 
     def decode_seconds(self, decoding: int, cost: float = 1.0) -> float | None:
@@ -92,8 +144,13 @@ class ChunkBudget:
         step = self.decode_seconds(decoding, cost) if decoding else 0.0
         # Small chunks tell little, because most of their step's time is fixed cost.
         if step is not None and prompt_tokens >= self._least:
-            added = max(seconds - step, 0.0) / prompt_tokens
-            self._per_token = added if self._per_token is None else _mean(self._per_token, added, _WEIGHT)
+            added = max(seconds - step, 0.0)
+            before_it = self._prefill
+            self._prefill = (
+                _Prefill.of(prompt_tokens, added)
+                if before_it is None
+                else before_it.observe(prompt_tokens, added)
+            )
 
 
 def _mean(before: float, new: float, weight: float) -> float:
