@@ -21,6 +21,7 @@ from helios.engine.kernels.processor import PROCESSOR
 from helios.engine.kernels.processors.target import DotProduct
 from helios.engine.kernels.simd import (
     LANES,
+    LINE_BYTES,
     SINGLE,
     SINGLES,
     SOON,
@@ -195,8 +196,9 @@ def _build_grouped_loop(builder: Builder, rows: int, arguments: Sequence[Value],
     partial = [_words(0)] * (2 * rows + 2)
     next_tile = builder.add(ahead, builder.mul(times(group, words), ahead_step))
     for word in range(words):
-        prefetched = builder.inttoptr(next_tile, _BYTE.as_pointer())
-        build_call("llvm.prefetch.p0", ir.VoidType())(builder, [prefetched, *SOON])
+        for line in range(0, STEP_BYTES, LINE_BYTES):
+            prefetched = at(next_tile, line, _BYTE)
+            build_call("llvm.prefetch.p0", ir.VoidType())(builder, [prefetched, *SOON])
         next_tile = builder.add(next_tile, ahead_step)
         channels = [load(own, word * STEP_BYTES + 4 * LANES * half, WORDS) for half in (0, 1)]
         spreads = [build_spread(builder, load(start, 4 * word, WORD), WORDS) for start in of_rows]

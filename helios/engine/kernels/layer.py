@@ -7,9 +7,12 @@ from helios.engine.kernels.jit import compiled
 from helios.engine.kernels.layout import ALONE, NONE, Attention
 from helios.engine.kernels.norm import norm
 from helios.engine.kernels.product import (
+    COPIES,
     Result,
+    can_copy,
     encode,
     encoded_at,
+    encoded_bytes,
     multiply_tiles,
     plain,
     product,
@@ -29,11 +32,19 @@ def run_layers(thread, model, layers, first, last, hidden, batch, cache, scratch
     `layers_scratch` bytes.
     """
     rows, width, ffn_width = batch.rows, model.width, model.ffn_width
-    # The output of attention, and states after a norm. They share memory if they have the same width.
+    # Whether each thread computes the inputs of products by itself, to wait less often for the others.
+    is_copied = can_copy(thread, rows) and model.norm_before
+    # The output of attention, and states after a norm. They share memory if they have the same width, unless
+    # each thread has its own states.
     query_width = _query_width(model)
     attended = scratch
-    x = attended if query_width == width else attended + 4 * rows * query_width
-    qkv = x + 4 * rows * width
+    x, qkv = attended, attended + 4 * rows * query_width
+    if is_copied:
+        x, qkv = qkv + 4 * thread.number * width, qkv + 4 * COPIES * width
+        # Until here only one thread has worked on the row.
+        meet(thread)
+    elif query_width != width:
+        x, qkv = qkv, qkv + 4 * rows * width
     wide = qkv + 4 * rows * model.qkv_width
     rest = wide + 4 * rows * ffn_width
     # With few rows, all threads share each product by its channels. With many rows, each thread takes blocks
@@ -42,7 +53,7 @@ def run_layers(thread, model, layers, first, last, hidden, batch, cache, scratch
     start, end = share(thread, rows)
     own = rows >= thread.threads * OWN_ROWS
     own_wide = wide + 4 * start * ffn_width
-    own_rest = rest + product_scratch(model.precision, start, _widest(model))
+    own_rest = rest + encoded_bytes(model.precision, start, _widest(model))
     for index in range(first, last):
         layer = layers[index]
         if own:
@@ -56,10 +67,11 @@ def run_layers(thread, model, layers, first, last, hidden, batch, cache, scratch
                     x + 4 * row * width,
                     qkv + 4 * row * model.qkv_width,
                     own_rest,
+                    False,
                 )
             meet(thread)
         else:
-            _project(thread, model, layer, hidden, rows, x, qkv, rest)
+            _project(thread, model, layer, hidden, rows, x, qkv, rest, is_copied)
         attend(thread, model.precision, _attention(model, layer, cache, index), batch, qkv, attended)
         if own:
             for row in range(start, end, OWN_ROWS):
@@ -73,9 +85,10 @@ def run_layers(thread, model, layers, first, last, hidden, batch, cache, scratch
                     x + 4 * row * width,
                     own_wide,
                     own_rest,
+                    False,
                 )
         else:
-            _feed(thread, model, layer, hidden, rows, attended, x, wide, rest)
+            _feed(thread, model, layer, hidden, rows, attended, x, wide, rest, is_copied)
     if own:
         meet(thread)
 
@@ -87,7 +100,8 @@ def layers_scratch(model, rows):
     They hold attention's output, states, queries with keys and values, fc2's input, and a product's encoded
     input.
     """
-    numbers = rows * (_query_width(model) + model.width + model.qkv_width + model.ffn_width)
+    numbers = rows * (_query_width(model) + model.qkv_width + model.ffn_width)
+    numbers += max(rows, COPIES) * model.width
     return 4 * numbers + product_scratch(model.precision, rows, _widest(model))
 
 
@@ -157,28 +171,31 @@ def _attention(model, layer, cache, index):
 
 
 @compiled
-def _project(thread, model, layer, hidden, rows, x, qkv, scratch):
-    """Computes queries, keys and values of the rows of hidden. x: space for as many states."""
+def _project(thread, model, layer, hidden, rows, x, qkv, scratch, is_copied):
+    """Computes queries, keys and values of the rows of hidden.
+
+    x: space for as many states; is_copied: as in `product`.
+    """
     source = hidden
     if model.norm_before:
         # A thread encodes the same rows that it norms, so no barrier is needed in between.
-        start, end = share(thread, rows)
+        start, end = _normed_rows(thread, rows, is_copied)
         norm(model, layer.attn_norm, hidden, start, end, x)
         source = x
-    product(thread, model.precision, layer.qkv, source, rows, plain(layer.qkv, qkv), scratch)
+    product(thread, model.precision, layer.qkv, source, rows, plain(layer.qkv, qkv), scratch, is_copied)
 
 
 @compiled
-def _feed(thread, model, layer, hidden, rows, attended, x, wide, scratch):
+def _feed(thread, model, layer, hidden, rows, attended, x, wide, scratch, is_copied):
     """The part of a layer after attention: output projection and feed-forward network.
 
     attended: the output of attention; x: space for states, perhaps the same; wide: space for float32 [rows,
-    ffn_width].
+    ffn_width]; is_copied: as in `product`.
     """
     precision = model.precision
-    start, end = share(thread, rows)
+    start, end = _normed_rows(thread, rows, is_copied)
     added = Result(hidden, model.width, NONE, hidden)
-    product(thread, precision, layer.out, attended, rows, added, scratch)
+    product(thread, precision, layer.out, attended, rows, added, scratch, is_copied)
     source = hidden
     if model.norm_before:
         norm(model, layer.ffn_norm, hidden, start, end, x)
@@ -186,7 +203,15 @@ def _feed(thread, model, layer, hidden, rows, attended, x, wide, scratch):
     else:
         norm(model, layer.attn_norm, hidden, start, end, hidden)
     activated = Result(wide, model.ffn_width, model.activation, 0)
-    product(thread, precision, layer.fc1, source, rows, activated, scratch)
-    product(thread, precision, layer.fc2, wide, rows, added, scratch)
+    product(thread, precision, layer.fc1, source, rows, activated, scratch, is_copied)
+    product(thread, precision, layer.fc2, wide, rows, added, scratch, is_copied)
     if not model.norm_before:
         norm(model, layer.ffn_norm, hidden, start, end, hidden)
+
+
+@compiled
+def _normed_rows(thread, rows, is_copied):
+    """Start and end of the rows that a thread norms: its share of them, or the single row."""
+    if is_copied:
+        return 0, 1
+    return share(thread, rows)

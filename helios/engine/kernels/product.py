@@ -22,7 +22,7 @@ from helios.engine.kernels.inner_product import (
     inner_product,
 )
 from helios.engine.kernels.jit import compiled
-from helios.engine.kernels.layout import BFLOAT16, GATE, INT8, NONE, RELU
+from helios.engine.kernels.layout import ALONE, BFLOAT16, GATE, INT8, NONE, RELU
 from helios.engine.kernels.simd import (
     LANES,
     absolute,
@@ -52,6 +52,11 @@ from helios.engine.kernels.simd import (
     to_singles,
 )
 
+# A single block of rows prefetches weights this far ahead, where they have groups. That is beyond the page
+# that it reads, which the processor's own prefetching does not leave.
+_AHEAD_BYTES = 8192
+# Up to this many threads may each encode a single row by themselves, and so need not wait for each other.
+COPIES = 16
 # A group whose largest number is smaller counts as all zeros, because its inverse would be infinite.
 LEAST = 1e-30
 
@@ -86,14 +91,21 @@ def plain(linear, out):
 
 
 @compiled
-def product(thread, precision, linear, x, rows, result, scratch):
+def product(thread, precision, linear, x, rows, result, scratch, is_copied=False):
     """One thread's part of `result` = activation(x @ weights.T + biases) + residual.
 
+    Each thread reads only its own rows of x. But with is_copied (`can_copy`) it reads the single row, which
+    it has computed itself or which was there before the last barrier.
     linear: LINEAR; x: float32 [rows, inputs]; result: `Result`; scratch: `product_scratch` bytes.
     """
-    encoded = encoded_at(scratch, precision, rows, linear)
-    encode(thread, precision, x, linear, encoded)
-    meet(thread)
+    if is_copied:
+        own = scratch + thread.number * encoded_bytes(precision, 1, linear.inputs)
+        encoded = encoded_at(own, precision, 1, linear)
+        encode(ALONE, precision, x, linear, encoded)
+    else:
+        encoded = encoded_at(scratch, precision, rows, linear)
+        encode(thread, precision, x, linear, encoded)
+        meet(thread)
     first, last = share(thread, tiles_of(linear.channels))
     multiply_tiles(precision, linear, encoded, first, last, result)
     meet(thread)
@@ -101,7 +113,19 @@ def product(thread, precision, linear, x, rows, result, scratch):
 
 @compiled
 def product_scratch(precision, rows, inputs):
-    """Bytes of work space of `product`: its encoded input, which may have groups."""
+    """Bytes of work space of `product`: its encoded input, or copies of a single row."""
+    return encoded_bytes(precision, max(rows, COPIES), inputs)
+
+
+@compiled
+def can_copy(thread, rows):
+    """Whether each thread can encode the input of a product by itself: a single row."""
+    return rows == 1 and thread.threads <= COPIES
+
+
+@compiled
+def encoded_bytes(precision, rows, inputs):
+    """Bytes of encoded rows, which may have groups."""
     whole = (inputs + GROUP - 1) // GROUP * GROUP
     return 4 * rows * (_stride(_steps(precision, whole)) + 2 * whole // GROUP)
 
@@ -217,7 +241,7 @@ def multiply_tiles(precision, linear, encoded, first, last, result):
     # Several blocks of rows use each tile in turn. Each block prefetches its share of the next tile, so that
     # memory is read all the time. A single block reads in order, and the processor prefetches that by itself.
     blocks = (rows + BLOCK_ROWS - 1) // BLOCK_ROWS
-    ahead_step = STEP_BYTES // blocks if blocks > 1 else 0
+    ahead_step = STEP_BYTES // blocks if blocks > 1 or groups else 0
     for tile in range(first, last):
         weights, channel, row = linear.weights + tile * tile_bytes, tile * TILE, 0
         while row < rows:
@@ -225,6 +249,8 @@ def multiply_tiles(precision, linear, encoded, first, last, result):
             while count > rows - row:
                 count //= 2
             ahead = weights + tile_bytes + row // BLOCK_ROWS * tile_bytes // blocks
+            if blocks == 1 and groups:
+                ahead = weights + _AHEAD_BYTES
             words = encoded.words + 4 * row * stride
             if groups:
                 scales = encoded.row_scales + 8 * row * groups

@@ -20,7 +20,7 @@ WORDS, SINGLES = ir.VectorType(WORD, LANES), ir.VectorType(SINGLE, LANES)
 
 # Arguments of LLVM's prefetch: for reading, keep in all cache levels, data cache.
 SOON = tuple(ir.Constant(WORD, value) for value in (0, 3, 1))
-_LINE_BYTES = 64
+LINE_BYTES = 64
 
 Builder = Any  # llvmlite's ir.IRBuilder, which is untyped
 Value = Any
@@ -230,7 +230,7 @@ def _fetch_kept(_typing: Any, address: types.Type, _index: Any, _count: Any) -> 
 
     def generate(context: Any, builder: Builder, _: Any, values: Sequence[Value]) -> Value:
         start, index, count = values
-        step = ir.Constant(count.type, _LINE_BYTES // (2 if is_half else 4))
+        step = ir.Constant(count.type, LINE_BYTES // (2 if is_half else 4))
         with cgutils.for_range_slice(builder, ir.Constant(count.type, 0), count, step, count.type) as (at, _):
             line = _at(builder, start, builder.add(index, at), element, _BYTE)
             build_call("llvm.prefetch.p0", ir.VoidType())(builder, [line, *SOON])
