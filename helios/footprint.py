@@ -63,9 +63,10 @@ def model_bytes(entry: ModelEntry, precision: str) -> int:
 def kv_bytes_per_token(config: ModelConfig, depth: int, precision: str) -> int:
     """Bytes of one token's KV in the first `depth` layers, beside products in `precision`.
 
-    In int8 each key and each value of a head has a scale. Padding to whole registers is not counted.
+    In int8 each half of a key and each value of a head has a scale. Padding to whole registers is not
+    counted.
     """
-    scales = 2 * depth * config.num_kv_heads if precision == Precision.INT8 else 0
+    scales = 3 * depth * config.num_kv_heads if precision == Precision.INT8 else 0
     return config.kv_numbers(depth) * item_bytes(precision) + scales * _FLOAT32_BYTES
 
 

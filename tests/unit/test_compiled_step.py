@@ -25,6 +25,7 @@ from helios.engine.backends.readout import read
 from helios.engine.engine import Engine
 from helios.engine.interface import GeneratedToken, Output
 from helios.engine.kernels import inner_product as inner_product_module
+from helios.engine.kernels.attention_int8 import first_half
 from helios.engine.kernels.inner_product import GROUP, TILE, inner_product
 from helios.engine.kernels.layer import OWN_ROWS
 from helios.engine.kernels.layout import BFLOAT16, INT8
@@ -201,6 +202,13 @@ def test_a_few_large_numbers_leave_those_of_other_groups_their_bits() -> None:
     torch.testing.assert_close(found, F.linear(x, weight), rtol=0, atol=0.5)
 
 
+def halves_of(keys: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The parts of the last dimension that each have a scale."""
+    size = keys.shape[-1]
+    first = first_half(size)
+    return keys.split([part for part in (first, size - first) if part], dim=-1)
+
+
 def in_bytes(numbers: torch.Tensor) -> torch.Tensor:
     """Rounds each vector of the last dimension to steps of a 127th of its largest number."""
     steps = numbers.abs().amax(dim=-1, keepdim=True) / 127
@@ -245,7 +253,8 @@ def test_paged_attention_sees_each_rows_own_context(
         # [heads, tokens, head_dim]
         query, key, value = states[seq.arrival].transpose(0, 1).split(parts)
         if dtype == torch.int8:
-            query, key, value = (in_bytes(part) for part in (query, key, value))
+            query, key = (torch.cat(list(map(in_bytes, halves_of(part))), dim=2) for part in (query, key))
+            value = in_bytes(value)
         else:
             key, value = key.to(dtype).float(), value.to(dtype).float()
         causal = torch.ones(len(query[0]), len(query[0]), dtype=torch.bool).tril()

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from helios.architectures.spec import ModelConfig
-from helios.engine.kernels.attention_int8 import key_bytes, value_bytes
+from helios.engine.kernels.attention_int8 import first_half, key_bytes, value_bytes
 from helios.engine.kernels.product import LEAST
 from helios.engine.kernels.simd import LANES
 from helios.engine.weights.precision import checkpoint_dtype
@@ -63,7 +63,8 @@ class KVCache:
     In int8 the four numbers that one instruction multiplies lie together. For keys these are four dimensions:
     [blocks, heads, head_dim / 4, block_tokens, 4], stored with 128 added. For values these are four tokens:
     [blocks, heads, block_tokens / 4, head_dim, 4], with the dimensions padded to whole registers. After a
-    head's keys come the scales of its keys and of its values, float32 [2, block_tokens].
+    head's keys come the scales of both halves of its keys (`first_half`) and of its values, float32 [3,
+    block_tokens].
 
     `resize` can change the numbers of layers and blocks while sequences hold blocks, and layers may have
     different numbers of blocks. On a CPU each layer has address space for the largest number of blocks, so
@@ -216,9 +217,12 @@ class KVCache:
         values: torch.Tensor,
     ) -> None:
         key_numbers, value_numbers, scales = self._bytes_of(layer)
-        keys, scales[blocks, :, 0, offsets] = _rounded(keys)
-        values, scales[blocks, :, 1, offsets] = _rounded(values)
-        words = F.pad(keys + 128, (0, -self.head_dim % 4)).unflatten(2, (-1, 4))
+        halves = []
+        for index, half in enumerate(keys.split(self._halves, dim=2)):
+            rounded, scales[blocks, :, index, offsets] = _rounded(half)
+            halves.append(rounded)
+        values, scales[blocks, :, 2, offsets] = _rounded(values)
+        words = F.pad(torch.cat(halves, dim=2) + 128, (0, -self.head_dim % 4)).unflatten(2, (-1, 4))
         key_numbers[blocks, :, :, offsets] = words.to(torch.uint8)
         value_numbers[blocks, :, offsets // 4, : self.head_dim, offsets % 4] = values.to(torch.int8)
 
@@ -227,20 +231,25 @@ class KVCache:
         # [rows, heads, blocks, tokens, head_dim]
         keys = key_numbers[blocks].permute(0, 2, 1, 4, 3, 5).flatten(4).float() - 128
         values = value_numbers[blocks].permute(0, 2, 1, 3, 5, 4).flatten(3, 4).float()
-        # Two tensors [rows, heads, blocks, tokens, 1].
-        factors = scales[blocks].transpose(1, 2)[..., None].unbind(3)
-        keys, values = (
-            (part[:, :, :, : self.block_tokens, : self.head_dim] * factor).flatten(2, 3)
-            for part, factor in zip((keys, values), factors, strict=True)
-        )
-        return keys, values
+        # Three tensors [rows, heads, blocks, tokens, 1].
+        *of_keys, of_values = scales[blocks].transpose(1, 2)[..., None].unbind(3)
+        halves = keys[..., : self.head_dim].split(self._halves, dim=4)
+        keys = torch.cat([half * factor for half, factor in zip(halves, of_keys, strict=False)], dim=4)
+        values = values[:, :, :, : self.block_tokens, : self.head_dim] * of_values
+        return keys.flatten(2, 3), values.flatten(2, 3)
 
     def _bytes_of(self, layer: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """A layer's keys and values in groups of four, and their scales, as the class describes."""
         keys, tokens = self.keys[layer], self.block_tokens
-        scales = keys[..., -8 * tokens :].view(torch.float32).unflatten(2, (2, tokens))
-        numbers = keys[..., : -8 * tokens].view(torch.uint8).unflatten(2, (-1, tokens, 4))
+        scales = keys[..., -12 * tokens :].view(torch.float32).unflatten(2, (3, tokens))
+        numbers = keys[..., : -12 * tokens].view(torch.uint8).unflatten(2, (-1, tokens, 4))
         return numbers, self.values[layer].unflatten(2, (-(-tokens // 4), -1, 4)), scales
+
+    @property
+    def _halves(self) -> list[int]:
+        """Dimensions of a key's halves."""
+        first = first_half(self.head_dim)
+        return [size for size in (first, self.head_dim - first) if size]
 
     def _resize_layer(self, layer: int, num_blocks: int) -> None:
         if self.device.type != "cpu":
@@ -278,7 +287,7 @@ class KVCache:
 
 
 def _rounded(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Whole numbers [tokens, heads, head_dim] and scales [tokens, heads]. `attention_int8` rounds alike."""
+    """Whole numbers [tokens, heads, dimensions] and scales [tokens, heads]. `attention_int8` rounds alike."""
     peaks = numbers.abs().amax(dim=2)
     inverses = torch.where(peaks > LEAST, 127 / peaks, 0)
     return (numbers * inverses[..., None]).round(), peaks / 127

@@ -1,8 +1,8 @@
 """Attention over paged KV in int8: byte products, like those with the weights.
 
-`KVCache` describes the layout of keys and values. Per token and head, the key and the value each have a
-scale, with which the largest number becomes 127. A query is rounded to bytes in the same way. The weights of
-a row's values are multiplied by the values' scales, rounded to 16 bits and multiplied as two bytes. All sums
+`KVCache` describes the layout of keys and values. Per token and head, each half of the key and the value have
+a scale, with which the largest number becomes 127. A query is rounded to bytes like a key. The weights of a
+row's values are multiplied by the values' scales, rounded to 16 bits and multiplied as two bytes. All sums
 of products are integers. So a row's result is bit-identical whatever other rows are in the batch, and
 whatever the order of summation.
 """
@@ -73,8 +73,8 @@ _MOST = 65535
 
 @compiled
 def key_bytes(head_dim, block_tokens):
-    """Bytes of a head's keys in a block, [head_dim / 4, tokens, 4], and of the scales, [2, tokens]."""
-    return (head_dim + _TOGETHER - 1) // _TOGETHER * block_tokens * _TOGETHER + 8 * block_tokens
+    """Bytes of a head's keys in a block, [head_dim / 4, tokens, 4], and of the scales, [3, tokens]."""
+    return (head_dim + _TOGETHER - 1) // _TOGETHER * block_tokens * _TOGETHER + 12 * block_tokens
 
 
 @compiled
@@ -88,6 +88,12 @@ def value_bytes(head_dim, block_tokens):
 def _whole(head_dim):
     """The dimensions of a head, rounded up to whole registers."""
     return (head_dim + LANES - 1) // LANES * LANES
+
+
+@compiled
+def first_half(head_dim):
+    """The dimensions of a key's first half, in whole registers. With few, it is the whole key."""
+    return min(head_dim, (head_dim // 2 + LANES - 1) // LANES * LANES)
 
 
 @compiled
@@ -132,70 +138,84 @@ def remember_int8(thread, attention, rows, slots, positions, qkv):
         slot = load_long(slots, row)
         block, token = slot // block_tokens * kv_heads, slot % block_tokens
         # The token's byte position in its word, and a mask of the other bytes.
-        word, shift = token // _TOGETHER * whole, spread_word(np.int32(8 * (token % _TOGETHER)))
+        row_word, shift = token // _TOGETHER * whole, spread_word(np.int32(8 * (token % _TOGETHER)))
         others = spread_word(np.int32(~(255 << (8 * (token % _TOGETHER)))))
         for head in range(first, last):
             key = row * (queries + 2 * width) + queries + head * head_dim
             place_key(attention, load_long(positions, row), qkv + 4 * key)
             slab = keys + (block + head) * slab_of_keys
-            scales = slab + slab_of_keys - 8 * block_tokens
-            peak = _peak(qkv, key, head_dim)
-            store_single(scales, token, peak / np.float32(127))
-            factor = spread_single(_inverse(peak, 127))
-            for dim in range(0, head_dim, LANES):
-                count = head_dim - dim
-                value = round_to_even(multiply(_load(qkv, key + dim, count), factor))
-                store_bytes(own, 0, add(value, middle))
-                at = dim // _TOGETHER * block_tokens + token
-                for part in range((min(LANES, count) + _TOGETHER - 1) // _TOGETHER):
-                    store_word(slab, at + part * block_tokens, load_word(own, part))
+            scales = slab + slab_of_keys - 12 * block_tokens
+            start, end = 0, first_half(head_dim)
+            for part in range(2):
+                peak = _peak(qkv, key + start, end - start)
+                store_single(scales, part * block_tokens + token, peak / np.float32(127))
+                factor = spread_single(_inverse(peak, 127))
+                for dim in range(start, end, LANES):
+                    count = end - dim
+                    value = round_to_even(multiply(_load(qkv, key + dim, count), factor))
+                    store_bytes(own, 0, add(value, middle))
+                    at = dim // _TOGETHER * block_tokens + token
+                    for word in range((min(LANES, count) + _TOGETHER - 1) // _TOGETHER):
+                        store_word(slab, at + word * block_tokens, load_word(own, word))
+                start, end = end, head_dim
             value_at = key + width
             slab = values + (block + head) * slab_of_values
             peak = _peak(qkv, value_at, head_dim)
-            store_single(scales, block_tokens + token, peak / np.float32(127))
+            store_single(scales, 2 * block_tokens + token, peak / np.float32(127))
             factor = spread_single(_inverse(peak, 127))
             for dim in range(0, head_dim, LANES):
                 value = multiply(_load(qkv, value_at + dim, head_dim - dim), factor)
                 added = shift_left(both_of(to_words(round_to_even(value)), byte), shift)
-                kept = both_of(load_words(slab, word + dim), others)
-                store_words(slab, word + dim, either_of(kept, added))
+                kept = both_of(load_words(slab, row_word + dim), others)
+                store_words(slab, row_word + dim, either_of(kept, added))
     keep(room)
 
 
 @compiled
-def _quantize_query(qkv, query, head_dim, out):
-    """Rounds a head's query to bytes at out. Returns their scale, and their sum times the keys' zero byte."""
-    peak = _peak(qkv, query, head_dim)
-    factor = spread_single(_inverse(peak, 127))
-    sums = no_words()
-    for dim in range(0, head_dim, LANES):
-        value = to_words(round_to_even(multiply(_load(qkv, query + dim, head_dim - dim), factor)))
-        store_low_bytes(out, dim, value)
-        sums = add_words(sums, value)
-    return peak / np.float32(127), spread_word(np.int32(_MIDDLE * total_words(sums)))
+def _quantize_query(qkv, query, head_dim, out, factors):
+    """Rounds a head's query to bytes at out.
+
+    factors: for each half its scale, divided by the root of head_dim, and, 16 words later and in all of
+    them, its sum times the keys' zero byte: [2, 32].
+    """
+    root = np.float32(1) / np.sqrt(np.float32(head_dim))
+    start, end = 0, first_half(head_dim)
+    for part in range(2):
+        peak = _peak(qkv, query + start, end - start)
+        factor = spread_single(_inverse(peak, 127))
+        sums = no_words()
+        for dim in range(start, end, LANES):
+            value = to_words(round_to_even(multiply(_load(qkv, query + dim, end - dim), factor)))
+            store_low_bytes(out, dim, value)
+            sums = add_words(sums, value)
+        store_single(factors, part * 2 * LANES, peak / np.float32(127) * root)
+        total_sum = spread_word(np.int32(_MIDDLE * total_words(sums)))
+        store_words(factors, (2 * part + 1) * LANES, total_sum)
+        start, end = end, head_dim
 
 
 @compiled
-def _scores(query, slab, lane, words, block_tokens):
-    """The dot products of a query with 16 keys of a block."""
-    a, b, at = no_words(), no_words(), lane
-    for word in range(0, words - 1, 2):
+def _dots(query, slab, lane, first, last, block_tokens):
+    """The dot products of the words first..last of a query with those of 16 keys of a block."""
+    a, b, at = no_words(), no_words(), first * block_tokens + lane
+    for word in range(first, last - 1, 2):
         a = multiply_bytes(a, load_words(slab, at), spread_word(load_word(query, word)))
         at += block_tokens
         b = multiply_bytes(b, load_words(slab, at), spread_word(load_word(query, word + 1)))
         at += block_tokens
-    if words % 2:
-        a = multiply_bytes(a, load_words(slab, at), spread_word(load_word(query, words - 1)))
+    if (last - first) % 2:
+        a = multiply_bytes(a, load_words(slab, at), spread_word(load_word(query, last - 1)))
     return add_words(a, b)
 
 
 @compiled
-def _scores_of_four(query, stride, slab, lane, words, block_tokens):
-    """The dot products of four queries, `stride` bytes apart, with the same 16 keys."""
+def _dots_of_four(query, stride, slab, lane, first, last, block_tokens):
+    """The dot products of the words first..last of four queries, `stride` bytes apart, with the same keys."""
     a0, b0, c0, d0 = no_words(), no_words(), no_words(), no_words()
     a1, b1, c1, d1 = no_words(), no_words(), no_words(), no_words()
-    second, third, fourth, at = query + stride, query + 2 * stride, query + 3 * stride, lane
-    for word in range(0, words - 1, 2):
+    second, third, fourth = query + stride, query + 2 * stride, query + 3 * stride
+    at = first * block_tokens + lane
+    for word in range(first, last - 1, 2):
         keys = load_words(slab, at)
         a0 = multiply_bytes(a0, keys, spread_word(load_word(query, word)))
         b0 = multiply_bytes(b0, keys, spread_word(load_word(second, word)))
@@ -207,13 +227,60 @@ def _scores_of_four(query, stride, slab, lane, words, block_tokens):
         c1 = multiply_bytes(c1, keys, spread_word(load_word(third, word + 1)))
         d1 = multiply_bytes(d1, keys, spread_word(load_word(fourth, word + 1)))
         at += 2 * block_tokens
-    if words % 2:
-        keys, word = load_words(slab, at), words - 1
+    if (last - first) % 2:
+        keys, word = load_words(slab, at), last - 1
         a0 = multiply_bytes(a0, keys, spread_word(load_word(query, word)))
         b0 = multiply_bytes(b0, keys, spread_word(load_word(second, word)))
         c0 = multiply_bytes(c0, keys, spread_word(load_word(third, word)))
         d0 = multiply_bytes(d0, keys, spread_word(load_word(fourth, word)))
     return add_words(a0, a1), add_words(b0, b1), add_words(c0, c1), add_words(d0, d1)
+
+
+@compiled
+def _scaled(dots, scales, factors):
+    """A half's part of 16 scores, from its dot products, the keys' scales and the query's factors."""
+    factor = spread_single(load_single(factors, 0))
+    added = load_words(factors, LANES)
+    return multiply(to_singles(subtract_words(dots, added)), multiply(scales, factor))
+
+
+@compiled
+def _store_scores(query, slab, lane, head_dim, block_tokens, factors, scores, at):
+    """Stores a query's scores of 16 keys of a block. factors: as in `_quantize_query`."""
+    middle, words = first_half(head_dim) // _TOGETHER, (head_dim + _TOGETHER - 1) // _TOGETHER
+    scales = words * block_tokens + lane
+    dots = _dots(query, slab, lane, 0, middle, block_tokens)
+    value = _scaled(dots, load_singles(slab, scales), factors)
+    if middle < words:
+        dots = _dots(query, slab, lane, middle, words, block_tokens)
+        other = load_singles(slab, scales + block_tokens)
+        value = add(value, _scaled(dots, other, factors + 8 * LANES))
+    store_singles(scores, at, value)
+
+
+@compiled
+def _store_scores_of_four(query, stride, slab, lane, head_dim, block_tokens, factors, scores, at, room):
+    """`_store_scores` for four queries, `stride` bytes apart. Their scores are `room` numbers apart."""
+    middle, words = first_half(head_dim) // _TOGETHER, (head_dim + _TOGETHER - 1) // _TOGETHER
+    scales, step = words * block_tokens + lane, 16 * LANES
+    second, third, fourth = factors + step, factors + 2 * step, factors + 3 * step
+    own = load_singles(slab, scales)
+    a, b, c, d = _dots_of_four(query, stride, slab, lane, 0, middle, block_tokens)
+    s, t, u, v = (
+        _scaled(a, own, factors),
+        _scaled(b, own, second),
+        _scaled(c, own, third),
+        _scaled(d, own, fourth),
+    )
+    if middle < words:
+        own, step = load_singles(slab, scales + block_tokens), 8 * LANES
+        a, b, c, d = _dots_of_four(query, stride, slab, lane, middle, words, block_tokens)
+        s, t = add(s, _scaled(a, own, factors + step)), add(t, _scaled(b, own, second + step))
+        u, v = add(u, _scaled(c, own, third + step)), add(v, _scaled(d, own, fourth + step))
+    store_singles(scores, at, s)
+    store_singles(scores, at + room, t)
+    store_singles(scores, at + 2 * room, u)
+    store_singles(scores, at + 3 * room, v)
 
 
 @compiled
@@ -265,14 +332,6 @@ def _copy_scales(slab, slab_bytes, block_tokens, scales, slot):
 
 
 @compiled
-def _store_scores(dots, scales, factors, head, scores, at):
-    """Stores the scores of 16 keys: their dot products with a head's query without the keys' zero byte."""
-    factor = spread_single(load_single(factors, head * 2 * LANES))
-    added = load_words(factors, head * 2 * LANES + LANES)
-    store_singles(scores, at, multiply(to_singles(subtract_words(dots, added)), multiply(scales, factor)))
-
-
-@compiled
 def _attend_one(attention, batch, qkv, out, row, first, last, scratch, room, following):
     """Attends with the heads first..last of one row over its context, block by block in memory order.
 
@@ -285,23 +344,19 @@ def _attend_one(attention, batch, qkv, out, row, first, last, scratch, room, fol
     table, length = block_table(batch, row), context_tokens(batch, row)
     blocks = (length + block_tokens - 1) // block_tokens
     slab_of_keys, slab_of_values = key_bytes(head_dim, block_tokens), value_bytes(head_dim, block_tokens)
-    words = (head_dim + _TOGETHER - 1) // _TOGETHER
     group = attention.heads // kv_heads
     first_kv_head = first // group
-    # Parts of scratch, for each head: scores, scales, sums, the weights' bytes, the query, its factor and its
-    # sum. Scales are those of KV heads, so they may need less.
+    # Parts of scratch, for each head: scores, scales, sums, the weights' bytes, the query and its factors.
+    # Scales are those of KV heads, so they may need less.
     scores, scales = scratch, scratch + 4 * count * room
     sums = scales + 4 * count * room
     upper = sums + 8 * count * whole
     lower = upper + count * room
     queries = lower + count * room
     factors = queries + count * whole
-    root = np.float32(1) / np.sqrt(np.float32(head_dim))
     for head in range(count):
         query = (row * (attention.heads + 2 * kv_heads) + first + head) * head_dim
-        step, added = _quantize_query(qkv, query, head_dim, queries + head * whole)
-        store_single(factors, head * 2 * LANES, step * root)
-        store_words(factors, head * 2 * LANES + LANES, added)
+        _quantize_query(qkv, query, head_dim, queries + head * whole, factors + 16 * LANES * head)
     for index in range(blocks):
         block, slot = load_long(table, index) * kv_heads, index * block_tokens
         is_last = index + 1 == blocks
@@ -318,17 +373,14 @@ def _attend_one(attention, batch, qkv, out, row, first, last, scratch, room, fol
             end = min(count, kv_head * group - first)
             while head < end:
                 query, at, together = queries + head * whole, head * room + slot, 4 if head + 4 <= end else 1
+                own = factors + 16 * LANES * head
                 for lane in range(0, block_tokens, LANES):
-                    own = load_singles(slab, words * block_tokens + lane)
                     if together == 4:
-                        d0, d1, d2, d3 = _scores_of_four(query, whole, slab, lane, words, block_tokens)
-                        _store_scores(d0, own, factors, head, scores, at + lane)
-                        _store_scores(d1, own, factors, head + 1, scores, at + room + lane)
-                        _store_scores(d2, own, factors, head + 2, scores, at + 2 * room + lane)
-                        _store_scores(d3, own, factors, head + 3, scores, at + 3 * room + lane)
+                        _store_scores_of_four(
+                            query, whole, slab, lane, head_dim, block_tokens, own, scores, at + lane, room
+                        )
                     else:
-                        dots = _scores(query, slab, lane, words, block_tokens)
-                        _store_scores(dots, own, factors, head, scores, at + lane)
+                        _store_scores(query, slab, lane, head_dim, block_tokens, own, scores, at + lane)
                 head += together
     for head in range(count):
         factor = _weigh(
@@ -339,7 +391,7 @@ def _attend_one(attention, batch, qkv, out, row, first, last, scratch, room, fol
             upper + head * room,
             lower + head * room,
         )
-        store_single(factors, head * 2 * LANES, factor)
+        store_single(factors, 4 * LANES * head, factor)
         for dim in range(0, 2 * whole, LANES):
             store_words(sums, head * 2 * whole + dim, no_words())
     for index in range(blocks):
@@ -369,7 +421,7 @@ def _attend_one(attention, batch, qkv, out, row, first, last, scratch, room, fol
                     store_words(sums, place + whole, b)
                 head += 1
     for head in range(count):
-        factor = load_single(factors, head * 2 * LANES)
+        factor = load_single(factors, 4 * LANES * head)
         for dim in range(0, head_dim, LANES):
             place = head * 2 * whole + dim
             _store(
@@ -393,32 +445,22 @@ def _attend_four(attention, batch, qkv, out, row, head, scratch, room):
     table, length = block_table(batch, row), context_tokens(batch, row + 3)
     blocks = (length + block_tokens - 1) // block_tokens
     slab_of_keys, slab_of_values = key_bytes(head_dim, block_tokens), value_bytes(head_dim, block_tokens)
-    words = (head_dim + _TOGETHER - 1) // _TOGETHER
     scores, scales = scratch, scratch + 16 * room
     upper = scales + 4 * room
     lower = upper + 4 * room
     queries = lower + 4 * room
     factors = queries + 4 * whole
-    root = np.float32(1) / np.sqrt(np.float32(head_dim))
     query = row * qkv_width + head * head_dim
-    s0, t0 = _quantize_query(qkv, query, head_dim, queries)
-    s1, t1 = _quantize_query(qkv, query + qkv_width, head_dim, queries + whole)
-    s2, t2 = _quantize_query(qkv, query + 2 * qkv_width, head_dim, queries + 2 * whole)
-    s3, t3 = _quantize_query(qkv, query + 3 * qkv_width, head_dim, queries + 3 * whole)
-    f0, f1 = spread_single(s0 * root), spread_single(s1 * root)
-    f2, f3 = spread_single(s2 * root), spread_single(s3 * root)
+    for index in range(4):
+        at, own = query + index * qkv_width, factors + 16 * LANES * index
+        _quantize_query(qkv, at, head_dim, queries + index * whole, own)
     for index in range(blocks):
         slab = keys + (load_long(table, index) * kv_heads + kv_head) * slab_of_keys
         for lane in range(0, block_tokens, LANES):
-            d0, d1, d2, d3 = _scores_of_four(queries, whole, slab, lane, words, block_tokens)
-            own, at = load_singles(slab, words * block_tokens + lane), index * block_tokens + lane
-            store_singles(scores, at, multiply(to_singles(subtract_words(d0, t0)), multiply(own, f0)))
-            at += room
-            store_singles(scores, at, multiply(to_singles(subtract_words(d1, t1)), multiply(own, f1)))
-            at += room
-            store_singles(scores, at, multiply(to_singles(subtract_words(d2, t2)), multiply(own, f2)))
-            at += room
-            store_singles(scores, at, multiply(to_singles(subtract_words(d3, t3)), multiply(own, f3)))
+            at = index * block_tokens + lane
+            _store_scores_of_four(
+                queries, whole, slab, lane, head_dim, block_tokens, factors, scores, at, room
+            )
         _copy_scales(slab, slab_of_keys, block_tokens, scales, index * block_tokens)
     for index in range(4):
         factor = _weigh(
@@ -478,7 +520,7 @@ def _attend_four(attention, batch, qkv, out, row, head, scratch, room):
 def _scratch(count, head_dim, room):
     """Bytes of work space for `count` heads of one row, or for one head of `count` rows."""
     whole = _whole(head_dim)
-    return count * (10 * room + 9 * whole + 8 * LANES)
+    return count * (10 * room + 9 * whole + 16 * LANES)
 
 
 @compiled
