@@ -332,15 +332,17 @@ def test_the_packed_form_is_that_of_its_version() -> None:
     """If this fails, packing has changed. Raise LAYOUT_VERSION, or old files will be read as new ones."""
     numbers = torch.arange(70 * 33, dtype=torch.float32).mul(7).remainder(101).sub(50).view(70, 33)
     weight, scales = quantize(numbers)
+    of_groups, group_scales = quantize(numbers, in_groups=True)
     check = 0
     for weights in (
         LinearWeights(numbers, numbers[:, 0]),
         LinearWeights(numbers.bfloat16(), None),
         LinearWeights(weight, numbers[:, 0], scales),
+        LinearWeights(of_groups, numbers[:, 0], group_scales),
     ):
         for tensor in linear(weights).tensors:
             check = zlib.crc32(tensor.view(-1).view(torch.uint8).numpy().data, check)
-    assert (LAYOUT_VERSION, check) == (6, 557359800)
+    assert (LAYOUT_VERSION, check) == (7, 3451472094)
 
 
 def test_the_directory_follows_the_xdg_specification(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,6 +19,7 @@ from helios.engine.kernels.layout import (
     Thread,
 )
 from helios.engine.kernels.product import plain, product
+from helios.engine.kernels.quantize import quantize_groups
 from helios.engine.kernels.step import run_burst
 from helios.engine.kernels.summary import summarize
 
@@ -65,3 +66,9 @@ def call_product(thread, precision, linear, x, rows, out, scratch):
 def call_summarize(thread, outputs, rows, width):
     """Calls `summarize`."""
     summarize(Thread(*thread), Outputs(*outputs), rows, width)
+
+
+@compiled
+def call_quantize(rows, inputs, x, numbers, scales):
+    """Calls `quantize_groups`, in one thread."""
+    quantize_groups(rows, inputs, x, numbers, scales)

@@ -22,8 +22,8 @@ from helios.engine.weights.quantize import chunk_rows
 
 # Version of the contents of a PackedLinear. Raise it whenever the same tensors would mean something else, or
 # when contents of earlier versions may be wrong. Since version 4 all numbers are known to be finite. Since
-# version 5 a layer has norms of heads, and since version 6 groups of inputs may have scales of their own.
-LAYOUT_VERSION = 6
+# version 5 a layer has norms of heads, and since version 7 groups of inputs may have scales of their own.
+LAYOUT_VERSION = 7
 
 _WORD_BYTES = 4
 _PRECISIONS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.int8: INT8}

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Iterator
 
 import torch
-from torch.nn import functional as F
 
 from helios.architectures.spec import ModelConfig
+from helios.engine.kernels import border
 from helios.engine.kernels.inner_product import GROUP
 from helios.engine.weights.parts import Norm
 
@@ -13,7 +13,6 @@ from helios.engine.weights.parts import Norm
 _CHUNK_ITEMS = 1 << 18
 # Rows of a weight that are scaled at a time, to need little extra memory.
 _ROWS_AT_ONCE = 64
-# The smallest normal float32.
 _TINY = torch.finfo(torch.float32).tiny
 # Share of a norm's largest weight. Smaller weights are treated as this large.
 _LEAST_SIZE = 1e-3
@@ -46,25 +45,22 @@ def quantize_blocks(
     row = 0
     for block in blocks:
         for part in block.split(chunk_rows(in_size)):
-            own = slice(row, row + len(part))
+            numbers, own = part.float(), slice(row, row + len(part))
             if in_groups:
-                # [rows, groups, GROUP]
-                numbers = F.pad(part.float(), (0, groups * GROUP - in_size)).unflatten(1, (groups, GROUP))
-                steps = _steps(numbers)
-                # A little larger, so that no number exceeds 127 steps after rounding.
-                steps = (steps.clamp_min(_TINY) * (1 + 2**-8)).bfloat16().float()
+                values[own], scales[own] = _quantize_groups(numbers.contiguous(), groups)
             else:
-                numbers = part.float()[:, None]
-                steps = _steps(numbers)
-            scales[own] = steps
-            values[own] = (numbers / steps[:, :, None]).round_().flatten(1)[:, :in_size]
+                steps = numbers.abs().amax(dim=1, keepdim=True).clamp_min_(_TINY) / 127
+                values[own], scales[own] = (numbers / steps).round_(), steps
             row += len(part)
     return values, scales if in_groups else scales[:, 0]
 
 
-def _steps(numbers: torch.Tensor) -> torch.Tensor:
-    """The scales with which the largest of the last dimension become 127."""
-    return numbers.abs().amax(dim=-1).clamp_min_(_TINY) / 127
+def _quantize_groups(numbers: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Like `quantize` in groups, for float32 [rows, in]."""
+    rows, in_size = numbers.shape
+    values, scales = torch.empty(rows, groups * GROUP, dtype=torch.int8), torch.empty(rows, groups)
+    border.call_quantize(rows, in_size, numbers.data_ptr(), values.data_ptr(), scales.data_ptr())
+    return values[:, :in_size], scales
 
 
 def chunk_rows(in_size: int) -> int:
