@@ -6,7 +6,9 @@ Bytes and operations can be computed from a shape without weights.
 from dataclasses import replace
 from pathlib import Path
 
+from helios.architectures.opt import POSITION_OFFSET
 from helios.architectures.registry import config_of
+from helios.architectures.spec import LearnedPositions
 
 # Ids below this are special tokens, in OPT's vocabularies and in those of the random models.
 FIRST_TOKEN = 4
@@ -92,5 +94,6 @@ TINY = replace(
     head_dim=16,
     ffn_dim=256,
     context_tokens=256,
+    positions=LearnedPositions(POSITION_OFFSET, rows=POSITION_OFFSET + 256),
     embed_size=64,
 )

@@ -67,7 +67,7 @@ def test_no_weight_is_read_to_list_a_model(tmp_path: Path, form: Form) -> None:
 
 def test_catalog_needs_no_torch(model: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from helios import catalog, hub;"
+        "import sys; from pathlib import Path; from helios import catalog; from helios.sources import pull;"
         "assert catalog.list_models(Path(sys.argv[1]));"
         "assert not {'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)"
     )

@@ -152,8 +152,8 @@ def test_profile_is_shown_whole(
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
     measured = model_profile(MODEL, [exit_profile(4, 0.9, joules_per_token=0.00123), exit_profile(16, 0.8)])
-    profile._show(measured.model_copy(update={"provenance": {"power": REASON}}))
-    check(capsys.readouterr().out, width, MODEL, f"power: {REASON}", "4 0.50 80% 90% 20.0 +0.0% 4.00 8.00")
+    profile._show(measured.model_copy(update={"provenance": {"power": REASON}}), 0.05)
+    check(capsys.readouterr().out, width, MODEL, f"power: {REASON}", "4 0.50 80% 90% 20.0 +49.2% 4.00 8.00")
 
 
 @WIDTHS
