@@ -61,15 +61,14 @@ def main() -> None:
 
 def _continue(job: Job) -> list[ReferenceStream]:
     import torch  # noqa: PLC0415
-    from transformers import AutoConfig, OPTForCausalLM  # noqa: PLC0415
+    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
 
     # One row at a time is too little work for a second thread.
     torch.set_num_threads(1)
     config = AutoConfig.from_pretrained(job.checkpoint)
     # With fewer layers in its config, transformers does not read the weights of the others.
     full_depth, config.num_hidden_layers = config.num_hidden_layers, job.depth
-    # Typed as Any, because transformers' annotations do not accept these arguments.
-    model: Any = OPTForCausalLM.from_pretrained(job.checkpoint, config=config, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(job.checkpoint, config=config, dtype=torch.float32)
     if job.depth < full_depth:
         _use_exit_head(model, Path(job.checkpoint), job.depth)
     model.generation_config.eos_token_id = None
@@ -101,13 +100,17 @@ def _use_exit_head(model: Any, checkpoint: Path, depth: int) -> None:
     if facts["exit_head"] == "shared":
         return
     tensors = load_file(checkpoint / "exits.safetensors")
-    norm = model.model.decoder.final_layer_norm
+    # OPT's decoder and its norm have other names than those of all other architectures.
+    decoder = getattr(model.model, "decoder", model.model)
+    name = "final_layer_norm" if hasattr(decoder, "final_layer_norm") else "norm"
+    norm = getattr(decoder, name)
     norm.weight.data = tensors[f"exits.{depth}.norm.weight"].float()
-    norm.bias.data = tensors[f"exits.{depth}.norm.bias"].float()
+    if hasattr(norm, "bias"):
+        norm.bias.data = tensors[f"exits.{depth}.norm.bias"].float()
     if facts["exit_head"] == "linear":
         linear = nn.Linear(norm.weight.numel(), norm.weight.numel(), bias=False)
         linear.weight.data = tensors[f"exits.{depth}.linear.weight"].float()
-        model.model.decoder.final_layer_norm = nn.Sequential(norm, linear)
+        setattr(decoder, name, nn.Sequential(norm, linear))
 
 
 if __name__ == "__main__":
