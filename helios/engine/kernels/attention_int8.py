@@ -56,7 +56,6 @@ from helios.engine.kernels.simd import (
     store_word,
     store_words,
     subtract,
-    subtract_words,
     to_singles,
     to_words,
     total,
@@ -74,14 +73,19 @@ _MOST = 65535
 @compiled
 def key_bytes(head_dim, block_tokens):
     """Bytes of a head's keys in a block, [head_dim / 4, tokens, 4], and of the scales, [3, tokens]."""
-    return (head_dim + _TOGETHER - 1) // _TOGETHER * block_tokens * _TOGETHER + 12 * block_tokens
+    return _words(head_dim) * block_tokens * _TOGETHER + 12 * block_tokens
 
 
 @compiled
 def value_bytes(head_dim, block_tokens):
     """Bytes of a head's values in a block: [tokens / 4, head_dim in whole registers, 4]."""
-    words = (block_tokens + _TOGETHER - 1) // _TOGETHER
-    return words * _whole(head_dim) * _TOGETHER
+    return _words(block_tokens) * _whole(head_dim) * _TOGETHER
+
+
+@compiled
+def _words(numbers):
+    """Words that hold this many bytes."""
+    return (numbers + _TOGETHER - 1) // _TOGETHER
 
 
 @compiled
@@ -155,7 +159,7 @@ def remember_int8(thread, attention, rows, slots, positions, qkv):
                     value = round_to_even(multiply(_load(qkv, key + dim, count), factor))
                     store_bytes(own, 0, add(value, middle))
                     at = dim // _TOGETHER * block_tokens + token
-                    for word in range((min(LANES, count) + _TOGETHER - 1) // _TOGETHER):
+                    for word in range(_words(min(LANES, count))):
                         store_word(slab, at + word * block_tokens, load_word(own, word))
                 start, end = end, head_dim
             value_at = key + width
@@ -175,8 +179,8 @@ def remember_int8(thread, attention, rows, slots, positions, qkv):
 def _quantize_query(qkv, query, head_dim, out, factors):
     """Rounds a head's query to bytes at out.
 
-    factors: for each half its scale, divided by the root of head_dim, and, 16 words later and in all of
-    them, its sum times the keys' zero byte: [2, 32].
+    factors: for each half its scale, divided by the root of head_dim, and, in the 16 words from the 16th on,
+    what dot products with keys begin with, because of the keys' zero byte: [2, 32].
     """
     root = np.float32(1) / np.sqrt(np.float32(head_dim))
     start, end = 0, first_half(head_dim)
@@ -189,98 +193,77 @@ def _quantize_query(qkv, query, head_dim, out, factors):
             store_low_bytes(out, dim, value)
             sums = add_words(sums, value)
         store_single(factors, part * 2 * LANES, peak / np.float32(127) * root)
-        total_sum = spread_word(np.int32(_MIDDLE * total_words(sums)))
-        store_words(factors, (2 * part + 1) * LANES, total_sum)
+        beginning = spread_word(np.int32(-_MIDDLE * total_words(sums)))
+        store_words(factors, (2 * part + 1) * LANES, beginning)
         start, end = end, head_dim
 
 
 @compiled
-def _dots(query, slab, lane, first, last, block_tokens):
-    """The dot products of the words first..last of a query with those of 16 keys of a block."""
-    a, b, at = no_words(), no_words(), first * block_tokens + lane
-    for word in range(first, last - 1, 2):
-        a = multiply_bytes(a, load_words(slab, at), spread_word(load_word(query, word)))
-        at += block_tokens
-        b = multiply_bytes(b, load_words(slab, at), spread_word(load_word(query, word + 1)))
-        at += block_tokens
-    if (last - first) % 2:
-        a = multiply_bytes(a, load_words(slab, at), spread_word(load_word(query, last - 1)))
-    return add_words(a, b)
-
-
-@compiled
-def _dots_of_four(query, stride, slab, lane, first, last, block_tokens):
-    """The dot products of the words first..last of four queries, `stride` bytes apart, with the same keys."""
-    a0, b0, c0, d0 = no_words(), no_words(), no_words(), no_words()
-    a1, b1, c1, d1 = no_words(), no_words(), no_words(), no_words()
-    second, third, fourth = query + stride, query + 2 * stride, query + 3 * stride
-    at = first * block_tokens + lane
-    for word in range(first, last - 1, 2):
-        keys = load_words(slab, at)
-        a0 = multiply_bytes(a0, keys, spread_word(load_word(query, word)))
-        b0 = multiply_bytes(b0, keys, spread_word(load_word(second, word)))
-        c0 = multiply_bytes(c0, keys, spread_word(load_word(third, word)))
-        d0 = multiply_bytes(d0, keys, spread_word(load_word(fourth, word)))
-        keys = load_words(slab, at + block_tokens)
-        a1 = multiply_bytes(a1, keys, spread_word(load_word(query, word + 1)))
-        b1 = multiply_bytes(b1, keys, spread_word(load_word(second, word + 1)))
-        c1 = multiply_bytes(c1, keys, spread_word(load_word(third, word + 1)))
-        d1 = multiply_bytes(d1, keys, spread_word(load_word(fourth, word + 1)))
-        at += 2 * block_tokens
-    if (last - first) % 2:
-        keys, word = load_words(slab, at), last - 1
-        a0 = multiply_bytes(a0, keys, spread_word(load_word(query, word)))
-        b0 = multiply_bytes(b0, keys, spread_word(load_word(second, word)))
-        c0 = multiply_bytes(c0, keys, spread_word(load_word(third, word)))
-        d0 = multiply_bytes(d0, keys, spread_word(load_word(fourth, word)))
-    return add_words(a0, a1), add_words(b0, b1), add_words(c0, c1), add_words(d0, d1)
-
-
-@compiled
-def _scaled(dots, scales, factors):
-    """A half's part of 16 scores, from its dot products, the keys' scales and the query's factors."""
+def _scaled(first, second, scales, other_scales, factors):
+    """16 scores, from the dot products of both halves, the keys' scales and the query's factors."""
     factor = spread_single(load_single(factors, 0))
-    added = load_words(factors, LANES)
-    return multiply(to_singles(subtract_words(dots, added)), multiply(scales, factor))
+    other_factor = spread_single(load_single(factors, 2 * LANES))
+    value = multiply(to_singles(first), multiply(scales, factor))
+    return multiply_add(to_singles(second), multiply(other_scales, other_factor), value)
 
 
 @compiled
 def _store_scores(query, slab, lane, head_dim, block_tokens, factors, scores, at):
     """Stores a query's scores of 16 keys of a block. factors: as in `_quantize_query`."""
-    middle, words = first_half(head_dim) // _TOGETHER, (head_dim + _TOGETHER - 1) // _TOGETHER
-    scales = words * block_tokens + lane
-    dots = _dots(query, slab, lane, 0, middle, block_tokens)
-    value = _scaled(dots, load_singles(slab, scales), factors)
-    if middle < words:
-        dots = _dots(query, slab, lane, middle, words, block_tokens)
-        other = load_singles(slab, scales + block_tokens)
-        value = add(value, _scaled(dots, other, factors + 8 * LANES))
-    store_singles(scores, at, value)
+    middle, words = _words(first_half(head_dim)), _words(head_dim)
+    a0, a1 = load_words(factors, LANES), load_words(factors, 3 * LANES)
+    # Where the keys' words lie, those of the first half and those of the second, which has no more.
+    place, other = lane, middle * block_tokens + lane
+    for word in range(words - middle):
+        a0 = multiply_bytes(a0, load_words(slab, place), spread_word(load_word(query, word)))
+        a1 = multiply_bytes(a1, load_words(slab, other), spread_word(load_word(query, middle + word)))
+        place += block_tokens
+        other += block_tokens
+    for word in range(words - middle, middle):
+        a0 = multiply_bytes(a0, load_words(slab, place), spread_word(load_word(query, word)))
+        place += block_tokens
+    own = words * block_tokens + lane
+    key_scales, other_scales = load_singles(slab, own), load_singles(slab, own + block_tokens)
+    store_singles(scores, at, _scaled(a0, a1, key_scales, other_scales, factors))
 
 
 @compiled
 def _store_scores_of_four(query, stride, slab, lane, head_dim, block_tokens, factors, scores, at, room):
     """`_store_scores` for four queries, `stride` bytes apart. Their scores are `room` numbers apart."""
-    middle, words = first_half(head_dim) // _TOGETHER, (head_dim + _TOGETHER - 1) // _TOGETHER
-    scales, step = words * block_tokens + lane, 16 * LANES
-    second, third, fourth = factors + step, factors + 2 * step, factors + 3 * step
-    own = load_singles(slab, scales)
-    a, b, c, d = _dots_of_four(query, stride, slab, lane, 0, middle, block_tokens)
-    s, t, u, v = (
-        _scaled(a, own, factors),
-        _scaled(b, own, second),
-        _scaled(c, own, third),
-        _scaled(d, own, fourth),
-    )
-    if middle < words:
-        own, step = load_singles(slab, scales + block_tokens), 8 * LANES
-        a, b, c, d = _dots_of_four(query, stride, slab, lane, middle, words, block_tokens)
-        s, t = add(s, _scaled(a, own, factors + step)), add(t, _scaled(b, own, second + step))
-        u, v = add(u, _scaled(c, own, third + step)), add(v, _scaled(d, own, fourth + step))
-    store_singles(scores, at, s)
-    store_singles(scores, at + room, t)
-    store_singles(scores, at + 2 * room, u)
-    store_singles(scores, at + 3 * room, v)
+    middle, words = _words(first_half(head_dim)), _words(head_dim)
+    second, third, fourth = query + stride, query + 2 * stride, query + 3 * stride
+    of_second, of_third, of_fourth = factors + 16 * LANES, factors + 32 * LANES, factors + 48 * LANES
+    a0, a1 = load_words(factors, LANES), load_words(factors, 3 * LANES)
+    b0, b1 = load_words(of_second, LANES), load_words(of_second, 3 * LANES)
+    c0, c1 = load_words(of_third, LANES), load_words(of_third, 3 * LANES)
+    d0, d1 = load_words(of_fourth, LANES), load_words(of_fourth, 3 * LANES)
+    place, other = lane, middle * block_tokens + lane
+    for word in range(words - middle):
+        keys = load_words(slab, place)
+        a0 = multiply_bytes(a0, keys, spread_word(load_word(query, word)))
+        b0 = multiply_bytes(b0, keys, spread_word(load_word(second, word)))
+        c0 = multiply_bytes(c0, keys, spread_word(load_word(third, word)))
+        d0 = multiply_bytes(d0, keys, spread_word(load_word(fourth, word)))
+        keys = load_words(slab, other)
+        a1 = multiply_bytes(a1, keys, spread_word(load_word(query, middle + word)))
+        b1 = multiply_bytes(b1, keys, spread_word(load_word(second, middle + word)))
+        c1 = multiply_bytes(c1, keys, spread_word(load_word(third, middle + word)))
+        d1 = multiply_bytes(d1, keys, spread_word(load_word(fourth, middle + word)))
+        place += block_tokens
+        other += block_tokens
+    for word in range(words - middle, middle):
+        keys = load_words(slab, place)
+        a0 = multiply_bytes(a0, keys, spread_word(load_word(query, word)))
+        b0 = multiply_bytes(b0, keys, spread_word(load_word(second, word)))
+        c0 = multiply_bytes(c0, keys, spread_word(load_word(third, word)))
+        d0 = multiply_bytes(d0, keys, spread_word(load_word(fourth, word)))
+        place += block_tokens
+    own = words * block_tokens + lane
+    key_scales, other_scales = load_singles(slab, own), load_singles(slab, own + block_tokens)
+    store_singles(scores, at, _scaled(a0, a1, key_scales, other_scales, factors))
+    store_singles(scores, at + room, _scaled(b0, b1, key_scales, other_scales, of_second))
+    store_singles(scores, at + 2 * room, _scaled(c0, c1, key_scales, other_scales, of_third))
+    store_singles(scores, at + 3 * room, _scaled(d0, d1, key_scales, other_scales, of_fourth))
 
 
 @compiled
@@ -329,6 +312,51 @@ def _copy_scales(slab, slab_bytes, block_tokens, scales, slot):
     source = slab + slab_bytes - 4 * block_tokens
     for lane in range(0, block_tokens, LANES):
         store_singles(scales, slot + lane, load_singles(source, lane))
+
+
+@compiled
+def _add_weighted(upper, lower, parts, slab, whole, sums):
+    """Adds a block's values times the bytes of their weights to a head's sums, [2, whole].
+
+    parts: groups of four tokens, whose weights are a word of `upper` and one of `lower`.
+    """
+    dim, others = 0, sums + 4 * whole
+    # Four registers of dimensions at a time, so that weights are loaded once for all of them.
+    while dim + 4 * LANES <= whole:
+        a0, a1 = load_words(sums, dim), load_words(sums, dim + LANES)
+        a2, a3 = load_words(sums, dim + 2 * LANES), load_words(sums, dim + 3 * LANES)
+        b0, b1 = load_words(others, dim), load_words(others, dim + LANES)
+        b2, b3 = load_words(others, dim + 2 * LANES), load_words(others, dim + 3 * LANES)
+        at = dim
+        for word in range(parts):
+            high, low = spread_word(load_word(upper, word)), spread_word(load_word(lower, word))
+            value = load_words(slab, at)
+            a0, b0 = multiply_bytes(a0, high, value), multiply_bytes(b0, low, value)
+            value = load_words(slab, at + LANES)
+            a1, b1 = multiply_bytes(a1, high, value), multiply_bytes(b1, low, value)
+            value = load_words(slab, at + 2 * LANES)
+            a2, b2 = multiply_bytes(a2, high, value), multiply_bytes(b2, low, value)
+            value = load_words(slab, at + 3 * LANES)
+            a3, b3 = multiply_bytes(a3, high, value), multiply_bytes(b3, low, value)
+            at += whole
+        store_words(sums, dim, a0)
+        store_words(sums, dim + LANES, a1)
+        store_words(sums, dim + 2 * LANES, a2)
+        store_words(sums, dim + 3 * LANES, a3)
+        store_words(others, dim, b0)
+        store_words(others, dim + LANES, b1)
+        store_words(others, dim + 2 * LANES, b2)
+        store_words(others, dim + 3 * LANES, b3)
+        dim += 4 * LANES
+    while dim < whole:
+        a, b = load_words(sums, dim), load_words(others, dim)
+        for word in range(parts):
+            value = load_words(slab, word * whole + dim)
+            a = multiply_bytes(a, spread_word(load_word(upper, word)), value)
+            b = multiply_bytes(b, spread_word(load_word(lower, word)), value)
+        store_words(sums, dim, a)
+        store_words(others, dim, b)
+        dim += LANES
 
 
 @compiled
@@ -398,7 +426,7 @@ def _attend_one(attention, batch, qkv, out, row, first, last, scratch, room, fol
         block = load_long(table, index) * kv_heads
         is_last = index + 1 == blocks
         following_block = (following if is_last else load_long(table, index + 1)) * kv_heads
-        parts = (min(block_tokens, length - index * block_tokens) + _TOGETHER - 1) // _TOGETHER
+        parts = _words(min(block_tokens, length - index * block_tokens))
         head, kv_head = 0, first_kv_head
         while head < count:
             if is_last:
@@ -409,16 +437,8 @@ def _attend_one(attention, batch, qkv, out, row, first, last, scratch, room, fol
             kv_head += 1
             end = min(count, kv_head * group - first)
             while head < end:
-                at = head * room + index * block_tokens
-                for dim in range(0, whole, LANES):
-                    place = head * 2 * whole + dim
-                    a, b = load_words(sums, place), load_words(sums, place + whole)
-                    for word in range(parts):
-                        value = load_words(slab, word * whole + dim)
-                        a = multiply_bytes(a, spread_word(load_word(upper + at, word)), value)
-                        b = multiply_bytes(b, spread_word(load_word(lower + at, word)), value)
-                    store_words(sums, place, a)
-                    store_words(sums, place + whole, b)
+                at, own = head * room + index * block_tokens, sums + 8 * head * whole
+                _add_weighted(upper + at, lower + at, parts, slab, whole, own)
                 head += 1
     for head in range(count):
         factor = load_single(factors, 4 * LANES * head)
@@ -482,7 +502,7 @@ def _attend_four(attention, batch, qkv, out, row, head, scratch, room):
         for index in range(blocks):
             slab = values + (load_long(table, index) * kv_heads + kv_head) * slab_of_values
             high, low = upper + index * block_tokens, lower + index * block_tokens
-            parts = (min(block_tokens, length - index * block_tokens) + _TOGETHER - 1) // _TOGETHER
+            parts = _words(min(block_tokens, length - index * block_tokens))
             at = dim
             for word in range(parts):
                 x, y = load_words(slab, at), load_words(slab, at + LANES)

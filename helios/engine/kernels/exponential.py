@@ -16,8 +16,16 @@ from helios.engine.kernels.simd import (
 )
 
 _LOG2_E = math.log2(math.e)
-# 2**x on [0, 1): the Taylor series in x ln 2, to the precision of float32.
-_SERIES = tuple(math.log(2) ** power / math.factorial(power) for power in range(8))
+# 2**x on [0, 1): the polynomial of this degree that begins with 1 and has the smallest largest error, to the
+# precision of float32.
+_POLYNOMIAL = (
+    1.0,
+    0.693151311811565,
+    0.24016445010333062,
+    0.0557999132318772,
+    0.009017030192291614,
+    0.0018671301166728997,
+)
 
 
 @compiled
@@ -26,12 +34,10 @@ def exponential(x):
     power = multiply(larger(x, spread_single(np.float32(-87))), spread_single(np.float32(_LOG2_E)))
     whole = floor(power)
     part = subtract(power, whole)
-    value = spread_single(np.float32(_SERIES[7]))
-    value = multiply_add(value, part, spread_single(np.float32(_SERIES[6])))
-    value = multiply_add(value, part, spread_single(np.float32(_SERIES[5])))
-    value = multiply_add(value, part, spread_single(np.float32(_SERIES[4])))
-    value = multiply_add(value, part, spread_single(np.float32(_SERIES[3])))
-    value = multiply_add(value, part, spread_single(np.float32(_SERIES[2])))
-    value = multiply_add(value, part, spread_single(np.float32(_SERIES[1])))
-    value = multiply_add(value, part, spread_single(np.float32(_SERIES[0])))
+    value = spread_single(np.float32(_POLYNOMIAL[5]))
+    value = multiply_add(value, part, spread_single(np.float32(_POLYNOMIAL[4])))
+    value = multiply_add(value, part, spread_single(np.float32(_POLYNOMIAL[3])))
+    value = multiply_add(value, part, spread_single(np.float32(_POLYNOMIAL[2])))
+    value = multiply_add(value, part, spread_single(np.float32(_POLYNOMIAL[1])))
+    value = multiply_add(value, part, spread_single(np.float32(_POLYNOMIAL[0])))
     return multiply(value, power_of_two(whole))
