@@ -286,10 +286,8 @@ def find_models_dir(models_dir: Path | None = None) -> Path:
     Raises SettingsError when it does not exist.
     """
     chosen = models_dir or os.environ.get(MODELS_DIR_VARIABLE)
-    if chosen:
-        candidates = [Path(chosen)]
-    else:
-        candidates = [Path("models").absolute(), Path(helios.__file__).parent.parent / "models"]
+    beside = [Path("models").absolute(), models_beside_package()]
+    candidates = [Path(chosen)] if chosen else beside
     for path in candidates:
         if path.is_dir():
             return path
@@ -297,6 +295,11 @@ def find_models_dir(models_dir: Path | None = None) -> Path:
     raise SettingsError(
         f"no models directory at {tried}; name one with --models-dir or {MODELS_DIR_VARIABLE}"
     )
+
+
+def models_beside_package() -> Path:
+    """The models directory of this repository. It need not exist where Helios is installed without one."""
+    return Path(helios.__file__).parent.parent / "models"
 
 
 def checkpoint_id(entry: ModelEntry) -> str:

@@ -14,7 +14,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from tests.opt_variants import Form, Head, save_exits, save_tensors, save_tokenizer
+from tests.opt_variants import Form, Head, randomized, save_exits, save_tensors, save_tokenizer
 
 _BASE: dict[str, Any] = {
     "vocab_size": 264,
@@ -68,17 +68,7 @@ def random_model(seed: int, name: str, **changes: Any) -> PreTrainedModel:
     config = config_of(name, **changes)
     config.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for key, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if "norm.weight" in key:
-                parameter.copy_(1 + 0.2 * noise)
-            elif parameter.dim() == 1:
-                parameter.copy_(0.2 * noise)
-            else:
-                parameter.copy_(noise * parameter.shape[1] ** -0.5)
-    return model.float().eval()
+    return randomized(model.float(), seed)
 
 
 def save_variant(

@@ -86,12 +86,16 @@ def save_variant(
 
 def random_model(seed: int, **config: Any) -> OPTForCausalLM:
     """A model in which no parameter has its neutral value, not even in biases and norms."""
-    model = OPTForCausalLM(OPTConfig(**config))
+    return randomized(OPTForCausalLM(OPTConfig(**config)), seed)
+
+
+def randomized(model: PreTrainedModel, seed: int) -> Any:
+    """Gives every parameter of a model a random value, and returns the model in eval mode."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if "layer_norm.weight" in key:
+            if "norm.weight" in key:
                 parameter.copy_(1 + 0.2 * noise)
             elif parameter.dim() == 1:
                 parameter.copy_(0.2 * noise)

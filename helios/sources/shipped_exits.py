@@ -4,9 +4,15 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import helios
 from helios.architectures.spec import ModelConfig
-from helios.catalog import EXITS_DIR, EXITS_FILE, FACTS_FILE, EarlyExitFacts, ModelEntry
+from helios.catalog import (
+    EXITS_DIR,
+    EXITS_FILE,
+    FACTS_FILE,
+    EarlyExitFacts,
+    ModelEntry,
+    models_beside_package,
+)
 from helios.errors import CheckpointError
 from helios.json_object import read_json_object
 from helios.sources.progress import Progress
@@ -47,9 +53,9 @@ def list_exits(models_dir: Path) -> list[ShippedExits]:
 
     Raises CheckpointError naming the file that is missing or wrong.
     """
-    beside = Path(helios.__file__).parent.parent / "models"
     found: list[ShippedExits] = []
-    for directory in dict.fromkeys(path.resolve() / EXITS_DIR for path in (models_dir, beside)):
+    directories = models_dir, models_beside_package()
+    for directory in dict.fromkeys(path.resolve() / EXITS_DIR for path in directories):
         if not directory.is_dir():
             continue
         for path in sorted(path for path in directory.iterdir() if (path / FACTS_FILE).is_file()):
